@@ -1,0 +1,96 @@
+"""Pretrains a small Llama from nothing: tokenizer, data, model, training.
+
+    python recipes/pretrain.py --config recipes/configs/pretrain_embedded.yaml
+
+The embedded model of this package was made by exactly this, on the corpus of `scripts/build_corpus.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from recipes import settings
+from recipes.data import Blocks, DataConfig, documents, load_blocks
+from recipes.loop import Evaluate, next_token_loss, train
+from recipes.schedule import TrainConfig
+from recipes.tokenizer import train_tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """A tokenizer to load from `path`, or to train on the training text if nothing is there."""
+
+    path: str
+    vocab_size: int = 4096
+
+
+def load_tokenizer(config: TokenizerConfig, data: DataConfig) -> Any:
+    """The tokenizer at `config.path`; trains it first where there is none."""
+    if not (Path(config.path) / "tokenizer.json").is_file():
+        train_tokenizer(documents(data), config.path, vocab_size=config.vocab_size, context=data.block)
+    return AutoTokenizer.from_pretrained(config.path)
+
+
+def new_model(values: dict[str, Any], tokenizer: Any, seed: int) -> LlamaForCausalLM:
+    """A Llama with random weights; matrices that write to the residual stream start smaller, as in GPT-2."""
+    torch.manual_seed(seed)
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **special, **values)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.mul_(1 / math.sqrt(2 * config.num_hidden_layers))
+    return model
+
+
+def heldout_loss(blocks: Blocks, count: int, batch: int = 8) -> Evaluate:
+    """An evaluation for the loop: mean loss in nats a token over `count` blocks spread evenly over `blocks`."""
+    chosen = [position * len(blocks) // count for position in range(min(count, len(blocks)))]
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        total, tokens = 0.0, 0
+        device = next(model.parameters()).device
+        for start in range(0, len(chosen), batch):
+            examples = [blocks[index] for index in chosen[start : start + batch]]
+            part = {key: torch.stack([each[key] for each in examples]).to(device) for key in examples[0]}
+            value, number = next_token_loss(model, part)
+            total, tokens = total + float(value), tokens + int(number)
+        return {"heldout_loss": total / tokens}
+
+    return evaluate
+
+
+def main() -> None:
+    """Reads the configuration, checks the data, then makes the model, trains and saves it."""
+    arguments = settings.parser(__doc__).parse_args()
+    values = settings.read(arguments.config, arguments.overrides)
+    data = settings.build(DataConfig, values["data"], "data")
+    config = settings.build(TrainConfig, values["train"], "train")
+    with PartialState().main_process_first():
+        tokenizer = load_tokenizer(settings.build(TokenizerConfig, values["tokenizer"], "tokenizer"), data)
+        blocks = load_blocks(data, tokenizer)
+        heldout = load_blocks(dataclasses.replace(data, source=values["heldout"], max_tokens=None), tokenizer)
+    model = new_model(values["model"], tokenizer, config.seed)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{size:,} parameters, {blocks.tokens.size:,} training tokens, {len(heldout)} held-out blocks", flush=True)
+    train(model, blocks, next_token_loss, config, evaluate=heldout_loss(heldout, 64), resume=arguments.resume)
+    if PartialState().is_main_process:
+        model.save_pretrained(Path(config.output) / "model")
+        tokenizer.save_pretrained(Path(config.output) / "model")
+        print(f"saved {config.output}/model")
+
+
+if __name__ == "__main__":
+    main()

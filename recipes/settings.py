@@ -1,0 +1,92 @@
+"""Reads a recipe's YAML into dataclasses; a key that nothing reads is an error, not a silence."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+T = TypeVar("T")
+
+
+class SettingsError(ValueError):
+    """A recipe's configuration cannot be used; the message says which key and what to write instead."""
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads a YAML file and applies overrides such as `train.steps=10`.
+
+    Args:
+        path: the YAML file; its top level is a mapping of sections.
+        overrides: `section.key=value` strings; the value is parsed as YAML.
+
+    Returns:
+        The sections as plain dictionaries.
+
+    Raises:
+        SettingsError: the file is missing or no mapping, or an override does not read `a.b=value`.
+    """
+    if not Path(path).is_file():
+        raise SettingsError(f"{path}: no such configuration; the ones that ship are in recipes/configs/.")
+    values = yaml.safe_load(Path(path).read_text("utf-8"))
+    if not isinstance(values, dict):
+        raise SettingsError(f"{path}: expected a mapping of sections, found {type(values).__name__}.")
+    for override in overrides:
+        key, sign, value = override.partition("=")
+        if not sign:
+            raise SettingsError(f"--set {override}: expected section.key=value.")
+        *parents, leaf = key.split(".")
+        target = values
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[leaf] = yaml.safe_load(value)
+    return values
+
+
+def build(kind: type[T], values: dict[str, Any] | None, section: str) -> T:
+    """Makes the dataclass `kind` from one section of a configuration.
+
+    Args:
+        kind: a dataclass; its fields are the keys that may occur.
+        values: the section.
+        section: its name, for the message.
+
+    Returns:
+        An instance of `kind`.
+
+    Raises:
+        SettingsError: a key is unknown or a required one is missing.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    given = dict(values or {})
+    unknown = sorted(set(given) - set(fields))
+    if unknown:
+        raise SettingsError(f"{section}: unknown {', '.join(unknown)}; choose from {', '.join(sorted(fields))}.")
+    missing = dataclasses.MISSING
+    required = [n for n, f in fields.items() if f.default is missing and f.default_factory is missing]
+    absent = [name for name in required if name not in given]
+    if absent:
+        raise SettingsError(f"{section}: {', '.join(absent)} must be given.")
+    return kind(**{name: _value(fields[name], value, section) for name, value in given.items()})
+
+
+def _value(field: dataclasses.Field[Any], value: Any, section: str) -> Any:
+    if field.type in ("float", float):
+        try:
+            return float(value)  # YAML reads 2e-3 as a string
+        except (TypeError, ValueError) as error:
+            raise SettingsError(f"{section}.{field.name}: expected a number, found {value!r}.") from error
+    return tuple(value) if isinstance(value, list) else value
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The command line every recipe shares: `--config FILE --set section.key=value --resume`."""
+    arguments = argparse.ArgumentParser(description=description)
+    arguments.add_argument("--config", required=True, help="a YAML file, see recipes/configs/")
+    arguments.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides")
+    arguments.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in train.output")
+    return arguments
