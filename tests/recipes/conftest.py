@@ -1,0 +1,30 @@
+"""What the recipes' tests share; `recipes` is no installed package, so the root goes on the path."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from accelerate.state import AcceleratorState  # noqa: E402  (after the path, like everything below it)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps its precision in a singleton; every test starts without one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    from transformers import AutoTokenizer
+
+    from recipes.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(["the quick brown fox jumps over the lazy dog\n"] * 20, folder, vocab_size=300, context=64)
+    return AutoTokenizer.from_pretrained(folder)
