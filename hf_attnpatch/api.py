@@ -1,0 +1,132 @@
+"""plan -> apply -> self-check -> report -> record."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+
+from . import foreign, record
+from .anatomy import describe
+from .edits import Inverse, SetConfig, SetConfigClass
+from .errors import SelfCheckFailed
+from .patch import Patch
+from .plan import Plan, plan
+from .probe import Inputs, Trace, default_inputs, disagreement, largest_difference, trace
+from .report import Report
+
+
+def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, self_check: bool = True) -> Report:
+    """Patch a model in place, check it on a few tokens, and say what happened.
+
+    Either everything happens or nothing: an exception anywhere unwinds every write; the model is bitwise what it was.
+
+    Args:
+        model: a transformers model with its weights in memory.
+        patches: in order.
+        probe: inputs for the self-check; by default two rows of ten tokens, one left-padded.
+        self_check: run the model on the probe before and after. Turn off only where it cannot run here.
+
+    Raises:
+        AttnPatchError: see :func:`plan`; and ``SelfCheckFailed`` where the patched model does not do as promised.
+    """
+    steps = plan(model, *patches)
+    if not steps.edits:
+        return Report(steps, {"edits": "none needed; the model is untouched"}, None)
+    sites = tuple(dict.fromkeys(path for step in steps.steps for path in step.proposal.sites))
+    inputs = (default_inputs(model) if probe is None else probe) if self_check else None
+    before = None if inputs is None else trace(model, inputs, sites)
+    inverses: list[Inverse] = []
+    try:
+        for edit in (*steps.edits, *_bookkeeping(model, steps)):
+            inverses.append(edit.run(model))
+        checks = {"self-check": "not run"} if inputs is None or before is None else _check(model, steps, inputs, before)
+    except BaseException:
+        _unwind(inverses)
+        raise
+    return Report(steps, checks, getattr(model.config, record.FIELD, None), inverses)
+
+
+@contextlib.contextmanager
+def patched(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None) -> Iterator[Report]:
+    """Patch for the length of a ``with`` block; afterwards the model is bitwise what it was."""
+    report = apply(model, *patches, probe=probe)
+    try:
+        yield report
+    finally:
+        report.revert()
+
+
+def restore(model: PreTrainedModel) -> None:
+    """Give a freshly built model the structure its config records; the weights come from the checkpoint.
+
+    Called by the constructors of :mod:`hf_attnpatch.foreign`; steps that the config alone expresses are there already.
+    """
+    found = record.read(model.config)
+    if found is None:
+        return
+    for patch in found.restore():
+        for edit in patch.propose(model, describe(model)).edits:
+            edit.run(model)
+
+
+def _bookkeeping(model: PreTrainedModel, steps: Plan) -> Iterator[SetConfig | SetConfigClass]:
+    """Yield the edits that make the config remember, and save under our model type where stock would load it wrong."""
+    recorded = [s for s in steps.steps if s.patch.recorded and s.proposal.edits]
+    if not recorded:
+        return
+    config, before = model.config, record.read(model.config)
+    stock = all(s.proposal.stock for s in recorded) and (before is None or before.stock)
+    entries = [{**s.patch.to_record(), "stock": s.proposal.stock} for s in recorded]
+    after = record.Record(
+        patches=(*(before.patches if before else ()), *entries),
+        base_model=before.base_model if before else str(getattr(config, "_name_or_path", "")),
+        base_model_type=before.base_model_type if before else config.model_type,
+        stock=stock,
+        versions={"hf_attnpatch": _version(), "transformers": transformers.__version__},
+    )
+    yield SetConfig("", record.FIELD, after.to_dict())
+    kind: Any = type(config)
+    if not stock and foreign.config_class(kind) is not kind:
+        yield SetConfigClass("", foreign.config_class(kind))
+
+
+def _version() -> str:
+    from . import __version__
+
+    return __version__
+
+
+def _check(model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Trace) -> dict[str, str]:
+    """Run the patched model and hold it to what was promised.
+
+    Raises:
+        SelfCheckFailed: not finite, another shape, a patched site never called, or logits moved that must not.
+    """
+    after = trace(model, inputs, tuple(before.calls))
+    if before.logits.shape != after.logits.shape or not after.logits.isfinite().all():
+        problem = disagreement(before.logits, after.logits)
+        raise SelfCheckFailed(f"after patching, the logits are wrong on the probe: {problem}. The model is unchanged.")
+    for path, count in before.calls.items():
+        if after.calls.get(path, 0) != count or not count:
+            raise SelfCheckFailed(
+                f"{path}: ran {after.calls.get(path, 0)} times on the probe, {count} before; the patch has no effect."
+            )
+    difference = largest_difference(before.logits, after.logits)
+    if all(s.proposal.preserves or not s.proposal.edits for s in steps.steps):
+        problem = disagreement(before.logits, after.logits)
+        if problem:
+            raise SelfCheckFailed(f"this patch must not change the logits, but {problem}. The model is unchanged.")
+    return {
+        "logits": f"finite, {tuple(after.logits.shape)}",
+        "sites called": f"{len(before.calls)} of {len(before.calls)}, as often as before",
+        "largest change of a logit": f"{difference:.3g} of the largest logit",
+    }
+
+
+def _unwind(inverses: list[Inverse]) -> None:
+    while inverses:
+        inverses.pop().undo()

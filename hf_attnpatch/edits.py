@@ -1,0 +1,294 @@
+"""The only code that writes to a model. Every edit returns its inverse.
+
+An edit is one write with a claim (what it touches). ``run`` performs it and returns an :class:`Inverse`, which knows
+whether the write still stands and how to take it back: the very objects that were there are put back.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """How to take one edit back.
+
+    Attributes:
+        claim: what the edit touched.
+        stands: whether the edit is still in place, that is, whether taking it back would undo it and nothing else.
+        undo: takes it back.
+    """
+
+    claim: str
+    stands: Callable[[], bool]
+    undo: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Edit(ABC):
+    """One write to a model.
+
+    Attributes:
+        path: the module (or the config) it writes to, as in ``named_modules``; empty for the model itself.
+    """
+
+    path: str
+
+    @property
+    @abstractmethod
+    def claim(self) -> str:
+        """What is touched; two patches with an equal claim are in conflict."""
+
+    @property
+    @abstractmethod
+    def rung(self) -> str:
+        """How deep this cuts: config, attribute, attention, weights, module, hook."""
+
+    @abstractmethod
+    def preview(self, model: PreTrainedModel) -> tuple[str, str]:
+        """Return what is there and what would be, as short texts."""
+
+    @abstractmethod
+    def run(self, model: PreTrainedModel) -> Inverse:
+        """Write, and return the way back."""
+
+
+def _swap(store: dict[str, Any], key: str, value: Any, claim: str) -> Inverse:
+    """Put ``value`` under ``key``, remembering the object, or the absence, that was there."""
+    old = store.get(key, _ABSENT)
+    store[key] = value
+
+    def undo() -> None:
+        if old is _ABSENT:
+            del store[key]
+        else:
+            store[key] = old
+
+    return Inverse(claim, lambda: store.get(key, _ABSENT) is value, undo)
+
+
+def config_at(model: PreTrainedModel, path: str) -> PretrainedConfig:
+    """Return the model's config, or the sub-config at a dotted path below it."""
+    config = model.config
+    for name in filter(None, path.split(".")):
+        config = getattr(config, name)
+    return config
+
+
+@dataclass(frozen=True)
+class SetConfig(Edit):
+    """Set one field of a config (``path`` is the sub-config). The value is stored as given, aliases resolved."""
+
+    field: str
+    value: Any
+
+    @property
+    def claim(self) -> str:
+        """The field."""
+        return ".".join(filter(None, ("config", self.path, self.field)))
+
+    @property
+    def rung(self) -> str:
+        """Config."""
+        return "config"
+
+    def preview(self, model: PreTrainedModel) -> tuple[str, str]:
+        """Old and new value."""
+        return _short(getattr(config_at(model, self.path), self.field, None)), _short(self.value)
+
+    def run(self, model: PreTrainedModel) -> Inverse:
+        """Set it; the inverse restores the object, or its absence."""
+        config = config_at(model, self.path)
+        store = vars(config)
+        field = config.attribute_map.get(self.field, self.field)
+        old = store.get(field, _ABSENT)
+        setattr(config, self.field, self.value)  # lets the config validate
+        store[field] = old
+        if old is _ABSENT:
+            del store[field]
+        return _swap(store, field, self.value, self.claim)
+
+
+@dataclass(frozen=True)
+class SetAttribute(Edit):
+    """Set a plain attribute of a module instance."""
+
+    name: str
+    value: Any
+
+    @property
+    def claim(self) -> str:
+        """The attribute's dotted name."""
+        return f"{self.path}.{self.name}"
+
+    @property
+    def rung(self) -> str:
+        """Attribute."""
+        return "attribute"
+
+    def preview(self, model: PreTrainedModel) -> tuple[str, str]:
+        """Old and new value."""
+        return _short(getattr(model.get_submodule(self.path), self.name, None)), _short(self.value)
+
+    def run(self, model: PreTrainedModel) -> Inverse:
+        """Set it in the instance's dictionary."""
+        return _swap(vars(model.get_submodule(self.path)), self.name, self.value, self.claim)
+
+
+@dataclass(frozen=True)
+class ReplaceModule(Edit):
+    """Put another module in the place of one; its tensors are made only now, so one edit's are alive at a time.
+
+    Attributes:
+        make: builds the new module from the old one.
+        after: text for the report.
+    """
+
+    make: Callable[[nn.Module], nn.Module]
+    after: str
+
+    @property
+    def claim(self) -> str:
+        """The module's path."""
+        return self.path
+
+    @property
+    def rung(self) -> str:
+        """Module."""
+        return "module"
+
+    def preview(self, model: PreTrainedModel) -> tuple[str, str]:
+        """What stands there and what will."""
+        return _short(model.get_submodule(self.path)), self.after
+
+    def run(self, model: PreTrainedModel) -> Inverse:
+        """Swap the child in its parent, keeping its place in the order."""
+        parent, _, name = self.path.rpartition(".")
+        old = model.get_submodule(self.path)
+        new = self.make(old).train(old.training)
+        return _swap(model.get_submodule(parent)._modules, name, new, self.claim)
+
+
+@dataclass(frozen=True)
+class AddPreHook(Edit):
+    """Register a forward pre-hook (with keyword arguments) on a module."""
+
+    hook: Callable[..., Any]
+    after: str
+
+    @property
+    def claim(self) -> str:
+        """The hook's kind at this path."""
+        return f"{self.path}@{type(self.hook).__name__}"
+
+    @property
+    def rung(self) -> str:
+        """Hook."""
+        return "hook"
+
+    def preview(self, model: PreTrainedModel) -> tuple[str, str]:
+        """What the hook does."""
+        return "-", self.after
+
+    def run(self, model: PreTrainedModel) -> Inverse:
+        """Register it."""
+        module = model.get_submodule(self.path)
+        handle = module.register_forward_pre_hook(self.hook, with_kwargs=True)
+        return Inverse(self.claim, lambda: handle.id in module._forward_pre_hooks, handle.remove)
+
+
+@dataclass(frozen=True)
+class SetAttention(Edit):
+    """Choose the attention function for the whole model."""
+
+    implementation: str
+
+    @property
+    def claim(self) -> str:
+        """The implementation field, of which a model has one."""
+        return "config._attn_implementation"
+
+    @property
+    def rung(self) -> str:
+        """Attention."""
+        return "attention"
+
+    def preview(self, model: PreTrainedModel) -> tuple[str, str]:
+        """Old and new implementation."""
+        return _short(model.config._attn_implementation), self.implementation
+
+    def run(self, model: PreTrainedModel) -> Inverse:
+        """Set it everywhere transformers keeps it; the inverse restores each config's own value."""
+        key = "_attn_implementation_internal"
+        stores = {id(c): vars(c) for c in _configs(model)}
+        before = {i: store.get(key, _ABSENT) for i, store in stores.items()}
+
+        def undo() -> None:
+            for i, store in stores.items():
+                store.pop(key, None)
+                if before[i] is not _ABSENT:
+                    store[key] = before[i]
+
+        try:
+            model.set_attn_implementation(self.implementation)
+        except BaseException:
+            undo()
+            raise
+        return Inverse(self.claim, lambda: model.config._attn_implementation == self.implementation, undo)
+
+
+@dataclass(frozen=True)
+class SetConfigClass(Edit):
+    """Give the config object another class, so that it saves under another model type; its identity stays."""
+
+    cls: type[PretrainedConfig]
+
+    @property
+    def claim(self) -> str:
+        """The class of the config."""
+        return ".".join(filter(None, ("config", self.path, "__class__")))
+
+    @property
+    def rung(self) -> str:
+        """Config."""
+        return "config"
+
+    def preview(self, model: PreTrainedModel) -> tuple[str, str]:
+        """Old and new class."""
+        return type(config_at(model, self.path)).__name__, self.cls.__name__
+
+    def run(self, model: PreTrainedModel) -> Inverse:
+        """Set ``__class__``."""
+        config, old = config_at(model, self.path), type(config_at(model, self.path))
+        config.__class__ = self.cls
+
+        def undo() -> None:
+            config.__class__ = old
+
+        return Inverse(self.claim, lambda: type(config) is self.cls, undo)
+
+
+def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
+    """Return every config object that a module of the model holds, sub-configs included."""
+    todo = [m.config for m in model.modules() if isinstance(getattr(m, "config", None), PretrainedConfig)]
+    found: dict[int, PretrainedConfig] = {}
+    while todo:
+        config = todo.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            todo += [v for v in vars(config).values() if isinstance(v, PretrainedConfig)]
+    return list(found.values())
+
+
+def _short(value: Any) -> str:
+    """Return a value on one line of at most 60 characters."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."

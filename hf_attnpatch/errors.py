@@ -1,0 +1,35 @@
+"""What can go wrong, as one family under ``ValueError``.
+
+Every message says where, what was found, what was wanted and what to do.
+"""
+
+
+class AttnPatchError(ValueError):
+    """Base of every error that this package raises for its user."""
+
+
+class UnsupportedArchitecture(AttnPatchError):
+    """The model has no place where this patch could act, or one that cannot be read safely."""
+
+
+class PatchConflict(AttnPatchError):
+    """Two patches claim the same place, or a revert would cross a later patch."""
+
+
+class SelfCheckFailed(AttnPatchError):
+    """The patched model did not do what the patch promises; every edit has been undone."""
+
+
+class MissingExtra(AttnPatchError, ImportError):
+    """An optional dependency is needed; the message names the extra that brings it."""
+
+
+def missing_extra(module: str, extra: str, purpose: str) -> MissingExtra:
+    """Build the error for an optional dependency that is not installed.
+
+    Args:
+        module: the import name that failed.
+        extra: the extra of ``hf_attnpatch`` that installs it.
+        purpose: what it is needed for, as the subject of a sentence.
+    """
+    return MissingExtra(f"{purpose} needs `{module}`, which is not installed: pip install 'hf_attnpatch[{extra}]'.")

@@ -1,0 +1,7 @@
+"""One file per method: reads the anatomy, yields edits, touches nothing."""
+
+from .flash import Flash
+from .grouped_query import GroupedQuery
+from .rope_scaling import RopeScaling
+
+__all__ = ["Flash", "GroupedQuery", "RopeScaling"]

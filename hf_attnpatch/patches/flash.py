@@ -1,0 +1,95 @@
+"""A fused attention kernel in the place of an eager one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from transformers import PreTrainedModel
+
+from ..anatomy import Anatomy
+from ..backends import FLAG, Candidate, obstacle, ranked
+from ..edits import SetAttention
+from ..errors import AttnPatchError, UnsupportedArchitecture
+from ..patch import Patch, Proposal
+from ..probe import Inputs, default_inputs, trace, trial
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flash(Patch):
+    """Use a fused kernel that this machine, dtype and model allow, after proving that the logits stay.
+
+    ``auto`` takes the first backend, in the order of :func:`hf_attnpatch.backends.ranked`, that runs here and agrees
+    with the model's present attention on a probe; the report says which and why the others were passed over. A backend
+    asked for by name that cannot run is an error. A checkpoint remembers nothing of it.
+
+    Args:
+        backend: ``auto``, ``sdpa``, ``flex_attention``, ``flash_attention_2``, ``_3``, ``_4`` or a kernels-hub
+            repository (``owner/name``).
+        training: whether a backward pass is needed; None asks the model (``model.training``).
+
+    Raises:
+        UnsupportedArchitecture: no backend runs; every reason is given.
+        AttnPatchError: the named backend does not exist or cannot run here.
+    """
+
+    name: ClassVar[str] = "flash"
+    recorded: ClassVar[bool] = False
+
+    backend: str = "auto"
+    training: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("auto", *FLAG) and self.backend.count("/") != 1:
+            choices = ", ".join(("auto", *FLAG))
+            raise AttnPatchError(
+                f"backend {self.backend!r} does not exist; choose from {choices}, or a repository owner/name."
+            )
+
+    def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
+        """Say which backend would be used; see :meth:`Patch.propose`."""
+        training = model.training if self.training is None else self.training
+        site = next(iter(anatomy.sites), None)
+        head_dim = max((s.head_dim for s in anatomy.sites), default=0)
+        dtype = model.dtype
+        wanted = ranked(model.device) if self.backend == "auto" else (self.backend,)
+        if site is None and self.backend == "auto":
+            raise UnsupportedArchitecture(
+                f"{anatomy.architecture}: no attention module was recognised; {anatomy.unread}."
+            )
+        request = Candidate(model, dtype, head_dim, training)
+        reasons: list[str] = []
+        for name, why_not in self._tried(request, wanted):
+            if why_not is None:
+                return self._chosen(model, anatomy, name, reasons)
+            reasons.append(f"{name}: {why_not}")
+        if self.backend != "auto":
+            raise AttnPatchError(f"{anatomy.architecture}: {reasons[0]}. Choose another backend, or backend='auto'.")
+        raise UnsupportedArchitecture(f"{anatomy.architecture}: no fused attention runs here: {'; '.join(reasons)}.")
+
+    def _tried(self, request: Candidate, wanted: tuple[str, ...]) -> Iterator[tuple[str, str | None]]:
+        inputs = default_inputs(request.model)
+        reference = None
+        for name in wanted:
+            why = obstacle(name, request)
+            if why is None:
+                reference = trace(request.model, inputs).logits if reference is None else reference
+                why = _disagrees(request, name, inputs, reference)
+            yield name, why
+
+    def _chosen(self, model: PreTrainedModel, anatomy: Anatomy, name: str, reasons: list[str]) -> Proposal:
+        passed = f"; passed over {'; '.join(reasons)}" if reasons else ""
+        kernel = (
+            "forward and backward" if (self.training if self.training is not None else model.training) else "forward"
+        )
+        note = f"{name} on {model.device.type} in {str(model.dtype).removeprefix('torch.')}, {kernel} proved on a probe{passed}"
+        if model.config._attn_implementation == name:
+            return Proposal((), (), (f"already in use: {note}",), preserves=True)
+        sites = tuple(s.path for s in anatomy.sites if s.dispatches)
+        return Proposal((SetAttention("", name),), sites, (note,), preserves=True)
+
+
+def _disagrees(request: Candidate, name: str, inputs: Inputs, reference: torch.Tensor) -> str | None:
+    return trial(request.model, SetAttention("", name), inputs, reference, request.training)

@@ -1,0 +1,191 @@
+"""RoPE scaling of every kind that transformers computes itself, on top of whatever the checkpoint has."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..anatomy import Anatomy
+from ..edits import Edit, ReplaceModule, SetAttribute, SetConfig
+from ..errors import AttnPatchError, UnsupportedArchitecture
+from ..patch import Patch, Proposal
+from ..rope_parameters import KINDS, Window, scaled
+from ..twin import difference
+
+_LOCAL = ("sliding", "local", "chunked")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling(Patch):
+    """Stretch the context of a rotary model by ``factor``.
+
+    ``rope_theta`` and partial rotation are kept, and a scaling that is already there is multiplied, not replaced: one
+    of the same kind gets the product of the factors, one of another (static) kind is composed frequency by frequency
+    and written as ``longrope``, which stock transformers can express. The config and the rotary modules change together.
+    In models with rotary parameters per layer type only the layers that see the whole context are scaled.
+
+    Args:
+        kind: ``linear`` (2306.15595), ``dynamic`` (NTK by current length), ``yarn`` (2309.00071), ``longrope``
+            (2402.13753) or ``llama3``.
+        factor: new context over old, at least 1; 1 changes nothing.
+        beta_fast: for ``yarn``: turns within the old window above which a frequency is kept.
+        beta_slow: for ``yarn``: turns below which it is interpolated.
+        low_freq_factor: for ``llama3``: wavelengths above old / low are divided.
+        high_freq_factor: for ``llama3``: wavelengths below old / high are kept.
+        long_factor: for ``longrope``: one divisor for each rotated frequency beyond the old window; None takes YaRN's.
+        short_factor: for ``longrope``: the same within it; None takes 1.
+        attention_factor: for ``yarn`` and ``longrope``: factor on cos and sin; None takes the paper's.
+        layer_types: for models with nested parameters: which to scale; None takes those that are not local.
+
+    Raises:
+        UnsupportedArchitecture: no rotary module built from ``config.rope_parameters``.
+        AttnPatchError: an unknown kind, a factor below 1, or a scaling that cannot be multiplied.
+    """
+
+    name: ClassVar[str] = "rope_scaling"
+
+    kind: str
+    factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    long_factor: tuple[float, ...] | None = None
+    short_factor: tuple[float, ...] | None = None
+    attention_factor: float | None = None
+    layer_types: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise AttnPatchError(f"kind {self.kind!r} does not exist; choose from: {', '.join(KINDS)}.")
+        number = isinstance(self.factor, (int, float)) and not isinstance(self.factor, bool)
+        if not number or not 1 <= self.factor < float("inf"):
+            raise AttnPatchError(f"factor is {self.factor!r}; it is new context over old, a number of at least 1.")
+
+    def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
+        """Say which rotary modules would be rebuilt; see :meth:`Patch.propose`."""
+        prefix, text = _text_config(model.config)
+        paths = self._rotary_paths(model, anatomy, text)
+        if self.factor == 1 and self.long_factor is None and self.short_factor is None:
+            return Proposal((), (), ("a factor of 1 changes nothing",), preserves=True)
+        fields, notes = self._fields(model, text, paths)
+        found = difference(model, lambda config: _assign(config, prefix, fields))
+        if isinstance(found, str):
+            raise AttnPatchError(f"{anatomy.architecture}: {found}.")
+        rebuilt = [p for p in found.modules if p not in paths]
+        if rebuilt:
+            raise UnsupportedArchitecture(
+                f"{rebuilt[0]}: has tensors as long as the context; this patch would not resize them."
+            )
+        edits: list[Edit] = [SetConfig(prefix, name, value) for name, value in fields.items()]
+        edits += [SetAttribute(*key, value) for key, value in found.attributes.items() if key[0] not in paths]
+        edits += [ReplaceModule(path, _rebuild, f"rope: {self.kind}") for path in paths]
+        return Proposal(tuple(edits), tuple(paths), notes)
+
+    def _rotary_paths(self, model: PreTrainedModel, anatomy: Anatomy, text: PretrainedConfig) -> list[str]:
+        """Return the rotary modules that this config builds, or refuse."""
+        paths = [r.path for r in anatomy.rotary if getattr(model.get_submodule(r.path), "config", None) is text]
+        if not paths or not getattr(text, "rope_parameters", None):
+            raise UnsupportedArchitecture(
+                f"{anatomy.architecture}: rope scaling needs a rotary module built from config.rope_parameters; "
+                f"positions here are: {anatomy.positions}."
+            )
+        for path in paths:
+            needed = _required_arguments(type(model.get_submodule(path)))
+            if needed != ["config"]:
+                raise UnsupportedArchitecture(
+                    f"{path}: {anatomy.architecture} builds it from {needed}, not from a config."
+                )
+        return paths
+
+    def _fields(
+        self, model: PreTrainedModel, text: PretrainedConfig, paths: list[str]
+    ) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """Return the config fields to set, and what to tell the user."""
+        old: Mapping[str, Any] = text.rope_parameters
+        nested = [key for key, value in old.items() if isinstance(value, Mapping)]
+        chosen = self._chosen(nested)
+        window = int(text.max_position_embeddings)
+        module = model.get_submodule(paths[0])
+        notes = (
+            [f"scales {', '.join(chosen)}; {', '.join(k for k in nested if k not in chosen) or 'nothing'} left alone"]
+            if nested
+            else []
+        )
+        new = dict(old)
+        for key in chosen or [""]:
+            before = old[key] if key else old
+            frequencies = _frequencies(module, key)
+            after = scaled(self, before, Window(window, frequencies, _attention_scaling(module, key)))
+            if before.get("rope_type", "default") not in ("default", after["rope_type"]):
+                notes.append(f"{before['rope_type']} times {self.kind}, written as {after['rope_type']}")
+            new = {**new, key: after} if key else after
+        fields: dict[str, Any] = {"rope_parameters": new}
+        if self.kind != "dynamic":  # transformers' dynamic kind measures growth against this very field
+            fields["max_position_embeddings"] = round(window * self.factor)
+            if (
+                getattr(text, "original_max_position_embeddings", None) is not None
+            ):  # Phi-3 keeps it outside, with priority
+                fields["original_max_position_embeddings"] = new.get("original_max_position_embeddings", window)
+        else:
+            notes.append("transformers recomputes dynamic angles as the text grows: cached keys keep their old ones")
+        return fields, tuple(notes)
+
+    def _chosen(self, nested: list[str]) -> list[str]:
+        if self.layer_types is None:
+            return [key for key in nested if not any(word in key for word in _LOCAL)] or nested
+        unknown = [key for key in self.layer_types if key not in nested]
+        if unknown:
+            raise AttnPatchError(
+                f"layer type {unknown[0]!r} has no rotary parameters; there are: {', '.join(nested) or 'none'}."
+            )
+        return list(self.layer_types)
+
+
+def _text_config(config: PretrainedConfig) -> tuple[str, PretrainedConfig]:
+    text = config.get_text_config(decoder=True)
+    return next((name for name, value in vars(config).items() if value is text), ""), text
+
+
+def _assign(config: PretrainedConfig, prefix: str, fields: Mapping[str, Any]) -> None:
+    owner = getattr(config, prefix) if prefix else config
+    for name, value in fields.items():
+        setattr(owner, name, value)
+
+
+def _required_arguments(kind: type[nn.Module]) -> list[str]:
+    parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
+    return [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
+def _frequencies(module: nn.Module, layer_type: str) -> Tensor:
+    """Return the present angles per position in fp32, those of the original window where they switch by length."""
+    names = (
+        (f"{layer_type}_original_inv_freq", f"{layer_type}_inv_freq")
+        if layer_type
+        else ("original_inv_freq", "inv_freq")
+    )
+    found = next((getattr(module, n) for n in names if isinstance(getattr(module, n, None), Tensor)), None)
+    assert isinstance(found, Tensor)
+    return found.detach().to("cpu", torch.float32)
+
+
+def _attention_scaling(module: nn.Module, layer_type: str) -> float:
+    name = f"{layer_type}_attention_scaling" if layer_type else "attention_scaling"
+    return float(getattr(module, name, 1.0))
+
+
+def _rebuild(old: nn.Module) -> nn.Module:
+    """Build the module again from its config, which has been edited by now."""
+    device = next(_buffers(old)).device
+    return type(old)(old.config).to(device)
+
+
+def _buffers(module: nn.Module) -> Iterator[Tensor]:
+    return module.buffers()

@@ -1,0 +1,111 @@
+"""What would happen: the edits of several patches in order, conflicts refused. Printing it is the dry run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from .anatomy import Anatomy, describe
+from .edits import Edit
+from .errors import AttnPatchError, PatchConflict, UnsupportedArchitecture
+from .patch import Patch, Proposal
+
+
+@dataclass(frozen=True)
+class Step:
+    """One patch, what it proposes, and a preview (old, new) of each of its edits."""
+
+    patch: Patch
+    proposal: Proposal
+    previews: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Edits of patches, in order.
+
+    Attributes:
+        anatomy: the model as it is.
+        steps: one for each patch.
+    """
+
+    anatomy: Anatomy
+    steps: tuple[Step, ...]
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """All edits, in order."""
+        return tuple(edit for step in self.steps for edit in step.proposal.edits)
+
+    @property
+    def stock(self) -> bool:
+        """Whether stock transformers will load the checkpoint."""
+        return all(step.proposal.stock for step in self.steps)
+
+    def __str__(self) -> str:
+        from .report import render_plan
+
+        return render_plan(self)
+
+
+def plan(model: PreTrainedModel, *patches: Patch) -> Plan:
+    """Work out what ``apply`` would do, touching nothing.
+
+    Args:
+        model: a transformers model, weights in memory, neither quantized nor parallelised.
+        patches: in the order they are to be applied.
+
+    Raises:
+        UnsupportedArchitecture: the model has no place for a patch, or is wrapped, quantized, sharded or offloaded.
+        PatchConflict: two patches claim one place.
+        AttnPatchError: an argument does not fit the model.
+    """
+    if not patches:
+        raise AttnPatchError(
+            "no patch given; pass at least one, for example hf_attnpatch.GroupedQuery(num_kv_heads=2)."
+        )
+    for patch in patches:
+        if not isinstance(patch, Patch):
+            raise AttnPatchError(f"{patch!r} is a {type(patch).__name__}; pass patches, such as hf_attnpatch.Flash().")
+    anatomy = describe(model)
+    _writable(model)
+    steps = []
+    for patch in patches:
+        proposal = patch.propose(model, anatomy)
+        steps.append(Step(patch, proposal, tuple(edit.preview(model) for edit in proposal.edits)))
+    _refuse_conflicts(steps)
+    return Plan(anatomy, tuple(steps))
+
+
+def _writable(model: PreTrainedModel) -> None:
+    """Refuse models whose weights cannot be read and replaced as plain tensors."""
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedArchitecture(
+            f"{type(model).__name__} is quantized; patch the full-precision model first, then quantize the result."
+        )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise UnsupportedArchitecture(
+                f"{name} is already sharded over devices; patch before fully_shard or tp_plan."
+            )
+        if not parameter.is_floating_point():
+            raise UnsupportedArchitecture(f"{name} is stored as {parameter.dtype}; patch the full-precision model.")
+    if getattr(model, "hf_device_map", None) and any(d in ("disk", "cpu") for d in model.hf_device_map.values()):
+        meta = [name for name, p in model.named_parameters() if p.device == torch.device("meta")]
+        if meta:
+            raise UnsupportedArchitecture(f"{meta[0]} is offloaded; load the model without offload to patch it.")
+
+
+def _refuse_conflicts(steps: list[Step]) -> None:
+    owner: dict[str, Patch] = {}
+    for step in steps:
+        for edit in step.proposal.edits:
+            first = owner.setdefault(edit.claim, step.patch)
+            if first is not step.patch:
+                raise PatchConflict(
+                    f"{edit.claim}: both {first.name} and {step.patch.name} would write it; "
+                    "keep one of them, or apply them in two calls if the second is meant to build on the first."
+                )

@@ -1,0 +1,171 @@
+"""Run a model on a few tokens without leaving a trace: random state, mode and gradients stay as they were."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .edits import Edit
+from .errors import AttnPatchError
+
+# Largest difference of logits, relative to their largest magnitude, that rounding alone explains.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+Inputs = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One forward: the logits (or hidden states) at tokens that are not padding, and how often each module ran."""
+
+    logits: Tensor
+    calls: Mapping[str, int]
+
+
+def default_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return two rows of ten tokens, the second left-padded by three where the model takes a mask."""
+    vocab = model.config.get_text_config(decoder=True).vocab_size
+    ids = (torch.arange(20).view(2, 10) * 7 + 5) % vocab
+    inputs = {"input_ids": ids}
+    parameters = inspect.signature(model.forward).parameters
+    if "attention_mask" in parameters:
+        mask = torch.ones_like(ids)
+        mask[1, :3] = 0
+        inputs["attention_mask"] = mask
+    if model.config.is_encoder_decoder and "decoder_input_ids" in parameters:
+        inputs["decoder_input_ids"] = ids
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def trace(model: PreTrainedModel, inputs: Inputs, watch: tuple[str, ...] = ()) -> Trace:
+    """Run one forward in eval mode without a cache.
+
+    Args:
+        model: any transformers model.
+        inputs: keyword arguments of its forward.
+        watch: paths of modules whose calls are counted.
+
+    Raises:
+        AttnPatchError: the forward fails on these inputs.
+    """
+    with _quiet(model), _counting(model, watch) as calls, torch.no_grad():
+        try:
+            logits = _forward(model, inputs)
+        except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError) as error:
+            names = ", ".join(inputs)
+            raise AttnPatchError(
+                f"{type(model).__name__} does not run on the probe ({names}): {type(error).__name__}: {error}. "
+                "Pass probe={...} with inputs it takes."
+            ) from error
+    return Trace(_valid(logits, inputs), dict(calls))
+
+
+def trial(model: PreTrainedModel, edit: Edit, inputs: Inputs, reference: Tensor, backward: bool) -> str | None:
+    """Try an edit that must not change the logits, and take it back.
+
+    Args:
+        model: as it should be left.
+        edit: what to try.
+        inputs: keyword arguments of the forward.
+        reference: logits without the edit.
+        backward: also require a backward pass.
+
+    Returns:
+        None if the logits agree, otherwise why the edit will not do.
+    """
+    try:
+        inverse = edit.run(model)
+    except (ImportError, ValueError, RuntimeError, OSError) as error:
+        return _one_line(error)
+    try:
+        found = trace(model, inputs).logits
+        problem = disagreement(reference, found)
+        return problem or (_try_backward(model, inputs) if backward else None)
+    except AttnPatchError as error:
+        return _one_line(error.__cause__ or error)
+    finally:
+        inverse.undo()
+
+
+def disagreement(reference: Tensor, found: Tensor) -> str | None:
+    """Say how far two sets of logits are apart, or None if rounding explains it."""
+    if reference.shape != found.shape:
+        return f"shape {tuple(found.shape)} instead of {tuple(reference.shape)}"
+    if not found.isfinite().all():
+        return "not finite"
+    difference, allowed = largest_difference(reference, found), TOLERANCE.get(found.dtype, 1e-2)
+    return None if difference <= allowed else f"logits differ by {difference:.2g} of their size, {allowed:.0e} allowed"
+
+
+def largest_difference(reference: Tensor, found: Tensor) -> float:
+    """Return the largest difference relative to the largest magnitude of the reference."""
+    scale = reference.double().abs().max().clamp_min(1e-30)
+    return float((reference.double() - found.double()).abs().max() / scale)
+
+
+def _try_backward(model: PreTrainedModel, inputs: Inputs) -> str | None:
+    wanted = [p for p in model.parameters() if p.requires_grad][:1]
+    if not wanted:
+        return None
+    with _quiet(model), torch.enable_grad():
+        try:
+            torch.autograd.grad(_forward(model, inputs).float().square().sum(), wanted, allow_unused=True)
+        except (RuntimeError, NotImplementedError) as error:
+            return f"no backward here: {_one_line(error)}"
+    return None
+
+
+def _forward(model: PreTrainedModel, inputs: Inputs) -> Tensor:
+    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    output = model(**inputs, **extra)
+    logits = next((output[k] for k in ("logits", "prediction_logits", "last_hidden_state") if k in output), output[0])
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def _valid(logits: Tensor, inputs: Inputs) -> Tensor:
+    mask = inputs.get("attention_mask")
+    return logits[mask.bool()] if mask is not None and logits.shape[:2] == mask.shape else logits
+
+
+@contextlib.contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluate: every module's own training flag is restored, and so is the random state."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        with torch.random.fork_rng():
+            model.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def _counting(model: nn.Module, paths: tuple[str, ...]) -> Iterator[Counter[str]]:
+    calls: Counter[str] = Counter()
+
+    def counter(path: str) -> object:
+        def count(*_: object) -> None:
+            calls[path] += 1
+
+        return model.get_submodule(path).register_forward_hook(count)
+
+    handles = [counter(path) for path in paths]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()  # type: ignore[attr-defined]  # RemovableHandle
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

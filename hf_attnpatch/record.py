@@ -1,0 +1,84 @@
+"""``config.attnpatch``: what was done to a model, versioned, carried by its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from .errors import AttnPatchError
+from .patch import Patch, from_spec
+
+FIELD = "attnpatch"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """The patches of a model, in the order they were applied.
+
+    Attributes:
+        patches: each as ``Patch.to_record`` gives it.
+        base_model: name or path that the model was loaded from.
+        base_model_type: transformers' model type underneath.
+        stock: whether transformers alone loads the checkpoint.
+        versions: of this package and of transformers when it was written.
+    """
+
+    patches: tuple[Mapping[str, Any], ...]
+    base_model: str
+    base_model_type: str
+    stock: bool
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {
+            "version": VERSION,
+            "patches": [dict(p) for p in self.patches],
+            "base_model": self.base_model,
+            "base_model_type": self.base_model_type,
+            "stock": self.stock,
+            "versions": dict(self.versions),
+        }
+
+    def restore(self) -> list[Patch]:
+        """Return the patches whose structure the config alone does not give; their weights come from the checkpoint."""
+        own = ({k: v for k, v in spec.items() if k != "stock"} for spec in self.patches if not spec.get("stock"))
+        return [from_spec(spec).structure() for spec in own]
+
+
+_SCHEMA: dict[str, type] = {"patches": list, "base_model": str, "base_model_type": str, "stock": bool, "versions": dict}
+
+
+def parse(data: object) -> Record:
+    """Read a record.
+
+    Raises:
+        AttnPatchError: a field is missing or of the wrong type, or a newer version wrote it.
+    """
+    if not isinstance(data, Mapping):
+        raise AttnPatchError(f"config.{FIELD} is {type(data).__name__}; it must be the mapping this package writes.")
+    version = data.get("version")
+    if not isinstance(version, int) or not 1 <= version <= VERSION:
+        raise AttnPatchError(
+            f"config.{FIELD}.version is {version!r}; this release reads 1 to {VERSION}; upgrade hf_attnpatch."
+        )
+    for name, kind in _SCHEMA.items():
+        if not isinstance(data.get(name), kind):
+            found = type(data.get(name)).__name__
+            raise AttnPatchError(
+                f"config.{FIELD}.{name} is {found}; it must be a {kind.__name__}. The file was edited."
+            )
+    for i, spec in enumerate(data["patches"]):
+        if not isinstance(spec, Mapping):
+            raise AttnPatchError(f"config.{FIELD}.patches[{i}] is {type(spec).__name__}; it must be a mapping.")
+    return Record(tuple(data["patches"]), *(data[name] for name in list(_SCHEMA)[1:]))
+
+
+def read(config: PretrainedConfig) -> Record | None:
+    """Return the record that a config carries, or None."""
+    data = getattr(config, FIELD, None)
+    return None if data is None else parse(data)

@@ -1,0 +1,119 @@
+"""What happened, as data; ``str()`` is a table and ``revert()`` takes it back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+
+from .anatomy import Anatomy
+from .edits import Inverse
+from .errors import PatchConflict
+from .plan import Plan, Step
+
+
+@dataclass
+class Report:
+    """The outcome of ``apply``.
+
+    Attributes:
+        plan: what was done, with the state before and after of each edit.
+        checks: name -> what the self-check found.
+        record: what the model's config now says, as data.
+    """
+
+    plan: Plan
+    checks: Mapping[str, str]
+    record: Mapping[str, Any] | None
+    _inverses: list[Inverse] = field(default_factory=list, repr=False)
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything was written."""
+        return bool(self.plan.edits)
+
+    @property
+    def stock(self) -> bool:
+        """Whether transformers alone loads what ``save_pretrained`` now writes."""
+        return self.plan.stock
+
+    def revert(self) -> None:
+        """Put back every object that was there before, bitwise; a second call does nothing.
+
+        Raises:
+            PatchConflict: something was written over a place of this patch since; nothing is reverted.
+        """
+        lost = [inverse.claim for inverse in self._inverses if not inverse.stands()]
+        if lost:
+            raise PatchConflict(
+                f"{lost[0]} was changed after this patch ({len(lost)} such places); revert the later patch first."
+            )
+        while self._inverses:
+            self._inverses.pop().undo()
+
+    def __str__(self) -> str:
+        checks = Table("self-check", "found", title_justify="left")
+        for name, found in self.checks.items():
+            checks.add_row(name, found)
+        return _text(*_steps(self.plan), checks) if self.checks else _text(*_steps(self.plan))
+
+
+def render_plan(plan: Plan) -> str:
+    """Return a plan as tables, one for each patch."""
+    return _text(*_steps(plan))
+
+
+def render_anatomy(anatomy: Anatomy) -> str:
+    """Return an anatomy as a table, equal places on one line."""
+    head = (
+        f"{anatomy.architecture} ({anatomy.model_type}): positions {anatomy.positions}, "
+        f"context {anatomy.max_positions or 'not declared'}"
+    )
+    table = Table("where", "what", "layout", "heads", "kv heads", "head dim", "registry")
+    rows = []
+    for s in anatomy.sites:
+        kind = s.kind + (" (cross)" if s.cross else "")
+        shape = [str(n) for n in (s.num_heads, s.num_kv_heads, s.head_dim)]
+        rows.append((s.path, (kind, s.layout.name, *shape, "yes" if s.dispatches else "no")))
+    rows += [(r.path, (r.kind, f"rope: {r.rope_type}", "", "", "", "")) for r in anatomy.rotary]
+    rows += [(p, ("position table", f"{n} rows", "", "", "", "")) for p, n in anatomy.tables.items()]
+    rows += [(p, ("not read", why, "", "", "", "")) for p, why in anatomy.unread.items()]
+    for where, what in _folded(rows):
+        table.add_row(where, *what)
+    return _text(head, table)
+
+
+def _steps(plan: Plan) -> Iterable[RenderableType]:
+    for step in plan.steps:
+        yield _step_table(step)
+        yield from (f"  {note}" for note in step.proposal.notes)
+    yield f"stock transformers loads the checkpoint: {'yes' if plan.stock else 'no, it needs hf_attnpatch'}"
+
+
+def _step_table(step: Step) -> Table:
+    title = f"{step.patch.name}({', '.join(f'{k}={v}' for k, v in step.patch.to_record().items() if k != 'patch')})"
+    table = Table("where", "rung", "before", "after", title=title, title_justify="left")
+    rows = [(edit.claim, (edit.rung, *texts)) for edit, texts in zip(step.proposal.edits, step.previews, strict=True)]
+    for where, what in _folded(rows):
+        table.add_row(where, *what)
+    return table
+
+
+def _folded(rows: Sequence[tuple[str, tuple[str, ...]]]) -> Iterable[tuple[str, tuple[str, ...]]]:
+    """Join places that differ in a layer number only and say the same."""
+    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for path, what in rows:
+        groups.setdefault((re.sub(r"\.\d+(?=\.|$)", ".*", path), what), []).append(path)
+    for (pattern, what), paths in groups.items():
+        yield (paths[0] if len(paths) == 1 else f"{pattern}  x{len(paths)}"), what
+
+
+def _text(*parts: RenderableType) -> str:
+    console = Console(width=140, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(Group(*parts), markup=False, highlight=False)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())

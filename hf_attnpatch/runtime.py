@@ -1,0 +1,122 @@
+"""Modules and hooks that stay inside a patched model.
+
+They hold no reference to the model and no closure, so ``deepcopy``, pickling and two models in one process just work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
+from transformers.cache_utils import Cache, EncoderDecoderCache
+
+
+class GroupedProjection(nn.Module):
+    """A key, value or fused projection with fewer heads than its attention module expects.
+
+    The weight has one block of rows per *shared* head; the output repeats each for every query head that uses it, so a
+    forward that knows nothing of groups runs unchanged. It has no ``nn.Linear`` in it on purpose: a LoRA on its
+    output would see the repeated width, so PEFT refuses it by name instead of failing in the forward.
+
+    Args:
+        weight: shape (narrow_heads * head_dim, in_features).
+        bias: shape (narrow_heads * head_dim,), or None.
+        index: shape (wide_heads,), int64, on the CPU: the narrow block of ``head_dim`` rows that each block of the
+            output repeats. Not a buffer: transformers builds models on the meta device, where a buffer that no
+            checkpoint holds would lose its numbers.
+        head_dim: rows in a block.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, index: Tensor, head_dim: int):
+        super().__init__()
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.index, self.head_dim = index, head_dim
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Project and repeat: (..., in_features) -> (..., wide_heads * head_dim)."""
+        if self.index.device != hidden_states.device:
+            self.index = self.index.to(hidden_states.device)
+        narrow = F.linear(hidden_states, self.weight, self.bias)
+        blocks = narrow.view(*narrow.shape[:-1], -1, self.head_dim)
+        return blocks.index_select(-2, self.index).flatten(-2)
+
+    def extra_repr(self) -> str:
+        """Show the widths."""
+        shared, wide = self.weight.shape[0] // self.head_dim, len(self.index)
+        return f"in={self.weight.shape[1]}, heads={shared}, repeated to {wide}, head_dim={self.head_dim}"
+
+
+class NarrowCache:
+    """Forward pre-hook for an attention module: what it caches keeps one key and value per shared head.
+
+    The module hands its cache repeated keys and values; this hook hands the module a view of the cache that stores
+    the first of each group and repeats on the way out. The cache shrinks by exactly the group size.
+
+    Args:
+        groups: query heads per key-value head.
+    """
+
+    def __init__(self, groups: int):
+        self.groups = groups
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Replace every cache among the arguments by its narrow view."""
+        return tuple(map(self._narrow, args)), {name: self._narrow(value) for name, value in kwargs.items()}
+
+    def _narrow(self, value: Any) -> Any:
+        if isinstance(value, EncoderDecoderCache):
+            return NarrowPairView(value, self.groups)
+        return NarrowCacheView(value, self.groups) if isinstance(value, Cache) else value
+
+
+class NarrowCacheView(Cache):  # type: ignore[misc]  # transformers is not followed
+    """A cache seen through one attention module with grouped heads; everything but ``update`` is the cache's own."""
+
+    def __init__(self, cache: Cache, groups: int):
+        self._cache, self._groups = cache, groups
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store the first head of each group and return all heads: (batch, heads, length, head_dim) twice."""
+        g = self._groups
+        keys, values = self._cache.update(key_states[:, ::g], value_states[:, ::g], layer_idx, *args, **kwargs)
+        return _repeat(keys, g), _repeat(values, g)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("_cache", "_groups", "update", "__class__", "__dict__"):
+            return object.__getattribute__(self, name)
+        return getattr(object.__getattribute__(self, "_cache"), name)
+
+
+class NarrowPairView(EncoderDecoderCache):  # type: ignore[misc]  # transformers is not followed
+    """The same for a pair of self- and cross-attention caches, of which only self-attention is narrow."""
+
+    def __init__(self, pair: EncoderDecoderCache, groups: int):
+        self._pair = pair
+        self._narrow_self = NarrowCacheView(pair.self_attention_cache, groups)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("_pair", "_narrow_self", "__class__", "__dict__"):
+            return object.__getattribute__(self, name)
+        if name == "self_attention_cache":
+            return object.__getattribute__(self, "_narrow_self")
+        if name == "update":
+            return object.__getattribute__(self, "_narrow_self").update
+        return getattr(object.__getattribute__(self, "_pair"), name)
+
+
+def _repeat(states: Tensor, groups: int) -> Tensor:
+    """(batch, shared, length, dim) -> (batch, shared * groups, length, dim), a view where one head is shared by all."""
+    batch, shared, length, dim = states.shape
+    return states[:, :, None].expand(batch, shared, groups, length, dim).reshape(batch, shared * groups, length, dim)
+
+
+__all__ = ["GroupedProjection", "NarrowCache", "NarrowCacheView", "NarrowPairView"]

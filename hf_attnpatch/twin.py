@@ -1,0 +1,107 @@
+"""What transformers itself would build from another config, found by building it on the meta device.
+
+No table of attributes per family: the difference between the module tree of the model's own config and that of an
+edited copy *is* what has to change, so a family is expressible in stock transformers exactly if the difference is
+confined to the places that were meant.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+Plain = (bool, int, float, str, tuple, list, type(None))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How the twin's module tree differs.
+
+    Attributes:
+        before: the model built from its own config, on the meta device.
+        twin: the model built from the edited config, on the meta device.
+        modules: paths of modules with a parameter or buffer of another shape, or with other such names, outermost.
+        attributes: (path, name) -> value of plain attributes that differ, outside of those modules.
+    """
+
+    before: nn.Module
+    twin: nn.Module
+    modules: tuple[str, ...]
+    attributes: dict[tuple[str, str], Any]
+
+
+def difference(model: PreTrainedModel, change: Callable[[PretrainedConfig], None]) -> Difference | str:
+    """Build the model's class from its config and from a changed copy, and compare.
+
+    Args:
+        model: the model whose class and config are used; it is not touched and its weights are not read.
+        change: edits the copied config in place.
+
+    Returns:
+        The difference, or a sentence saying why there is none to be had.
+    """
+    try:
+        before, after = _build(model, lambda c: None), _build(model, change)
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        RuntimeError,
+        NotImplementedError,
+        AssertionError,
+    ) as error:
+        return f"{type(model).__name__} cannot be built from the changed config: {error}"
+    changed = _changed_modules("", before, after)
+    inside = tuple(f"{path}." for path in changed)
+    attributes = {
+        key: value
+        for key, value in _changed_attributes(before, after)
+        if key[0] not in changed and not key[0].startswith(inside)
+    }
+    return Difference(before, after, tuple(changed), attributes)
+
+
+def _build(model: PreTrainedModel, change: Callable[[PretrainedConfig], None]) -> nn.Module:
+    config = copy.deepcopy(model.config)
+    change(config)
+    cls = getattr(type(model), "unpatched", type(model))  # a patched class would re-apply its record
+    with torch.device("meta"):
+        twin: nn.Module = cls(config)
+    return twin
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Size]:
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return {name: tensor.shape for name, tensor in own}
+
+
+def _changed_modules(path: str, before: nn.Module, after: nn.Module) -> list[str]:
+    children, others = dict(before.named_children()), dict(after.named_children())
+    if _tensors(before) != _tensors(after) or children.keys() != others.keys() or type(before) is not type(after):
+        return [path]
+    found: list[str] = []
+    for name, child in children.items():
+        found += _changed_modules(f"{path}.{name}".lstrip("."), child, others[name])
+    return found
+
+
+def _changed_attributes(before: nn.Module, after: nn.Module) -> list[tuple[tuple[str, str], Any]]:
+    others = dict(after.named_modules())
+    found = []
+    for path, module in before.named_modules():
+        if path not in others:
+            continue
+        old, new = _plain(module), _plain(others[path])
+        found += [((path, name), new[name]) for name in new if name not in old or old[name] != new[name]]
+    return found
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    return {k: v for k, v in vars(module).items() if isinstance(v, Plain) and not k.startswith("_")}
