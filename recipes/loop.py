@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -165,7 +166,7 @@ def train(
     folder = Path(config.output) / "checkpoints"
     prepare_folder(accelerator, folder, resume)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        recompute(model)
     set_seed(config.seed, device_specific=True)
     prepared, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     progress = checkpoints.restore(accelerator, folder, identity(config, data)) if resume else Progress()
@@ -212,10 +213,30 @@ def run(
 
 
 def new_accelerator(config: TrainConfig) -> Accelerator:
-    """The accelerator that `config` describes."""
-    return Accelerator(
-        mixed_precision=config.mixed_precision, log_with=list(config.trackers) or None, project_dir=config.output
+    """The accelerator that `config` describes.
+
+    Raises:
+        RuntimeError: a launcher started several processes and Accelerate did not join them.
+    """
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # or Accelerate runs every process alone, without a word
+        mixed_precision=config.mixed_precision,
+        log_with=list(config.trackers) or None,
+        project_dir=config.output,
     )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise RuntimeError(
+            f"the launcher started {launched} processes, Accelerate joined {accelerator.num_processes}; make the "
+            "accelerator with loop.new_accelerator before anything else asks Accelerate for its state."
+        )
+    return accelerator
+
+
+def recompute(model: nn.Module) -> None:
+    """Turns gradient checkpointing on, under the name that this version of transformers gives it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def prepare_folder(accelerator: Accelerator, folder: Path, resume: bool) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recipes import settings
 from recipes.data import Blocks, DataConfig, documents, load_blocks
-from recipes.loop import Evaluate, next_token_loss, train
+from recipes.loop import Evaluate, new_accelerator, next_token_loss, train
 from recipes.schedule import TrainConfig
 from recipes.tokenizer import train_tokenizer
 
@@ -78,15 +77,17 @@ def main() -> None:
     values = settings.read(arguments.config, arguments.overrides)
     data = settings.build(DataConfig, values["data"], "data")
     config = settings.build(TrainConfig, values["train"], "train")
-    with PartialState().main_process_first():
+    accelerator = new_accelerator(config)
+    with accelerator.main_process_first():
         tokenizer = load_tokenizer(settings.build(TokenizerConfig, values["tokenizer"], "tokenizer"), data)
         blocks = load_blocks(data, tokenizer)
         heldout = load_blocks(dataclasses.replace(data, source=values["heldout"], max_tokens=None), tokenizer)
     model = new_model(values["model"], tokenizer, config.seed)
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"{size:,} parameters, {blocks.tokens.size:,} training tokens, {len(heldout)} held-out blocks", flush=True)
-    train(model, blocks, next_token_loss, config, evaluate=heldout_loss(heldout, 64), resume=arguments.resume)
-    if PartialState().is_main_process:
+    evaluate = heldout_loss(heldout, 64)
+    train(model, blocks, next_token_loss, config, accelerator=accelerator, evaluate=evaluate, resume=arguments.resume)
+    if accelerator.is_main_process:
         model.save_pretrained(Path(config.output) / "model")
         tokenizer.save_pretrained(Path(config.output) / "model")
         print(f"saved {config.output}/model")
