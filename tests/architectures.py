@@ -65,7 +65,8 @@ _SMALL: dict[str, Any] = {
     # latent attention
     **dict.fromkeys(["kv_lora_rank", "q_lora_rank", "o_lora_rank", "v_head_dim"], 16),
     **dict.fromkeys(["qk_rope_head_dim", "qk_nope_head_dim"], 8),
-    **dict.fromkeys(["index_head_dim", "index_topk"], 16),
+    "index_head_dim": 16,
+    "index_topk": 64,  # fewer than the tokens would select among ties, and cached decoding would then differ
     **dict.fromkeys(["index_n_heads", "o_groups"], 2),
     # linear attention and state spaces
     **dict.fromkeys(["linear_num_key_heads"], 2),
@@ -105,7 +106,13 @@ _ROWS: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {
         **{"swa_num_attention_heads": _HEADS, "swa_num_key_value_heads": _HEADS, "swa_q_lora_rank": 16},
-        **{"swa_kv_lora_rank": 16, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 16},
+        **{
+            "sliding_window": 8,
+            "swa_kv_lora_rank": 16,
+            "swa_head_dim": 16,
+            "swa_qk_nope_head_dim": 8,
+            "swa_v_head_dim": 16,
+        },
     },
     "dots3_note_vision_encoder": {"adapter_in_dim": _WIDTH, "adapter_out_dim": _WIDTH},
     "dots3_note_audio_encoder": {"adapter_input_size": _WIDTH, "adapter_out_dim": _WIDTH, "downsample_hidden_size": 8},
@@ -115,11 +122,14 @@ _ROWS: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "gpt_bigcode": {"multi_query": False},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gemma4_text": {"global_head_dim": 32},
+    "gemma4_unified_text": {"global_head_dim": 32},
     "got_ocr2": {"vision_config": {"output_channels": 16, "mlp_dim": _WIDTH, "image_size": 128}},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
     "hunyuan_v1_dense": {"head_dim": _HEAD_DIM},
     "hunyuan_v1_moe": {"head_dim": _HEAD_DIM},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "laguna": {"num_attention_heads_per_layer": [_HEADS, 2 * _HEADS], "num_hidden_layers": 2},
     "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "block_multiple_of": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "longcat_flash": {"head_dim": 8},  # the rotary dimensions of a head: equal to qk_rope_head_dim
@@ -127,6 +137,7 @@ _ROWS: dict[str, dict[str, Any]] = {
     # head_dim times its partial rotary factor of 0.334 is 8; sliding layers have twice num_key_value_heads
     "mimo_v2_flash": {"head_dim": 24, "num_key_value_heads": _HEADS // 2},
     "ministral": {"head_dim": _HEAD_DIM},
+    "moshi": {"sliding_window": 128},  # a shorter one makes cached decoding differ from the full forward in 5.23
     "musicgen": {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"}, "decoder": {}},
     "musicgen_melody": {
         "text_encoder": {"model_type": "t5"},
@@ -224,7 +235,7 @@ def tiny_inputs(model: PreTrainedModel, batch: int = 2, length: int = 24, seed: 
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Moves every parameter away from its initial value; the same values for a seed whatever the dtype.
+    """Moves every trainable parameter away from its initial value; the same values for a seed whatever the dtype.
 
     Matrices get a spread of 1/sqrt(fan-in), so that attention is not uniform and logits are O(1); vectors (norm
     weights, biases, sinks, decay rates) keep their initial value and get noise of 0.2 on top.
@@ -233,6 +244,8 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
     owners = {f"{m}.{p}" if m else p: module for m, module in model.named_modules() for p in module._parameters}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue  # a fixed sinusoidal table: not in checkpoints, computed again on loading
             noise = torch.randn(parameter.shape, generator=generator)
             spread = _spread(owners[name], name, parameter)
             if spread is None:
