@@ -33,6 +33,16 @@ class Progress:
     window_loss: float = 0.0  # sum of losses since the last log line
     window_tokens: int = 0
 
+    def after(self, value: float, tokens: int, seconds: float) -> Progress:
+        """The counters after one more step: its sum of losses, its tokens, its duration."""
+        return Progress(
+            step=self.step + 1,
+            tokens=self.tokens + tokens,
+            seconds=self.seconds + seconds,
+            window_loss=self.window_loss + value,
+            window_tokens=self.window_tokens + tokens,
+        )
+
 
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""

@@ -231,8 +231,8 @@ def load_blocks(config: DataConfig, tokenizer: Any) -> Blocks:
     path = Path(config.cache) / f"{digest}.{'u16' if len(tokenizer) <= 2**16 else 'u32'}"
     if not path.exists():
         write_tokens(config, tokenizer, path)
-    tokens = np.memmap(path, dtype=np.uint16 if path.suffix == ".u16" else np.uint32, mode="r")
-    tokens = tokens[: config.max_tokens]
+    kind = np.dtype(np.uint16 if path.suffix == ".u16" else np.uint32)
+    tokens: npt.NDArray[Any] = np.memmap(path, dtype=kind, mode="r")[: config.max_tokens]
     if len(tokens) < config.block:
         raise DataError(
             f"{config.source}: found {len(tokens)} tokens, wanted at least one block of {config.block}; give more text "

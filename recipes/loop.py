@@ -22,8 +22,9 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from rich.progress import MofNCompleteColumn, TaskID
+from rich.progress import Progress as Bar
 from torch import nn
-from tqdm.auto import tqdm
 
 from recipes import checkpoints
 from recipes.checkpoints import Progress, ResumeError
@@ -189,8 +190,7 @@ def run(
     evaluate: Evaluate | None,
 ) -> None:
     """The loop itself: from `progress` to `config.steps`, on a prepared model and optimizer."""
-    hidden = None if accelerator.is_local_main_process else True  # None: shown where there is a terminal
-    bar = tqdm(total=config.steps, initial=progress.step, disable=hidden, unit="step")
+    bar, task = progress_bar(accelerator, config.steps, progress.step)
     model.train()
     while progress.step < config.steps:
         started = time.perf_counter()
@@ -198,18 +198,26 @@ def run(
             group["lr"] = learning_rate(config, progress.step)
         parts = batches(config, data, progress.step, accelerator)
         value, tokens = optimizer_step(accelerator, model, optimizer, parts, loss, config)
-        progress = advance(progress, value, tokens, time.perf_counter() - started)
-        bar.update()
+        progress = progress.after(value, tokens, time.perf_counter() - started)
+        bar.update(task, advance=1)
         last = progress.step == config.steps
         evaluated = evaluate is not None and due(config.eval_every, progress.step, last)
         if evaluated or due(config.log_every, progress.step, last):
             log.write(record(config, progress) | (measured(model, evaluate) if evaluate and evaluated else {}))
-            bar.set_postfix(loss=f"{log.records[-1]['loss']:.4f}")
+            bar.update(task, description=f"loss {log.records[-1]['loss']:.4f}")
             progress = replace(progress, window_loss=0.0, window_tokens=0)
         if due(config.save_every, progress.step, last):
             folder = Path(config.output) / "checkpoints"
             checkpoints.save(accelerator, folder, progress, identity(config, data), config.keep)
-    bar.close()
+    bar.stop()
+
+
+def progress_bar(accelerator: Accelerator, steps: int, done: int) -> tuple[Bar, TaskID]:
+    """A started progress bar, shown by one process a machine and only where there is a terminal."""
+    bar = Bar(*Bar.get_default_columns(), MofNCompleteColumn())
+    bar.disable = not (bar.console.is_terminal and accelerator.is_local_main_process)
+    bar.start()
+    return bar, bar.add_task("training", total=steps, completed=done)
 
 
 def new_accelerator(config: TrainConfig) -> Accelerator:
@@ -233,7 +241,7 @@ def new_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def recompute(model: nn.Module) -> None:
+def recompute(model: Any) -> None:
     """Turns gradient checkpointing on, under the name that this version of transformers gives it."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -254,22 +262,11 @@ def prepare_folder(accelerator: Accelerator, folder: Path, resume: bool) -> None
 
 
 def identity(config: TrainConfig, data: Dataset) -> dict[str, Any]:
-    """What must not change between a run and its resumption, as JSON gives it back."""
-    free = ("output", "log_every", "eval_every", "save_every", "keep", "trackers")
+    """What must not change between a run and its resumption, as JSON gives it back; `steps` may be cut or extended."""
+    free = ("output", "steps", "log_every", "eval_every", "save_every", "keep", "trackers")
     settings = {key: value for key, value in asdict(config).items() if key not in free}
     settings |= {"examples": len(data), "data": getattr(data, "fingerprint", None)}
     return dict(json.loads(json.dumps(settings)))
-
-
-def advance(progress: Progress, value: float, tokens: int, seconds: float) -> Progress:
-    """The counters after one more step."""
-    return Progress(
-        step=progress.step + 1,
-        tokens=progress.tokens + tokens,
-        seconds=progress.seconds + seconds,
-        window_loss=progress.window_loss + value,
-        window_tokens=progress.window_tokens + tokens,
-    )
 
 
 def record(config: TrainConfig, progress: Progress) -> dict[str, float]:
