@@ -235,7 +235,7 @@ def tiny_inputs(model: PreTrainedModel, batch: int = 2, length: int = 24, seed: 
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Moves every trainable parameter away from its initial value; the same values for a seed whatever the dtype.
+    """Moves every parameter away from its initial value; the same values for a seed whatever the dtype.
 
     Matrices get a spread of 1/sqrt(fan-in), so that attention is not uniform and logits are O(1); vectors (norm
     weights, biases, sinks, decay rates) keep their initial value and get noise of 0.2 on top.
@@ -244,13 +244,12 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
     owners = {f"{m}.{p}" if m else p: module for m, module in model.named_modules() for p in module._parameters}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
+            if "embed_positions" in name and not parameter.requires_grad:
                 continue  # a fixed sinusoidal table: not in checkpoints, computed again on loading
             noise = torch.randn(parameter.shape, generator=generator)
             spread = _spread(owners[name], name, parameter)
             if spread is None:
-                start = torch.nan_to_num(parameter.float())  # transformers leaves a few parameters uninitialised
-                parameter.copy_(start + 0.2 * noise)
+                parameter.copy_(parameter.float() + 0.2 * noise)
             else:
                 parameter.copy_(noise * spread)
 
