@@ -8,14 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .errors import UnsupportedArchitecture
 from .layouts import LAYOUTS, Layout, Rows, is_projection, weight_rows
 
+# What a module's own children and parameters are called where it keeps something else than keys and values.
+_OTHER = {
+    "latent attention caches a compressed vector, which has no heads to share": ("kv_a_proj", "kv_b_proj", "kv_lora"),
+    "linear attention keeps a state, not keys and values": ("A_log", "dt_bias", "slope_rate", "conv1d", "receptance"),
+}
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "num_q_heads", "n_head")
-_HEAD_DIM = ("head_dim", "attention_head_size", "qk_head_dim", "head_size")
+_HEAD_DIM = ("head_dim", "dim_head", "attention_head_size", "qk_head_dim", "head_size")
 _CROSS = ("crossattention", "cross_attn", "encoder_attn", "cross_attention")
+_TOWERS = ("vision", "audio", "image", "speech")
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Site:
         causal: whether it looks back only; ``None`` where the module does not say.
         cross: whether keys and values come from another sequence.
         dispatches: whether it calls the attention function registered under the model's implementation.
+        config: dotted path of the sub-config that built it, empty for the model's own.
     """
 
     path: str
@@ -47,6 +54,12 @@ class Site:
     causal: bool | None
     cross: bool
     dispatches: bool
+    config: str
+
+    @property
+    def tower(self) -> bool:
+        """Whether it belongs to an image or audio tower beside the language model."""
+        return any(word in self.config for word in _TOWERS)
 
     def rows(self, num_kv_heads: int | None = None) -> Rows:
         """Return which output rows belong to which head, for this or another number of key-value heads."""
@@ -56,11 +69,19 @@ class Site:
 
 @dataclass(frozen=True)
 class Rotary:
-    """One module that computes rotary angles: its path, class and the rope type (by layer type where nested)."""
+    """One module that computes rotary angles.
+
+    Attributes:
+        path: as in ``named_modules``.
+        kind: class name.
+        rope_type: transformers' name for its frequencies, by layer type where nested.
+        config: dotted path of the config that built it, None where it was built from something else.
+    """
 
     path: str
     kind: str
     rope_type: str | Mapping[str, str]
+    config: str | None
 
 
 @dataclass(frozen=True)
@@ -140,10 +161,11 @@ def _sites(model: PreTrainedModel) -> tuple[tuple[Site, ...], dict[str, str]]:
     sites: list[Site] = []
     unread: dict[str, str] = {}
     for path, module in model.named_modules():
-        layout = next((row for row in LAYOUTS if row.matches(module)), None)
+        other = _other_state(module)
+        layout = None if other else next((row for row in LAYOUTS if row.matches(module)), None)
         if layout is None:
-            if _looks_like_attention(module):
-                unread[path] = f"{type(module).__name__} matches no row of hf_attnpatch/layouts.py"
+            if other or _looks_like_attention(module):
+                unread[path] = f"{type(module).__name__}: {other or 'matches no row of hf_attnpatch/layouts.py'}"
             continue
         site = _site(model, path, module, layout)
         if isinstance(site, str):
@@ -152,6 +174,12 @@ def _sites(model: PreTrainedModel) -> tuple[tuple[Site, ...], dict[str, str]]:
             sites.append(site)
     inner = {s.path for s in sites}  # a wrapper whose child was read is no second place
     return tuple(sites), {p: why for p, why in unread.items() if not any(i.startswith(p + ".") for i in inner)}
+
+
+def _other_state(module: nn.Module) -> str | None:
+    """Say what a module keeps instead of keys and values, or None."""
+    names = [*module._modules, *module._parameters, *module._buffers]
+    return next((why for why, words in _OTHER.items() if any(w in n for n in names for w in words)), None)
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
@@ -180,9 +208,32 @@ def _site(model: PreTrainedModel, path: str, module: nn.Module, layout: Layout) 
         v_head_dim=v_dim,
         output=_output(path, model, module, layout),
         causal=getattr(module, "is_causal", None),
-        cross=bool(getattr(module, "is_cross_attention", False)) or path.rpartition(".")[2].lower() in _CROSS,
+        cross=_is_cross(path, module),
         dispatches=_dispatches(type(module)),
+        config=_owner(model, module),
     )
+
+
+def _is_cross(path: str, module: nn.Module) -> bool:
+    named = path.rpartition(".")[2].lower() in _CROSS or "Cross" in type(module).__name__
+    return named or bool(getattr(module, "is_cross_attention", False))
+
+
+def _owner(model: PreTrainedModel, module: nn.Module) -> str:
+    """Return the path of the config that built a module; the language model's where the module does not say."""
+    path = config_path(model, getattr(module, "config", None))
+    return path if path is not None else config_path(model, model.config.get_text_config(decoder=True)) or ""
+
+
+def config_path(model: PreTrainedModel, config: object) -> str | None:
+    """Return the dotted path of a config object below the model's, empty for the model's own, None if not there."""
+    todo: list[tuple[str, Any]] = [("", model.config)]
+    while todo:
+        path, found = todo.pop()
+        if found is config:
+            return path
+        todo += [(f"{path}.{k}".lstrip("."), v) for k, v in vars(found).items() if isinstance(v, PretrainedConfig)]
+    return None
 
 
 def _counts(module: nn.Module, heads: int, head_dim: int, outs: list[int]) -> tuple[int, int] | str:
@@ -229,7 +280,8 @@ def _rotary(model: PreTrainedModel) -> Iterator[Rotary]:
         names = {n for n, _ in module.named_buffers(recurse=False)}
         if any(n.endswith("inv_freq") for n in names):
             kind: Any = getattr(module, "rope_type", "default")
-            yield Rotary(path, type(module).__name__, dict(kind) if isinstance(kind, Mapping) else str(kind))
+            types = dict(kind) if isinstance(kind, Mapping) else str(kind)
+            yield Rotary(path, type(module).__name__, types, config_path(model, getattr(module, "config", None)))
 
 
 def _tables(model: PreTrainedModel) -> Iterator[tuple[str, int]]:

@@ -127,6 +127,8 @@ LAYOUTS = (
     Layout("query/key/value_proj", "query_proj", "key_proj", "value_proj", ("..output.dense", *_OUT)),
     Layout("q_lin/k_lin/v_lin", "q_lin", "k_lin", "v_lin", _OUT),
     Layout("wq/wk/wv", "wq", "wk", "wv", _OUT),
+    Layout("project_q/k/v", "project_q", "project_k", "project_v", ("attention_out",)),
+    Layout("Wq/Wk/Wv", "Wq", "Wk", "Wv", ("dense",)),
     Layout("linear_q/k/v", "linear_q", "linear_k", "linear_v", ("linear_out",)),
     Layout("q/k/v bare", "q", "k", "v", _OUT),
     _fused("c_attn blocks", "c_attn", ("c_proj",), blocks),

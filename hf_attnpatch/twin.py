@@ -8,15 +8,35 @@ confined to the places that were meant.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .edits import SetConfig
+
 Plain = (bool, int, float, str, tuple, list, type(None))
+
+
+class Change(NamedTuple):
+    """One config field: dotted path of the sub-config (empty for the model's own), name, new value."""
+
+    path: str
+    field: str
+    value: Any
+
+    def assign(self, config: PretrainedConfig) -> None:
+        """Set it on a (copied) config."""
+        for name in filter(None, self.path.split(".")):
+            config = getattr(config, name)
+        setattr(config, self.field, copy.deepcopy(self.value))
+
+    def edit(self) -> SetConfig:
+        """Return the edit that sets it on a model."""
+        return SetConfig(self.path, self.field, self.value)
 
 
 @dataclass(frozen=True)
@@ -36,18 +56,18 @@ class Difference:
     attributes: dict[tuple[str, str], Any]
 
 
-def difference(model: PreTrainedModel, change: Callable[[PretrainedConfig], None]) -> Difference | str:
+def difference(model: PreTrainedModel, changes: Sequence[Change]) -> Difference | str:
     """Build the model's class from its config and from a changed copy, and compare.
 
     Args:
         model: the model whose class and config are used; it is not touched and its weights are not read.
-        change: edits the copied config in place.
+        changes: fields to set on the copy.
 
     Returns:
         The difference, or a sentence saying why there is none to be had.
     """
     try:
-        before, after = _build(model, lambda c: None), _build(model, change)
+        before, after = _build(model, ()), _build(model, changes)
     except (
         ValueError,
         TypeError,
@@ -68,9 +88,10 @@ def difference(model: PreTrainedModel, change: Callable[[PretrainedConfig], None
     return Difference(before, after, tuple(changed), attributes)
 
 
-def _build(model: PreTrainedModel, change: Callable[[PretrainedConfig], None]) -> nn.Module:
+def _build(model: PreTrainedModel, changes: Sequence[Change]) -> nn.Module:
     config = copy.deepcopy(model.config)
-    change(config)
+    for change in changes:
+        change.assign(config)
     cls = getattr(type(model), "unpatched", type(model))  # a patched class would re-apply its record
     with torch.device("meta"):
         twin: nn.Module = cls(config)

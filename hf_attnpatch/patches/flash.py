@@ -63,7 +63,7 @@ class Flash(Patch):
         reasons: list[str] = []
         for name, why_not in self._tried(request, wanted):
             if why_not is None:
-                return self._chosen(model, anatomy, name, reasons)
+                return self._chosen(request, anatomy, name, reasons)
             reasons.append(f"{name}: {why_not}")
         if self.backend != "auto":
             raise AttnPatchError(f"{anatomy.architecture}: {reasons[0]}. Choose another backend, or backend='auto'.")
@@ -79,12 +79,11 @@ class Flash(Patch):
                 why = _disagrees(request, name, inputs, reference)
             yield name, why
 
-    def _chosen(self, model: PreTrainedModel, anatomy: Anatomy, name: str, reasons: list[str]) -> Proposal:
+    def _chosen(self, request: Candidate, anatomy: Anatomy, name: str, reasons: list[str]) -> Proposal:
+        model, dtype = request.model, str(request.dtype).removeprefix("torch.")
+        kernel = "forward and backward" if request.training else "forward"
         passed = f"; passed over {'; '.join(reasons)}" if reasons else ""
-        kernel = (
-            "forward and backward" if (self.training if self.training is not None else model.training) else "forward"
-        )
-        note = f"{name} on {model.device.type} in {str(model.dtype).removeprefix('torch.')}, {kernel} proved on a probe{passed}"
+        note = f"{name} on {model.device.type} in {dtype}, {kernel} proved on a probe{passed}"
         if model.config._attn_implementation == name:
             return Proposal((), (), (f"already in use: {note}",), preserves=True)
         sites = tuple(s.path for s in anatomy.sites if s.dispatches)

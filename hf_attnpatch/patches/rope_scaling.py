@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..edits import Edit, ReplaceModule, SetAttribute, SetConfig
+from ..edits import Edit, ReplaceModule, SetAttribute, config_at
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..patch import Patch, Proposal
 from ..rope_parameters import KINDS, Window, scaled
-from ..twin import difference
+from ..twin import Change, difference
 
 _LOCAL = ("sliding", "local", "chunked")
 
@@ -70,93 +70,80 @@ class RopeScaling(Patch):
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Say which rotary modules would be rebuilt; see :meth:`Patch.propose`."""
-        prefix, text = _text_config(model.config)
-        paths = self._rotary_paths(model, anatomy, text)
+        owners = self._owners(model, anatomy)
         if self.factor == 1 and self.long_factor is None and self.short_factor is None:
             return Proposal((), (), ("a factor of 1 changes nothing",), preserves=True)
-        fields, notes = self._fields(model, text, paths)
-        found = difference(model, lambda config: _assign(config, prefix, fields))
+        changes: list[Change] = []
+        notes: list[str] = []
+        for config, paths in owners.items():
+            fields, said = self._fields(config_at(model, config), model.get_submodule(paths[0]))
+            changes += [Change(config, name, value) for name, value in fields.items()]
+            notes += [note for note in said if note not in notes]
+        paths = [path for group in owners.values() for path in group]
+        found = difference(model, changes)
         if isinstance(found, str):
             raise AttnPatchError(f"{anatomy.architecture}: {found}.")
-        rebuilt = [p for p in found.modules if p not in paths]
-        if rebuilt:
+        longer = [p for p in found.modules if p not in paths]
+        if longer:
             raise UnsupportedArchitecture(
-                f"{rebuilt[0]}: has tensors as long as the context; this patch would not resize them."
+                f"{longer[0] or anatomy.architecture}: has tensors as long as the context, which this would not resize."
             )
-        edits: list[Edit] = [SetConfig(prefix, name, value) for name, value in fields.items()]
+        edits: list[Edit] = [change.edit() for change in changes]
         edits += [SetAttribute(*key, value) for key, value in found.attributes.items() if key[0] not in paths]
         edits += [ReplaceModule(path, _rebuild, f"rope: {self.kind}") for path in paths]
-        return Proposal(tuple(edits), tuple(paths), notes)
+        return Proposal(tuple(edits), tuple(paths), tuple(notes))
 
-    def _rotary_paths(self, model: PreTrainedModel, anatomy: Anatomy, text: PretrainedConfig) -> list[str]:
-        """Return the rotary modules that this config builds, or refuse."""
-        paths = [r.path for r in anatomy.rotary if getattr(model.get_submodule(r.path), "config", None) is text]
-        if not paths or not getattr(text, "rope_parameters", None):
+    def _owners(self, model: PreTrainedModel, anatomy: Anatomy) -> dict[str, list[str]]:
+        """Return, for each config with rotary parameters, the modules that it builds; or refuse."""
+        owners: dict[str, list[str]] = {}
+        for rotary in anatomy.rotary:
+            if rotary.config is None or not getattr(config_at(model, rotary.config), "rope_parameters", None):
+                continue
+            needed = _required_arguments(type(model.get_submodule(rotary.path)))
+            if needed != ["config"]:
+                raise UnsupportedArchitecture(
+                    f"{rotary.path}: {rotary.kind} is built from {needed}, not from a config."
+                )
+            owners.setdefault(rotary.config, []).append(rotary.path)
+        if not owners:
             raise UnsupportedArchitecture(
                 f"{anatomy.architecture}: rope scaling needs a rotary module built from config.rope_parameters; "
                 f"positions here are: {anatomy.positions}."
             )
-        for path in paths:
-            needed = _required_arguments(type(model.get_submodule(path)))
-            if needed != ["config"]:
-                raise UnsupportedArchitecture(
-                    f"{path}: {anatomy.architecture} builds it from {needed}, not from a config."
-                )
-        return paths
+        return owners
 
-    def _fields(
-        self, model: PreTrainedModel, text: PretrainedConfig, paths: list[str]
-    ) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """Return the config fields to set, and what to tell the user."""
-        old: Mapping[str, Any] = text.rope_parameters
+    def _fields(self, config: PretrainedConfig, module: nn.Module) -> tuple[dict[str, Any], list[str]]:
+        """Return the fields to set in one config, and what to tell the user."""
+        old: Mapping[str, Any] = config.rope_parameters
         nested = [key for key, value in old.items() if isinstance(value, Mapping)]
         chosen = self._chosen(nested)
-        window = int(text.max_position_embeddings)
-        module = model.get_submodule(paths[0])
-        notes = (
-            [f"scales {', '.join(chosen)}; {', '.join(k for k in nested if k not in chosen) or 'nothing'} left alone"]
-            if nested
-            else []
-        )
-        new = dict(old)
+        window, new = int(config.max_position_embeddings), dict(old)
+        rest = ", ".join(k for k in nested if k not in chosen) or "nothing"
+        notes = [f"scales {', '.join(chosen)}; {rest} left alone"] if nested else []
         for key in chosen or [""]:
             before = old[key] if key else old
-            frequencies = _frequencies(module, key)
-            after = scaled(self, before, Window(window, frequencies, _attention_scaling(module, key)))
+            now = Window(window, _frequencies(module, key), _attention_scaling(module, key))
+            after = scaled(self, before, now)
             if before.get("rope_type", "default") not in ("default", after["rope_type"]):
                 notes.append(f"{before['rope_type']} times {self.kind}, written as {after['rope_type']}")
             new = {**new, key: after} if key else after
         fields: dict[str, Any] = {"rope_parameters": new}
-        if self.kind != "dynamic":  # transformers' dynamic kind measures growth against this very field
-            fields["max_position_embeddings"] = round(window * self.factor)
-            if (
-                getattr(text, "original_max_position_embeddings", None) is not None
-            ):  # Phi-3 keeps it outside, with priority
-                fields["original_max_position_embeddings"] = new.get("original_max_position_embeddings", window)
-        else:
+        if self.kind == "dynamic":  # transformers measures its growth against max_position_embeddings
             notes.append("transformers recomputes dynamic angles as the text grows: cached keys keep their old ones")
-        return fields, tuple(notes)
+            return fields, notes
+        fields["max_position_embeddings"] = round(window * self.factor)
+        if getattr(config, "original_max_position_embeddings", None) is not None:  # Phi-3: outside, with priority
+            fields["original_max_position_embeddings"] = new.get("original_max_position_embeddings", window)
+        return fields, notes
 
     def _chosen(self, nested: list[str]) -> list[str]:
         if self.layer_types is None:
             return [key for key in nested if not any(word in key for word in _LOCAL)] or nested
         unknown = [key for key in self.layer_types if key not in nested]
         if unknown:
-            raise AttnPatchError(
-                f"layer type {unknown[0]!r} has no rotary parameters; there are: {', '.join(nested) or 'none'}."
-            )
+            there = ", ".join(nested) or "none"
+            raise AttnPatchError(f"layer type {unknown[0]!r} has no rotary parameters of its own; there are: {there}.")
         return list(self.layer_types)
-
-
-def _text_config(config: PretrainedConfig) -> tuple[str, PretrainedConfig]:
-    text = config.get_text_config(decoder=True)
-    return next((name for name, value in vars(config).items() if value is text), ""), text
-
-
-def _assign(config: PretrainedConfig, prefix: str, fields: Mapping[str, Any]) -> None:
-    owner = getattr(config, prefix) if prefix else config
-    for name, value in fields.items():
-        setattr(owner, name, value)
 
 
 def _required_arguments(kind: type[nn.Module]) -> list[str]:
@@ -183,9 +170,4 @@ def _attention_scaling(module: nn.Module, layer_type: str) -> float:
 
 def _rebuild(old: nn.Module) -> nn.Module:
     """Build the module again from its config, which has been edited by now."""
-    device = next(_buffers(old)).device
-    return type(old)(old.config).to(device)
-
-
-def _buffers(module: nn.Module) -> Iterator[Tensor]:
-    return module.buffers()
+    return type(old)(old.config).to(next(old.buffers()).device)
