@@ -1,0 +1,38 @@
+"""What generation keeps in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def cache_bytes_per_token(model: nn.Module, *, length: int = 16) -> float:
+    """Measure by how many bytes ``past_key_values`` grows for each further token.
+
+    Read from the cache itself after two prefills, of ``length`` and of twice as many tokens, never from the config: a
+    state that does not grow (a recurrence, a full sliding window) does not count.
+
+    Args:
+        model: a causal language model; run in eval mode, put back as it was.
+        length: tokens of the shorter prefill.
+
+    Raises:
+        ValueError: the model returns no ``past_key_values``.
+    """
+    training = model.training
+    model.eval()
+    sizes = [_cache_bytes(model, tokens) for tokens in (length, 2 * length)]
+    model.train(training)
+    return (sizes[1] - sizes[0]) / length
+
+
+def _cache_bytes(model: nn.Module, tokens: int) -> int:
+    ids = torch.arange(tokens, device=next(model.parameters()).device)[None] % 7  # 1, tokens
+    past: Any = model(input_ids=ids, use_cache=True).past_key_values
+    if past is None:
+        raise ValueError(f"{type(model).__name__} returned no past_key_values, so there is no cache to measure.")
+    layers = getattr(past, "layers", None) or [past]
+    return sum(t.numel() * t.element_size() for layer in layers for t in vars(layer).values() if isinstance(t, Tensor))
