@@ -1,0 +1,133 @@
+"""``attnpatch describe | plan | apply | verify | demo``: the verbs of the package on checkpoints.
+
+torch and transformers are imported by the commands, not by this file: ``attnpatch --help`` must be quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import cli_models, cli_specs
+
+app = typer.Typer(
+    name="attnpatch",
+    help="Swap the attention or the positions of a pretrained transformers model, and say what happened.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="A checkpoint folder, a hub name, or `embedded`.", show_default=False)]
+Patches = Annotated[
+    list[str],
+    typer.Option("--patch", "-p", metavar="NAME:FIELD=VALUE,...", help="Repeat it to apply several, in order."),
+]
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", metavar="FILE", help="A YAML list of patches; they come before --patch.")
+]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="Where the model is loaded: cpu, cuda, cuda:1 ...")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that the checkpoint carries run.")]
+
+
+@app.command()
+def describe(model: Model, trust_remote_code: Trust = False) -> None:
+    """Say where a model attends and how it knows positions. Reads the config only; no weights are loaded."""
+    with _clear_errors():
+        import hf_attnpatch as ap
+
+        typer.echo(ap.describe(cli_models.Source(name=model, trust_remote_code=trust_remote_code).skeleton()))
+
+
+@app.command()
+def plan(
+    model: Model,
+    patch: Patches = [],  # noqa: B006 - typer copies it
+    plan_file: PlanFile = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Say what `apply` would do, and do nothing. Weights are loaded only for `flash`, which proves its choice."""
+    with _clear_errors():
+        import hf_attnpatch as ap
+
+        patches = cli_specs.patches(plan_file, patch)
+        source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        probes = any(isinstance(each, ap.Flash) for each in patches)
+        typer.echo(ap.plan(source.model() if probes else source.skeleton(), *patches))
+
+
+@app.command()
+def apply(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder for the patched checkpoint.", show_default=False)],
+    patch: Patches = [],  # noqa: B006 - typer copies it
+    plan_file: PlanFile = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Patch a checkpoint and save it to OUT, with its tokenizer; OUT appears whole or not at all."""
+    with _clear_errors():
+        import hf_attnpatch as ap
+
+        patches = cli_specs.patches(plan_file, patch)
+        source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        with cli_models.replacing(out, overwrite) as folder:
+            loaded = source.model()
+            report = ap.apply(loaded, *patches)
+            loaded.save_pretrained(folder)
+            tokenizer = source.tokenizer()
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        typer.echo(report)
+        typer.echo(f"saved {out}{'' if tokenizer is not None else ' (no tokenizer in the source)'}")
+
+
+@app.command()
+def verify(model: Model, dtype: Dtype = "auto", device: Device = "cpu", trust_remote_code: Trust = False) -> None:
+    """Probe a checkpoint, patched or not, and pass or fail each invariant; exit with 1 if one fails."""
+    with _clear_errors():
+        from .verify import verify as probe
+
+        source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        outcome = probe(source.model())
+    typer.echo(outcome)
+    raise typer.Exit(0 if outcome.passed else 1)
+
+
+@app.command()
+def demo(output: Annotated[Path, typer.Option(help="Folder for tables and figures.")] = Path("outputs/demo")) -> None:
+    """Patch, uptrain and evaluate the embedded model; prints a table and where the figures are."""
+    with _clear_errors():
+        from .demo import run
+
+        run(output)
+
+
+@contextlib.contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Show what a user can mend in one line, with exit code 1; anything else is a bug and keeps its traceback."""
+    from .errors import AttnPatchError
+
+    try:
+        yield
+    except (AttnPatchError, OSError) as error:
+        typer.secho(f"attnpatch: {' '.join(str(error).split())}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from error
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Models and folders for the command line: load what a name means, write a checkpoint whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+EMBEDDED = "embedded"
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+# A class that several of these know (GPT-2's language model, say) is loaded by the first.
+_AUTO = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a model comes from and how it is to be loaded.
+
+    Attributes:
+        name: a folder, a hub name, or ``embedded``.
+        dtype: a torch dtype by name, or ``auto`` for the checkpoint's own.
+        device: a torch device.
+        trust_remote_code: whether code in the checkpoint may run.
+    """
+
+    name: str
+    dtype: str = "auto"
+    device: str = "cpu"
+    trust_remote_code: bool = False
+
+    @property
+    def location(self) -> str:
+        """The folder or hub name.
+
+        Raises:
+            AttnPatchError: the embedded model is not there.
+        """
+        if self.name != EMBEDDED or Path(self.name).exists():
+            return self.name
+        from .embedded import path
+        from .errors import AttnPatchError
+
+        folder = path()
+        if not (folder / "config.json").is_file():
+            raise AttnPatchError(f"{folder}: the embedded model is not in this installation; reinstall hf_attnpatch.")
+        return str(folder)
+
+    def config(self) -> PretrainedConfig:
+        """Return the config alone."""
+        from transformers import AutoConfig
+
+        with _explained(self.name):
+            return AutoConfig.from_pretrained(self.location, trust_remote_code=self.trust_remote_code)
+
+    def skeleton(self) -> PreTrainedModel:
+        """Return the model without weights: parameters on the meta device, rotary angles and other buffers real."""
+        from accelerate import init_empty_weights
+
+        config = self.config()
+        with _explained(self.name), init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=self.trust_remote_code)
+        return model.eval()
+
+    def model(self) -> PreTrainedModel:
+        """Return the model with its weights, of the class that the config's ``architectures`` names."""
+        self._check_dtype()
+        config = self.config()
+        with _explained(self.name):
+            model: PreTrainedModel = auto_class(config).from_pretrained(
+                self.location, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+            )
+            return model.to(self.device).eval()
+
+    def tokenizer(self) -> Any | None:
+        """Return the tokenizer, or None where the checkpoint has none."""
+        from transformers import AutoTokenizer
+        from transformers.utils import cached_file
+
+        for file in _TOKENIZER_FILES:
+            with contextlib.suppress(OSError):
+                cached_file(self.location, file)
+                with _explained(self.name):
+                    return AutoTokenizer.from_pretrained(self.location, trust_remote_code=self.trust_remote_code)
+        return None
+
+    def _check_dtype(self) -> None:
+        import torch
+
+        from .errors import AttnPatchError
+
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise AttnPatchError(f"--dtype {self.dtype}: choose auto, float32, bfloat16 or float16.")
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """Return the Auto class that gives the architecture named in a config, task head included.
+
+    Raises:
+        AttnPatchError: no Auto class of the installed transformers knows it.
+    """
+    from transformers.models.auto import modeling_auto
+
+    from .errors import AttnPatchError
+
+    names = [*_AUTO, *(n for n in modeling_auto.__all__ if n.startswith("AutoModelFor")), "AutoModel"]
+    wanted = [name.removeprefix("Patched") for name in getattr(config, "architectures", None) or ()]
+    remote = getattr(config, "auto_map", None) or {}
+    for name in dict.fromkeys(names):
+        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None) or {}
+        found = mapping[type(config)] if type(config) in mapping else ()
+        classes = found if isinstance(found, (list, tuple)) else (found,)
+        if any(cls.__name__.removeprefix("Patched") in wanted for cls in classes) or name in remote:
+            return getattr(modeling_auto, name)
+    raise AttnPatchError(
+        f"architectures {wanted} of model type {config.model_type!r}: no Auto class of the installed transformers "
+        "gives it; write the class that the checkpoint was saved from into `architectures` of its config.json."
+    )
+
+
+@contextlib.contextmanager
+def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
+    """Give an empty folder beside ``target`` that takes its name once everything is written, or vanishes.
+
+    Args:
+        target: where the folder is wanted; must not exist, or be empty.
+        overwrite: whether a folder that is there may be replaced.
+
+    Raises:
+        AttnPatchError: something is in the way.
+    """
+    from .errors import AttnPatchError
+
+    target = Path(os.path.abspath(target))
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
+        raise AttnPatchError(f"{target} is not empty; choose another OUT, or add --overwrite to replace a folder.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        new, old = aside / "new", aside / "old"
+        new.mkdir()
+        yield new
+        if target.exists():
+            target.rename(old)
+        try:
+            new.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    finally:
+        shutil.rmtree(aside)
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn what transformers says about a checkpoint it cannot load into one line."""
+    from .errors import AttnPatchError
+
+    try:
+        yield
+    except AttnPatchError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise AttnPatchError(f"{name}: cannot be loaded: {' '.join(str(error).split())[:400]}") from error
