@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -43,6 +43,8 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         target = values
         for parent in parents:
             target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise SettingsError(f"--set {override}: {parent} is {target!r}, no section; set it as a whole.")
         target[leaf] = yaml.safe_load(value)
     return values
 
@@ -59,8 +61,10 @@ def build(kind: type[T], values: dict[str, Any] | None, section: str) -> T:
         An instance of `kind`.
 
     Raises:
-        SettingsError: a key is unknown or a required one is missing.
+        SettingsError: a key is unknown or a required one is missing, or a value is no number or not one of the choices.
     """
+    if not isinstance(values or {}, dict):
+        raise SettingsError(f"{section}: expected a mapping, found {values!r}.")
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     given = dict(values or {})
     unknown = sorted(set(given) - set(fields))
@@ -71,15 +75,20 @@ def build(kind: type[T], values: dict[str, Any] | None, section: str) -> T:
     absent = [name for name in required if name not in given]
     if absent:
         raise SettingsError(f"{section}: {', '.join(absent)} must be given.")
-    return kind(**{name: _value(fields[name], value, section) for name, value in given.items()})
+    types = get_type_hints(kind)
+    return kind(**{name: _value(types[name], value, f"{section}.{name}") for name, value in given.items()})
 
 
-def _value(field: dataclasses.Field[Any], value: Any, section: str) -> Any:
-    if field.type in ("float", float):
+def _value(kind: Any, value: Any, name: str) -> Any:
+    if kind is float:
         try:
             return float(value)  # YAML reads 2e-3 as a string
         except (TypeError, ValueError) as error:
-            raise SettingsError(f"{section}.{field.name}: expected a number, found {value!r}.") from error
+            raise SettingsError(f"{name}: expected a number, found {value!r}.") from error
+    if get_origin(kind) is Literal and value not in get_args(kind):
+        raise SettingsError(f"{name}: {value!r} does not exist; choose from {', '.join(map(repr, get_args(kind)))}.")
+    if kind is int and (not isinstance(value, int) or isinstance(value, bool)):
+        raise SettingsError(f"{name}: expected a whole number, found {value!r}.")
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -108,5 +108,16 @@ def test_settings_are_checked_key_by_key(tmp_path):
         settings.build(TrainConfig, {"steps": 1, "batch_size": 1}, "train")
     with pytest.raises(settings.SettingsError, match=r"expected section\.key=value"):
         settings.read(path, ["train.steps"])
+    with pytest.raises(settings.SettingsError, match="steps is 5, no section"):
+        settings.read(path, ["train.steps.more=1"])
+    for section, message in [
+        ({"schedule": "linear"}, "train.schedule: 'linear' does not exist; choose from 'cosine', 'constant'"),
+        ({"steps": 1.5}, "train.steps: expected a whole number, found 1.5"),
+        ({"lr": "high"}, "train.lr: expected a number, found 'high'"),
+    ]:
+        with pytest.raises(settings.SettingsError, match=message):
+            settings.build(TrainConfig, values["train"] | section, "train")
+    with pytest.raises(settings.SettingsError, match="train: expected a mapping, found 'fast'"):
+        settings.build(TrainConfig, "fast", "train")
     with pytest.raises(settings.SettingsError, match="no such configuration"):
         settings.read(tmp_path / "none.yaml")
