@@ -99,7 +99,6 @@ def test_apply_of_a_plan_file(checkpoints, tmp_path):
     assert result.exit_code == 0, result.output
     assert "no tokenizer in the source" in result.output
     model = AutoModelForCausalLM.from_pretrained(out)
-    assert type(model).__name__ == "PatchedGPT2LMHeadModel"
     assert model.dtype == torch.bfloat16
     assert ap.describe(model).sites[0].num_kv_heads == 1
 
