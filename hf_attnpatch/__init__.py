@@ -15,6 +15,7 @@ from .patch import Patch, from_spec
 from .patches import Flash, GroupedQuery, RopeScaling
 from .plan import Plan, plan
 from .report import Report
+from .verify import Verification, verify
 
 __version__ = "0.1.0.dev0"
 
@@ -51,6 +52,7 @@ __all__ = [
     "SelfCheckFailed",
     "Site",
     "UnsupportedArchitecture",
+    "Verification",
     "apply",
     "describe",
     "from_spec",
@@ -59,4 +61,5 @@ __all__ = [
     "patch_rope_scaling",
     "patched",
     "plan",
+    "verify",
 ]

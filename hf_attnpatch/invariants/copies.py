@@ -1,0 +1,64 @@
+"""Copies and checkpoints give the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.utils import logging
+
+from .. import foreign
+from .subject import Answer, Subject, compare
+
+
+def copied(subject: Subject) -> Answer:
+    """A deepcopy gives the same bits."""
+    wanted = subject.logits()
+    twin = Subject(copy.deepcopy(subject.model), subject.anatomy, subject.inputs)
+    return compare(subject, wanted, twin.logits(), 0.0)
+
+
+def saved_and_loaded(subject: Subject) -> Answer:
+    """A checkpoint, loaded through the Auto class of its kind, gives the same bits."""
+    return _reloaded(subject, "50GB")
+
+
+def saved_in_shards_and_loaded(subject: Subject) -> Answer:
+    """The same for a checkpoint in several files."""
+    size = sum(p.numel() * p.element_size() for p in subject.model.parameters())
+    return _reloaded(subject, max(size // 3, 1))
+
+
+def _reloaded(subject: Subject, shard: int | str) -> Answer:
+    model, wanted = subject.model, subject.logits()
+    with tempfile.TemporaryDirectory() as folder, _no_progress_bars():
+        model.save_pretrained(folder, max_shard_size=shard)
+        attention = model.config._attn_implementation
+        loaded = _loader(model).from_pretrained(folder, dtype=model.dtype, attn_implementation=attention)
+    twin = Subject(loaded.to(model.device).eval(), subject.anatomy, subject.inputs)
+    return compare(subject, wanted, twin.logits(), 0.0)
+
+
+def _loader(model: PreTrainedModel) -> Any:
+    """Return the Auto class that knows this model, or its own class where none does."""
+    name = type(model).__name__.removeprefix("Patched")
+    for auto, cls in foreign._auto_models(type(model.config)).items():
+        if cls.removeprefix("Patched") == name:
+            return getattr(modeling_auto, auto)
+    return type(model)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

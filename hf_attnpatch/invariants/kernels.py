@@ -1,0 +1,48 @@
+"""Every attention kernel that the family dispatches to gives the same logits."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..backends import Candidate, obstacle
+from ..edits import SetAttention
+from .subject import Answer, Subject, compare
+
+
+def eager_agrees(subject: Subject) -> Answer:
+    """Eager attention agrees with the present one."""
+    return _agrees(subject, "eager")
+
+
+def sdpa_agrees(subject: Subject) -> Answer:
+    """Torch's scaled dot-product attention agrees with the present one."""
+    return _agrees(subject, "sdpa")
+
+
+def flex_agrees(subject: Subject) -> Answer:
+    """Flex attention agrees with the present one, forward only."""
+    return _agrees(subject, "flex_attention")
+
+
+def _agrees(subject: Subject, name: str) -> Answer:
+    model, present = subject.model, subject.model.config._attn_implementation
+    if name == present:
+        return "it is the present one"
+    head_dim = max((site.head_dim for site in subject.anatomy.sites), default=0)
+    why = None if name == "eager" else obstacle(name, Candidate(model, model.dtype, head_dim, training=False))
+    if why is not None:
+        return why
+    wanted = subject.logits()
+    try:
+        found = _under(subject, name)
+    except (ImportError, NotImplementedError, ValueError) as error:
+        return " ".join(f"it refuses: {error}".split())[:160]
+    return compare(subject, wanted, found)
+
+
+def _under(subject: Subject, name: str) -> Tensor:
+    inverse = SetAttention("", name).run(subject.model)
+    try:
+        return subject.logits()
+    finally:
+        inverse.undo()

@@ -1,0 +1,136 @@
+"""The model under question, its inputs, and how they are padded."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..anatomy import Anatomy
+from ..probe import TOLERANCE, largest_difference
+
+_LOGITS = ("logits", "prediction_logits", "last_hidden_state")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A figure and the largest value it may have; ``what`` says what it is."""
+
+    figure: float
+    tolerance: float
+    what: str = "relative to the largest logit"
+
+
+Answer = Measured | str  # a figure, or why the question does not arise
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and the tokens it is asked about.
+
+    Attributes:
+        model: in eval mode.
+        anatomy: of the model.
+        inputs: of its forward, without padding and without a mask.
+    """
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    inputs: Mapping[str, Tensor]
+
+    @property
+    def stream(self) -> str:
+        """The input that grows while decoding."""
+        return "decoder_input_ids" if "decoder_input_ids" in self.inputs else "input_ids"
+
+    @property
+    def tokens(self) -> Tensor:
+        """The ids that grow while decoding, (rows, length)."""
+        return self.inputs[self.stream]
+
+    @property
+    def item(self) -> int:
+        """Rows that belong together: one, or one for each codebook where that many are given."""
+        books = int(getattr(self.model.config.get_text_config(decoder=True), "num_codebooks", 1) or 1)
+        return books if self.tokens.shape[0] % books == 0 else 1
+
+    @property
+    def generates(self) -> bool:
+        """Whether it writes from left to right."""
+        return bool(self.model.can_generate())
+
+    @property
+    def rounding(self) -> float:
+        """What rounding alone explains, in this dtype."""
+        return TOLERANCE.get(self.model.dtype, 1e-2)
+
+    def takes(self, name: str) -> bool:
+        """Whether the forward has an argument of this name."""
+        return name in inspect.signature(self.model.forward).parameters
+
+    def run(self, inputs: Mapping[str, Tensor] | None = None, **extra: Any) -> Any:
+        """Run a forward, by default on all inputs and without a cache."""
+        if self.takes("use_cache"):
+            extra.setdefault("use_cache", False)
+        return self.model(**{**(self.inputs if inputs is None else inputs), **extra})
+
+    def logits(self, inputs: Mapping[str, Tensor] | None = None, **extra: Any) -> Tensor:
+        """Return the logits of a forward, or its hidden states where it has none."""
+        return logits_of(self.run(inputs, **extra))
+
+    def with_tokens(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Return the inputs with other tokens in the stream."""
+        return {**self.inputs, self.stream: tokens}
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits that an output holds, or its hidden states."""
+    found = next((output[k] for k in _LOGITS if k in output), output[0])
+    assert isinstance(found, Tensor)
+    return found
+
+
+def compare(subject: Subject, wanted: Tensor, found: Tensor, tolerance: float | None = None) -> Measured:
+    """Measure how far apart logits are; by default rounding is allowed."""
+    return Measured(largest_difference(wanted, found), subject.rounding if tolerance is None else tolerance)
+
+
+def left(subject: Subject) -> bool:
+    """Whether padding goes on the left: where one sequence is read and continued."""
+    return subject.generates and not subject.model.config.is_encoder_decoder
+
+
+def pad(subject: Subject, inputs: Mapping[str, Tensor], by: int) -> dict[str, Tensor]:
+    """Return inputs padded by ``by`` with a token that must not matter, with their mask and positions."""
+    ids = inputs["input_ids"]
+    fill = ids[:, :1].expand(-1, by)
+    mask = torch.ones(ids.shape[0] // subject.item, ids.shape[1], dtype=torch.long, device=ids.device)
+    none = mask.new_zeros(mask.shape[0], by)
+    mask = torch.cat([none, mask] if left(subject) else [mask, none], 1)
+    wide = torch.cat([fill, ids] if left(subject) else [ids, fill], 1)
+    return {**inputs, "input_ids": wide, "attention_mask": mask, **positions(subject, mask)}
+
+
+def positions(subject: Subject, mask: Tensor) -> dict[str, Tensor]:
+    """Return explicit positions as ``generate`` passes them, for families that take them."""
+    if not subject.takes("position_ids") or not left(subject):
+        return {}
+    return {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+
+
+def unpadded(subject: Subject, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the logits with which padded logits are to be compared: same positions, no padding, no mask."""
+    plain = {k: v for k, v in pad(subject, inputs, 0).items() if k != "attention_mask"}
+    return subject.logits(plain)
+
+
+def cut(subject: Subject, logits: Tensor, by: int) -> Tensor:
+    """Return the logits at tokens that are not padding."""
+    if subject.stream == "decoder_input_ids":
+        return logits
+    return logits[:, by:] if left(subject) else logits[:, : logits.shape[1] - by]

@@ -1,0 +1,191 @@
+"""Probe the user's own model, patched or not, against what every correct model keeps to, and leave it as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .anatomy import describe
+from .edits import _configs
+from .errors import AttnPatchError
+from .invariants import INVARIANTS, SAVING, Answer, Subject
+
+PASS, FAIL, NOT_APPLICABLE = "pass", "fail", "not applicable"
+
+_LENGTH = 24  # tokens in a row of the default probe
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found for one invariant.
+
+    Attributes:
+        invariant: a key of ``INVARIANTS``.
+        outcome: ``pass``, ``fail`` or ``not applicable``.
+        measured: the figure, or None where nothing was measured.
+        tolerance: the largest figure that passes.
+        note: what the figure is; why the invariant does not apply; the error where the model did not run.
+    """
+
+    invariant: str
+    outcome: str
+    measured: float | None
+    tolerance: float | None
+    note: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The findings of :func:`verify`; printing it is a table.
+
+    Attributes:
+        architecture: class name of the model.
+        findings: one for each invariant.
+    """
+
+    architecture: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no invariant failed."""
+        return all(finding.outcome != FAIL for finding in self.findings)
+
+    def __getitem__(self, invariant: str) -> Finding:
+        return next(finding for finding in self.findings if finding.invariant == invariant)
+
+    def __str__(self) -> str:
+        from .report import _text
+
+        table = Table("invariant", "outcome", "measured", "allowed", "note", title_justify="left")
+        for f in self.findings:
+            table.add_row(f.invariant, f.outcome, _figure(f.measured), _figure(f.tolerance), f.note)
+        failed = [f.invariant for f in self.findings if f.outcome == FAIL]
+        verdict = f"{len(failed)} failed: {'; '.join(failed)}" if failed else "nothing failed"
+        return _text(f"{self.architecture}: {verdict}", table)
+
+
+def verify(model: PreTrainedModel, *, inputs: Mapping[str, Tensor] | None = None, save: bool = True) -> Verification:
+    """Probe a model on a few tokens and say, invariant by invariant, whether it does what a correct model does.
+
+    The model is bitwise what it was afterwards: modes, gradients, config, random state, attention implementation and
+    whatever its modules remember between forwards. A model that transformers itself computes inconsistently (dynamic
+    rope with a cache, say) fails here unpatched, too.
+
+    Args:
+        model: a transformers model, weights in memory.
+        inputs: of its forward, without padding or mask; by default two rows of 24 tokens. Give rows longer than the
+            original context to see what a rope scaling that switches by length does there.
+        save: whether to save and load it twice in a temporary directory.
+
+    Raises:
+        UnsupportedArchitecture: not a ``PreTrainedModel``.
+        AttnPatchError: no token ids, fewer than two rows of eight tokens, or padding among the inputs.
+    """
+    anatomy = describe(model)
+    given = _default_inputs(model) if inputs is None else _checked(inputs)
+    subject = Subject(model, anatomy, {name: tensor.to(model.device) for name, tensor in given.items()})
+    asked = {name: ask for name, ask in INVARIANTS.items() if save or name not in SAVING}
+    return Verification(anatomy.architecture, tuple(find(name, ask, subject) for name, ask in asked.items()))
+
+
+def find(name: str, ask: Callable[[Subject], Answer], subject: Subject) -> Finding:
+    """Ask one question of a model and leave the model as it was."""
+    with untouched(subject.model), torch.no_grad():
+        subject.model.eval()
+        try:
+            answer = ask(subject)
+        except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError) as error:
+            return _failed(name, error)
+        except (RuntimeError, TypeError, ValueError) as error:
+            return _failed(name, error)
+    if isinstance(answer, str):
+        return Finding(name, NOT_APPLICABLE, None, None, answer)
+    outcome = PASS if answer.figure <= answer.tolerance else FAIL  # not a number fails
+    return Finding(name, outcome, answer.figure, answer.tolerance, answer.what)
+
+
+@contextlib.contextmanager
+def untouched(model: PreTrainedModel) -> Iterator[None]:
+    """Put back, at the end, all that forwards, backwards and saving may leave behind, weights excepted."""
+    stores = [vars(m) for m in model.modules()] + [vars(c) for c in _configs(model)]
+    if model.can_generate() and model.generation_config is not None:
+        stores.append(vars(model.generation_config))
+    ways_back = [_remembered(store) for store in stores]
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    gradients = [(p, p.grad) for p in model.parameters()]
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for way_back in ways_back:
+            way_back()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, content in buffers:
+                buffer.copy_(content)
+
+
+def _remembered(store: dict[str, Any]) -> Callable[[], None]:
+    """Return a function that makes a namespace, and the plain containers directly in it, what they are now."""
+    containers = [(v, copy.copy(v)) for v in (store, *store.values()) if isinstance(v, (dict, list))]
+
+    def restore() -> None:
+        for container, content in containers:
+            if isinstance(container, dict):
+                container.clear()
+                container.update(content)
+            else:
+                container[:] = content
+
+    return restore
+
+
+def _failed(name: str, error: Exception) -> Finding:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return Finding(name, FAIL, None, None, text[:200])
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _checked(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    ids = inputs.get("input_ids")
+    if ids is None or ids.dim() != 2 or ids.shape[0] < 2 or ids.shape[1] < 8:
+        found = "no input_ids" if ids is None else f"input_ids of shape {tuple(ids.shape)}"
+        raise AttnPatchError(f"inputs: {found}; verify needs input_ids, at least 2 rows of 8 tokens.")
+    padding = [name for name, value in inputs.items() if name.endswith("attention_mask") and not value.all()]
+    if padding:
+        raise AttnPatchError(f"inputs[{padding[0]!r}] masks something; verify pads by itself, give it rows without.")
+    return {name: value for name, value in inputs.items() if not name.endswith("attention_mask")}
+
+
+def _default_inputs(model: PreTrainedModel) -> Mapping[str, Tensor]:
+    """Return two different rows of ordinary tokens: no id that the config gives a meaning."""
+    text = model.config.get_text_config(decoder=True)
+    special = {i for config in (model.config, text) for i in _special(config)}
+    ordinary = [i for i in range(min(text.vocab_size, 8 * _LENGTH)) if i not in special]
+    picks = torch.arange(2 * _LENGTH).view(2, _LENGTH) * 7 + 3
+    ids = torch.tensor(ordinary)[picks % len(ordinary)]
+    return (
+        {"input_ids": ids, "decoder_input_ids": ids.flip(0)} if model.config.is_encoder_decoder else {"input_ids": ids}
+    )
+
+
+def _special(config: PretrainedConfig) -> Iterator[int]:
+    for name, value in vars(config).items():
+        if name.endswith(("token_id", "token_ids", "token_index")):
+            yield from (i for i in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(i, int))
+
+
+__all__ = ["FAIL", "NOT_APPLICABLE", "PASS", "Finding", "Verification", "verify"]
