@@ -1,0 +1,242 @@
+"""Asks every patch of every model type transformers can build, and writes what came of it into the README.
+
+    python scripts/survey_architectures.py                       # everything; JSON and the README's support table
+    python scripts/survey_architectures.py --types llama gpt2    # some; printed, nothing written
+    python scripts/survey_architectures.py --render              # the README's table again, from the JSON
+    python scripts/survey_architectures.py --check               # exit 1 unless README and JSON agree
+
+Each question gets a process of its own, forked from one that has imported everything, so a crash, a hang or an endless
+allocation is one cell of the table and never the end of the survey. An applied patch is held to the invariants of
+`hf_attnpatch.verify`; one that the unpatched model breaks as well is transformers' own and is only counted. Flex
+attention is left out (compiling it takes half a minute for each model): `make test-all` has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import Progress
+from survey_table import README, check, render
+from transformers import PreTrainedModel
+
+import hf_attnpatch as ap
+from hf_attnpatch.invariants import INVARIANTS, Subject
+from hf_attnpatch.verify import FAIL, find
+
+sys.path.insert(0, str(README.parent / "tests"))
+
+from architectures import causal_lm_types, encoder_types, tiny_inputs, tiny_model
+
+RESULTS = README.parent / "recipes/results/survey/survey.json"
+ROPE_KINDS = ("linear", "dynamic", "yarn", "longrope", "llama3")
+LEFT_OUT = ("flex attention agrees",)
+LIMIT = 300  # seconds for one question
+
+Answer = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One patch on one model type; `encoder` chooses its masked-LM class."""
+
+    model_type: str
+    encoder: bool
+    case: str
+
+    @property
+    def row(self) -> str:
+        """The name of its row: the type, marked where the masked class is meant."""
+        return f"{self.model_type} (masked)" if self.encoder else self.model_type
+
+
+def unpatched(model: PreTrainedModel) -> Answer:
+    """What the model breaks by itself."""
+    return {"status": "unpatched", "broken": broken(model)}
+
+
+def grouped_down(model: PreTrainedModel) -> Answer:
+    """Half the key-value heads, or one where that is what fits."""
+    return patched(model, _halving(model))
+
+
+def grouped_up(model: PreTrainedModel) -> Answer:
+    """From a natively grouped model, which halving gives where the config has a field, to twice as many heads."""
+    heads = [site.num_kv_heads for site in ap.describe(model).sites if not site.cross]
+    halving = _halving(model)
+    if heads and not ap.plan(model, halving).stock:
+        return {"status": "not applicable", "detail": "multi-head already: the family has no grouped checkpoints"}
+    if heads:
+        ap.apply(model, halving)
+    return patched(model, ap.GroupedQuery(num_kv_heads=max(heads, default=2)))
+
+
+def rope(kind: str) -> Callable[[PreTrainedModel], Answer]:
+    """Four times the context by this kind of scaling."""
+    return lambda model: patched(model, ap.RopeScaling(kind=kind, factor=4.0))
+
+
+def flash(model: PreTrainedModel) -> Answer:
+    """A fused kernel in the place of eager attention, whichever runs on this machine."""
+    model.set_attn_implementation("eager")
+    return patched(model, ap.Flash())
+
+
+CASES: Mapping[str, Callable[[PreTrainedModel], Answer]] = {
+    "unpatched": unpatched,
+    "grouped_query down": grouped_down,
+    "grouped_query up": grouped_up,
+    **{f"rope_scaling {kind}": rope(kind) for kind in ROPE_KINDS},
+    "flash": flash,
+}
+
+
+def _halving(model: PreTrainedModel) -> ap.Patch:
+    heads = [site.num_kv_heads for site in ap.describe(model).sites if not site.cross]
+    return ap.GroupedQuery(num_kv_heads=max(min(heads, default=2) // 2, 1))
+
+
+def patched(model: PreTrainedModel, patch: ap.Patch) -> Answer:
+    """Plans, applies, asks for every invariant and reverts; a refusal to plan is an answer, a later error is not."""
+    refusal = ap.UnsupportedArchitecture if isinstance(patch, ap.Flash) else ap.AttnPatchError  # flash runs the model
+    try:
+        plan = ap.plan(model, patch)
+    except refusal as reason:
+        return {"status": "not applicable", "detail": " ".join(str(reason).split())}
+    if not plan.edits:
+        return {"status": "not applicable", "detail": "; ".join(plan.steps[0].proposal.notes)}
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = model.config.to_dict()
+    report = ap.apply(model, patch)
+    found = {"status": "native" if report.stock else "own type", "broken": broken(model)}
+    if isinstance(patch, ap.Flash):
+        found["detail"] = f"{model.config._attn_implementation} on {model.device.type}"
+    report.revert()
+    after = model.state_dict()
+    same = after.keys() == weights.keys() and all(torch.equal(after[name], weights[name]) for name in weights)
+    if not same or model.config.to_dict() != config:
+        found["broken"] = {**found["broken"], "revert": "weights or config differ"}
+    return found
+
+
+def broken(model: PreTrainedModel) -> dict[str, str]:
+    """Names of the invariants that the model breaks, with the figure or the error."""
+    inputs = tiny_inputs(model)
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"].flip(0)
+    subject = Subject(model, ap.describe(model), inputs)
+    findings = [find(name, ask, subject) for name, ask in INVARIANTS.items() if name not in LEFT_OUT]
+    return {f.invariant: f.note if f.measured is None else f"{f.measured:.2g}" for f in findings if f.outcome == FAIL}
+
+
+def answer(question: Question, file: str) -> None:
+    """In a process of its own: writes the answer; whatever goes wrong ends up as the last line of the error output."""
+    descriptor = os.open(f"{file}.err", os.O_CREAT | os.O_WRONLY)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    model = tiny_model(question.model_type, encoder=question.encoder)
+    try:
+        found = CASES[question.case](model)
+    except ap.UnsupportedArchitecture as reason:
+        found = {"status": "not applicable", "detail": " ".join(str(reason).split())}
+    Path(file).write_text(json.dumps(found))
+
+
+def ask_all(questions: Sequence[Question], workers: int) -> Iterator[tuple[Question, Answer]]:
+    """Asks in `workers` processes at a time and yields answers as they come."""
+    fork = multiprocessing.get_context("fork")
+    waiting, running = list(questions)[::-1], {}
+    with tempfile.TemporaryDirectory() as folder:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                question, file = waiting.pop(), f"{folder}/{len(waiting)}"
+                process = fork.Process(target=answer, args=(question, file))
+                process.start()
+                running[question] = (process, file, time.monotonic())
+            time.sleep(0.02)
+            for question, (process, file, start) in list(running.items()):
+                if process.is_alive() and time.monotonic() - start > LIMIT:
+                    process.kill()
+                process.join(timeout=0)
+                if process.exitcode is not None:
+                    del running[question]
+                    yield question, _collect(process.exitcode, file)
+
+
+def _collect(exitcode: int, file: str) -> Answer:
+    if exitcode == 0 and Path(file).is_file():
+        found: Answer = json.loads(Path(file).read_text())
+        return found
+    lines = (
+        Path(f"{file}.err").read_text(errors="replace").strip().splitlines() if Path(f"{file}.err").is_file() else []
+    )
+    return {"status": "FAILED", "detail": (lines or [f"no message, exit code {exitcode}"])[-1][:300]}
+
+
+def judged(answers: Mapping[Question, Answer]) -> dict[str, dict[str, Answer]]:
+    """Rows of the table: what a patched model breaks and the unpatched one keeps is a failure of the patch."""
+    rows: dict[str, dict[str, Answer]] = {}
+    for question, found in sorted(answers.items(), key=lambda item: (item[0].encoder, item[0].model_type)):
+        row = rows.setdefault(question.row, {})
+        own = answers.get(Question(question.model_type, question.encoder, "unpatched"), {}).get("broken", {})
+        broken = found.pop("broken", {})
+        ours = broken if question.case == "unpatched" else {k: v for k, v in broken.items() if k not in own}
+        if ours and question.case != "unpatched":
+            found = {"status": "FAILED", "detail": "; ".join(f"{name}: {why}" for name, why in ours.items())[:300]}
+        elif ours:
+            found["broken"] = ours
+        row[question.case] = found
+    return rows
+
+
+def survey(types: Sequence[str], workers: int) -> dict[str, Any]:
+    """Everything, as the JSON has it."""
+    kinds = [*((t, False) for t in causal_lm_types()), *((t, True) for t in encoder_types())]
+    chosen = [(t, encoder) for t, encoder in kinds if not types or t in types]
+    questions = [Question(t, encoder, case) for t, encoder in chosen for case in CASES]
+    answers: dict[Question, Answer] = {}
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("survey", total=len(questions))
+        for question, found in ask_all(questions, workers):
+            answers[question] = found
+            progress.update(bar, advance=1, description=f"{question.row}: {question.case}"[:44].ljust(44))
+    versions = {"hf_attnpatch": ap.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
+    ordered = {question: answers[question] for question in questions}
+    return {"versions": versions, "invariants": [i for i in INVARIANTS if i not in LEFT_OUT], "rows": judged(ordered)}
+
+
+def main() -> None:
+    """Surveys, renders or checks, as asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--types", nargs="+", default=[], help="only these model types; nothing is written")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--render", action="store_true", help="write the README's table from the JSON that is there")
+    parser.add_argument("--check", action="store_true", help="exit 1 unless the README's table is that of the JSON")
+    arguments = parser.parse_args()
+    if arguments.check:
+        sys.exit(None if check(RESULTS, README) else "README.md: the support table is not current; run `make survey`.")
+    if not arguments.render:
+        found = survey(arguments.types, arguments.workers)
+        text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+        if arguments.types:
+            print(text)
+            return
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(text)
+    print(render(RESULTS, README))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The README's support table, made from the survey's JSON."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+START, END = "<!-- support-table:start -->", "<!-- support-table:end -->"
+STATUSES = ("native", "own type", "not applicable", "FAILED")
+_CELL = {"native": "stock", "own type": "own", "not applicable": "-", "FAILED": "**fails**"}
+
+
+def render(results: Path, readme: Path) -> str:
+    """Writes the table into the README and returns its summary."""
+    survey = json.loads(results.read_text("utf-8"))
+    text = readme.read_text("utf-8")
+    readme.write_text(_with_table(text, table(survey)), "utf-8")
+    return summary(survey)
+
+
+def check(results: Path, readme: Path) -> bool:
+    """Whether the README has exactly the table of the JSON."""
+    text = readme.read_text("utf-8")
+    return text == _with_table(text, table(json.loads(results.read_text("utf-8"))))
+
+
+def _with_table(text: str, new: str) -> str:
+    head, start, rest = text.partition(START)
+    _, end, tail = rest.partition(END)
+    if not start or not end:
+        raise SystemExit(f"README.md: the markers {START} and {END} are missing.")
+    return f"{head}{START}\n{new}\n{END}{tail}"
+
+
+def table(survey: Mapping[str, Any]) -> str:
+    """Summary, then per type, then the reasons; the long parts are folded."""
+    parts = [
+        summary(survey),
+        _folded("Every type", _per_type(survey["rows"])),
+        _folded("Why a patch does not apply", _reasons(survey["rows"], "not applicable")),
+    ]
+    failures = _reasons(survey["rows"], "FAILED")
+    if failures.count("\n") > 1:
+        parts.append(_folded("What fails", failures))
+    own = _broken_by_transformers(survey["rows"])
+    if own.count("\n") > 1:
+        parts.append(_folded("Invariants that transformers' own, unpatched model breaks", own))
+    return "\n\n".join(parts)
+
+
+def summary(survey: Mapping[str, Any]) -> str:
+    """One line a patch: how many types, by what became of them."""
+    rows, versions = survey["rows"], survey["versions"]
+    masked = sum(name.endswith("(masked)") for name in rows)
+    lines = [
+        f"Tiny random models of {len(rows) - masked} causal-LM and {masked} masked-LM types, transformers "
+        f"{versions['transformers']}, torch {versions['torch']}, CPU, fp32; every applied patch was held to "
+        f"{len(survey['invariants'])} invariants (padding, cached decoding, saving, gradients ...).",
+        "",
+        "| patch | stock checkpoint | needs this package | not applicable | fails |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for case in _cases(rows):
+        count = Counter(row[case]["status"] for row in rows.values() if case in row)
+        lines.append(f"| {case} | " + " | ".join(str(count[status]) for status in STATUSES) + " |")
+    return "\n".join(lines)
+
+
+def _cases(rows: Mapping[str, Any]) -> list[str]:
+    return [case for case in next(iter(rows.values())) if case != "unpatched"]
+
+
+def _per_type(rows: Mapping[str, Any]) -> str:
+    cases = _cases(rows)
+    short = [case.removeprefix("grouped_query ").removeprefix("rope_scaling ") for case in cases]
+    lines = ["`down`, `up`: grouped_query; `linear` to `llama3`: rope_scaling.", ""]
+    lines += ["| type | " + " | ".join(short) + " |", "| --- " * (len(cases) + 1) + "|"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | " + " | ".join(_CELL[row[case]["status"]] for case in cases) + " |")
+    return "\n".join(lines)
+
+
+def _reasons(rows: Mapping[str, Any], status: str) -> str:
+    lines = ["| type | patch | reason |", "| --- | --- | --- |"]
+    for name, row in rows.items():
+        for detail, cases in _grouped(row, status):
+            lines.append(f"| {name} | {cases} | {_plain(detail)} |")
+    return "\n".join(lines)
+
+
+def _grouped(row: Mapping[str, Any], status: str) -> Iterator[tuple[str, str]]:
+    """Reasons of one type, patches with the same reason together."""
+    by_reason: dict[str, list[str]] = {}
+    for case, found in row.items():
+        if found["status"] == status:
+            by_reason.setdefault(found.get("detail", ""), []).append(case)
+    for detail, cases in by_reason.items():
+        kinds = [case.removeprefix("rope_scaling ") for case in cases if case.startswith("rope_scaling ")]
+        others = [case for case in cases if not case.startswith("rope_scaling ")]
+        yield detail, ", ".join([*others, *([f"rope_scaling {'/'.join(kinds)}"] if kinds else [])])
+
+
+def _broken_by_transformers(rows: Mapping[str, Any]) -> str:
+    lines = ["| type | invariant |", "| --- | --- |"]
+    for name, row in rows.items():
+        unpatched = row.get("unpatched", {})
+        broken = [f"{invariant} ({_plain(why)})" for invariant, why in unpatched.get("broken", {}).items()]
+        if unpatched.get("status") == "FAILED":
+            broken = [_plain(unpatched["detail"])]
+        if broken:
+            lines.append(f"| {name} | {'; '.join(broken)} |")
+    return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """Text that neither ends a table cell nor reads as markup."""
+    return text[:240].replace("|", "/").replace("<", "&lt;").replace("*", r"\*").replace("_", r"\_")
+
+
+def _folded(title: str, body: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>"
