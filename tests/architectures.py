@@ -129,11 +129,15 @@ _ROWS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": _HEAD_DIM},
     "hunyuan_v1_moe": {"head_dim": _HEAD_DIM},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
-    "laguna": {"num_attention_heads_per_layer": [_HEADS, 2 * _HEADS], "num_hidden_layers": 2},
+    "laguna": {
+        **{"num_attention_heads_per_layer": [_HEADS, 2 * _HEADS], "num_hidden_layers": 2},
+        **{"layer_types": ["full_attention", "sliding_attention"], "mlp_layer_types": ["dense", "sparse"]},
+    },
     "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "block_multiple_of": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "longcat_flash": {"head_dim": 8},  # the rotary dimensions of a head: equal to qk_rope_head_dim
     "mamba2": {"num_heads": 8},
+    "mellum": {"layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2},
     # head_dim times its partial rotary factor of 0.334 is 8; sliding layers have twice num_key_value_heads
     "mimo_v2_flash": {"head_dim": 24, "num_key_value_heads": _HEADS // 2},
     "ministral": {"head_dim": _HEAD_DIM},
@@ -324,6 +328,7 @@ def _cut(default: PreTrainedConfig, kwargs: dict[str, Any], overrides: dict[str,
     if count is None or count in overrides:
         return {}
     depth = getattr(default, count)
+    fields = _fields(type(default))
     lists = {
         name: value
         for name, value in vars(default).items()
@@ -331,6 +336,8 @@ def _cut(default: PreTrainedConfig, kwargs: dict[str, Any], overrides: dict[str,
         and len(value) == depth
         and name not in {*overrides, *_SMALL}
         and not _is_range(value)
+        # a list that the config derives and that is all alike it derives again, perhaps from an override
+        and (fields.get(name) is not None or any(kind != value[0] for kind in value))
     }
     if not lists:
         return {}
