@@ -16,6 +16,8 @@ from .layouts import LAYOUTS, Layout, Rows, is_projection, weight_rows
 # What a module's own children and parameters are called where it keeps something else than keys and values.
 _OTHER = {
     "latent attention caches a compressed vector, which has no heads to share": ("kv_a_proj", "kv_b_proj", "kv_lora"),
+    "one key-value head serves all query heads already": ("kv_proj",),
+    "keys pass a convolution of their own for each head, which shared heads cannot": ("k_sconv",),
     "linear attention keeps a state, not keys and values": ("A_log", "dt_bias", "slope_rate", "conv1d", "receptance"),
 }
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "num_q_heads", "n_head")

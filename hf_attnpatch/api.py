@@ -115,6 +115,12 @@ def _check(model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Trace) -
             raise SelfCheckFailed(
                 f"{path}: ran {after.calls.get(path, 0)} times on the probe, {count} before; the patch has no effect."
             )
+    if any(edit.rung == "hook" for edit in steps.edits):
+        problem = disagreement(after.logits, trace(model, inputs, use_cache=True).logits)
+        if problem:
+            raise SelfCheckFailed(
+                f"with a cache the patched model computes something else: {problem}. It is unchanged."
+            )
     difference = largest_difference(before.logits, after.logits)
     if all(s.proposal.preserves or not s.proposal.edits for s in steps.steps):
         problem = disagreement(before.logits, after.logits)

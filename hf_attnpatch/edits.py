@@ -14,6 +14,8 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .errors import UnsupportedArchitecture
+
 _ABSENT = object()
 
 
@@ -239,6 +241,11 @@ class SetAttention(Edit):
 
         try:
             model.set_attn_implementation(self.implementation)
+            if model.config._attn_implementation != self.implementation:  # transformers only logs that it will not
+                raise UnsupportedArchitecture(
+                    f"{type(model).__name__} chooses its attention when it is built; load it with "
+                    f"attn_implementation={self.implementation!r} instead of patching it."
+                )
         except BaseException:
             undo()
             raise

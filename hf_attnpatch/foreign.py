@@ -2,7 +2,7 @@
 
 The config object of a patched GPT-2, say, becomes a ``PatchedGPT2Config``: in memory it behaves as GPT-2's (generation,
 PEFT and tokenizers look at ``model_type``), on disk it is written as model type ``hf_attnpatch`` with a stub for
-``trust_remote_code``. Reading it back gives a ``PatchedGPT2LMHeadModel``, whose constructor rebuilds the recorded
+``trust_remote_code``. Reading it back gives a subclass of ``GPT2LMHeadModel``, whose constructor rebuilds the recorded
 structure before the weights are loaded; so sharding, dtypes, ``device_map``, ``from_config`` and saving again are
 transformers' own.
 """
@@ -94,6 +94,11 @@ class _Model:
         restore(self)
 
     @classmethod
+    def is_custom_code(cls) -> bool:
+        """Say no: weights are converted on loading and saving just as for the class underneath."""
+        return False
+
+    @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Do nothing; see :class:`PatchedConfig`."""
 
@@ -111,11 +116,14 @@ def config_class(base: Any) -> Any:
 
 @functools.cache
 def model_class(name: str) -> type[PreTrainedModel]:
-    """Return the patched twin of the transformers model class of this name."""
+    """Return the patched twin of the transformers model class of this name, under the same name.
+
+    transformers looks weight conversions up by class name, and ``architectures`` in a config stays what it was.
+    """
     base = getattr(transformers, name)
     body = {"__module__": __name__, "__doc__": f"Patched {name}.", "unpatched": base}
     body["config_class"] = _bare_config_class(base.config_class)
-    return type(f"Patched{name}", (_Model, base), body)
+    return type(name, (_Model, base), body)
 
 
 @functools.cache
@@ -126,7 +134,7 @@ def _bare_config_class(base: Any) -> Any:
 
 def __getattr__(name: str) -> Any:
     """Make the generated classes importable by name, as pickling needs."""
-    base = getattr(transformers, name.removeprefix("Patched"), None) if name.startswith("Patched") else None
+    base = None if name.startswith("_") else getattr(transformers, name.removeprefix("Patched"), None)
     if isinstance(base, type) and issubclass(base, PreTrainedModel):
         return model_class(base.__name__)
     if isinstance(base, type) and issubclass(base, PretrainedConfig):

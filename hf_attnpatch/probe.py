@@ -45,20 +45,21 @@ def default_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def trace(model: PreTrainedModel, inputs: Inputs, watch: tuple[str, ...] = ()) -> Trace:
-    """Run one forward in eval mode without a cache.
+def trace(model: PreTrainedModel, inputs: Inputs, watch: tuple[str, ...] = (), use_cache: bool = False) -> Trace:
+    """Run one forward in eval mode.
 
     Args:
         model: any transformers model.
         inputs: keyword arguments of its forward.
         watch: paths of modules whose calls are counted.
+        use_cache: whether keys and values pass through a cache on the way.
 
     Raises:
         AttnPatchError: the forward fails on these inputs.
     """
     with _quiet(model), _counting(model, watch) as calls, torch.no_grad():
         try:
-            logits = _forward(model, inputs)
+            logits = _forward(model, inputs, use_cache)
         except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError) as error:
             names = ", ".join(inputs)
             raise AttnPatchError(
@@ -123,8 +124,8 @@ def _try_backward(model: PreTrainedModel, inputs: Inputs) -> str | None:
     return None
 
 
-def _forward(model: PreTrainedModel, inputs: Inputs) -> Tensor:
-    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+def _forward(model: PreTrainedModel, inputs: Inputs, use_cache: bool = False) -> Tensor:
+    extra = {"use_cache": use_cache} if "use_cache" in inspect.signature(model.forward).parameters else {}
     output = model(**inputs, **extra)
     logits = next((output[k] for k in ("logits", "prediction_logits", "last_hidden_state") if k in output), output[0])
     assert isinstance(logits, Tensor)

@@ -51,14 +51,9 @@ class Flash(Patch):
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Say which backend would be used; see :meth:`Patch.propose`."""
         training = model.training if self.training is None else self.training
-        site = next(iter(anatomy.sites), None)
         head_dim = max((s.head_dim for s in anatomy.sites), default=0)
         dtype = model.dtype
         wanted = ranked(model.device) if self.backend == "auto" else (self.backend,)
-        if site is None and self.backend == "auto":
-            raise UnsupportedArchitecture(
-                f"{anatomy.architecture}: no attention module was recognised; {anatomy.unread}."
-            )
         request = Candidate(model, dtype, head_dim, training)
         reasons: list[str] = []
         for name, why_not in self._tried(request, wanted):

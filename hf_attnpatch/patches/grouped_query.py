@@ -18,7 +18,7 @@ from ..functional.grouping import METHODS, resize_heads
 from ..layouts import weight_rows
 from ..patch import Patch, Proposal
 from ..runtime import GroupedProjection, NarrowCache
-from ..twin import Change, Difference, difference
+from ..twin import Change, Difference, converted, difference
 
 # How configs spell the number of key-value heads: (sub-config below the attention's own, field, value from the number).
 KV_FIELDS: tuple[tuple[str, str, Callable[[int], Any]], ...] = (
@@ -75,7 +75,7 @@ class GroupedQuery(Patch):
             return Proposal((), (), (f"already {self.num_kv_heads} key-value heads everywhere; nothing to do",))
         native = self._native(model, todo)
         stock = not isinstance(native, str)
-        edits = list(self._foreign(todo, native)) if isinstance(native, str) else native
+        edits = list(self._foreign(model, anatomy, todo, native)) if isinstance(native, str) else native
         notes = [f"not a stock checkpoint: {native}"] if isinstance(native, str) else []
         left = [s for s in anatomy.sites if s not in sites]
         if left:
@@ -142,7 +142,7 @@ class GroupedQuery(Patch):
             twin = found.twin.get_submodule(path)
             yield ReplaceModule(path, _Fill(self, site, path, twin), " ".join(str(twin).split()))
 
-    def _foreign(self, sites: list[Site], why: str) -> Iterator[Edit]:
+    def _foreign(self, model: PreTrainedModel, anatomy: Anatomy, sites: list[Site], why: str) -> Iterator[Edit]:
         """Shared projections that repeat their output, and a cache that stores what is shared."""
         for site in sites:
             if site.num_kv_heads != site.num_heads:
@@ -151,6 +151,11 @@ class GroupedQuery(Patch):
                     "only multi-head attention can be regrouped without such a field."
                 )
             for child in dict.fromkeys((site.layout.key, site.layout.value)):
+                if converted(model, f"{site.path}.{child}.weight"):
+                    raise UnsupportedArchitecture(
+                        f"{site.path}.{child}: {anatomy.architecture} checkpoints hold it fused with others in equal "
+                        f"parts, which shared heads are not; and {why}."
+                    )
                 shared = f"GroupedProjection({self.num_kv_heads} shared heads)"
                 yield ReplaceModule(f"{site.path}.{child}", _Share(self, site, child), shared)
             groups = site.num_heads // self.num_kv_heads

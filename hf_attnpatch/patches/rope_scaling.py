@@ -27,7 +27,7 @@ class RopeScaling(Patch):
 
     ``rope_theta`` and partial rotation are kept, and a scaling that is already there is multiplied, not replaced: one
     of the same kind gets the product of the factors, one of another (static) kind is composed frequency by frequency
-    and written as ``longrope``, which stock transformers can express. The config and the rotary modules change together.
+    and written as ``longrope``, which stock transformers can express. Config and rotary modules change together.
     In models with rotary parameters per layer type only the layers that see the whole context are scaled.
 
     Args:
@@ -77,6 +77,9 @@ class RopeScaling(Patch):
         notes: list[str] = []
         for config, paths in owners.items():
             fields, said = self._fields(config_at(model, config), model.get_submodule(paths[0]))
+            sites = [s for s in anatomy.sites if s.config == config]
+            if sites and "head_dim" in vars(config_at(model, config)) and config_at(model, config).head_dim is None:
+                fields["head_dim"] = sites[0].head_dim  # transformers' formulas read the field, the modules derive it
             changes += [Change(config, name, value) for name, value in fields.items()]
             notes += [note for note in said if note not in notes]
         paths = [path for group in owners.values() for path in group]
@@ -97,6 +100,12 @@ class RopeScaling(Patch):
         """Return, for each config with rotary parameters, the modules that it builds; or refuse."""
         owners: dict[str, list[str]] = {}
         for rotary in anatomy.rotary:
+            private = getattr(model.get_submodule(rotary.path), "config", None)
+            if rotary.config is None and getattr(private, "rope_parameters", None):
+                raise UnsupportedArchitecture(
+                    f"{rotary.path}: {anatomy.architecture} keeps a private copy of its config for each rotary base, "
+                    "which one scaling in the model's config does not describe."
+                )
             if rotary.config is None or not getattr(config_at(model, rotary.config), "rope_parameters", None):
                 continue
             needed = _required_arguments(type(model.get_submodule(rotary.path)))
