@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -142,6 +142,7 @@ def train(
     accelerator: Accelerator | None = None,
     evaluate: Evaluate | None = None,
     resume: bool = False,
+    also: Mapping[str, Any] | None = None,
 ) -> list[dict[str, float]]:
     """Trains `model` in place.
 
@@ -153,6 +154,7 @@ def train(
         accelerator: to use instead of one made from `config`.
         evaluate: called every `eval_every` steps in eval mode without gradients; what it returns is logged.
         resume: goes on from the newest checkpoint in `config.output`.
+        also: further settings that a resumed run must share with the run it resumes, JSON-able.
 
     Returns:
         The log: one record a line of `log.jsonl` with step, loss (nats a token, mean since the line before), lr, tokens
@@ -170,9 +172,10 @@ def train(
         recompute(model)
     set_seed(config.seed, device_specific=True)
     prepared, optimizer = accelerator.prepare(model, make_optimizer(model, config))
-    progress = checkpoints.restore(accelerator, folder, identity(config, data)) if resume else Progress()
+    settings = identity(config, data, also)
+    progress = checkpoints.restore(accelerator, folder, settings) if resume else Progress()
     log = Log(accelerator, config.output, progress.step, asdict(config), config.trackers)
-    run(accelerator, prepared, optimizer, data, loss, config, progress, log, evaluate)
+    run(accelerator, prepared, optimizer, data, loss, config, progress, log, evaluate, settings)
     log.close()
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)  # takes autocast off the caller's model again
     return log.records
@@ -188,6 +191,7 @@ def run(
     progress: Progress,
     log: Log,
     evaluate: Evaluate | None,
+    settings: dict[str, Any],
 ) -> None:
     """The loop itself: from `progress` to `config.steps`, on a prepared model and optimizer."""
     bar, task = progress_bar(accelerator, config.steps, progress.step)
@@ -208,7 +212,7 @@ def run(
             progress = replace(progress, window_loss=0.0, window_tokens=0)
         if due(config.save_every, progress.step, last):
             folder = Path(config.output) / "checkpoints"
-            checkpoints.save(accelerator, folder, progress, identity(config, data), config.keep)
+            checkpoints.save(accelerator, folder, progress, settings, config.keep)
     bar.stop()
 
 
@@ -261,11 +265,11 @@ def prepare_folder(accelerator: Accelerator, folder: Path, resume: bool) -> None
     accelerator.wait_for_everyone()
 
 
-def identity(config: TrainConfig, data: Dataset) -> dict[str, Any]:
+def identity(config: TrainConfig, data: Dataset, also: Mapping[str, Any] | None) -> dict[str, Any]:
     """What must not change between a run and its resumption, as JSON gives it back; `steps` may be cut or extended."""
     free = ("output", "steps", "log_every", "eval_every", "save_every", "keep", "trackers")
     settings = {key: value for key, value in asdict(config).items() if key not in free}
-    settings |= {"examples": len(data), "data": getattr(data, "fingerprint", None)}
+    settings |= {"examples": len(data), "data": getattr(data, "fingerprint", None), **(also or {})}
     return dict(json.loads(json.dumps(settings)))
 
 

@@ -63,9 +63,20 @@ def build(kind: type[T], values: dict[str, Any] | None, section: str) -> T:
     Raises:
         SettingsError: a key is unknown or a required one is missing, or a value is no number or not one of the choices.
     """
+    given = check_keys(kind, values, section)
+    types = get_type_hints(kind)
+    return kind(**{name: _value(types[name], value, f"{section}.{name}") for name, value in given.items()})
+
+
+def check_keys(kind: type[Any], values: dict[str, Any] | None, section: str) -> dict[str, Any]:
+    """Returns `values`, whose keys are fields of the dataclass `kind`, the required ones among them.
+
+    Raises:
+        SettingsError: a key is unknown or a required one is missing, or `values` is no mapping.
+    """
     if not isinstance(values or {}, dict):
         raise SettingsError(f"{section}: expected a mapping, found {values!r}.")
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     given = dict(values or {})
     unknown = sorted(set(given) - set(fields))
     if unknown:
@@ -75,11 +86,13 @@ def build(kind: type[T], values: dict[str, Any] | None, section: str) -> T:
     absent = [name for name in required if name not in given]
     if absent:
         raise SettingsError(f"{section}: {', '.join(absent)} must be given.")
-    types = get_type_hints(kind)
-    return kind(**{name: _value(types[name], value, f"{section}.{name}") for name, value in given.items()})
+    return given
 
 
 def _value(kind: Any, value: Any, name: str) -> Any:
+    inner = [each for each in get_args(kind) if each is not type(None)]
+    if type(None) in get_args(kind) and len(inner) == 1:  # "int | None"
+        return None if value is None else _value(inner[0], value, name)
     if kind is float:
         try:
             return float(value)  # YAML reads 2e-3 as a string
