@@ -1,0 +1,122 @@
+"""One uptraining under way: what it was given, what it has measured, and the file that says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+import hf_attnpatch as ap
+from hf_attnpatch.evaluation import Score, cache_bytes_per_token, difference
+from recipes import figures
+from recipes import job as jobs
+from recipes.data import Blocks
+from recipes.evaluate import Window, score
+from recipes.job import Job
+
+
+@dataclass
+class Run:
+    """One uptraining under way.
+
+    Args:
+        job: what to do.
+        accelerator: on which processes and devices.
+        tokenizer: of the model.
+        blocks: text to train on.
+        windows: text to measure on.
+    """
+
+    job: Job
+    accelerator: Accelerator
+    tokenizer: Any
+    blocks: Blocks
+    windows: list[Window]
+    scores: dict[str, Score] = field(default_factory=dict)
+    caches: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def clock(self, name: str) -> Iterator[None]:
+        """Adds the duration of a block to `seconds`."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def measure(self, stage: str, model: PreTrainedModel) -> None:
+        """Scores a stage on the held-out text; every process takes its share."""
+        with self.clock("evaluate"):
+            self.scores[stage] = score(self.accelerator, model, self.windows, self.job.heldout.batch, f"{stage} loss")
+            self.caches[stage] = cache_bytes_per_token(model)
+
+    def say(self, text: str) -> None:
+        """Prints a line, on one process."""
+        if self.accelerator.is_main_process:
+            print(text, flush=True)
+
+    def summary(self, stage: str) -> dict[str, float]:
+        """A stage's score as JSON-able data."""
+        found = self.scores[stage]
+        values = {key: getattr(found, key) for key in ("nats", "low", "high", "perplexity", "tokens")}
+        return {**values, "documents": len(found.losses), "cache_bytes_per_token": self.caches[stage]}
+
+
+def share_cores(job: Job, accelerator: Accelerator) -> None:
+    """Sets the threads of a process on CPU: `job.threads`, or its share of the cores that this process may use."""
+    if accelerator.device.type != "cpu":
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    torch.set_num_threads(job.threads or max(1, cores // here))
+
+
+def write(run: Run, found: Mapping[str, Any], log: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Writes metrics.json and the figures.
+
+    Args:
+        run: finished.
+        found: what else belongs into the metrics.
+        log: of the training.
+
+    Returns:
+        The metrics.
+    """
+    job = run.job
+    names = {"metrics": "metrics.json", "loss curve": "loss.png", "comparison": "comparison.png", "model": "model"}
+    files = {name: str(job.output / path) for name, path in names.items()}
+    original = run.scores["original"]
+    metrics = {
+        "job": jobs.plain(job),
+        "scores": {stage: run.summary(stage) for stage in run.scores},
+        "differences": {
+            stage: dataclasses.asdict(difference(original, run.scores[stage])) for stage in ("converted", "uptrained")
+        },
+        **found,
+        "seconds": {name: round(value, 2) for name, value in run.seconds.items()},
+        "machine": machine(run.accelerator),
+        "files": files,
+    }
+    figures.loss_curve(log, metrics["scores"], job.loss, Path(files["loss curve"]))
+    figures.comparison(metrics["scores"], Path(files["comparison"]))
+    temporary = job.output / ".tmp-metrics.json"
+    temporary.write_text(json.dumps(metrics, indent=1) + "\n")
+    os.replace(temporary, files["metrics"])
+    return metrics
+
+
+def machine(accelerator: Accelerator) -> dict[str, Any]:
+    """What the run ran on."""
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "hf_attnpatch": ap.__version__}
+    counts = {"processes": accelerator.num_processes, "threads": torch.get_num_threads()}
+    return {"device": accelerator.device.type, **counts, **versions}

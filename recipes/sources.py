@@ -1,0 +1,65 @@
+"""What the names in a configuration mean: models, and the two parts of the text that ships with the package."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from hf_attnpatch import embedded
+from recipes.data import DataConfig, DataError
+
+MODEL = "embedded"
+PARTS = ("embedded/uptrain", "embedded/evaluation")
+EVERY = 3  # every third held-out document is for evaluation, the rest for uptraining
+
+
+def locate(model: str) -> str:
+    """The folder or hub name that `from_pretrained` takes."""
+    return str(embedded.path()) if model == MODEL and not Path(model).exists() else model
+
+
+def load_model(model: str, dtype: str) -> PreTrainedModel:
+    """Loads a causal language model in eval mode, its weights in `dtype` (`auto`: the checkpoint's own)."""
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(locate(model), dtype=kind)
+    return loaded.eval()
+
+
+def load_tokenizer(model: str) -> Any:
+    """Loads the tokenizer beside a model."""
+    return AutoTokenizer.from_pretrained(locate(model))
+
+
+def embedded_texts(part: str) -> list[str]:
+    """One of two disjoint parts of the text that the embedded model was not pretrained on, all domains in both.
+
+    Raises:
+        DataError: there is no such part.
+    """
+    if part not in PARTS:
+        raise DataError(f"{part}: the package ships {' and '.join(PARTS)}; correct the source.")
+    chosen = []
+    for domain in embedded.DOMAINS:
+        for number, text in enumerate(embedded.heldout(domain)):
+            if (number % EVERY == 0) == (part == PARTS[1]):
+                chosen.append(text)
+    return chosen
+
+
+def resolve(config: DataConfig) -> DataConfig:
+    """Replaces a source `embedded/...` by a file in the cache that holds it; other sources stay as they are."""
+    if not config.source.startswith(f"{MODEL}/") or Path(config.source).exists():
+        return config
+    path = Path(config.cache) / f"{config.source.replace('/', '_')}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    rows = (json.dumps({config.field: text}) + "\n" for text in embedded_texts(config.source))
+    temporary.write_text("".join(rows), "utf-8")
+    os.replace(temporary, path)
+    return dataclasses.replace(config, source=str(path))

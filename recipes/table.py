@@ -1,0 +1,63 @@
+"""The one table that an uptraining ends with, made from its metrics.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.table import Table
+
+
+def render(metrics: Mapping[str, Any]) -> Table:
+    """The stages side by side, then what holds for the whole run.
+
+    Args:
+        metrics: what `uptrain.py` writes to metrics.json.
+    """
+    scores = metrics["scores"]
+    table = Table(title=_title(metrics), title_justify="left", caption=_caption(metrics), caption_justify="left")
+    table.add_column("")
+    for stage in scores:
+        table.add_column(stage, justify="right")
+
+    def row(name: str, values: Iterable[str]) -> None:
+        cells = list(values)
+        table.add_row(name, *[""] * (len(scores) - len(cells)), *cells)
+
+    differences, seconds = metrics["differences"].values(), metrics["seconds"]
+    row("loss, nats per token", (f"{score['nats']:.4f}" for score in scores.values()))
+    row("  95 % interval", (f"{score['low']:.3f} to {score['high']:.3f}" for score in scores.values()))
+    row("above the original", (f"{found['value']:+.4f}" for found in differences))
+    row("  95 % interval", (f"{found['low']:+.4f} to {found['high']:+.4f}" for found in differences))
+    row("perplexity", (f"{score['perplexity']:.2f}" for score in scores.values()))
+    row("cache, bytes per token", (f"{score['cache_bytes_per_token']:,.0f}" for score in scores.values()))
+    row("seconds", (f"{seconds['convert']:.1f}", f"{seconds['uptrain']:.1f}"))
+    return table
+
+
+def _title(metrics: Mapping[str, Any]) -> str:
+    job = metrics["job"]
+    patches = " + ".join(
+        f"{patch['patch']}({', '.join(f'{key}={value}' for key, value in patch.items() if key != 'patch')})"
+        for patch in job["patches"]
+    )
+    return f"{job['model']}: {patches}"
+
+
+def _caption(metrics: Mapping[str, Any]) -> str:
+    job, score, training, reload = (
+        metrics["job"],
+        metrics["scores"]["original"],
+        metrics["training"],
+        metrics["reload"],
+    )
+    loader = "stock transformers" if reload["stock"] else "transformers with hf_attnpatch imported"
+    lines = [
+        f"{loader} reload: max difference {reload['max_difference']:g}",
+        f"measured on {score['tokens']:,} tokens of {score['documents']} documents: {job['heldout']['source']}",
+        f"uptrained ({job['loss']}, {job['trainable']}) on {training['tokens']:,} tokens of: {job['data']['source']}",
+        f"{metrics['seconds']['total']:.0f} seconds after start-up, on {metrics['machine']['processes']} process(es), "
+        f"{metrics['machine']['threads']} thread(s) each",
+        *(f"{name}: {path}" for name, path in metrics["files"].items()),
+    ]
+    return "\n".join(lines)
