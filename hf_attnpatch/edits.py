@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .configs import all_configs, config_at
 from .errors import UnsupportedArchitecture
 
 _ABSENT = object()
@@ -75,14 +76,6 @@ def _swap(store: dict[str, Any], key: str, value: Any, claim: str) -> Inverse:
             store[key] = old
 
     return Inverse(claim, lambda: store.get(key, _ABSENT) is value, undo)
-
-
-def config_at(model: PreTrainedModel, path: str) -> PretrainedConfig:
-    """Return the model's config, or the sub-config at a dotted path below it."""
-    config = model.config
-    for name in filter(None, path.split(".")):
-        config = getattr(config, name)
-    return config
 
 
 @dataclass(frozen=True)
@@ -230,7 +223,7 @@ class SetAttention(Edit):
     def run(self, model: PreTrainedModel) -> Inverse:
         """Set it everywhere transformers keeps it; the inverse restores each config's own value."""
         key = "_attn_implementation_internal"
-        stores = {id(c): vars(c) for c in _configs(model)}
+        stores = {id(c): vars(c) for c in all_configs(model)}
         before = {i: store.get(key, _ABSENT) for i, store in stores.items()}
 
         def undo() -> None:
@@ -281,18 +274,6 @@ class SetConfigClass(Edit):
             config.__class__ = old
 
         return Inverse(self.claim, lambda: type(config) is self.cls, undo)
-
-
-def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
-    """Return every config object that a module of the model holds, sub-configs included."""
-    todo = [m.config for m in model.modules() if isinstance(getattr(m, "config", None), PretrainedConfig)]
-    found: dict[int, PretrainedConfig] = {}
-    while todo:
-        config = todo.pop()
-        if id(config) not in found:
-            found[id(config)] = config
-            todo += [v for v in vars(config).values() if isinstance(v, PretrainedConfig)]
-    return list(found.values())
 
 
 def _short(value: Any) -> str:

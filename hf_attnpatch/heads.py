@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .anatomy import Site
 from .layouts import blocks, is_transposed, weight_rows
+from .sites import Site
 
 Resize = Callable[[Tensor], Tensor]  # (num_kv_heads, head_dim, ...) -> the same with another number of heads
 

@@ -129,6 +129,7 @@ LAYOUTS = (
     Layout("wq/wk/wv", "wq", "wk", "wv", _OUT),
     Layout("project_q/k/v", "project_q", "project_k", "project_v", ("attention_out",)),
     Layout("Wq/Wk/Wv", "Wq", "Wk", "Wv", ("dense",)),
+    Layout("q/k/v_proj.linear", "q_proj.linear", "k_proj.linear", "v_proj.linear", ("o_proj.linear",)),
     Layout("linear_q/k/v", "linear_q", "linear_k", "linear_v", ("linear_out",)),
     Layout("q/k/v bare", "q", "k", "v", _OUT),
     _fused("c_attn blocks", "c_attn", ("c_proj",), blocks),

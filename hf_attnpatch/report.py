@@ -81,6 +81,7 @@ def render_anatomy(anatomy: Anatomy) -> str:
         rows.append((s.path, (kind, s.layout.name, *shape, "yes" if s.dispatches else "no")))
     rows += [(r.path, (r.kind, f"rope: {r.rope_type}", "", "", "", "")) for r in anatomy.rotary]
     rows += [(p, ("position table", f"{n} rows", "", "", "", "")) for p, n in anatomy.tables.items()]
+    rows += [(p, ("left alone", why, "", "", "", "")) for p, why in anatomy.other.items()]
     rows += [(p, ("not read", why, "", "", "", "")) for p, why in anatomy.unread.items()]
     for where, what in _folded(rows):
         table.add_row(where, *what)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .anatomy import describe
-from .edits import _configs
+from .configs import all_configs
 from .errors import AttnPatchError
 from .invariants import INVARIANTS, SAVING, Answer, Subject
 
@@ -116,7 +116,7 @@ def find(name: str, ask: Callable[[Subject], Answer], subject: Subject) -> Findi
 @contextlib.contextmanager
 def untouched(model: PreTrainedModel) -> Iterator[None]:
     """Put back, at the end, all that forwards, backwards and saving may leave behind, weights excepted."""
-    stores = [vars(m) for m in model.modules()] + [vars(c) for c in _configs(model)]
+    stores = [vars(m) for m in model.modules()] + [vars(c) for c in all_configs(model)]
     if model.can_generate() and model.generation_config is not None:
         stores.append(vars(model.generation_config))
     ways_back = [_remembered(store) for store in stores]

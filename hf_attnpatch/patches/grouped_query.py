@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from .. import heads
 from ..anatomy import Anatomy, Site
-from ..edits import AddPreHook, Edit, ReplaceModule, SetAttribute, config_at
+from ..configs import config_at
+from ..edits import AddPreHook, Edit, ReplaceModule, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.grouping import METHODS, resize_heads
 from ..layouts import weight_rows
@@ -28,6 +29,8 @@ KV_FIELDS: tuple[tuple[str, str, Callable[[int], Any]], ...] = (
     ("attn_config", "kv_n_heads", int),
     ("", "multi_query", lambda n: n == 1),
 )
+# fields that some families keep beside the first for layers of another kind
+BESIDE = ("num_global_key_value_heads", "swa_num_key_value_heads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,7 @@ class GroupedQuery(Patch):
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Say which projections would shrink; see :meth:`Patch.propose`."""
-        sites = _self_attention(anatomy)
+        sites = _self_attention(model, anatomy)
         for site in sites:
             self._check_count(site)
         todo = [s for s in sites if s.num_kv_heads != self.num_kv_heads]
@@ -80,6 +83,7 @@ class GroupedQuery(Patch):
         left = [s for s in anatomy.sites if s not in sites]
         if left:
             notes.append(f"left alone: {len(left)} cross-attention or tower modules, such as {left[0].path}")
+        notes += [f"left alone: {why}" for why in dict.fromkeys(anatomy.other.values())]
         up = todo[0].num_kv_heads < self.num_kv_heads
         return Proposal(tuple(edits), tuple(s.path for s in todo), tuple(notes), stock=stock, preserves=up)
 
@@ -111,8 +115,13 @@ class GroupedQuery(Patch):
         """Yield the ways to say the number in the configs that built the sites."""
         for below, field, value in KV_FIELDS:
             paths = [".".join(filter(None, (p, below))) for p in dict.fromkeys(s.config for s in sites)]
-            if all(_has_field(model, path, field) for path in paths):
-                yield [Change(path, field, value(self.num_kv_heads)) for path in paths]
+            if not all(_has_field(model, path, field) for path in paths):
+                continue
+            changes = [Change(path, field, value(self.num_kv_heads)) for path in paths]
+            yield changes
+            beside = [(path, name) for path in paths for name in BESIDE if _has_field(model, path, name)]
+            if beside:
+                yield [*changes, *(Change(path, name, self.num_kv_heads) for path, name in beside)]
 
     def _unexpected(self, found: Difference, sites: list[Site]) -> str | None:
         """Say what the twin changes beyond key and value projections, or that it does not change those."""
@@ -122,7 +131,9 @@ class GroupedQuery(Patch):
                 if path not in found.modules:
                     return f"{path} stays as it is"
                 wanted = site.rows(self.num_kv_heads)
-                rows = sum(r.numel() for r in (wanted if site.layout.fused else wanted[1:2]))
+                rows = sum(
+                    r.numel() for r in (wanted if site.layout.fused else (wanted[1 + (child == site.layout.value)],))
+                )
                 if weight_rows(found.twin.get_submodule(path)).shape[0] != rows:
                     return f"{path} gets another shape than {rows} rows"
         for path in found.modules:
@@ -212,12 +223,21 @@ def _has_field(model: PreTrainedModel, path: str, field: str) -> bool:
     return field in (*vars(config), *getattr(config, "attribute_map", {}))
 
 
-def _self_attention(anatomy: Anatomy) -> list[Site]:
+def _self_attention(model: PreTrainedModel, anatomy: Anatomy) -> list[Site]:
+    """Return the sites to regroup, or refuse the model."""
     sites = [s for s in anatomy.sites if not s.cross and not s.tower]
-    if not sites:
-        why = "; ".join(f"{p}: {w}" for p, w in list(anatomy.unread.items())[:1])
+    if anatomy.unread or not sites:
+        path, why = next(iter((anatomy.unread or anatomy.other).items()), ("", "no module has key and value heads"))
+        place = f"{path}: " if path else ""
         raise UnsupportedArchitecture(
-            f"{anatomy.architecture}: grouped heads need self-attention with keys and values; "
-            f"{why or 'no module has key and value heads'}."
+            f"{anatomy.architecture}: grouped heads need self-attention with readable keys and values; {place}{why}."
         )
+    owners: dict[int, Site] = {}
+    for site in sites:
+        weight = model.get_submodule(f"{site.path}.{site.layout.key}").weight
+        first = owners.setdefault(id(weight), site)
+        if first is not site:
+            raise UnsupportedArchitecture(
+                f"{site.path}: shares its weights with {first.path}; regrouping would untie them."
+            )
     return sites

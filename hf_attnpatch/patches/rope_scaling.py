@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..edits import Edit, ReplaceModule, SetAttribute, config_at
+from ..configs import config_at
+from ..edits import Edit, ReplaceModule, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..patch import Patch, Proposal
 from ..rope_parameters import KINDS, Window, scaled

@@ -1,0 +1,38 @@
+"""Finding one's way in a model's tree of configs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+
+def config_at(model: PreTrainedModel, path: str) -> PretrainedConfig:
+    """Return the model's config, or the sub-config at a dotted path below it."""
+    config = model.config
+    for name in filter(None, path.split(".")):
+        config = getattr(config, name)
+    return config
+
+
+def config_path(model: PreTrainedModel, config: object) -> str | None:
+    """Return the dotted path of a config object below the model's, empty for the model's own, None if not there."""
+    todo: list[tuple[str, Any]] = [("", model.config)]
+    while todo:
+        path, found = todo.pop()
+        if found is config:
+            return path
+        todo += [(f"{path}.{k}".lstrip("."), v) for k, v in vars(found).items() if isinstance(v, PretrainedConfig)]
+    return None
+
+
+def all_configs(model: PreTrainedModel) -> list[PretrainedConfig]:
+    """Return every config object that a module of the model holds, sub-configs included."""
+    todo = [m.config for m in model.modules() if isinstance(getattr(m, "config", None), PretrainedConfig)]
+    found: dict[int, PretrainedConfig] = {}
+    while todo:
+        config = todo.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            todo += [v for v in vars(config).values() if isinstance(v, PretrainedConfig)]
+    return list(found.values())

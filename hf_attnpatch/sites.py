@@ -1,0 +1,185 @@
+"""Where a model attends: every attention module with its layout and head counts, read from modules and weights."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .configs import config_path
+from .layouts import LAYOUTS, Layout, Rows, is_projection, weight_rows
+
+# What a module's own children and parameters are called where it keeps something else than keys and values.
+_OTHER = {
+    "latent attention caches a compressed vector, which has no heads to share": ("kv_a_proj", "kv_b_proj", "kv_lora"),
+    "one projection gives keys and values, spread over heads in the module's own way": ("kv_proj",),
+    "keys pass a convolution of their own for each head, which shared heads cannot": ("k_sconv",),
+    "linear attention keeps a state, not keys and values": ("A_log", "dt_bias", "slope_rate", "conv1d", "receptance"),
+}
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "num_q_heads", "n_head")
+_HEAD_DIM = ("head_dim", "dim_head", "attention_head_size", "qk_head_dim", "head_size")
+_CROSS = ("crossattention", "cross_attn", "encoder_attn", "cross_attention")
+_TOWERS = ("vision", "audio", "image", "speech")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention module.
+
+    Attributes:
+        path: as in ``named_modules``.
+        kind: class name.
+        layout: naming and packing of its projections.
+        num_heads: query heads.
+        num_kv_heads: key-value heads, read from the weight.
+        head_dim: of queries and keys.
+        v_head_dim: of values.
+        output: path of the output projection, empty where none was recognised.
+        causal: whether it looks back only; ``None`` where the module does not say.
+        cross: whether keys and values come from another sequence.
+        dispatches: whether it calls the attention function registered under the model's implementation.
+        config: dotted path of the sub-config that built it, empty for the model's own.
+    """
+
+    path: str
+    kind: str
+    layout: Layout
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    output: str
+    causal: bool | None
+    cross: bool
+    dispatches: bool
+    config: str
+
+    @property
+    def tower(self) -> bool:
+        """Whether it belongs to an image or audio tower beside the language model."""
+        return any(word in self.config for word in _TOWERS)
+
+    def rows(self, num_kv_heads: int | None = None) -> Rows:
+        """Return which output rows belong to which head, for this or another number of key-value heads."""
+        kv = self.num_kv_heads if num_kv_heads is None else num_kv_heads
+        return self.layout.packing(self.num_heads, kv, self.head_dim, self.v_head_dim)
+
+
+def read_sites(model: PreTrainedModel) -> tuple[tuple[Site, ...], dict[str, str], dict[str, str]]:
+    sites: list[Site] = []
+    other: dict[str, str] = {}
+    unread: dict[str, str] = {}
+    for path, module in model.named_modules():
+        kind, state = type(module).__name__, _other_state(module)
+        if state:
+            other[path] = f"{kind}: {state}"
+            continue
+        layout = next((row for row in LAYOUTS if row.matches(module)), None)
+        if layout is None:
+            if _looks_like_attention(module):
+                unread[path] = f"{kind}: matches no row of hf_attnpatch/layouts.py"
+            continue
+        site = _site(model, path, module, layout)
+        if isinstance(site, str):
+            unread[path] = site
+        else:
+            sites.append(site)
+    return tuple(sites), _outermost(other, []), _outermost(unread, [s.path for s in sites] + list(other))
+
+
+def _outermost(found: dict[str, str], inner: list[str]) -> dict[str, str]:
+    """Drop wrappers around places that were read, and places inside others."""
+    outer = {p: why for p, why in found.items() if not any(i.startswith(p + ".") for i in inner)}
+    return {p: why for p, why in outer.items() if not any(p.startswith(o + ".") for o in outer)}
+
+
+def _other_state(module: nn.Module) -> str | None:
+    """Say what a module keeps instead of keys and values, or None."""
+    names = [*module._modules, *module._parameters, *module._buffers]
+    if "q_proj" in names and "k_proj" not in names:
+        return "takes keys and values from an earlier layer"
+    return next((why for why, words in _OTHER.items() if any(w in n for n in names for w in words)), None)
+
+
+def _looks_like_attention(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Attention") and any(True for _ in module.parameters())
+
+
+def _site(model: PreTrainedModel, path: str, module: nn.Module, layout: Layout) -> Site | str:
+    """Read one attention module, or say in a sentence why it cannot be read."""
+    config = getattr(module, "config", None) or model.config.get_text_config(decoder=True)
+    heads = _first_int(module, _HEADS) or _first_int(config, ("num_attention_heads",))
+    outs = [weight_rows(module.get_submodule(p)).shape[0] for p in (layout.query, layout.key, layout.value)]
+    head_dim = _first_int(module, _HEAD_DIM) or (heads and not layout.fused and outs[0] // heads) or None
+    if not heads or not head_dim:
+        return f"{type(module).__name__}: neither the module nor its config says how many heads there are"
+    counts = _fused_counts(layout, outs[0], heads, head_dim) if layout.fused else _counts(module, heads, head_dim, outs)
+    if isinstance(counts, str):
+        return f"{type(module).__name__}: {counts}"
+    kv, v_dim = counts
+    return Site(
+        path=path,
+        kind=type(module).__name__,
+        layout=layout,
+        num_heads=heads,
+        num_kv_heads=kv,
+        head_dim=head_dim,
+        v_head_dim=v_dim,
+        output=_output(path, model, module, layout),
+        causal=getattr(module, "is_causal", None),
+        cross=_is_cross(path, module),
+        dispatches=_dispatches(type(module)),
+        config=_owner(model, module),
+    )
+
+
+def _is_cross(path: str, module: nn.Module) -> bool:
+    named = path.rpartition(".")[2].lower() in _CROSS or "Cross" in type(module).__name__
+    return named or bool(getattr(module, "is_cross_attention", False))
+
+
+def _owner(model: PreTrainedModel, module: nn.Module) -> str:
+    """Return the path of the config that built a module; the language model's where the module does not say."""
+    path = config_path(model, getattr(module, "config", None))
+    return path if path is not None else config_path(model, model.config.get_text_config(decoder=True)) or ""
+
+
+def _counts(module: nn.Module, heads: int, head_dim: int, outs: list[int]) -> tuple[int, int] | str:
+    kv, rest = divmod(outs[1], head_dim)
+    if rest or not kv or heads % kv or outs[2] % kv:
+        return f"{outs[1]} key and {outs[2]} value rows are not whole heads of {head_dim} shared by {heads} query heads"
+    if outs[0] % (heads * head_dim):
+        return f"{outs[0]} query rows are not a multiple of {heads} heads of {head_dim}"
+    return kv, outs[2] // kv
+
+
+def _fused_counts(layout: Layout, out: int, heads: int, head_dim: int) -> tuple[int, int] | str:
+    kv, rest = divmod(out - heads * head_dim, 2 * head_dim)
+    if rest or kv < 1 or heads % kv:
+        return f"{out} fused rows are not {heads} query heads of {head_dim} and whole key-value heads"
+    return kv, head_dim
+
+
+def _first_int(owner: object, names: tuple[str, ...]) -> int | None:
+    for name in names:
+        value = vars(owner).get(name) if isinstance(owner, nn.Module) else getattr(owner, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def _output(path: str, model: PreTrainedModel, module: nn.Module, layout: Layout) -> str:
+    parent = path.rpartition(".")[0]
+    for name in layout.output:
+        base = parent if name.startswith("..") else path
+        owner = model.get_submodule(parent) if name.startswith("..") else module
+        if is_projection(owner, name.removeprefix("..")):
+            return f"{base}.{name.removeprefix('..')}"
+    return ""
+
+
+def _dispatches(kind: type[nn.Module]) -> bool:
+    """Whether the forward goes through transformers' attention registry (the interface of its own classes)."""
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(kind.forward).__code__.co_names
