@@ -59,6 +59,12 @@ def shared(
     return parameters, index[::dim] // dim
 
 
+def num_rows(site: Site, child: str, num_kv_heads: int) -> int:
+    """Return how many output rows a projection has with so many key-value heads."""
+    rows = site.rows(num_kv_heads)
+    return sum(r.numel() for r in (rows if site.layout.fused else (rows[_which(site, child)],)))
+
+
 def block(site: Site, child: str) -> int:
     """Return how many rows of this projection belong to one head."""
     return site.v_head_dim if child == site.layout.value else site.head_dim

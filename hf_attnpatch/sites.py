@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import dataclass
 
 from torch import nn
@@ -13,10 +14,10 @@ from .layouts import LAYOUTS, Layout, Rows, is_projection, weight_rows
 
 # What a module's own children and parameters are called where it keeps something else than keys and values.
 _OTHER = {
-    "latent attention caches a compressed vector, which has no heads to share": ("kv_a_proj", "kv_b_proj", "kv_lora"),
-    "one projection gives keys and values, spread over heads in the module's own way": ("kv_proj",),
-    "keys pass a convolution of their own for each head, which shared heads cannot": ("k_sconv",),
-    "linear attention keeps a state, not keys and values": ("A_log", "dt_bias", "slope_rate", "conv1d", "receptance"),
+    "latent attention caches a compressed vector, which has no heads to share": r"kv_[ab]_proj.*|kv_lora.*",
+    "one projection gives keys and values, spread over heads in the module's own way": r"kv_proj",
+    "keys pass a convolution of their own for each head, which shared heads cannot": r"k_sconv",
+    "linear attention keeps a state, not keys and values": r"A_log|dt_bias|slope_rate|.*conv1d.*|receptance",
 }
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "num_q_heads", "n_head")
 _HEAD_DIM = ("head_dim", "dim_head", "attention_head_size", "qk_head_dim", "head_size")
@@ -68,6 +69,7 @@ class Site:
 
 
 def read_sites(model: PreTrainedModel) -> tuple[tuple[Site, ...], dict[str, str], dict[str, str]]:
+    """Return the attention modules, those that keep something else than keys and values, and those not read."""
     sites: list[Site] = []
     other: dict[str, str] = {}
     unread: dict[str, str] = {}
@@ -100,7 +102,7 @@ def _other_state(module: nn.Module) -> str | None:
     names = [*module._modules, *module._parameters, *module._buffers]
     if "q_proj" in names and "k_proj" not in names:
         return "takes keys and values from an earlier layer"
-    return next((why for why, words in _OTHER.items() if any(w in n for n in names for w in words)), None)
+    return next((why for why, pattern in _OTHER.items() if any(re.fullmatch(pattern, n) for n in names)), None)
 
 
 def _looks_like_attention(module: nn.Module) -> bool:

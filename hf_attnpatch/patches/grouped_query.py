@@ -130,10 +130,7 @@ class GroupedQuery(Patch):
                 path = f"{site.path}.{child}"
                 if path not in found.modules:
                     return f"{path} stays as it is"
-                wanted = site.rows(self.num_kv_heads)
-                rows = sum(
-                    r.numel() for r in (wanted if site.layout.fused else (wanted[1 + (child == site.layout.value)],))
-                )
+                rows = heads.num_rows(site, child, self.num_kv_heads)
                 if weight_rows(found.twin.get_submodule(path)).shape[0] != rows:
                     return f"{path} gets another shape than {rows} rows"
         for path in found.modules:
