@@ -159,8 +159,7 @@ def _edits(model: PreTrainedModel) -> float:
 
 def apply_memory(build: Callable[[], PreTrainedModel], name: str) -> Row:
     """Resident MiB: before, at the peak of `apply`, with its report held, and after the report was dropped."""
-    ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: a freed tensor goes back to the system at once
-    ap.apply(build(), PATCH)  # whatever the first apply of a process allocates for good
+    ap.apply(llama(64, 2), PATCH)  # whatever the first apply of a process allocates for good
     model = build()
     before = [w.numel() * w.element_size() for w in replaced(model)]
     gc.collect()
@@ -243,7 +242,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: a freed tensor goes back to the system at once
     big, rounds, repeats = (256, 3, 3) if arguments.quick else (2048, 60, 7)
+    memory = [apply_memory(lambda: llama(big, 8), f"Llama, 8 layers of {big}")]
     found = {
         "forward": forwards(256 if arguments.quick else 512, 4, rounds),
         "apply": [
@@ -251,7 +252,7 @@ def main() -> None:
             apply_time(gpt2(big, 8), repeats, f"GPT-2, 8 layers of {big}"),
             apply_time(llama(64, 2), 3 * repeats, "Llama, 2 layers of 64"),
         ],
-        "memory": [apply_memory(lambda: llama(big, 8), f"Llama, 8 layers of {big}")],
+        "memory": memory,
     }
     console = Console(width=170)
     for title, rows in found.items():
