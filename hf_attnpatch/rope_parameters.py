@@ -12,6 +12,7 @@ from .errors import AttnPatchError
 from .functional import rotary
 
 KINDS = ("linear", "dynamic", "yarn", "longrope", "llama3")
+STATIC = ("linear", "yarn", "llama3")  # the same angles at every length: any of them can be written as longrope
 _KEPT = ("rope_theta", "partial_rotary_factor")  # belong to the model, not to its scaling
 
 
@@ -53,20 +54,28 @@ class Window:
     attention: float
 
 
-def scaled(want: Scaling, old: Mapping[str, Any], window: Window) -> dict[str, Any]:
+def scaled(want: Scaling, old: Mapping[str, Any], window: Window, compose: bool = False) -> dict[str, Any]:
     """Return the parameters that multiply ``old`` by the wanted scaling.
+
+    Args:
+        want: kind and factor.
+        old: what the config has now.
+        window: what the rotary module does now.
+        compose: write a static kind as ``longrope`` even where its own name would do.
 
     Raises:
         AttnPatchError: the present kind changes with the length, and the wanted one is another.
     """
     present = old.get("rope_type", "default")
     kept = {key: old[key] for key in _KEPT if key in old}
-    if present == "default" or (present == want.kind and want.kind != "longrope"):
+    if present == "proportional" and want.kind == "linear":  # its own factor does what linear does
+        return {**old, "factor": float(old.get("factor") or 1.0) * float(want.factor)}
+    if not compose and (present == "default" or (present == want.kind and want.kind != "longrope")):
         return {**kept, **_same_kind(want, old if present == want.kind else {}, window)}
-    if "dynamic" in (present, want.kind) or present not in KINDS:
+    if "dynamic" in (present, want.kind) or present not in ("default", *KINDS):
         raise AttnPatchError(
-            f"rope_parameters: the model has {present!r} scaling, which cannot be multiplied by {want.kind!r}; "
-            f"use kind={present!r} if that is one of {', '.join(KINDS)}, or load the model without it."
+            f"rope_parameters: the model has {present!r} scaling, which {want.kind!r} cannot multiply; "
+            + (f"use kind={present!r}." if present in KINDS else "load it without that scaling if it can do without.")
         )
     return {**kept, **_composed(want, old, window)}
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -71,8 +72,17 @@ def difference(model: PreTrainedModel, changes: Sequence[Change]) -> Difference 
     """
     try:
         before, after = _build(model, ()), _build(model, changes)
-    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ArithmeticError, AssertionError) as error:
-        return f"{type(model).__name__} cannot be built from the changed config: {error}"
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        ArithmeticError,
+        AssertionError,
+        StrictDataclassError,
+    ) as error:
+        return f"cannot be built from the changed config: {' '.join(str(error).split())}"
     changed = _changed_modules("", before, after)
     inside = tuple(f"{path}." for path in changed)
     attributes = {
@@ -87,6 +97,9 @@ def _build(model: PreTrainedModel, changes: Sequence[Change]) -> nn.Module:
     config = copy.deepcopy(model.config)
     for change in changes:
         change.assign(config)
+    validate = getattr(config, "validate", None)  # what from_pretrained will hold the saved config to
+    if changes and validate is not None:
+        validate()
     cls = getattr(type(model), "unpatched", type(model))  # a patched class would re-apply its record
     with torch.device("meta"):
         twin: nn.Module = cls(config)

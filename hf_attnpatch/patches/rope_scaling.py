@@ -16,8 +16,8 @@ from ..configs import config_at
 from ..edits import Edit, ReplaceModule, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..patch import Patch, Proposal
-from ..rope_parameters import KINDS, Window, scaled
-from ..twin import Change, difference
+from ..rope_parameters import KINDS, STATIC, Window, scaled
+from ..twin import Change, Difference, difference
 
 _LOCAL = ("sliding", "local", "chunked")
 
@@ -74,19 +74,8 @@ class RopeScaling(Patch):
         owners = self._owners(model, anatomy)
         if self.factor == 1 and self.long_factor is None and self.short_factor is None:
             return Proposal((), (), ("a factor of 1 changes nothing",), preserves=True)
-        changes: list[Change] = []
-        notes: list[str] = []
-        for config, paths in owners.items():
-            fields, said = self._fields(config_at(model, config), model.get_submodule(paths[0]))
-            sites = [s for s in anatomy.sites if s.config == config]
-            if sites and "head_dim" in vars(config_at(model, config)) and config_at(model, config).head_dim is None:
-                fields["head_dim"] = sites[0].head_dim  # transformers' formulas read the field, the modules derive it
-            changes += [Change(config, name, value) for name, value in fields.items()]
-            notes += [note for note in said if note not in notes]
+        changes, notes, found = self._tried(model, anatomy, owners)
         paths = [path for group in owners.values() for path in group]
-        found = difference(model, changes)
-        if isinstance(found, str):
-            raise AttnPatchError(f"{anatomy.architecture}: {found}.")
         longer = [p for p in found.modules if p not in paths]
         if longer:
             raise UnsupportedArchitecture(
@@ -96,6 +85,25 @@ class RopeScaling(Patch):
         edits += [SetAttribute(*key, value) for key, value in found.attributes.items() if key[0] not in paths]
         edits += [ReplaceModule(path, _rebuild, f"rope: {self.kind}") for path in paths]
         return Proposal(tuple(edits), tuple(paths), tuple(notes))
+
+    def _tried(
+        self, model: PreTrainedModel, anatomy: Anatomy, owners: Mapping[str, list[str]]
+    ) -> tuple[list[Change], list[str], Difference]:
+        """Return config changes that the family accepts, what to say about them, and what they change elsewhere."""
+        refusals: list[str] = []
+        for compose in (False, True) if self.kind in STATIC else (False,):
+            changes: list[Change] = []
+            notes = [f"written as longrope: {why}" for why in refusals]
+            for config, paths in owners.items():
+                fields, said = self._fields(config_at(model, config), model.get_submodule(paths[0]), compose)
+                fields |= _head_dim(model, anatomy, config)
+                changes += [Change(config, name, value) for name, value in fields.items()]
+                notes += [note for note in said if note not in notes]
+            found = difference(model, changes)
+            if isinstance(found, Difference):
+                return changes, notes, found
+            refusals.append(found)
+        raise AttnPatchError(f"{anatomy.architecture}: {refusals[0]}.")
 
     def _owners(self, model: PreTrainedModel, anatomy: Anatomy) -> dict[str, list[str]]:
         """Return, for each config with rotary parameters, the modules that it builds; or refuse."""
@@ -122,7 +130,7 @@ class RopeScaling(Patch):
             )
         return owners
 
-    def _fields(self, config: PretrainedConfig, module: nn.Module) -> tuple[dict[str, Any], list[str]]:
+    def _fields(self, config: PretrainedConfig, module: nn.Module, compose: bool) -> tuple[dict[str, Any], list[str]]:
         """Return the fields to set in one config, and what to tell the user."""
         old: Mapping[str, Any] = config.rope_parameters
         nested = [key for key, value in old.items() if isinstance(value, Mapping)]
@@ -133,7 +141,7 @@ class RopeScaling(Patch):
         for key in chosen or [""]:
             before = old[key] if key else old
             now = Window(window, _frequencies(module, key), _attention_scaling(module, key))
-            after = scaled(self, before, now)
+            after = scaled(self, before, now, compose)
             if before.get("rope_type", "default") not in ("default", after["rope_type"]):
                 notes.append(f"{before['rope_type']} times {self.kind}, written as {after['rope_type']}")
             new = {**new, key: after} if key else after
@@ -154,6 +162,12 @@ class RopeScaling(Patch):
             there = ", ".join(nested) or "none"
             raise AttnPatchError(f"layer type {unknown[0]!r} has no rotary parameters of its own; there are: {there}.")
         return list(self.layer_types)
+
+
+def _head_dim(model: PreTrainedModel, anatomy: Anatomy, path: str) -> dict[str, int]:
+    """Return the head size where the config leaves it open: transformers' formulas read it, the modules derive it."""
+    config, sites = config_at(model, path), [s for s in anatomy.sites if s.config == path]
+    return {"head_dim": sites[0].head_dim} if sites and vars(config).get("head_dim", 0) is None else {}
 
 
 def _required_arguments(kind: type[nn.Module]) -> list[str]:
