@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from . import foreign
 from .anatomy import Anatomy, Rotary, Site, describe
 from .api import apply, patched
+from .checkpoint import load
 from .errors import AttnPatchError, MissingExtra, PatchConflict, SelfCheckFailed, UnsupportedArchitecture
 from .patch import Patch, from_spec
 from .patches import Flash, GroupedQuery, RopeScaling
@@ -56,6 +57,7 @@ __all__ = [
     "apply",
     "describe",
     "from_spec",
+    "load",
     "patch_flash",
     "patch_grouped_query",
     "patch_rope_scaling",

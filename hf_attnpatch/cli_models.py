@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 EMBEDDED = "embedded"
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
-# A class that several of these know (GPT-2's language model, say) is loaded by the first.
-_AUTO = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +62,8 @@ class Source:
         """Return the model without weights: parameters on the meta device, rotary angles and other buffers real."""
         from accelerate import init_empty_weights
 
+        from .checkpoint import auto_class
+
         config = self.config()
         with _explained(self.name), init_empty_weights(include_buffers=False):
             model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=self.trust_remote_code)
@@ -71,12 +71,11 @@ class Source:
 
     def model(self) -> PreTrainedModel:
         """Return the model with its weights, of the class that the config's ``architectures`` names."""
+        from .checkpoint import load
+
         self._check_dtype()
-        config = self.config()
         with _explained(self.name):
-            model: PreTrainedModel = auto_class(config).from_pretrained(
-                self.location, dtype=self.dtype, trust_remote_code=self.trust_remote_code
-            )
+            model = load(self.location, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
             return model.to(self.device).eval()
 
     def tokenizer(self) -> Any | None:
@@ -98,31 +97,6 @@ class Source:
 
         if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise AttnPatchError(f"--dtype {self.dtype}: choose auto, float32, bfloat16 or float16.")
-
-
-def auto_class(config: PretrainedConfig) -> Any:
-    """Return the Auto class that gives the architecture named in a config, task head included.
-
-    Raises:
-        AttnPatchError: no Auto class of the installed transformers knows it.
-    """
-    from transformers.models.auto import modeling_auto
-
-    from .errors import AttnPatchError
-
-    names = [*_AUTO, *(n for n in modeling_auto.__all__ if n.startswith("AutoModelFor")), "AutoModel"]
-    wanted = [name.removeprefix("Patched") for name in getattr(config, "architectures", None) or ()]
-    remote = getattr(config, "auto_map", None) or {}
-    for name in dict.fromkeys(names):
-        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None) or {}
-        found = mapping[type(config)] if type(config) in mapping else ()
-        classes = found if isinstance(found, (list, tuple)) else (found,)
-        if any(cls.__name__.removeprefix("Patched") in wanted for cls in classes) or name in remote:
-            return getattr(modeling_auto, name)
-    raise AttnPatchError(
-        f"architectures {wanted} of model type {config.model_type!r}: no Auto class of the installed transformers "
-        "gives it; write the class that the checkpoint was saved from into `architectures` of its config.json."
-    )
 
 
 @contextlib.contextmanager
