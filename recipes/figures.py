@@ -32,42 +32,49 @@ def import_pyplot() -> Any:
     return pyplot
 
 
-def loss_curve(log: Sequence[Mapping[str, float]], scores: Mapping[str, Any], loss: str, path: Path) -> None:
-    """Draws the training loss above and the held-out loss below, with the levels before training.
+def loss_curve(
+    log: Sequence[Mapping[str, float]], levels: Mapping[str, float], path: Path, *, loss: str, text: str
+) -> None:
+    """Draws the training loss above and the held-out loss below, with the levels before and after training.
 
     Args:
         log: records of the loop, in nats per token.
-        scores: stage -> its score as in metrics.json.
-        loss: name of the training loss in `LOSS_NAMES`.
+        levels: stage -> loss on the same text as the log's held-out loss.
         path: where the PNG goes.
+        loss: name of the training loss in `LOSS_NAMES`.
+        text: which text the held-out loss is on.
     """
     pyplot = import_pyplot()
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(7, 5.5), sharex=True, layout="constrained")
     above.plot(*_series(log, "loss"), color=TRAINING, marker=".", markersize=4, linewidth=1)
     above.set(ylabel=LOSS_NAMES[loss], title="Uptraining", ylim=(0, None) if loss == "distillation" else None)
     for stage, style in (("original", "--"), ("converted", ":")):
-        level, colour = scores[stage]["nats"], STAGES[stage][0]
-        below.axhline(level, color=colour, linestyle=style, label=f"{stage} {level:.3f}")
+        below.axhline(levels[stage], color=STAGES[stage][0], linestyle=style)
+        place = {"transform": below.get_yaxis_transform(), "va": "bottom", "color": STAGES[stage][0]}
+        below.text(0.01, levels[stage], f"{stage} {levels[stage]:.3f}", **place)
     steps, values = _series(log, "heldout_loss")
-    if values:
-        below.plot(steps, values, color=STAGES["uptrained"][0], marker="D", markersize=4, label="during uptraining")
-    last = scores["uptrained"]["nats"]
-    end = [log[-1]["tokens"] / 1e3]
-    below.plot(end, [last], "*", color=STAGES["uptrained"][0], markersize=13, label=f"uptrained {last:.3f}")
+    start, end = 0.0, log[-1]["tokens"] / 1e3
+    colour, marker = STAGES["uptrained"]
+    below.plot([start, *steps], [levels["converted"], *values], color=colour, marker=marker, markersize=4)
+    below.plot([end], [levels["uptrained"]], "*", color=colour, markersize=13)
+    note = {"textcoords": "offset points", "xytext": (-4, 9), "ha": "right", "color": colour}
+    below.annotate(f"uptrained {levels['uptrained']:.3f}", (end, levels["uptrained"]), **note)
     below.set(xlabel="tokens trained on (thousands)", ylabel="held-out loss\n(nats per token)")
-    below.legend()
+    below.set_title(f"on {text}", fontsize="medium", loc="right")
+    below.margins(y=0.1)
     _finish(figure, (above, below), path)
 
 
-def comparison(scores: Mapping[str, Any], path: Path) -> None:
+def comparison(scores: Mapping[str, Any], differences: Mapping[str, Any], path: Path) -> None:
     """Draws loss with its interval, and the cache's bytes per token, of each stage side by side.
 
     Args:
         scores: stage -> its score as in metrics.json.
+        differences: stage -> how much it loses above the original, paired by document, as in metrics.json.
         path: where the PNG goes.
     """
     pyplot = import_pyplot()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 4), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 4.2), width_ratios=(3, 2), layout="constrained")
     for place, (stage, score) in enumerate(scores.items()):
         colour, marker = STAGES[stage]
         reach = [[score["nats"] - score["low"]], [score["high"] - score["nats"]]]
@@ -76,12 +83,20 @@ def comparison(scores: Mapping[str, Any], path: Path) -> None:
         left.annotate(f"{score['nats']:.3f}", (place, score["nats"]), color=colour, **note)
         bar = right.bar([place], [score["cache_bytes_per_token"]], color=colour, width=0.6)
         right.bar_label(bar, fmt="{:,.0f}", padding=2)
-    left.set(ylabel="held-out loss (nats per token), 95 % interval", title="Loss: lower is better", xlim=(-0.5, 2.8))
+    above = (_above(differences.get(stage)) for stage in scores)
+    left.set_xticks(range(len(scores)), [f"{stage}\n{text}" for stage, text in zip(scores, above, strict=True)])
+    left.set(ylabel="held-out loss (nats per token), 95 % interval", title="Loss: lower is better", xlim=(-0.5, 2.6))
+    right.set_xticks(range(len(scores)), list(scores))
     right.set(ylabel="cache (bytes per token)", title="Memory while generating")
     right.margins(y=0.12)
-    for axes in (left, right):
-        axes.set_xticks(range(len(scores)), list(scores))
     _finish(figure, (left, right), path)
+
+
+def _above(found: Mapping[str, float] | None) -> str:
+    """The paired difference in words: the plain intervals overlap because texts differ, not because models do not."""
+    if found is None:
+        return "paired by\ndocument:"
+    return f"{found['value']:+.3f}\n({found['low']:+.3f} to {found['high']:+.3f})"
 
 
 def _series(log: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:

@@ -31,13 +31,13 @@ class HeldoutConfig(DataConfig):
         documents: measures the first so many documents; None for all.
         windows: windows of `block` tokens from each document, spread evenly over it.
         batch: windows in a forward pass.
-        during: windows measured during training, every `train.eval_every` steps.
+        during: documents measured during training, every `train.eval_every` steps.
     """
 
     documents: int | None = None
     windows: int = 4
     batch: int = 8
-    during: int = 16
+    during: int = 6
 
 
 @dataclass(frozen=True, kw_only=True)

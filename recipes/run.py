@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 import hf_attnpatch as ap
-from hf_attnpatch.evaluation import Score, cache_bytes_per_token, difference
+from hf_attnpatch.evaluation import Score, cache_bytes_per_token, difference, summarise
 from recipes import figures
 from recipes import job as jobs
 from recipes.data import Blocks
@@ -65,6 +65,18 @@ class Run:
         if self.accelerator.is_main_process:
             print(text, flush=True)
 
+    def during(self) -> list[Window]:
+        """The windows that are measured during training: those of a few documents, spread evenly."""
+        documents = sorted({window["document"] for window in self.windows})
+        count = min(self.job.heldout.during, len(documents))
+        chosen = {documents[position * len(documents) // count] for position in range(count)}
+        return [window for window in self.windows if window["document"] in chosen]
+
+    def level(self, stage: str, documents: Collection[Hashable]) -> float:
+        """The loss of a stage on some of the documents, in nats per token."""
+        losses = self.scores[stage].losses
+        return summarise({document: losses[document] for document in documents}, resamples=1).nats
+
     def summary(self, stage: str) -> dict[str, float]:
         """A stage's score as JSON-able data."""
         found = self.scores[stage]
@@ -107,8 +119,11 @@ def write(run: Run, found: Mapping[str, Any], log: Sequence[Mapping[str, float]]
         "machine": machine(run.accelerator),
         "files": files,
     }
-    figures.loss_curve(log, metrics["scores"], job.loss, Path(files["loss curve"]))
-    figures.comparison(metrics["scores"], Path(files["comparison"]))
+    followed = {window["document"] for window in run.during()}
+    levels = {stage: run.level(stage, followed) for stage in run.scores}
+    text = f"{len(followed)} of {len(original.losses)} held-out documents"
+    figures.loss_curve(log, levels, Path(files["loss curve"]), loss=job.loss, text=text)
+    figures.comparison(metrics["scores"], metrics["differences"], Path(files["comparison"]))
     temporary = job.output / ".tmp-metrics.json"
     temporary.write_text(json.dumps(metrics, indent=1) + "\n")
     os.replace(temporary, files["metrics"])

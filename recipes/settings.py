@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -112,3 +113,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     arguments.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides")
     arguments.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in train.output")
     return arguments
+
+
+def clearly(main: Callable[[], None], *errors: type[Exception]) -> None:
+    """Runs a recipe; what its user can mend is one line and exit code 1, anything else keeps its traceback."""
+    try:
+        main()
+    except errors as error:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None

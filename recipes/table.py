@@ -24,13 +24,16 @@ def render(metrics: Mapping[str, Any]) -> Table:
         cells = list(values)
         table.add_row(name, *[""] * (len(scores) - len(cells)), *cells)
 
-    differences, seconds = metrics["differences"].values(), metrics["seconds"]
-    row("loss, nats per token", (f"{score['nats']:.4f}" for score in scores.values()))
+    differences, seconds = metrics["differences"], metrics["seconds"]
+    row("loss (nats/token)", (f"{score['nats']:.4f}" for score in scores.values()))
     row("  95 % interval", (f"{score['low']:.3f} to {score['high']:.3f}" for score in scores.values()))
-    row("above the original", (f"{found['value']:+.4f}" for found in differences))
-    row("  95 % interval", (f"{found['low']:+.4f} to {found['high']:+.4f}" for found in differences))
+    row("above the original", (f"{found['value']:+.4f}" for found in differences.values()))
+    row("  95 %, paired", (f"{found['low']:+.3f} to {found['high']:+.3f}" for found in differences.values()))
+    if differences["converted"]["value"] > 0:
+        mended = 1 - differences["uptrained"]["value"] / differences["converted"]["value"]
+        row("damage mended", [f"{mended:.0%}"])
     row("perplexity", (f"{score['perplexity']:.2f}" for score in scores.values()))
-    row("cache, bytes per token", (f"{score['cache_bytes_per_token']:,.0f}" for score in scores.values()))
+    row("cache (bytes/token)", (f"{score['cache_bytes_per_token']:,.0f}" for score in scores.values()))
     row("seconds", (f"{seconds['convert']:.1f}", f"{seconds['uptrain']:.1f}"))
     return table
 

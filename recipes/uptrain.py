@@ -24,10 +24,12 @@ from transformers import PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hf_attnpatch as ap
+from hf_attnpatch.errors import AttnPatchError
 from hf_attnpatch.evaluation import perplexity
 from recipes import figures, saving, settings, table, trainable
 from recipes import job as jobs
-from recipes.data import load_blocks
+from recipes.checkpoints import ResumeError
+from recipes.data import DataError, load_blocks
 from recipes.distill import Distillation
 from recipes.evaluate import heldout_windows
 from recipes.job import Job
@@ -95,9 +97,8 @@ def uptrain(run: Run, model: PreTrainedModel, loss: Loss, resume: bool) -> tuple
 
 
 def heldout_during(run: Run, student: nn.Module) -> Evaluate:
-    """The evaluation for the loop: a few windows, all on every process, on the model that no wrapper is around."""
-    count = min(run.job.heldout.during, len(run.windows))
-    chosen = [run.windows[position * len(run.windows) // count] for position in range(count)]
+    """The evaluation for the loop: a few documents, all on every process, on the model that no wrapper is around."""
+    chosen = run.during()
 
     def evaluate(_: nn.Module) -> dict[str, float]:
         return {"heldout_loss": perplexity(student, chosen, batch=run.job.heldout.batch, resamples=1).nats}
@@ -151,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    settings.clearly(main, AttnPatchError, SettingsError, DataError, ResumeError)
