@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from . import foreign, record
 from .anatomy import describe
 from .edits import Inverse, SetConfig, SetConfigClass
-from .errors import SelfCheckFailed
+from .errors import AttnPatchError, SelfCheckFailed
 from .patch import Patch
 from .plan import Plan, plan
 from .probe import Inputs, Trace, default_inputs, disagreement, largest_difference, trace
@@ -106,7 +106,15 @@ def _check(model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Trace) -
     Raises:
         SelfCheckFailed: not finite, another shape, a patched site never called, or logits moved that must not.
     """
-    after = trace(model, inputs, tuple(before.calls))
+    try:
+        after = trace(model, inputs, tuple(before.calls))
+    except AttnPatchError as error:
+        cause = error.__cause__ or error
+        raise SelfCheckFailed(
+            f"{type(model).__name__} ran on the probe before the patch and does not after it "
+            f"({type(cause).__name__}: {' '.join(str(cause).split())[:200]}): this family needs something "
+            "that the patch does not know. The model is unchanged; please report it."
+        ) from error
     if before.logits.shape != after.logits.shape or not after.logits.isfinite().all():
         problem = disagreement(before.logits, after.logits)
         raise SelfCheckFailed(f"after patching, the logits are wrong on the probe: {problem}. The model is unchanged.")

@@ -92,12 +92,20 @@ def _rows(
     site: Site, child: str, rows: Tensor, before: Sequence[Tensor], after: Sequence[Tensor], resize: Resize
 ) -> Tensor:
     if not site.layout.fused:
-        return resize(rows[before[_which(site, child)].to(rows.device)]).flatten(0, 1)
+        return resize(_take(rows, before[_which(site, child)])).flatten(0, 1)
     new = rows.new_empty(sum(a.numel() for a in after), *rows.shape[1:])
     for which, (old_index, new_index) in enumerate(zip(before, after, strict=True)):
-        heads = rows[old_index.to(rows.device)]
-        new[new_index.to(rows.device)] = heads if which == 0 else resize(heads)
+        heads = _take(rows, old_index)
+        new[new_index.flatten().to(rows.device)] = (heads if which == 0 else resize(heads)).flatten(0, 1)
     return new
+
+
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    """Return the rows that an index names, (heads, dim, ...): a view where they are one run, as they mostly are."""
+    start, count = int(index[0, 0]), index.numel()
+    if torch.equal(index.flatten(), torch.arange(start, start + count, device="cpu")):
+        return rows[start : start + count].view(*index.shape, *rows.shape[1:])
+    return rows[index.to(rows.device)]
 
 
 def _stacks(module: nn.Module, num_heads: int) -> dict[str, Tensor]:

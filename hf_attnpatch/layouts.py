@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .runtime import GroupedProjection
 
 
 class Rows(NamedTuple):
@@ -92,17 +95,16 @@ class Layout:
 
 
 def is_projection(module: nn.Module, path: str) -> bool:
-    """Whether a dotted path below ``module`` holds a module with a matrix for a weight."""
+    """Whether a dotted path below ``module`` holds a plain projection (no adapter, no quantized one)."""
     child: object = module
     for name in path.split("."):
         child = getattr(child, name, None)
-    weight = getattr(child, "weight", None)
-    return isinstance(child, nn.Module) and isinstance(weight, Tensor) and weight.dim() == 2
+    return isinstance(child, (nn.Linear, Conv1D, GroupedProjection))
 
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether the weight is stored (in, out), as transformers' Conv1D does."""
-    return type(module).__name__ == "Conv1D"
+    return isinstance(module, Conv1D)
 
 
 def weight_rows(module: nn.Module) -> Tensor:

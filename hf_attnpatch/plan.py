@@ -86,6 +86,12 @@ def _writable(model: PreTrainedModel) -> None:
         raise UnsupportedArchitecture(
             f"{type(model).__name__} is quantized; patch the full-precision model first, then quantize the result."
         )
+    adapted = next((name for name, module in model.named_modules() if hasattr(module, "base_layer")), None)
+    if adapted is not None:
+        raise UnsupportedArchitecture(
+            f"{adapted} carries an adapter (LoRA or the like), which replacing its module would throw away; "
+            "patch before adding adapters, or merge_and_unload() first."
+        )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise UnsupportedArchitecture(

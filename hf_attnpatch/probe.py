@@ -33,7 +33,9 @@ def default_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return two rows of ten tokens, the second left-padded by three where the model takes a mask."""
     vocab = model.config.get_text_config(decoder=True).vocab_size
     ids = (torch.arange(20).view(2, 10) * 7 + 5) % vocab
-    inputs = {"input_ids": ids}
+    tables = model.get_input_embeddings()
+    codebooks = len(tables) if isinstance(tables, nn.ModuleList) else 1  # audio decoders read a row for each
+    inputs = {"input_ids": ids.repeat_interleave(codebooks, dim=0)}
     parameters = inspect.signature(model.forward).parameters
     if "attention_mask" in parameters:
         mask = torch.ones_like(ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -90,14 +91,22 @@ def render_anatomy(anatomy: Anatomy) -> str:
 
 def _steps(plan: Plan) -> Iterable[RenderableType]:
     for step in plan.steps:
-        yield _step_table(step)
+        yield _title(step)
+        if step.proposal.edits:
+            yield _step_table(step)
         yield from (f"  {note}" for note in step.proposal.notes)
     yield f"stock transformers loads the checkpoint: {'yes' if plan.stock else 'no, it needs hf_attnpatch'}"
 
 
+def _title(step: Step) -> str:
+    """Return the patch as it would be written, fields at their default left out."""
+    fields = {f.name: f.default for f in dataclasses.fields(step.patch)}
+    set_ = {k: v for k, v in step.patch.to_record().items() if k != "patch" and v != fields.get(k, dataclasses.MISSING)}
+    return f"{step.patch.name}({', '.join(f'{k}={v}' for k, v in set_.items())})"
+
+
 def _step_table(step: Step) -> Table:
-    title = f"{step.patch.name}({', '.join(f'{k}={v}' for k, v in step.patch.to_record().items() if k != 'patch')})"
-    table = Table("where", "rung", "before", "after", title=title, title_justify="left")
+    table = Table("where", "rung", "before", "after")
     rows = [(edit.claim, (edit.rung, *texts)) for edit, texts in zip(step.proposal.edits, step.previews, strict=True)]
     for where, what in _folded(rows):
         table.add_row(where, *what)

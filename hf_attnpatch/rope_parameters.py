@@ -13,7 +13,10 @@ from .functional import rotary
 
 KINDS = ("linear", "dynamic", "yarn", "longrope", "llama3")
 STATIC = ("linear", "yarn", "llama3")  # the same angles at every length: any of them can be written as longrope
-_KEPT = ("rope_theta", "partial_rotary_factor")  # belong to the model, not to its scaling
+_SCHEME = frozenset(  # what describes a scaling; every other key belongs to the model and is kept
+    "rope_type type factor attention_factor beta_fast beta_slow mscale mscale_all_dim truncate low_freq_factor "
+    "high_freq_factor long_factor short_factor long_mscale short_mscale".split()
+)
 
 
 class Scaling(Protocol):
@@ -67,7 +70,7 @@ def scaled(want: Scaling, old: Mapping[str, Any], window: Window, compose: bool 
         AttnPatchError: the present kind changes with the length, and the wanted one is another.
     """
     present = old.get("rope_type", "default")
-    kept = {key: old[key] for key in _KEPT if key in old}
+    kept = {key: value for key, value in old.items() if key not in _SCHEME}
     if present == "proportional" and want.kind == "linear":  # its own factor does what linear does
         return {**old, "factor": float(old.get("factor") or 1.0) * float(want.factor)}
     if not compose and (present == "default" or (present == want.kind and want.kind != "longrope")):

@@ -59,10 +59,11 @@ class NarrowCache:
 
     Args:
         groups: query heads per key-value head.
+        contiguous: whether the module reshapes what the cache returns, so that one head shared by all must be copied.
     """
 
-    def __init__(self, groups: int):
-        self.groups = groups
+    def __init__(self, groups: int, contiguous: bool):
+        self.groups, self.contiguous = groups, contiguous
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -72,26 +73,27 @@ class NarrowCache:
 
     def _narrow(self, value: Any) -> Any:
         if isinstance(value, EncoderDecoderCache):
-            return NarrowPairView(value, self.groups)
-        return NarrowCacheView(value, self.groups) if isinstance(value, Cache) else value
+            return NarrowPairView(value, self)
+        return NarrowCacheView(value, self) if isinstance(value, Cache) else value
 
 
 class NarrowCacheView(Cache):  # type: ignore[misc]  # transformers is not followed
     """A cache seen through one attention module with grouped heads; everything but ``update`` is the cache's own."""
 
-    def __init__(self, cache: Cache, groups: int):
-        self._cache, self._groups = cache, groups
+    def __init__(self, cache: Cache, hook: NarrowCache):
+        self._cache, self._hook = cache, hook
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store the first head of each group and return all heads: (batch, heads, length, head_dim) twice."""
-        g = self._groups
+        g = self._hook.groups
         keys, values = self._cache.update(key_states[:, ::g], value_states[:, ::g], layer_idx, *args, **kwargs)
-        return _repeat(keys, g), _repeat(values, g)
+        keys, values = _repeat(keys, g), _repeat(values, g)
+        return (keys.contiguous(), values.contiguous()) if self._hook.contiguous else (keys, values)
 
     def __getattribute__(self, name: str) -> Any:
-        if name in ("_cache", "_groups", "update", "__class__", "__dict__"):
+        if name in ("_cache", "_hook", "update", "__class__", "__dict__"):
             return object.__getattribute__(self, name)
         return getattr(object.__getattribute__(self, "_cache"), name)
 
@@ -99,9 +101,9 @@ class NarrowCacheView(Cache):  # type: ignore[misc]  # transformers is not follo
 class NarrowPairView(EncoderDecoderCache):  # type: ignore[misc]  # transformers is not followed
     """The same for a pair of self- and cross-attention caches, of which only self-attention is narrow."""
 
-    def __init__(self, pair: EncoderDecoderCache, groups: int):
+    def __init__(self, pair: EncoderDecoderCache, hook: NarrowCache):
         self._pair = pair
-        self._narrow_self = NarrowCacheView(pair.self_attention_cache, groups)
+        self._narrow_self = NarrowCacheView(pair.self_attention_cache, hook)
 
     def __getattribute__(self, name: str) -> Any:
         if name in ("_pair", "_narrow_self", "__class__", "__dict__"):

@@ -80,7 +80,7 @@ def read_sites(model: PreTrainedModel) -> tuple[tuple[Site, ...], dict[str, str]
             continue
         layout = next((row for row in LAYOUTS if row.matches(module)), None)
         if layout is None:
-            if _looks_like_attention(module):
+            if _looks_like_attention(module) and not _in_tower(path):
                 unread[path] = f"{kind}: matches no row of hf_attnpatch/layouts.py"
             continue
         site = _site(model, path, module, layout)
@@ -105,6 +105,10 @@ def _other_state(module: nn.Module) -> str | None:
     return next((why for why, pattern in _OTHER.items() if any(re.fullmatch(pattern, n) for n in names)), None)
 
 
+def _in_tower(path: str) -> bool:
+    return any(word in path.lower() for word in (*_TOWERS, "visual"))
+
+
 def _looks_like_attention(module: nn.Module) -> bool:
     return type(module).__name__.endswith("Attention") and any(True for _ in module.parameters())
 
@@ -114,7 +118,7 @@ def _site(model: PreTrainedModel, path: str, module: nn.Module, layout: Layout) 
     config = getattr(module, "config", None) or model.config.get_text_config(decoder=True)
     heads = _first_int(module, _HEADS) or _first_int(config, ("num_attention_heads",))
     outs = [weight_rows(module.get_submodule(p)).shape[0] for p in (layout.query, layout.key, layout.value)]
-    head_dim = _first_int(module, _HEAD_DIM) or (heads and not layout.fused and outs[0] // heads) or None
+    head_dim = _first_int(module, _HEAD_DIM) or _derived_head_dim(config, layout, heads, outs[0])
     if not heads or not head_dim:
         return f"{type(module).__name__}: neither the module nor its config says how many heads there are"
     counts = _fused_counts(layout, outs[0], heads, head_dim) if layout.fused else _counts(module, heads, head_dim, outs)
@@ -155,6 +159,12 @@ def _counts(module: nn.Module, heads: int, head_dim: int, outs: list[int]) -> tu
     if outs[0] % (heads * head_dim):
         return f"{outs[0]} query rows are not a multiple of {heads} heads of {head_dim}"
     return kv, outs[2] // kv
+
+
+def _derived_head_dim(config: object, layout: Layout, heads: int | None, query_rows: int) -> int | None:
+    """Return the head size of a module that does not name it: its query rows, or the hidden size, over the heads."""
+    width = (_first_int(config, ("hidden_size",)) or 0) if layout.fused else query_rows
+    return width // heads or None if heads else None
 
 
 def _fused_counts(layout: Layout, out: int, heads: int, head_dim: int) -> tuple[int, int] | str:

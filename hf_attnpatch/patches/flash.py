@@ -42,7 +42,7 @@ class Flash(Patch):
     training: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.backend not in ("auto", *FLAG) and self.backend.count("/") != 1:
+        if self.backend not in ("auto", *FLAG) and str(self.backend).count("/") != 1:
             choices = ", ".join(("auto", *FLAG))
             raise AttnPatchError(
                 f"backend {self.backend!r} does not exist; choose from {choices}, or a repository owner/name."

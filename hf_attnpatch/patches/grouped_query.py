@@ -167,7 +167,7 @@ class GroupedQuery(Patch):
                 shared = f"GroupedProjection({self.num_kv_heads} shared heads)"
                 yield ReplaceModule(f"{site.path}.{child}", _Share(self, site, child), shared)
             groups = site.num_heads // self.num_kv_heads
-            yield AddPreHook(site.path, NarrowCache(groups), f"cache holds 1 of {groups} heads")
+            yield AddPreHook(site.path, NarrowCache(groups, not site.dispatches), f"cache holds 1 of {groups} heads")
 
 
 @dataclass(frozen=True)

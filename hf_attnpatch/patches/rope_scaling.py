@@ -135,7 +135,7 @@ class RopeScaling(Patch):
         old: Mapping[str, Any] = config.rope_parameters
         nested = [key for key, value in old.items() if isinstance(value, Mapping)]
         chosen = self._chosen(nested)
-        window, new = int(config.max_position_embeddings), dict(old)
+        window, new = self._window(config), dict(old)
         rest = ", ".join(k for k in nested if k not in chosen) or "nothing"
         notes = [f"scales {', '.join(chosen)}; {rest} left alone"] if nested else []
         for key in chosen or [""]:
@@ -153,6 +153,14 @@ class RopeScaling(Patch):
         if getattr(config, "original_max_position_embeddings", None) is not None:  # Phi-3: outside, with priority
             fields["original_max_position_embeddings"] = new.get("original_max_position_embeddings", window)
         return fields, notes
+
+    def _window(self, config: PretrainedConfig) -> int:
+        length = getattr(config, "max_position_embeddings", None)
+        if not isinstance(length, int):
+            raise UnsupportedArchitecture(
+                f"{type(config).__name__}: max_position_embeddings is {length!r}; a factor needs a length to multiply."
+            )
+        return length
 
     def _chosen(self, nested: list[str]) -> list[str]:
         if self.layer_types is None:
