@@ -5,17 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 
+def show(metrics: Mapping[str, Any]) -> None:
+    """Prints the table and below it what holds for the whole run; paths are not broken over lines."""
+    console = Console()
+    console.print(render(metrics))
+    console.print(facts(metrics), soft_wrap=True, highlight=False, markup=False)
+
+
 def render(metrics: Mapping[str, Any]) -> Table:
-    """The stages side by side, then what holds for the whole run.
+    """The stages side by side.
 
     Args:
         metrics: what `uptrain.py` writes to metrics.json.
     """
     scores = metrics["scores"]
-    table = Table(title=_title(metrics), title_justify="left", caption=_caption(metrics), caption_justify="left")
+    table = Table(title=_title(metrics), title_justify="left")
     table.add_column("")
     for stage in scores:
         table.add_column(stage, justify="right")
@@ -47,7 +55,8 @@ def _title(metrics: Mapping[str, Any]) -> str:
     return f"{job['model']}: {patches}"
 
 
-def _caption(metrics: Mapping[str, Any]) -> str:
+def facts(metrics: Mapping[str, Any]) -> str:
+    """What holds for the whole run: the reload, the texts, the time, the files."""
     job, score, training, reload = (
         metrics["job"],
         metrics["scores"]["original"],

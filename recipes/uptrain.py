@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import set_seed
-from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import hf_attnpatch as ap
 from hf_attnpatch.errors import AttnPatchError
 from hf_attnpatch.evaluation import perplexity
-from recipes import figures, saving, settings, table, trainable
+from recipes import figures, saving, settings, sharding, table, trainable
 from recipes import job as jobs
 from recipes.checkpoints import ResumeError
 from recipes.data import DataError, load_blocks
@@ -55,6 +54,7 @@ def start(job: Job, resume: bool) -> Run:
             f"with `torchrun --nproc_per_node {job.processes} recipes/uptrain.py --config ...`; "
             "`accelerate launch --cpu --num_processes N` starts one."
         )
+    sharding.check(accelerator)
     share_cores(job, accelerator)
     prepare_folder(accelerator, job.output / "checkpoints", resume)
     with accelerator.main_process_first():
@@ -86,12 +86,12 @@ def uptrain(run: Run, model: PreTrainedModel, loss: Loss, resume: bool) -> tuple
     student = trainable.choose(model, job.trainable, job.lora)
     sizes = trainable.sizes(student)
     run.say(f"training {sizes['trainable_parameters']:,} of {sizes['parameters']:,} parameters")
-    during = heldout_during(run, student)
+    during, plain = heldout_during(run, student), sharding.blueprint(run.accelerator, student)
     with run.clock("uptrain"):
         options: dict[str, Any] = {"accelerator": run.accelerator, "evaluate": during, "also": job.identity()}
         log = train(student, run.blocks, loss, job.train, resume=resume, **options)
     adapter = job.output / "adapter" if run.accelerator.is_main_process else None
-    model = trainable.merge(student, adapter, str(base))
+    model = trainable.merge(sharding.gather(student, plain), adapter, str(base))
     last = {"steps": job.train.steps, "tokens": log[-1]["tokens"], "loss": log[-1]["loss"]}
     return model.eval(), {**sizes, **last, "log": log}
 
@@ -145,7 +145,7 @@ def main() -> None:
     run.seconds["total"] = time.perf_counter() - started
     if run.accelerator.is_main_process:
         metrics = write(run, found, found["training"].pop("log"))
-        Console().print(table.render(metrics))
+        table.show(metrics)
         if metrics["reload"]["max_difference"] and metrics["reload"]["attention"] != "default":
             raise saving.ReloadError(f"{metrics['files']['model']}: loaded again, logits differ; see metrics.json.")
     run.accelerator.wait_for_everyone()

@@ -6,15 +6,17 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from recipes import job as jobs
-from recipes import uptrain
+from recipes import sharding, uptrain
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -216,7 +218,7 @@ def test_a_patch_that_stock_cannot_express_is_reloaded_with_the_package(folder, 
     assert "transformers with hf_attnpatch imported reload: max difference 0" in capsys.readouterr().out
 
 
-def spread(path, processes=2):
+def spread(path, processes=2, script=ROOT / "recipes/uptrain.py"):
     """Runs the recipe on several processes, as torchrun starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -224,7 +226,7 @@ def spread(path, processes=2):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     command += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
-    command += [str(ROOT / "recipes/uptrain.py"), "--config", str(path)]
+    command += [str(script), "--config", str(path)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
 
 
@@ -240,6 +242,29 @@ def test_two_processes_are_the_same_uptraining_as_one(folder, monkeypatch):
         assert two["scores"][stage]["nats"] == pytest.approx(one["scores"][stage]["nats"], abs=1e-5)
         assert two["scores"][stage]["tokens"] == one["scores"][stage]["tokens"]
     assert [record["loss"] for record in left] == pytest.approx([record["loss"] for record in right], abs=1e-5)
+
+
+@pytest.mark.usefixtures("no_reload")
+def test_a_sharded_model_is_gathered_and_is_the_same(folder, monkeypatch):
+    launch(monkeypatch, written(folder, train={"output": str(folder / "one"), "eval_every": 1}))
+    path = written(folder, processes=2, train={"output": str(folder / "two"), "eval_every": 1})
+    done = spread(path, script=Path(__file__).with_name("sharded_worker.py"))
+    assert done.returncode == 0, done.stderr
+    (one, left), (two, right) = outcome(folder / "one"), outcome(folder / "two")
+    assert two["reload"]["max_difference"] == 0
+    assert two["scores"]["uptrained"]["nats"] == pytest.approx(one["scores"]["uptrained"]["nats"], abs=1e-5)
+    for before, after in zip(left, right, strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
+        assert after["heldout_loss"] == pytest.approx(before["heldout_loss"], abs=1e-5)
+
+
+def test_parallelism_that_hides_gradients_is_refused():
+    kinds = [("NO", False), ("MULTI_GPU", False), ("FSDP", True)]
+    for kind, second in kinds:
+        sharding.check(SimpleNamespace(distributed_type=DistributedType(kind), is_fsdp2=second))
+    for kind in ("FSDP", "DEEPSPEED"):
+        with pytest.raises(ValueError, match=f"{kind}: the recipes train with"):
+            sharding.check(SimpleNamespace(distributed_type=DistributedType(kind), is_fsdp2=False))
 
 
 def test_fewer_processes_than_asked_for_is_an_error(folder, monkeypatch):
