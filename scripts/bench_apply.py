@@ -5,7 +5,7 @@
 
 Times are CPU time of one thread, so that neighbours on the machine count little; the two sides of a ratio run in turns
 in one process, and medians are compared. Memory is the process's peak resident size, which Linux lets one reset.
-Writes `bench_apply.json` and `bench_apply.png` into `--out`.
+Writes `bench_apply.json` and `bench_apply.png` into `--out` and, where that is the default, the README's figures.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import readme
 import torch
 import transformers
+from bench_report import figure, markdown, table
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import hf_attnpatch as ap
@@ -190,50 +191,6 @@ def resident(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-# -- the result -------------------------------------------------------------------------------------------------------
-
-
-def table(title: str, rows: list[Row]) -> Table:
-    """Rows as a table; numbers with three digits."""
-    found = Table(*rows[0], title=title, title_justify="left")
-    for row in rows:
-        found.add_row(*[_text(value) for value in row.values()])
-    return found
-
-
-def _text(value: object) -> str:
-    if isinstance(value, list):
-        return " to ".join(f"{v:.3f}" for v in value)
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def figure(found: Mapping[str, list[Row]], file: Path) -> None:
-    """The ratios with their intervals, and `apply` by its parts beside twice the copy."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    left, right = (figure := plt.figure(figsize=(11, 3.6), layout="constrained")).subplots(1, 2)
-    for place, row in enumerate(found["forward"]):
-        left.plot(row["interval"], [place, place], color="tab:blue")
-        left.plot(row["ratio"], place, "o", color="tab:blue")
-    left.axvline(1.01, color="tab:red", linestyle=":", label="1.01")
-    left.set_yticks(range(len(found["forward"])), [row["what"] for row in found["forward"]])
-    left.set(title="Forward, time relative to the other model", xlabel="ratio, 95 % interval")
-    left.legend()
-    for place, row in enumerate(found["apply"]):
-        start = 0.0
-        for part, colour in zip(("weights", "plan", "self-check"), ("tab:blue", "tab:orange", "0.7"), strict=True):
-            right.barh(place, row[f"{part} ms"], left=start, color=colour, label=None if place else part)
-            start += row[f"{part} ms"]
-        right.plot([2 * row["copy ms"]] * 2, [place - 0.4, place + 0.4], color="tab:red", linestyle=":")
-    right.set_yticks(range(len(found["apply"])), [row["what"] for row in found["apply"]])
-    right.set(title="apply, CPU time; dotted: twice a copy of the weights", xlabel="ms")
-    right.legend()
-    figure.savefig(file, dpi=130)
-
-
 def main() -> None:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -260,6 +217,8 @@ def main() -> None:
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "cpu": platform.machine()}
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "bench_apply.json").write_text(json.dumps({"versions": versions, **found}, indent=1) + "\n")
+    if arguments.out == OUT:
+        readme.write("bench", markdown({"versions": versions, **found}))
     figure(found, arguments.out / "bench_apply.png")
     print(f"wrote {arguments.out}/bench_apply.json and bench_apply.png")
 

@@ -25,22 +25,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import readme
 import torch
 import transformers
 from rich.console import Console
 from rich.progress import Progress
-from survey_table import README, check, render
+from survey_table import summary, table
 from transformers import PreTrainedModel
 
 import hf_attnpatch as ap
 from hf_attnpatch.invariants import INVARIANTS, Subject
 from hf_attnpatch.verify import FAIL, find
 
-sys.path.insert(0, str(README.parent / "tests"))
+sys.path.insert(0, str(readme.README.parent / "tests"))
 
 from architectures import causal_lm_types, encoder_types, tiny_inputs, tiny_model
 
-RESULTS = README.parent / "recipes/results/survey/survey.json"
+PART = "support-table"
+RESULTS = readme.README.parent / "recipes/results/survey/survey.json"
 ROPE_KINDS = ("linear", "dynamic", "yarn", "longrope", "llama3")
 LIMIT = 300  # seconds for one question
 
@@ -226,7 +228,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit 1 unless the README's table is that of the JSON")
     arguments = parser.parse_args()
     if arguments.check:
-        sys.exit(None if check(RESULTS, README) else "README.md: the support table is not current; run `make survey`.")
+        current = readme.is_current(PART, table(json.loads(RESULTS.read_text("utf-8"))))
+        sys.exit(None if current else "README.md: the support table is not current; run `make survey`.")
     if not arguments.render:
         found = survey(arguments.types, arguments.workers)
         text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
@@ -234,8 +237,10 @@ def main() -> None:
             print(text)
             return
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(text)
-    print(render(RESULTS, README))
+        RESULTS.write_text(text, "utf-8")
+    found = json.loads(RESULTS.read_text("utf-8"))
+    readme.write(PART, table(found))
+    print(summary(found))
 
 
 if __name__ == "__main__":

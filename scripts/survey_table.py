@@ -2,38 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-README = Path(__file__).resolve().parents[1] / "README.md"
-START, END = "<!-- support-table:start -->", "<!-- support-table:end -->"
 STATUSES = ("native", "own type", "not applicable", "FAILED")
 _CELL = {"native": "stock", "own type": "own", "not applicable": "-", "FAILED": "**fails**"}
-
-
-def render(results: Path, readme: Path) -> str:
-    """Writes the table into the README and returns its summary."""
-    survey = json.loads(results.read_text("utf-8"))
-    text = readme.read_text("utf-8")
-    readme.write_text(_with_table(text, table(survey)), "utf-8")
-    return summary(survey)
-
-
-def check(results: Path, readme: Path) -> bool:
-    """Whether the README has exactly the table of the JSON."""
-    text = readme.read_text("utf-8")
-    return text == _with_table(text, table(json.loads(results.read_text("utf-8"))))
-
-
-def _with_table(text: str, new: str) -> str:
-    head, start, rest = text.partition(START)
-    _, end, tail = rest.partition(END)
-    if not start or not end:
-        raise SystemExit(f"README.md: the markers {START} and {END} are missing.")
-    return f"{head}{START}\n{new}\n{END}{tail}"
 
 
 def table(survey: Mapping[str, Any]) -> str:
