@@ -14,7 +14,8 @@ from .subject import Answer, Measured, Subject, logits_of
 
 def gradients_arrive(subject: Subject) -> Answer:
     """Every trainable parameter of an attention module that runs gets a gradient."""
-    paths = tuple(dict.fromkeys((*(s.path for s in subject.anatomy.sites), *subject.anatomy.unread)))
+    anatomy = subject.anatomy
+    paths = tuple(dict.fromkeys((*(s.path for s in anatomy.sites), *anatomy.unread, *anatomy.other)))
     with _counting(subject.model, paths) as calls:
         subject.run()
     ran = tuple(f"{path}." for path in paths if calls[path])  # cross-attention without an encoder does not

@@ -1,0 +1,85 @@
+"""Where a patch refuses, with words of its reason; where transformers itself breaks an invariant.
+
+Both are files that ``record.py`` writes and that the tests assert cell by cell, in both directions: what is listed and
+works fails, and so does the reverse.
+"""
+
+import collections
+from pathlib import Path
+
+REFUSED_FILE = Path(__file__).with_name("refused.txt")
+UPSTREAM_FILE = Path(__file__).with_name("upstream.txt")
+NOTHING = "nothing to do"  # not an error: the model is already what the patch makes
+
+# What a refusal may say; a message with none of these stands in the file whole, and should get its words here.
+WORDS = (
+    "rope scaling needs a rotary module built from config.rope_parameters",
+    "keeps a private copy of its config",
+    "scaling, which 'dynamic' cannot multiply",
+    "'proportional' scaling, which",
+    "has tensors as long as the context",
+    "cannot be built from the changed config",
+    "no fused attention runs here",
+    "does not dispatch to it in this release of transformers",
+    "does not support an attention implementation through torch's flex_attention",
+    "Attention sinks cannot be run on CPU",
+    "when it is built",
+    "logits differ by",
+    "latent attention caches a compressed vector",
+    "linear attention keeps a state, not keys and values",
+    "one projection gives keys and values",
+    "keys pass a convolution of their own",
+    "neither the module nor its config says how many heads there are",
+    "no module has key and value heads",
+    "checkpoints hold it fused with others",
+    "shares its weights with",
+    "matches no row",
+    "already shares",
+    "2 key-value heads under 2 query heads do not become 4",
+)
+# Invariants that transformers' own scalings break on every model where the text outgrows the original window: dynamic
+# recomputes its angles from the length so far, longrope switches them; cached keys and shorter rows keep others.
+_SWITCHES = {
+    *("cached decoding, token by token", "cached decoding, two chunks", "cached decoding after padding"),
+    *("alone or in a batch", "later tokens do not matter"),
+}
+UPSTREAM_OF_A_KIND = {
+    "rope_dynamic": {*_SWITCHES, "first request or after a longer one"},
+    "rope_longrope": _SWITCHES,
+}
+# What a patch may turn from pass to "not applicable".
+MAY_STOP_APPLYING = {
+    "flash": {
+        *("eager attention agrees", "sdpa agrees", "flex attention agrees"),  # one of them is the present one now
+        *("gradients reach the attention", "gradient checkpointing"),  # flex has no backward on CPU
+    },
+}
+
+
+def _lines(file):
+    return [line.split(" | ") for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _refused():
+    table = collections.defaultdict(dict)
+    for cases, reason, types in _lines(REFUSED_FILE):
+        for case in cases.split():
+            table[case].update(dict.fromkeys(types.split(), reason))
+    return table
+
+
+def _upstream():
+    table = collections.defaultdict(set)
+    for name, invariant, _ in _lines(UPSTREAM_FILE):
+        table[name].add(invariant)
+    return table
+
+
+REFUSED = _refused()
+UPSTREAM = _upstream()
+
+
+def refusal(model_type, encoder, case):
+    """Words of the reason for which this cell is refused, ``NOTHING``, or None where the patch applies."""
+    key = model_type + ("-masked" if encoder else "")
+    return REFUSED[case.name].get(key) or REFUSED[case.kind].get(key)

@@ -1,0 +1,87 @@
+"""Adapters go on top of a patched model; a patch under adapters is refused."""
+
+import peft
+import pytest
+import torch
+from architectures import tiny_model
+from snapshot import snapshot
+
+import hf_attnpatch as ap
+from hf_attnpatch.probe import default_inputs, trace
+
+# PEFT 0.21 itself still asks by the old name
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+# model type -> query and output projections, and the key or fused projection that the patch has replaced
+TARGETS = {
+    "llama": (["q_proj", "o_proj"], "k_proj"),
+    "opt": (["q_proj", "out_proj"], "k_proj"),
+    "gpt2": (["c_proj"], "c_attn"),
+    "gpt_neox": (["dense"], "query_key_value"),
+}
+FOREIGN = ["opt", "gpt2", "gpt_neox"]
+
+
+def _patched(model_type):
+    model = tiny_model(model_type)
+    ap.patch_grouped_query(model, num_kv_heads=2)
+    return model
+
+
+@pytest.mark.parametrize("model_type", TARGETS)
+def test_lora_on_a_patched_model_trains_saves_and_loads(model_type, tmp_path):
+    model = _patched(model_type)
+    inputs = default_inputs(model)
+    plain = trace(model, inputs).logits
+    model.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=TARGETS[model_type][0], r=2))
+    assert torch.equal(trace(adapted.get_base_model(), inputs).logits, plain)  # LoRA begins at zero
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(3):
+        adapted(**inputs, labels=inputs["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    wanted = trace(adapted.get_base_model(), inputs).logits
+    assert not torch.equal(wanted, plain)
+    adapted.save_pretrained(tmp_path / "adapter")
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert torch.equal(trace(loaded.get_base_model(), inputs).logits, wanted)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(trace(merged, inputs).logits, wanted, rtol=0, atol=1e-4)
+    assert {site.num_kv_heads for site in ap.describe(merged).sites} == {2}
+
+
+@pytest.mark.parametrize("model_type", FOREIGN)
+def test_lora_on_a_shared_projection_is_refused_by_name(model_type):
+    with pytest.raises(ValueError, match="GroupedProjection"):
+        peft.get_peft_model(_patched(model_type), peft.LoraConfig(target_modules=[TARGETS[model_type][1]], r=2))
+
+
+@pytest.mark.parametrize("model_type", TARGETS)
+@pytest.mark.parametrize("patch", [ap.GroupedQuery(num_kv_heads=2), ap.Flash(backend="sdpa")], ids=lambda p: p.name)
+def test_a_patch_on_a_peft_model_is_refused(model_type, patch):
+    adapted = peft.get_peft_model(tiny_model(model_type), peft.LoraConfig(target_modules=TARGETS[model_type][0], r=2))
+    with pytest.raises(ap.UnsupportedArchitecture, match="before get_peft_model"):
+        ap.apply(adapted, patch)
+
+
+@pytest.mark.parametrize("targets", [["k_proj", "v_proj"], ["q_proj"], "all-linear"])
+def test_a_grouped_query_patch_on_the_base_model_of_adapters_is_refused(targets):
+    model = tiny_model("llama")
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=2))
+    before = snapshot(model)
+    with pytest.raises(ap.UnsupportedArchitecture, match=r"(?i)adapter|lora"):
+        ap.patch_grouped_query(model, num_kv_heads=2)
+    assert snapshot(model) == before
+
+
+def test_a_patch_on_a_model_with_its_own_adapters_is_refused():
+    model = tiny_model("llama")
+    model.add_adapter(peft.LoraConfig(target_modules=["k_proj"], r=2))
+    before = snapshot(model)
+    with pytest.raises(ap.UnsupportedArchitecture, match=r"(?i)adapter|lora"):
+        ap.patch_grouped_query(model, num_kv_heads=2)
+    assert snapshot(model) == before

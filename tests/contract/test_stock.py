@@ -1,0 +1,83 @@
+"""What stock transformers can express, stock transformers loads: in a process that never imports this package."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from matrix import applicable
+from patches import build
+
+import hf_attnpatch as ap
+from hf_attnpatch.probe import default_inputs, trace
+
+_STOCK = """
+import json, sys
+import torch
+import transformers
+
+transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(1)
+found = {}
+for line in open(sys.argv[1]):
+    cell = json.loads(line)
+    probe = torch.load(cell["folder"] + "/probe.pt")
+    auto = getattr(transformers, cell["auto"])
+    model = auto.from_pretrained(cell["folder"], attn_implementation=cell["attention"]).eval()
+    with torch.no_grad():
+        logits = model(**probe["inputs"], **({"use_cache": False} if cell["use_cache"] else {})).logits
+    wanted = probe["logits"]
+    if "attention_mask" in probe["inputs"]:
+        logits = logits[probe["inputs"]["attention_mask"].bool()]
+    found[cell["name"]] = "equal" if torch.equal(logits, wanted) else float((logits - wanted).abs().max())
+assert "hf_attnpatch" not in sys.modules
+json.dump(found, open(sys.argv[2], "w"))
+"""
+
+
+def _cells(full):
+    for cell in applicable("grouped_query", "rope_scaling"):
+        if full or not cell.marks:
+            yield cell.id, *cell.values
+
+
+def _save(folder, name, model_type, encoder, case):
+    """Patch and save a model; None where its checkpoint is not a stock one."""
+    model = build(model_type, encoder, case)
+    if not ap.apply(model, case.patch).stock:
+        return None
+    model.save_pretrained(folder)
+    inputs = default_inputs(model)
+    torch.save({"inputs": inputs, "logits": trace(model, inputs).logits}, folder / "probe.pt")
+    return {
+        "name": name,
+        "folder": str(folder),
+        "auto": "AutoModelForMaskedLM" if encoder else "AutoModelForCausalLM",
+        "attention": model.config._attn_implementation,
+        "use_cache": "use_cache" in model.forward.__code__.co_varnames,
+    }
+
+
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=[pytest.mark.full, pytest.mark.timeout(3600)])])
+def test_stock_transformers_gives_the_same_bits(full, tmp_path):
+    cells = []
+    for name, model_type, encoder, case in _cells(full):
+        folder = tmp_path / name
+        folder.mkdir()
+        cells.append(_save(folder, name, model_type, encoder, case))
+    cells = [cell for cell in cells if cell is not None]
+    lines, out = tmp_path / "cells.jsonl", tmp_path / "found.json"
+    lines.write_text("\n".join(json.dumps(cell) for cell in cells))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _STOCK, str(lines), str(out)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    assert set(found) == {cell["name"] for cell in cells}
+    assert {"llama-grouped_2_mean", "gemma3_text-rope_yarn", "phi3-grouped_2_mean"} <= set(found)
+    assert {name: difference for name, difference in found.items() if difference != "equal"} == {}

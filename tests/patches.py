@@ -1,0 +1,94 @@
+"""The patches that the contract holds every architecture to: one row each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from architectures import tiny_config, tiny_model
+from transformers import PretrainedConfig, PreTrainedModel
+
+import hf_attnpatch as ap
+
+_ATTENTION = "attn_implementation"
+WINDOW = 16  # of the rotary cases: shorter than the probe of 24 tokens, so that what switches by length does switch
+KINDS = ("linear", "dynamic", "yarn", "longrope", "llama3")
+METHODS = ("first", "mean", "mean_rescaled")
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A patch, the model it is put on, and what is promised.
+
+    Attributes:
+        name: in test ids.
+        patch: to apply.
+        overrides: of the tiny model's config.
+        identity: the logits must be the same bits.
+        everywhere: part of the fast run on every fast architecture; otherwise there on `ONE_EACH` only.
+    """
+
+    name: str
+    patch: ap.Patch
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    identity: bool = False
+    everywhere: bool = False
+
+    @property
+    def kind(self) -> str:
+        return self.patch.name
+
+
+def _rope(kind: str, factor: float) -> Case:
+    name = f"rope_{kind}" if factor > 1 else f"rope_{kind}_by_1"
+    patch = ap.RopeScaling(kind=kind, factor=factor)
+    return Case(name, patch, {"max_position_embeddings": WINDOW}, identity=factor == 1, everywhere=name == "rope_yarn")
+
+
+CASES = (
+    *(
+        Case(f"grouped_{n}_{m}", ap.GroupedQuery(num_kv_heads=n, method=m), everywhere=(n, m) == (2, "mean"))
+        for n in (2, 1)
+        for m in METHODS
+    ),
+    Case("grouped_up", ap.GroupedQuery(num_kv_heads=4), {"num_key_value_heads": 2}),
+    *(_rope(kind, 4.0) for kind in KINDS),
+    Case("flash_auto", ap.Flash(), {_ATTENTION: "eager"}, everywhere=True),
+    Case("flash_sdpa", ap.Flash(backend="sdpa"), {_ATTENTION: "eager"}),
+    Case("flash_flex", ap.Flash(backend="flex_attention")),
+)
+IDENTITIES = (
+    Case("grouped_as_before", ap.GroupedQuery(num_kv_heads=4), identity=True),
+    *(_rope(kind, 1.0) for kind in KINDS),
+)
+
+# What `grouped_up` needs where key-value heads have another name, or where fewer than all cannot be had (none).
+_UP: Mapping[str, Mapping[str, Any]] = {
+    "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True},
+    "gpt_bigcode": {"multi_query": True},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    **dict.fromkeys(["dots3_note", "dots3_note_text", "esmc"], {}),
+}
+
+# One architecture of each way in which a patch can act: every case runs on these in the fast run.
+ONE_EACH = ("llama", "gemma3_text", "gpt2")
+
+
+def build(model_type: str, encoder: bool, case: Case, seed: int = 0) -> PreTrainedModel:
+    """The tiny model of a case; an override that the family does not know is left out."""
+    overrides = dict(case.overrides)
+    if case.name == "grouped_up" and model_type in _UP:
+        overrides = dict(_UP[model_type])
+    known = tiny_config(model_type, encoder=encoder)
+    text = known.get_text_config(decoder=True)
+    if case.kind == "rope_scaling" and not _windowed(text):
+        overrides = {}
+    overrides = {k: v for k, v in overrides.items() if hasattr(known, k) or hasattr(text, k) or k == _ATTENTION}
+    return tiny_model(model_type, seed, encoder=encoder, **overrides)
+
+
+def _windowed(text: PretrainedConfig) -> bool:
+    """Whether the window may be cut: it is a rotary model's, and no scaling is there that depends on it."""
+    rope = getattr(text, "rope_parameters", None)
+    return bool(rope) and rope.get("rope_type", "default") == "default"
