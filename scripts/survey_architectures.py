@@ -144,8 +144,8 @@ def broken(model: PreTrainedModel) -> dict[str, str]:
 
 def answer(question: Question, file: str) -> None:
     """In a process of its own: writes the answer; whatever goes wrong ends up as the last line of the error output."""
-    descriptor = os.open(f"{file}.err", os.O_CREAT | os.O_WRONLY)
-    os.dup2(descriptor, 2)
+    sys.stderr = open(f"{file}.err", "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), 2)
     torch.set_num_threads(1)
     torch.compiler.set_stance("force_eager")
     model = tiny_model(question.model_type, encoder=question.encoder)

@@ -1,0 +1,100 @@
+"""The survey: a crash is a cell, an invariant that only the patched model breaks is a failure, the table follows."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+import readme
+import survey_architectures as survey
+import survey_table
+
+ASK = {"grouped_query down": ("llama", "native"), "flash": ("gpt2", "native"), "rope_scaling yarn": ("llama", "native")}
+
+
+def asked(model_type, case, encoder=False):
+    question = survey.Question(model_type, encoder, case)
+    return dict(survey.ask_all([question], workers=1))[question]
+
+
+@pytest.mark.parametrize("case", ASK)
+def test_an_applicable_patch(case):
+    model_type, status = ASK[case]
+    found = asked(model_type, case)
+    assert found["status"] == status
+    assert found["broken"] == {}
+
+
+def test_what_stock_cannot_express_is_said():
+    assert asked("gpt2", "grouped_query down")["status"] == "own type"
+    assert asked("bert", "grouped_query down", encoder=True)["status"] == "own type"
+
+
+def test_a_refusal_gives_its_reason():
+    found = asked("gpt2", "rope_scaling yarn")
+    assert found["status"] == "not applicable"
+    assert "rotary" in found["detail"]
+
+
+def test_growing_starts_from_a_natively_grouped_model():
+    assert asked("llama", "grouped_query up")["status"] == "native"
+    assert "no grouped checkpoints" in asked("gpt2", "grouped_query up")["detail"]
+
+
+def _crash(model):
+    os._exit(7)
+
+
+def _raise(model):
+    raise RuntimeError("no such luck")
+
+
+@pytest.mark.parametrize(("fault", "words"), [(_crash, "exit code 7"), (_raise, "RuntimeError: no such luck")])
+def test_a_crash_is_one_cell(fault, words, monkeypatch):
+    monkeypatch.setitem(survey.CASES, "flash", fault)
+    questions = [survey.Question("llama", False, case) for case in ("flash", "unpatched")]
+    found = dict(survey.ask_all(questions, workers=2))
+    assert found[questions[0]]["status"] == "FAILED"
+    assert words in found[questions[0]]["detail"]
+    assert found[questions[1]]["status"] == "unpatched"
+
+
+def test_a_hang_is_one_cell(monkeypatch):
+    import time
+
+    monkeypatch.setattr(survey, "LIMIT", 1)
+    monkeypatch.setitem(survey.CASES, "flash", lambda model: time.sleep(60))
+    assert asked("llama", "flash")["status"] == "FAILED"
+
+
+def test_only_what_the_patch_breaks_is_its_failure():
+    base = survey.Question("llama", False, "unpatched")
+    patched = survey.Question("llama", False, "flash")
+    own = {base: {"status": "unpatched", "broken": {"padding": "1"}}}
+    both = {**own, patched: {"status": "native", "broken": {"padding": "1"}}}
+    assert survey.judged(both)["llama"]["flash"]["status"] == "native"
+    worse = {**own, patched: {"status": "native", "broken": {"padding": "1", "deepcopy": "2"}}}
+    cell = survey.judged(worse)["llama"]["flash"]
+    assert cell == {"status": "FAILED", "detail": "deepcopy: 2"}
+
+
+def test_the_table_counts_and_names():
+    kinds = {"native": "native", "not applicable": "not applicable", "failed": "FAILED"}
+    rows = {name: {"unpatched": {"status": "unpatched"}, "flash": {"status": s}} for name, s in kinds.items()}
+    rows["not applicable"]["flash"]["detail"] = "a | b_c"
+    text = survey_table.table({"rows": rows, "invariants": ["x"], "versions": {"transformers": "5", "torch": "2"}})
+    assert "| flash | 1 | 0 | 1 | 1 |" in text
+    assert r"a / b\_c" in text
+    assert "| failed | flash |" in text
+
+
+def test_a_part_of_the_readme_is_replaced_whole():
+    text = "a\n<!-- x:start -->\nold\n<!-- x:end -->\nb"
+    new = readme.with_part(text, "x", "new")
+    assert new == "a\n<!-- x:start -->\nnew\n<!-- x:end -->\nb"
+    assert readme.with_part(new, "x", "new") == new
+    with pytest.raises(SystemExit, match="markers"):
+        readme.with_part("nothing", "x", "new")
