@@ -23,6 +23,7 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
     """Patch a model in place, check it on a few tokens, and say what happened.
 
     Either everything happens or nothing: an exception anywhere unwinds every write; the model is bitwise what it was.
+    New weights are made layer by layer; the replaced ones stay in memory, for ``revert``, until the report is dropped.
 
     Args:
         model: a transformers model with its weights in memory.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from accelerate.hooks import add_hook_to_module
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -140,7 +141,9 @@ class SetAttribute(Edit):
 
 @dataclass(frozen=True)
 class ReplaceModule(Edit):
-    """Put another module in the place of one; its tensors are made only now, so one edit's are alive at a time.
+    """Put another module in the place of one; its tensors are made only when the edit runs, not when it is planned.
+
+    The inverse keeps the old module, so both live until the report is dropped.
 
     Attributes:
         make: builds the new module from the old one.
@@ -169,6 +172,8 @@ class ReplaceModule(Edit):
         parent, _, name = self.path.rpartition(".")
         old = model.get_submodule(self.path)
         new = self.make(old).train(old.training)
+        if hasattr(old, "_hf_hook"):  # accelerate moves the inputs of a dispatched model by these
+            add_hook_to_module(new, old._hf_hook)
         return _swap(model.get_submodule(parent)._modules, name, new, self.claim)
 
 
