@@ -17,6 +17,7 @@ from .anatomy import describe
 from .configs import all_configs
 from .errors import AttnPatchError
 from .invariants import INVARIANTS, SAVING, Answer, Subject
+from .invariants.subject import codebooks
 
 PASS, FAIL, NOT_APPLICABLE = "pass", "fail", "not applicable"
 
@@ -176,7 +177,7 @@ def _default_inputs(model: PreTrainedModel) -> Mapping[str, Tensor]:
     special = {i for config in (model.config, text) for i in _special(config)}
     ordinary = [i for i in range(min(text.vocab_size, 8 * _LENGTH)) if i not in special]
     picks = torch.arange(2 * _LENGTH).view(2, _LENGTH) * 7 + 3
-    ids = torch.tensor(ordinary)[picks % len(ordinary)]
+    ids = torch.tensor(ordinary)[picks % len(ordinary)].repeat_interleave(codebooks(model), dim=0)
     return (
         {"input_ids": ids, "decoder_input_ids": ids.flip(0)} if model.config.is_encoder_decoder else {"input_ids": ids}
     )

@@ -4,23 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from .. import foreign
-from .subject import Answer, Subject, compare
+from ..probe import _counting
+from .subject import Answer, Measured, Subject, compare
 
 
 def copied(subject: Subject) -> Answer:
-    """A deepcopy gives the same bits."""
+    """A deepcopy gives the same bits, and from its own weights."""
     wanted = subject.logits()
     twin = Subject(copy.deepcopy(subject.model), subject.anatomy, subject.inputs)
-    return compare(subject, wanted, twin.logits(), 0.0)
+    same = compare(subject, wanted, twin.logits(), 0.0)
+    for matrix in _matrices(twin):
+        matrix.neg_()
+        if torch.equal(twin.logits(), wanted):
+            return Measured(math.inf, 0.0, "the copy computes with other weights than its own")
+        matrix.neg_()
+    return same
+
+
+def _matrices(subject: Subject) -> Iterator[Tensor]:
+    """Yield the projections of the first attention module that runs."""
+    paths = tuple(site.path for site in subject.anatomy.sites)
+    with _counting(subject.model, paths) as calls:
+        subject.run()
+    first = next((path for path in paths if calls[path]), None)
+    if first is not None:
+        yield from (p for p in subject.model.get_submodule(first).parameters() if p.dim() == 2)
 
 
 def saved_and_loaded(subject: Subject) -> Answer:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..backends import Candidate, obstacle
 from ..edits import SetAttention
+from ..probe import TOLERANCE
 from .subject import Answer, Subject, compare
 
 
@@ -39,7 +41,7 @@ def _agrees(subject: Subject, name: str) -> Answer:
             return f"{type(model).__name__} chooses its attention when it is built"
     except (ImportError, NotImplementedError, ValueError) as error:
         return " ".join(f"it refuses: {error}".split())[:160]
-    return compare(subject, wanted, found)
+    return compare(subject, wanted, found, max(subject.rounding, TOLERANCE[torch.float32]))  # eager sums in fp32
 
 
 def _under(subject: Subject, name: str) -> Tensor | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
@@ -55,9 +55,8 @@ class Subject:
 
     @property
     def item(self) -> int:
-        """Rows that belong together: one, or one for each codebook where that many are given."""
-        books = int(getattr(self.model.config.get_text_config(decoder=True), "num_codebooks", 1) or 1)
-        return books if self.tokens.shape[0] % books == 0 else 1
+        """Rows that belong together: one, or one for each codebook."""
+        return codebooks(self.model)
 
     @property
     def generates(self) -> bool:
@@ -86,6 +85,12 @@ class Subject:
     def with_tokens(self, tokens: Tensor) -> dict[str, Tensor]:
         """Return the inputs with other tokens in the stream."""
         return {**self.inputs, self.stream: tokens}
+
+
+def codebooks(model: PreTrainedModel) -> int:
+    """Return how many rows make one item: audio decoders read one for each of their embedding tables."""
+    tables = model.get_input_embeddings()
+    return len(tables) if isinstance(tables, nn.ModuleList) else 1
 
 
 def logits_of(output: Any) -> Tensor:

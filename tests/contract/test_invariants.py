@@ -4,7 +4,7 @@ import copy
 
 import pytest
 from matrix import applicable, architectures, verified
-from outcomes import MAY_STOP_APPLYING, UPSTREAM, UPSTREAM_OF_A_KIND
+from outcomes import MAY_STOP_APPLYING, UPSTREAM, UPSTREAM_MARGINAL, UPSTREAM_OF_A_KIND
 from patches import CASES, build
 from transformers import __version__
 
@@ -23,7 +23,7 @@ def _failed(verification):
 def test_what_transformers_itself_breaks_is_known(model_type, encoder):
     key = model_type + ("-masked" if encoder else "")
     found = verified(model_type, encoder)
-    assert _failed(found) == set(UPSTREAM.get(key, ())), f"\n{found}"
+    assert UPSTREAM[key] <= _failed(found) <= UPSTREAM[key] | UPSTREAM_MARGINAL[key], f"\n{found}"
 
 
 @pytest.mark.parametrize(("model_type", "encoder", "case"), applicable())
