@@ -35,13 +35,15 @@ the same tokens.
 ## Training
 
 {tokens:.1f} million tokens ({epochs:.2f} passes over the {unique:.1f} million of the corpus) in {steps} steps of
-{batch} blocks of {block}, AdamW with peak learning rate {lr:g} and cosine decay, bfloat16 autocast, on two CPU cores in
-{minutes:.0f} minutes that it shared with other work. Last logged training loss {final:.3f}. The log is
-`training_log.jsonl`; its curve is `recipes/results/pretrain/loss.png`. The learning rate was not tuned.
+{batch} blocks of {block}, AdamW with peak learning rate {lr:g} and cosine decay, bfloat16 autocast, two processes of
+one thread on two CPU cores: {minutes:.0f} minutes of optimizer steps, beside other work. The last logged training loss
+is {final:.3f}. The log is `training_log.jsonl`; its curve is `recipes/results/pretrain/loss.png`. The learning rate was
+not tuned, and no choice was made by the held-out text.
 
 ```
 python scripts/build_corpus.py
-OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive python recipes/pretrain.py --config recipes/configs/pretrain_embedded.yaml
+OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 --master_addr 127.0.0.1 --master_port 29617 \\
+    recipes/pretrain.py --config recipes/configs/pretrain_embedded.yaml
 python recipes/evaluate_embedded.py --pack outputs/pretrain
 ```
 
