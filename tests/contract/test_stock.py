@@ -1,5 +1,6 @@
 """What stock transformers can express, stock transformers loads: in a process that never imports this package."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def _save(folder, name, model_type, encoder, case):
         "folder": str(folder),
         "auto": "AutoModelForMaskedLM" if encoder else "AutoModelForCausalLM",
         "attention": model.config._attn_implementation,
-        "use_cache": "use_cache" in model.forward.__code__.co_varnames,
+        "use_cache": "use_cache" in inspect.signature(model.forward).parameters,
     }
 
 
