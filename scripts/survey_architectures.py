@@ -14,6 +14,7 @@ attention runs uncompiled, as in the tests.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -159,6 +160,7 @@ def answer(question: Question, file: str) -> None:
 def ask_all(questions: Sequence[Question], workers: int) -> Iterator[tuple[Question, Answer]]:
     """Asks in `workers` processes at a time and yields answers as they come."""
     fork = multiprocessing.get_context("fork")
+    gc.freeze()  # what is here now is not looked through, and so not copied, in each process
     waiting, running = list(questions)[::-1], {}
     with tempfile.TemporaryDirectory() as folder:
         while waiting or running:
