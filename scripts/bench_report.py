@@ -43,7 +43,7 @@ def figure(found: Mapping[str, list[Row]], file: Path) -> None:
         left.plot(row["ratio"], place, "o", color="tab:blue")
     left.axvline(1.01, color="tab:red", linestyle=":", label="1.01")
     left.set_yticks(range(len(found["forward"])), [row["what"] for row in found["forward"]])
-    left.set(title="Forward, time relative to the other model", xlabel="ratio, 95 % interval")
+    left.set(title="forward of the patched model", xlabel="time relative to the other model, 95 % interval")
     left.legend()
     for place, row in enumerate(found["apply"]):
         start = 0.0
@@ -52,7 +52,7 @@ def figure(found: Mapping[str, list[Row]], file: Path) -> None:
             start += row[f"{part} ms"]
         right.plot([2 * row["copy ms"]] * 2, [place - 0.4, place + 0.4], color="tab:red", linestyle=":")
     right.set_yticks(range(len(found["apply"])), [row["what"] for row in found["apply"]])
-    right.set(title="apply, CPU time; dotted: twice a copy of the weights", xlabel="ms")
+    right.set(title="apply by its parts", xlabel="CPU time, ms; dotted: twice a copy of the replaced weights")
     right.legend()
     figure.savefig(file, dpi=130)
 
