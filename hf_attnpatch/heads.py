@@ -96,16 +96,20 @@ def _rows(
     new = rows.new_empty(sum(a.numel() for a in after), *rows.shape[1:])
     for which, (old_index, new_index) in enumerate(zip(before, after, strict=True)):
         heads = _take(rows, old_index)
-        new[new_index.flatten().to(rows.device)] = (heads if which == 0 else resize(heads)).flatten(0, 1)
+        new[_where(new_index)] = (heads if which == 0 else resize(heads)).flatten(0, 1)
     return new
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:
     """Return the rows that an index names, (heads, dim, ...): a view where they are one run, as they mostly are."""
-    start, count = int(index[0, 0]), index.numel()
-    if torch.equal(index.flatten(), torch.arange(start, start + count, device="cpu")):
-        return rows[start : start + count].view(*index.shape, *rows.shape[1:])
-    return rows[index.to(rows.device)]
+    return rows[_where(index)].view(*index.shape, *rows.shape[1:])
+
+
+def _where(index: Tensor) -> slice | Tensor:
+    """Return an index, flattened, as a slice where it is one run of rows."""
+    flat, start = index.flatten(), int(index[0, 0])
+    run = torch.equal(flat, torch.arange(start, start + len(flat), device="cpu"))
+    return slice(start, start + len(flat)) if run else flat
 
 
 def _stacks(module: nn.Module, num_heads: int) -> dict[str, Tensor]:
