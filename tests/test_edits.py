@@ -1,0 +1,175 @@
+"""Every edit and its inverse, alone."""
+
+import pytest
+import torch
+from architectures import tiny_model
+from snapshot import snapshot
+from torch import nn
+
+import hf_attnpatch as ap
+from hf_attnpatch import foreign
+from hf_attnpatch.edits import (
+    AddPreHook,
+    Edit,
+    ReplaceModule,
+    SetAttention,
+    SetAttribute,
+    SetConfig,
+    SetConfigClass,
+)
+
+
+class _Hook:
+    def __call__(self, module, args, kwargs):
+        return args, kwargs
+
+
+def _wider(old):
+    return nn.Linear(old.in_features, 2 * old.out_features, bias=False)
+
+
+EDITS = {
+    "a field that is there": SetConfig("", "num_key_value_heads", 2),
+    "a field that is not": SetConfig("", "attnpatch", {"version": 1}),
+    "a field by its alias": SetConfig("", "n_ctx", 3),
+    "an attribute that is there": SetAttribute("model.layers.0.self_attn", "num_key_value_groups", 2),
+    "an attribute that is not": SetAttribute("model.layers.1.mlp", "note", "new"),
+    "a module": ReplaceModule("model.layers.0.self_attn.k_proj", _wider, "a wider one"),
+    "a hook": AddPreHook("model.layers.0.self_attn", _Hook(), "does nothing"),
+    "the attention function": SetAttention("", "eager"),
+    "the class of the config": SetConfigClass("", foreign.config_class(type(tiny_model("llama").config))),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_an_edit_stands_until_its_inverse_takes_it_back(edit):
+    model = tiny_model("llama")
+    before = snapshot(model)
+    assert all(isinstance(text, str) and len(text) <= 80 for text in edit.preview(model))
+    assert snapshot(model) == before
+    inverse = edit.run(model)
+    assert inverse.claim == edit.claim
+    assert inverse.stands()
+    assert snapshot(model) != before
+    inverse.undo()
+    assert not inverse.stands()
+    assert snapshot(model) == before
+
+
+def test_every_edit_is_tested_here():
+    assert {type(edit) for edit in EDITS.values()} == set(Edit.__subclasses__())
+
+
+def test_claims_tell_places_apart():
+    claims = [edit.claim for edit in EDITS.values()]
+    assert len(set(claims)) == len(claims)
+    assert SetConfig("", "a", 1).claim == SetConfig("", "a", 2).claim
+    assert SetConfig("text_config", "a", 1).claim != SetConfig("", "a", 1).claim
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (SetConfig("", "num_key_value_heads", 2), SetConfig("", "num_key_value_heads", 1)),
+        (SetAttribute("lm_head", "note", "a"), SetAttribute("lm_head", "note", "b")),
+        (EDITS["a module"], ReplaceModule("model.layers.0.self_attn.k_proj", nn.Sequential, "another")),
+    ],
+)
+def test_a_later_write_is_noticed(first, second):
+    model = tiny_model("llama")
+    inverse = first.run(model)
+    later = second.run(model)
+    assert not inverse.stands()
+    later.undo()
+    assert inverse.stands()
+
+
+def test_a_removed_hook_is_noticed():
+    model = tiny_model("llama")
+    inverse = EDITS["a hook"].run(model)
+    model.model.layers[0].self_attn._forward_pre_hooks.clear()
+    assert not inverse.stands()
+
+
+def test_an_alias_is_written_where_the_family_keeps_it():
+    model = tiny_model("gpt2")
+    before = snapshot(model)
+    inverse = SetConfig("", "num_attention_heads", 2).run(model)
+    assert model.config.n_head == 2
+    assert "num_attention_heads" not in vars(model.config)
+    inverse.undo()
+    assert snapshot(model) == before
+
+
+def test_a_sub_config_is_found():
+    model = tiny_model("gemma3")
+    before = snapshot(model)
+    inverse = SetConfig("text_config", "num_key_value_heads", 2).run(model)
+    assert model.config.text_config.num_key_value_heads == 2
+    inverse.undo()
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        SetConfig("", "num_key_value_heads", "many"),
+        SetConfig("", "rope_parameters", 7),
+        SetConfig("nowhere", "num_key_value_heads", 2),
+        SetAttribute("model.nowhere", "a", 1),
+        ReplaceModule("model.layers.7", _wider, ""),
+        ReplaceModule("model.norm", _wider, ""),
+        SetAttention("", "no_such_attention"),
+        SetAttention("", "flash_attention_2"),
+    ],
+    ids=lambda e: f"{type(e).__name__}-{e.claim}",
+)
+def test_an_edit_that_raises_has_written_nothing(edit):
+    model = tiny_model("llama")
+    before = snapshot(model)
+    with pytest.raises(Exception):  # noqa: B017, PT011 - whatever transformers raises; what counts is below
+        edit.run(model)
+    assert snapshot(model) == before
+
+
+def test_attention_is_set_in_every_config_and_each_gets_its_own_back():
+    model = tiny_model("gemma3")
+    model.config.text_config._attn_implementation_internal = "eager"
+    before = snapshot(model)
+    inverse = SetAttention("", "eager").run(model)
+    assert model.config._attn_implementation == "eager"
+    inverse.undo()
+    assert snapshot(model) == before
+    assert model.config.text_config._attn_implementation == "eager"
+
+
+def test_a_replaced_module_keeps_mode_and_order():
+    model = tiny_model("llama")
+    attention = model.model.layers[0].self_attn.train()
+    names = list(attention._modules)
+    EDITS["a module"].run(model)
+    assert attention.k_proj.training
+    assert list(attention._modules) == names
+
+
+def test_new_tensors_are_made_only_when_an_edit_runs():
+    made = []
+
+    def make(old):
+        made.append(old)
+        return nn.Identity()
+
+    model = tiny_model("llama")
+    edit = ReplaceModule("model.norm", make, "")
+    edit.preview(model)
+    assert not made
+    edit.run(model)
+    assert len(made) == 1
+
+
+def test_planning_allocates_no_weights():
+    model = tiny_model("llama")
+    kinds = [edit for edit in ap.plan(model, ap.GroupedQuery(num_kv_heads=2)).edits if isinstance(edit, ReplaceModule)]
+    assert kinds
+    for edit in kinds:
+        assert all(p.device == torch.device("meta") for p in edit.make.twin.parameters())
