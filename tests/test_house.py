@@ -1,0 +1,249 @@
+"""The architecture of the package, held by walking its own syntax trees."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_attnpatch
+
+PACKAGE = Path(hf_attnpatch.__file__).parent
+FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+MAX_FILE, MAX_FUNCTION = 300, 50
+
+# rooms and what they may import of the project; a room that is not named may import anything
+MAY_IMPORT = {
+    "functional/": set(),
+    "errors.py": set(),
+    "configs.py": {"errors"},
+    "layouts.py": {"errors", "runtime"},
+    "sites.py": {"configs", "errors", "layouts"},
+    "anatomy.py": {"configs", "errors", "layouts", "sites", "report"},  # the report prints it
+    "edits.py": {"configs", "errors"},
+    "runtime.py": {"errors", "functional"},
+    "patch.py": {"errors", "anatomy", "edits"},
+    "probe.py": {"errors", "edits"},
+    "twin.py": {"configs", "errors", "edits"},
+    "heads.py": {"layouts", "sites"},
+    "rope_parameters.py": {"errors", "functional"},
+    "patches/": {
+        *("anatomy", "backends", "configs", "edits", "errors", "functional", "heads", "layouts", "patch", "probe"),
+        *("rope_parameters", "runtime", "sites", "twin"),
+    },
+    "evaluation/": {"errors", "evaluation"},  # measures a model; knows nothing of patches
+}
+
+# who else may write to a module, a config or a process-wide table, what, and why
+MAY_WRITE = {
+    "edits.py": ("*", "the only room whose trade it is"),
+    "__init__.py": ("register", "calls foreign.register"),
+    "backends.py": ("register", "the only writer of transformers' attention and mask tables"),
+    "foreign.py": ("register", "teaches the Auto classes our own model type"),
+    "probe.py": ("training eval register_forward_hook", "modes and counting hooks, restored at once"),
+    "verify.py": ("clear update grad copy_ eval", "puts back what probing leaves behind"),
+    "invariants/training.py": ("train", "inside verify, which restores the mode"),
+    "invariants/copies.py": ("eval neg_", "of the copy and of what was just loaded"),
+    "runtime.py": ("register_parameter", "a module's own parameters, in its constructor"),
+    "twin.py": ("setattr", "on a copy of the config"),
+    "patches/grouped_query.py": ("_parameters", "of the new module, before it is put in place"),
+    "evaluation/perplexity.py": ("eval train disable", "restores the mode; a progress bar's switch"),
+    "evaluation/cache.py": ("eval train", "restores the mode"),
+    "cli_models.py": ("eval", "of a model that it has just built"),
+    "embedded/__init__.py": ("eval", "of a model that it has just loaded"),
+}
+_WRITING_CALLS = {
+    *("setattr", "delattr", "__setattr__", "register", "register_buffer", "register_parameter", "set_submodule"),
+    *("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "add_module"),
+    *("requires_grad_", "load_state_dict", "resize_token_embeddings", "train", "eval", "neg_"),
+}
+_STORES = {"_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_global_mapping"}
+
+
+def _room(name, table):
+    return next((value for room, value in table.items() if name == room or name.startswith(room)), None)
+
+
+def _imports(tree, name):
+    """First names, relative to the package, of all that a file imports from it."""
+    depth = name.count("/")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            if node.level <= depth:  # inside its own room
+                yield name.split("/")[0]
+                continue
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from (found.split(".")[0] for found in names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "hf_attnpatch":
+            yield from [node.module.split(".")[1]] if "." in node.module else [alias.name for alias in node.names]
+
+
+def _outside(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if _room(name, MAY_IMPORT) is not None])
+def test_rooms_import_in_one_direction(name):
+    allowed = _room(name, MAY_IMPORT) | {name.split("/")[0]} if "/" in name else _room(name, MAY_IMPORT)
+    assert set(_imports(TREES[name], name)) <= allowed
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("functional/")])
+def test_mathematics_knows_torch_and_nothing_else(name):
+    assert not list(_imports(TREES[name], name))
+    assert set(_outside(TREES[name])) <= {"torch", "math", "collections", "typing", "dataclasses", "__future__"}
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.startswith("patches/") and not n.endswith("__init__.py")])
+def test_patches_never_import_each_other(name):
+    siblings = {Path(n).stem for n in FILES if n.startswith("patches/")}
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level != 1, "from a sibling"
+            assert not (node.level == 2 and (node.module or "").split(".")[0] == "patches")
+            assert not (node.level == 2 and not node.module and siblings & {a.name for a in node.names})
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.startswith("patches/")])
+def test_patches_know_no_family_by_name(name):
+    compared = [n for n in ast.walk(TREES[name]) if isinstance(n, ast.Compare)]
+    assert not any("model_type" in ast.unparse(node) for node in compared), "the anatomy lacks a field"
+
+
+def _writes(tree):
+    """What a file writes to objects that are not its own: attribute names, stores, calls that write."""
+    for node in ast.walk(tree):
+        targets = []
+        if isinstance(node, ast.Assign):
+            targets = node.targets
+        elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
+            targets = [node.target]
+        elif isinstance(node, ast.Delete):
+            targets = node.targets
+        elif isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in _WRITING_CALLS:
+                yield called
+        for target in targets:
+            for part in target.elts if isinstance(target, ast.Tuple) else [target]:
+                yield from _written(part)
+
+
+def _written(target):
+    if isinstance(target, ast.Attribute):
+        if not (isinstance(target.value, ast.Name) and target.value.id in ("self", "cls")):
+            yield target.attr
+    elif isinstance(target, ast.Subscript):
+        inside = target.value
+        if isinstance(inside, ast.Attribute) and inside.attr in _STORES:
+            yield inside.attr
+        if isinstance(inside, ast.Call) and getattr(inside.func, "id", "") == "vars":
+            yield "vars"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_edits_write_to_a_model(name):
+    allowed = MAY_WRITE.get(name, ("", ""))[0].split()
+    found = set(_writes(TREES[name]))
+    assert allowed == ["*"] or found <= set(allowed), f"{name} writes {found - set(allowed)}"
+
+
+@pytest.mark.parametrize("name", [name for name, (what, _) in MAY_WRITE.items() if name in FILES and what != "*"])
+def test_no_permission_to_write_is_out_of_use(name):
+    in_use = set(_writes(TREES[name])) | {"clear", "update", "grad", "copy_"}
+    assert set(MAY_WRITE[name][0].split()) <= in_use
+
+
+def test_the_detector_of_writes_detects():
+    source = """
+setattr(model, "a", 1)
+model.config.x = 2
+module._modules["k_proj"] = new
+vars(module)["y"] = 3
+del module.z
+a, model.b = 1, 2
+model.c += 1
+module.register_forward_pre_hook(f)
+self.fine = 1
+"""
+    found = list(_writes(ast.parse(source)))
+    wanted = ["setattr", "x", "_modules", "vars", "z", "b", "c", "register_forward_pre_hook"]
+    assert sorted(found) == sorted(wanted)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_stay_short(name):
+    assert len(FILES[name].read_text().splitlines()) <= MAX_FILE
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_functions_stay_short(name):
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= MAX_FUNCTION, f"{name}: {node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_is_swallowed(name):
+    """No bare or broad ``except``; what catches everything raises it again."""
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.ExceptHandler):
+            kinds = {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)} if node.type else {"everything"}
+            if kinds & {"everything", "Exception", "BaseException"}:
+                assert isinstance(node.body[-1], ast.Raise), f"{name}:{node.lineno} swallows {kinds}"
+                assert node.body[-1].exc is None
+
+
+_IMPORT = """
+import json, sys
+import torch, transformers
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.llama import modeling_llama
+from transformers import cache_utils, modeling_utils, generation
+
+def picture():
+    owners = [torch.nn.Module, torch.Tensor, torch.nn.functional, PreTrainedModel, cache_utils, modeling_utils,
+              modeling_llama, modeling_llama.LlamaAttention, generation.GenerationMixin, ROPE_INIT_FUNCTIONS]
+    tables = {
+        "attention": AttentionInterface._global_mapping,
+        "mask": AttentionMaskInterface._global_mapping,
+        **{repr(owner)[:60]: owner if isinstance(owner, dict) else vars(owner) for owner in owners},
+    }
+    return {name: {k: id(v) for k, v in dict(table).items()} for name, table in tables.items()}
+
+before, types = picture(), set(CONFIG_MAPPING.keys())
+import hf_attnpatch
+after = picture()
+changed = [(name, key) for name in before for key in {*before[name], *after[name]}
+           if before[name].get(key) != after[name].get(key)]
+print(json.dumps({"changed": changed, "types": sorted(set(CONFIG_MAPPING.keys()) - types)}))
+"""
+
+
+def test_importing_patches_nothing():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", _IMPORT], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == {"changed": [], "types": ["hf_attnpatch"]}
+
+
+def test_the_public_names_are_there():
+    for name in hf_attnpatch.__all__:
+        assert getattr(hf_attnpatch, name).__doc__, name
+    for name in ("describe", "plan", "apply", "patched", "verify", "load"):
+        assert callable(getattr(hf_attnpatch, name))
+
+
+@pytest.mark.parametrize("name", ["AttnPatchError", "UnsupportedArchitecture", "PatchConflict", "SelfCheckFailed"])
+def test_errors_are_value_errors(name):
+    assert issubclass(getattr(hf_attnpatch, name), ValueError)
+    assert issubclass(getattr(hf_attnpatch, name), hf_attnpatch.AttnPatchError)

@@ -1,0 +1,171 @@
+"""What the package relies on in transformers and torch beyond their documented interfaces: listed here, checked here.
+
+A release that moves one of these fails this file first, and says which.
+"""
+
+import ast
+import re
+
+import pytest
+import torch
+from architectures import tiny_model
+from test_house import TREES
+from torch import nn
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    EncoderDecoderCache,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.models.auto import modeling_auto
+
+from hf_attnpatch import backends
+from hf_attnpatch.probe import default_inputs, trace
+
+# private name -> whether it is there
+PRIVATE = {
+    "_attn_implementation": lambda: isinstance(PretrainedConfig._attn_implementation, property),
+    "_attn_implementation_internal": lambda: "_attn_implementation_internal" in vars(LlamaConfig()),
+    "_name_or_path": lambda: hasattr(LlamaConfig(), "_name_or_path"),
+    "_supports_sdpa": lambda: isinstance(PreTrainedModel._supports_sdpa, bool),
+    "_supports_flex_attn": lambda: isinstance(PreTrainedModel._supports_flex_attn, bool),
+    "_supports_flash_attn": lambda: isinstance(PreTrainedModel._supports_flash_attn, bool),
+    "_model_mapping": lambda: LlamaConfig in AutoModelForCausalLM._model_mapping,
+    "_modules": lambda: isinstance(nn.Linear(1, 1)._modules, dict),
+    "_parameters": lambda: set(nn.Linear(1, 1)._parameters) == {"weight", "bias"},
+    "_buffers": lambda: isinstance(nn.Linear(1, 1)._buffers, dict),
+    "_forward_pre_hooks": lambda: isinstance(nn.Linear(1, 1)._forward_pre_hooks, dict),
+    "_orig_mod": lambda: hasattr(torch.compile(nn.Linear(1, 1)), "_orig_mod"),
+    "_hf_hook": lambda: _accelerate_keeps_its_hook(),
+}
+
+
+def _accelerate_keeps_its_hook():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    return hasattr(add_hook_to_module(nn.Linear(1, 1), ModelHook()), "_hf_hook")
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_it_is_there(name):
+    assert PRIVATE[name]()
+
+
+def _own_names():
+    """Private names that the package itself defines: functions, classes, constants, attributes of self, parameters."""
+    own = set()
+    for tree in TREES.values():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                own.add(node.name)
+            elif isinstance(node, (ast.Name, ast.arg)):
+                own.add(getattr(node, "id", None) or getattr(node, "arg", None))
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+                own.add(node.attr)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                own.add(node.target.id)
+    return own
+
+
+def _used():
+    for name, tree in TREES.items():
+        pieces = {id(p) for f in ast.walk(tree) if isinstance(f, ast.JoinedStr) for p in f.values}  # of f-strings
+        for node in ast.walk(tree):
+            if id(node) in pieces:
+                continue
+            if isinstance(node, ast.Attribute) and re.fullmatch(r"_[a-z]\w*", node.attr):
+                yield node.attr, f"{name}:{node.lineno}"
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                if re.fullmatch(r"_[a-z]+(_[a-z]+)+", node.value) and not name.startswith("cli"):
+                    yield node.value, f"{name}:{node.lineno}"
+
+
+def test_every_private_name_is_listed_above():
+    own = _own_names()
+    used = {name: where for name, where in _used() if name not in own}
+    assert set(used) == set(PRIVATE), {name: where for name, where in used.items() if name not in PRIVATE}
+
+
+# -- behaviours -------------------------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_attention_take_a_pair():
+    assert {"eager", "sdpa"} <= {"eager", *AttentionInterface().valid_keys()}
+    assert "sdpa" in AttentionMaskInterface().valid_keys()
+
+
+def test_every_auto_class_that_is_looked_through_is_exported():
+    autos = [name for name in modeling_auto.__all__ if name.startswith("AutoModel")]
+    assert len(autos) > 20
+    assert {"AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"} <= set(autos)
+
+
+def test_caches_are_updated_by_this_method_and_hold_these_tensors():
+    cache = DynamicCache()
+    keys = torch.zeros(1, 2, 3, 4)
+    assert cache.update(keys, keys, 0)[0].shape == keys.shape
+    assert cache.layers[0].keys.shape == keys.shape
+    assert isinstance(EncoderDecoderCache(cache, DynamicCache()).self_attention_cache, Cache)
+
+
+def test_gradient_checkpointing_has_one_of_two_names():
+    assert any(hasattr(PreTrainedModel, f"{kind}_checkpointing_enable") for kind in ("activation", "gradient"))
+    assert isinstance(PreTrainedModel.supports_gradient_checkpointing, bool)
+
+
+def test_a_checkpoint_forgets_the_attention_function(tmp_path):
+    """So the choice of a kernel has no business in the record."""
+    tiny_model("llama", attn_implementation="eager").save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+def test_a_checkpoint_keeps_a_field_that_the_config_class_does_not_know(tmp_path):
+    model = tiny_model("llama")
+    model.config.attnpatch = {"version": 1}
+    model.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).attnpatch == {"version": 1}
+
+
+def test_editing_rope_parameters_alone_changes_nothing_in_memory():
+    """So config and rotary module are edited as one step."""
+    model = tiny_model("llama")
+    before = trace(model, default_inputs(model)).logits
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_type": "linear", "factor": 8.0}
+    assert torch.equal(trace(model, default_inputs(model)).logits, before)
+
+
+def test_a_family_that_chooses_when_built_only_logs_that_it_will_not_switch():
+    model = tiny_model("falcon", attn_implementation="eager")
+    model.set_attn_implementation("sdpa")
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.fixture
+def key():
+    name = "sdpa_hf_attnpatch_test"
+    yield name
+    AttentionInterface._global_mapping.pop(name, None)
+    AttentionMaskInterface._global_mapping.pop(name, None)
+
+
+def _padding_error(key):
+    model = tiny_model("llama", attn_implementation="sdpa")
+    inputs = default_inputs(model)
+    wanted = trace(model, inputs).logits
+    model.set_attn_implementation(key)
+    return (trace(model, inputs).logits - wanted).abs().max().item()
+
+
+def test_an_attention_function_without_its_mask_is_silently_wrong(key):
+    """The trap that ``backends.register`` closes: it takes both or neither."""
+    sdpa = AttentionInterface._global_mapping["sdpa"]
+    AttentionInterface.register(key, sdpa)
+    assert _padding_error(key) > 1e-2
+    backends.register(key, sdpa, AttentionMaskInterface._global_mapping["sdpa"])
+    assert _padding_error(key) == 0
