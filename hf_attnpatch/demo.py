@@ -8,6 +8,7 @@ package in a clone and inside it in a wheel.
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -46,7 +47,8 @@ def run(output: Path, *, overrides: Sequence[str] = ()) -> None:
     command = [sys.executable, str(folder / "uptrain.py"), "--config", str(folder / CONFIG)]
     for value in (*values, *overrides):
         command += ["--set", value]
-    code = subprocess.run(command, check=False).returncode
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}  # where cores are shared, spinning threads only wait
+    code = subprocess.run(command, env=environment, check=False).returncode
     if code:
         raise AttnPatchError(f"the demo's recipe ended with exit code {code}; what it said is above.")
 

@@ -59,6 +59,7 @@ class Run:
         with self.clock("evaluate"):
             self.scores[stage] = score(self.accelerator, model, self.windows, self.job.heldout.batch, f"{stage} loss")
             self.caches[stage] = cache_bytes_per_token(model)
+        self.say(f"{stage}: {self.scores[stage].nats:.4f} nats per token")
 
     def say(self, text: str) -> None:
         """Prints a line, on one process."""
