@@ -77,9 +77,9 @@ def from_spec(spec: Mapping[str, Any]) -> Patch:
     """
     known = ", ".join(sorted(REGISTRY))
     name = spec.get("patch")
-    if name not in REGISTRY:
+    if not isinstance(name, str) or name not in REGISTRY:
         raise AttnPatchError(f"patch {name!r} does not exist; choose from: {known}.")
-    cls = REGISTRY[str(name)]
+    cls = REGISTRY[name]
     fields = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(spec) - fields - {"patch"})
     if unknown:

@@ -63,6 +63,9 @@ class RopeScaling(Patch):
     layer_types: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        for listed in ("long_factor", "short_factor", "layer_types"):  # lists in YAML and JSON
+            if isinstance(getattr(self, listed), list):
+                object.__setattr__(self, listed, tuple(getattr(self, listed)))
         if self.kind not in KINDS:
             raise AttnPatchError(f"kind {self.kind!r} does not exist; choose from: {', '.join(KINDS)}.")
         number = isinstance(self.factor, (int, float)) and not isinstance(self.factor, bool)
