@@ -1,6 +1,7 @@
 """Asks every patch of every model type transformers can build, and writes what came of it into the README.
 
     python scripts/survey_architectures.py                       # everything; JSON and the README's support table
+    python scripts/survey_architectures.py --resume              # the same, going on where one was cut off
     python scripts/survey_architectures.py --types llama gpt2    # some; printed, nothing written
     python scripts/survey_architectures.py --render              # the README's table again, from the JSON
     python scripts/survey_architectures.py --check               # exit 1 unless README and JSON agree
@@ -14,6 +15,7 @@ attention runs uncompiled, as in the tests.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import multiprocessing
@@ -45,6 +47,7 @@ from architectures import causal_lm_types, encoder_types, tiny_inputs, tiny_mode
 PART = "support-table"
 RESULTS = readme.README.parent / "recipes/results/survey/survey.json"
 ROPE_KINDS = ("linear", "dynamic", "yarn", "longrope", "llama3")
+ANSWERS = readme.README.parent / "outputs/survey/answers.jsonl"  # one a line, as they come
 LIMIT = 300  # seconds for one question
 
 Answer = dict[str, Any]
@@ -205,16 +208,24 @@ def judged(answers: Mapping[Question, Answer]) -> dict[str, dict[str, Answer]]:
     return rows
 
 
-def survey(types: Sequence[str], workers: int) -> dict[str, Any]:
-    """Everything, as the JSON has it."""
+def remembered() -> dict[Question, Answer]:
+    """Answers of a survey that was cut off; of two to one question the later counts."""
+    lines = ANSWERS.read_text("utf-8").splitlines() if ANSWERS.is_file() else []
+    return {Question(*question): found for question, found in map(json.loads, lines)}
+
+
+def survey(types: Sequence[str], workers: int, answers: dict[Question, Answer]) -> dict[str, Any]:
+    """Everything, as the JSON has it, less what is answered already."""
     kinds = [*((t, False) for t in causal_lm_types()), *((t, True) for t in encoder_types())]
     chosen = [(t, encoder) for t, encoder in kinds if not types or t in types]
     questions = [Question(t, encoder, case) for t, encoder in chosen for case in CASES]
-    answers: dict[Question, Answer] = {}
-    with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task("survey", total=len(questions))
-        for question, found in ask_all(questions, workers):
+    todo = [question for question in questions if question not in answers]
+    with Progress(console=Console(stderr=True)) as progress, ANSWERS.open("a", encoding="utf-8") as log:
+        bar = progress.add_task("survey", total=len(todo))
+        for question, found in ask_all(todo, workers):
             answers[question] = found
+            log.write(json.dumps([dataclasses.astuple(question), found]) + "\n")
+            log.flush()
             progress.update(bar, advance=1, description=f"{question.row}: {question.case}"[:44].ljust(44))
     versions = {"hf_attnpatch": ap.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
     ordered = {question: answers[question] for question in questions}
@@ -226,6 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", default=[], help="only these model types; nothing is written")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--resume", action="store_true", help="keep the answers of a survey that was cut off")
     parser.add_argument("--render", action="store_true", help="write the README's table from the JSON that is there")
     parser.add_argument("--check", action="store_true", help="exit 1 unless the README's table is that of the JSON")
     arguments = parser.parse_args()
@@ -233,7 +245,10 @@ def main() -> None:
         current = readme.is_current(PART, table(json.loads(RESULTS.read_text("utf-8"))))
         sys.exit(None if current else "README.md: the support table is not current; run `make survey`.")
     if not arguments.render:
-        found = survey(arguments.types, arguments.workers)
+        ANSWERS.parent.mkdir(parents=True, exist_ok=True)
+        if not arguments.resume and not arguments.types:
+            ANSWERS.unlink(missing_ok=True)
+        found = survey(arguments.types, arguments.workers, remembered() if arguments.resume else {})
         text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
         if arguments.types:
             print(text)

@@ -81,6 +81,16 @@ def test_only_what_the_patch_breaks_is_its_failure():
     assert cell == {"status": "FAILED", "detail": "deepcopy: 2"}
 
 
+def test_a_survey_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(survey, "ANSWERS", tmp_path / "answers.jsonl")
+    monkeypatch.setattr(survey, "CASES", {case: survey.CASES[case] for case in ("unpatched", "flash")})
+    first = survey.survey(["gpt2"], 2, {})
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
+    remembered = survey.remembered()
+    monkeypatch.setattr(survey, "ask_all", lambda questions, workers: iter([(q, 1 / 0) for q in questions]))
+    assert survey.survey(["gpt2"], 2, remembered) == first
+
+
 def test_the_table_counts_and_names():
     kinds = {"native": "native", "not applicable": "not applicable", "failed": "FAILED"}
     rows = {name: {"unpatched": {"status": "unpatched"}, "flash": {"status": s}} for name, s in kinds.items()}
