@@ -43,6 +43,8 @@ def idle():
 def _cells(kinds, only):
     for model_type, encoder in ARCHITECTURES:
         for case in CASES:
+            if not case.product and model_type not in ONE_EACH:
+                continue
             if (not kinds or case.kind in kinds) and only(case):
                 fast = is_fast(model_type, encoder, case)
                 yield _cell(model_type, encoder, case, marks=() if fast else pytest.mark.full)
