@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import transformers
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from . import foreign, record
 from .anatomy import describe
 from .edits import Inverse, SetConfig, SetConfigClass
-from .errors import AttnPatchError, SelfCheckFailed
+from .errors import AttnPatchError, SelfCheckFailed, UnsupportedArchitecture
 from .patch import Patch
 from .plan import Plan, plan
 from .probe import Inputs, Trace, default_inputs, disagreement, largest_difference, trace
@@ -37,6 +37,9 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
     steps = plan(model, *patches)
     if not steps.edits:
         return Report(steps, {"edits": "none needed; the model is untouched"}, None)
+    _check_in_memory(model)
+    if probe is not None and not isinstance(probe, Mapping):
+        raise AttnPatchError(f"probe is a {type(probe).__name__}; it must be a mapping of inputs.")
     sites = tuple(dict.fromkeys(path for step in steps.steps for path in step.proposal.sites))
     inputs = (default_inputs(model) if probe is None else probe) if self_check else None
     before = None if inputs is None else trace(model, inputs, sites)
@@ -93,6 +96,13 @@ def _bookkeeping(model: PreTrainedModel, steps: Plan) -> Iterator[SetConfig | Se
     kind: Any = type(config)
     if not stock and foreign.config_class(kind) is not kind:
         yield SetConfigClass("", foreign.config_class(kind))
+
+
+def _check_in_memory(model: PreTrainedModel) -> None:
+    """Refuse weights that are not there; planning needs none, so ``plan`` takes a model on the meta device."""
+    absent = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if absent is not None:
+        raise UnsupportedArchitecture(f"{absent} has no data (meta or offloaded); load the weights to patch them.")
 
 
 def _version() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -99,19 +98,15 @@ def _writable(model: PreTrainedModel) -> None:
             )
         if not parameter.is_floating_point():
             raise UnsupportedArchitecture(f"{name} is stored as {parameter.dtype}; patch the full-precision model.")
-    if getattr(model, "hf_device_map", None) and any(d in ("disk", "cpu") for d in model.hf_device_map.values()):
-        meta = [name for name, p in model.named_parameters() if p.device == torch.device("meta")]
-        if meta:
-            raise UnsupportedArchitecture(f"{meta[0]} is offloaded; load the model without offload to patch it.")
 
 
 def _refuse_conflicts(steps: list[Step]) -> None:
-    owner: dict[str, Patch] = {}
+    owner: dict[str, Step] = {}
     for step in steps:
-        for edit in step.proposal.edits:
-            first = owner.setdefault(edit.claim, step.patch)
-            if first is not step.patch:
+        for claim in (*(edit.claim for edit in step.proposal.edits), f"the patch {step.patch.name}"):
+            first = owner.setdefault(claim, step)
+            if first is not step:
                 raise PatchConflict(
-                    f"{edit.claim}: both {first.name} and {step.patch.name} would write it; "
-                    "keep one of them, or apply them in two calls if the second is meant to build on the first."
+                    f"{claim}: both {first.patch.name} and {step.patch.name} would write it; keep one, or apply them "
+                    "in two calls if the second is meant to build on the first."
                 )

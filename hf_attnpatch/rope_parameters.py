@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +18,35 @@ _SCHEME = frozenset(  # what describes a scaling; every other key belongs to the
     "rope_type type factor attention_factor beta_fast beta_slow mscale mscale_all_dim truncate low_freq_factor "
     "high_freq_factor long_factor short_factor long_mscale short_mscale".split()
 )
+
+
+def check_number(name: str, value: object, at_least: float | None = None) -> None:
+    """Refuse what is not a finite number above 0 (or at least ``at_least``).
+
+    Raises:
+        AttnPatchError: says the field, what was found and what was wanted.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or (value <= 0 if at_least is None else value < at_least):  # type: ignore[operator]  # a number by now
+        wanted = "above 0" if at_least is None else f"of at least {at_least:g}"
+        raise AttnPatchError(f"{name} is {value!r}; it must be a finite number {wanted}.")
+
+
+def checked_factors(name: str, value: object, kind: str) -> tuple[float, ...] | None:
+    """Return per-frequency divisors as a tuple.
+
+    Raises:
+        AttnPatchError: not a list of finite numbers above 0, or given for another kind than ``longrope``.
+    """
+    if value is None:
+        return None
+    if kind != "longrope":
+        raise AttnPatchError(f"{name} belongs to kind='longrope'; kind={kind!r} would ignore it.")
+    if not isinstance(value, (list, tuple)):
+        raise AttnPatchError(f"{name} is {value!r}; it must be a list, one divisor for each rotated frequency.")
+    for i, each in enumerate(value):
+        check_number(f"{name}[{i}]", each)
+    return tuple(float(each) for each in value)
 
 
 class Scaling(Protocol):

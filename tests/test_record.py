@@ -128,7 +128,7 @@ def test_every_patch_is_tested_here():
         ({"patch": "grouped_query", "heads": 2}, "no field heads; its fields are: method, num_kv_heads"),
         ({"patch": "grouped_query"}, "num_kv_heads.*its fields are"),
         ({"patch": "grouped_query", "num_kv_heads": "2"}, "must be a whole number"),
-        ({"patch": "rope_scaling", "kind": "yarn", "factor": "four"}, "a number of at least 1"),
+        ({"patch": "rope_scaling", "kind": "yarn", "factor": "four"}, "a finite number of at least 1"),
     ],
 )
 def test_a_spec_that_will_not_do(spec, words):

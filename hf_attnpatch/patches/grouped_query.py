@@ -189,10 +189,11 @@ class _Fill:
     def __call__(self, old: nn.Module) -> nn.Module:
         new, tensors = copy.deepcopy(self.twin), self.tensors(old)
         assert tensors is not None
-        trains = next(old.parameters()).requires_grad
+        trains = {name: p.requires_grad for name, p in old.named_parameters()}
         for name, tensor in tensors.items():
             owner, _, leaf = name.rpartition(".")
-            new.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor.detach(), requires_grad=trains)
+            parameter = nn.Parameter(tensor.detach(), requires_grad=trains.get(name, True))
+            new.get_submodule(owner)._parameters[leaf] = parameter
         return new
 
 
@@ -205,9 +206,11 @@ class _Share:
     child: str
 
     def __call__(self, old: nn.Module) -> nn.Module:
-        trains = next(old.parameters()).requires_grad
+        trains = {name: p.requires_grad for name, p in old.named_parameters()}
         tensors, index = heads.shared(self.site, self.child, old, self.patch.num_kv_heads, self.patch.resize)
-        parameters = {name: nn.Parameter(tensor, requires_grad=trains) for name, tensor in tensors.items()}
+        parameters = {
+            name: nn.Parameter(tensor, requires_grad=trains.get(name, True)) for name, tensor in tensors.items()
+        }
         dim = heads.block(self.site, self.child)
         return GroupedProjection(parameters["weight"], parameters.get("bias"), index, dim)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from ..configs import config_at
 from ..edits import Edit, ReplaceModule, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..patch import Patch, Proposal
-from ..rope_parameters import KINDS, STATIC, Window, scaled
+from ..rope_parameters import KINDS, STATIC, Window, check_number, checked_factors, scaled
 from ..twin import Change, Difference, difference
 
 _LOCAL = ("sliding", "local", "chunked")
@@ -63,14 +63,22 @@ class RopeScaling(Patch):
     layer_types: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        for listed in ("long_factor", "short_factor", "layer_types"):  # lists in YAML and JSON
-            if isinstance(getattr(self, listed), list):
-                object.__setattr__(self, listed, tuple(getattr(self, listed)))
         if self.kind not in KINDS:
             raise AttnPatchError(f"kind {self.kind!r} does not exist; choose from: {', '.join(KINDS)}.")
-        number = isinstance(self.factor, (int, float)) and not isinstance(self.factor, bool)
-        if not number or not 1 <= self.factor < float("inf"):
-            raise AttnPatchError(f"factor is {self.factor!r}; it is new context over old, a number of at least 1.")
+        check_number("factor", self.factor, at_least=1)
+        for name in ("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"):
+            check_number(name, getattr(self, name))
+        for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
+            if getattr(self, low) >= getattr(self, high):
+                raise AttnPatchError(f"{low} {getattr(self, low)} must be below {high} {getattr(self, high)}.")
+        if self.attention_factor is not None:
+            check_number("attention_factor", self.attention_factor)
+        for name in ("long_factor", "short_factor"):
+            object.__setattr__(self, name, checked_factors(name, getattr(self, name), self.kind))
+        if self.layer_types is not None:
+            if isinstance(self.layer_types, str) or not isinstance(self.layer_types, Sequence) or not self.layer_types:
+                raise AttnPatchError(f"layer_types is {self.layer_types!r}; give a list of names, or None.")
+            object.__setattr__(self, "layer_types", tuple(self.layer_types))
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Say which rotary modules would be rebuilt; see :meth:`Patch.propose`."""
