@@ -59,6 +59,10 @@ class Patch(ABC):
             AttnPatchError: where an argument does not fit this model.
         """
 
+    def _normalise(self, name: str, value: Any) -> None:
+        """Give one of its own fields its standard form while it is being made: YAML's list becomes a tuple, say."""
+        object.__setattr__(self, name, value)
+
     def structure(self) -> Patch:
         """Return the patch that gives a fresh model the same modules without computing their weights."""
         return self

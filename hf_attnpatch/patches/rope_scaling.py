@@ -74,11 +74,11 @@ class RopeScaling(Patch):
         if self.attention_factor is not None:
             check_number("attention_factor", self.attention_factor)
         for name in ("long_factor", "short_factor"):
-            object.__setattr__(self, name, checked_factors(name, getattr(self, name), self.kind))
+            self._normalise(name, checked_factors(name, getattr(self, name), self.kind))
         if self.layer_types is not None:
             if isinstance(self.layer_types, str) or not isinstance(self.layer_types, Sequence) or not self.layer_types:
                 raise AttnPatchError(f"layer_types is {self.layer_types!r}; give a list of names, or None.")
-            object.__setattr__(self, "layer_types", tuple(self.layer_types))
+            self._normalise("layer_types", tuple(self.layer_types))
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Say which rotary modules would be rebuilt; see :meth:`Patch.propose`."""
