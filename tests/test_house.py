@@ -49,6 +49,7 @@ MAY_WRITE = {
     "invariants/copies.py": ("eval neg_", "of the copy and of what was just loaded"),
     "runtime.py": ("register_parameter", "a module's own parameters, in its constructor"),
     "twin.py": ("setattr", "on a copy of the config"),
+    "patch.py": ("__setattr__", "a patch normalises its own fields while it is made"),
     "patches/grouped_query.py": ("_parameters", "of the new module, before it is put in place"),
     "evaluation/perplexity.py": ("eval train disable", "restores the mode; a progress bar's switch"),
     "evaluation/cache.py": ("eval train", "restores the mode"),
