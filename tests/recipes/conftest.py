@@ -28,3 +28,20 @@ def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(["the quick brown fox jumps over the lazy dog\n"] * 20, folder, vocab_size=300, context=64)
     return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    """A folder with a model of 4 key-value heads, a tokenizer and text."""
+    from uptraining import material
+
+    return material(tmp_path, tokenizer)
+
+
+@pytest.fixture
+def no_reload(monkeypatch):
+    """Leaves out the new process that loads the result; other tests have it."""
+    from recipes import uptrain
+
+    found = {"max_difference": 0.0, "stock": True, "attention": "sdpa"}
+    monkeypatch.setattr(uptrain.saving, "check_reload", lambda *_, **__: found)

@@ -1,0 +1,64 @@
+"""An uptraining's configuration: what is wrong in it is named before anything is loaded."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from uptraining import LORA, launch, settings, written
+
+from recipes import job as jobs
+from recipes import uptrain
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("section", ["data", "heldout"])
+@pytest.mark.parametrize("source", ["missing.txt", "blank.txt"])
+def test_missing_and_empty_text_are_errors_before_a_model_is_loaded(folder, monkeypatch, section, source):
+    (folder / "blank.txt").write_text(" \n")
+    monkeypatch.setattr(uptrain, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match="no such file or folder|found no text"):
+        launch(monkeypatch, written(folder, **{section: {"source": str(folder / source)}}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modle": "x"}, r"unknown modle; choose from data, dtype, heldout, .*patches, .*trainable"),
+        ({"heldout": {"window": 2}}, "heldout: unknown window; choose from .*windows"),
+        ({"train": {"learning_rate": 1}}, "train: unknown learning_rate; choose from .*lr"),
+        ({"loss": "kl"}, "loss: 'kl' does not exist; choose from 'distillation', 'cross_entropy'"),
+        ({"trainable": "mlp"}, "trainable: 'mlp' does not exist; choose from 'attention', 'all', 'lora'"),
+        ({"trainable": "lora"}, "belong together"),
+        ({"lora": {"r": 4}}, "belong together"),
+        ({"trainable": "lora", "lora": {"rank": 4}}, "lora: unknown rank; choose from .*target_modules"),
+        ({"patches": []}, r"expected a list such as \[\{patch: grouped_query"),
+        ({"patches": [{"patch": "grouped"}]}, "patch 'grouped' does not exist; choose from: .*grouped_query"),
+        ({"patches": [{"patch": "grouped_query", "heads": 2}]}, "no field heads; its fields are: method, num_kv_heads"),
+        ({"processes": "two"}, "processes: expected a whole number, found 'two'"),
+    ],
+)
+def test_a_wrong_configuration_is_named(folder, changes, message):
+    with pytest.raises(ValueError, match=message):
+        jobs.read(written(folder, **changes))
+
+
+def test_defaults_follow_what_learns(folder):
+    plain = settings(folder)
+    del plain["train"]["lr"]
+    for trainable, lr in (("attention", 1e-4), ("all", 2e-5), ("lora", 1e-4)):
+        lora = {"lora": LORA} if trainable == "lora" else {}
+        path = folder / "config.yaml"
+        path.write_text(yaml.safe_dump({**plain, "trainable": trainable, **lora}))
+        job = jobs.read(path, ["train.steps=100"])
+        assert (job.train.lr, job.train.warmup, job.train.betas) == (lr, 2, (0.9, 0.95))
+        assert job.heldout.block == job.data.block == 16
+        assert json.dumps(jobs.plain(job))
+
+
+def test_every_shipped_configuration_can_be_read():
+    paths = [path for path in (ROOT / "recipes/configs").glob("*.yaml") if "pretrain" not in path.name]
+    assert paths
+    for path in paths:
+        assert jobs.read(path).patches
