@@ -229,7 +229,8 @@ def survey(types: Sequence[str], workers: int, answers: dict[Question, Answer]) 
             progress.update(bar, advance=1, description=f"{question.row}: {question.case}"[:44].ljust(44))
     versions = {"hf_attnpatch": ap.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
     ordered = {question: answers[question] for question in questions}
-    return {"versions": versions, "invariants": list(INVARIANTS), "rows": judged(ordered)}
+    there_are = {"causal": len(causal_lm_types()), "masked": len(encoder_types())}
+    return {"versions": versions, "types": there_are, "invariants": list(INVARIANTS), "rows": judged(ordered)}
 
 
 def main() -> None:

@@ -28,11 +28,12 @@ def table(survey: Mapping[str, Any]) -> str:
 
 def summary(survey: Mapping[str, Any]) -> str:
     """One line a patch: how many types, by what became of them."""
-    rows, versions = survey["rows"], survey["versions"]
+    rows, versions, types = survey["rows"], survey["versions"], survey["types"]
     masked = sum(name.endswith("(masked)") for name in rows)
     lines = [
-        f"Tiny random models of {len(rows) - masked} causal-LM and {masked} masked-LM types, transformers "
-        f"{versions['transformers']}, torch {versions['torch']}, CPU, fp32; every applied patch was held to "
+        f"Tiny random models of {len(rows) - masked} of {types['causal']} causal-LM and {masked} of {types['masked']} "
+        f"masked-LM types, transformers {versions['transformers']}, torch {versions['torch']}, CPU, fp32; every "
+        "applied patch was held to "
         f"{len(survey['invariants'])} invariants (padding, cached decoding, saving, gradients ...).",
         "",
         "| patch | stock checkpoint | needs this package | not applicable | fails |",

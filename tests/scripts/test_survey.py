@@ -95,7 +95,9 @@ def test_the_table_counts_and_names():
     kinds = {"native": "native", "not applicable": "not applicable", "failed": "FAILED"}
     rows = {name: {"unpatched": {"status": "unpatched"}, "flash": {"status": s}} for name, s in kinds.items()}
     rows["not applicable"]["flash"]["detail"] = "a | b_c"
-    text = survey_table.table({"rows": rows, "invariants": ["x"], "versions": {"transformers": "5", "torch": "2"}})
+    found = {"rows": rows, "invariants": ["x"], "types": {"causal": 7, "masked": 1}}
+    text = survey_table.table({**found, "versions": {"transformers": "5", "torch": "2"}})
+    assert "3 of 7 causal-LM and 0 of 1 masked-LM types" in text
     assert "| flash | 1 | 0 | 1 | 1 |" in text
     assert r"a / b\_c" in text
     assert "| failed | flash |" in text
