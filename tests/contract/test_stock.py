@@ -8,9 +8,11 @@ import sys
 import pytest
 import torch
 from matrix import applicable
+from outcomes import MARGIN, UPSTREAM_MARGINAL
 from patches import build
 
 import hf_attnpatch as ap
+from hf_attnpatch.checkpoint import auto_class
 from hf_attnpatch.probe import default_inputs, trace
 
 _STOCK = """
@@ -25,7 +27,11 @@ for line in open(sys.argv[1]):
     cell = json.loads(line)
     probe = torch.load(cell["folder"] + "/probe.pt")
     auto = getattr(transformers, cell["auto"])
-    model = auto.from_pretrained(cell["folder"], attn_implementation=cell["attention"]).eval()
+    try:
+        model = auto.from_pretrained(cell["folder"], attn_implementation=cell["attention"]).eval()
+    except Exception as error:
+        found[cell["name"]] = f"{type(error).__name__}: {error}"[:300]
+        continue
     with torch.no_grad():
         logits = model(**probe["inputs"], **({"use_cache": False} if cell["use_cache"] else {})).logits
     wanted = probe["logits"]
@@ -48,13 +54,17 @@ def _save(folder, name, model_type, encoder, case):
     model = build(model_type, encoder, case)
     if not ap.apply(model, case.patch).stock:
         return None
-    model.save_pretrained(folder)
+    model.save_pretrained(folder)  # this also writes the architecture into the config
+    try:
+        auto = auto_class(model.config).__name__
+    except ap.AttnPatchError:
+        return None  # a part of a larger model, which no Auto class of stock transformers loads
     inputs = default_inputs(model)
     torch.save({"inputs": inputs, "logits": trace(model, inputs).logits}, folder / "probe.pt")
     return {
         "name": name,
         "folder": str(folder),
-        "auto": "AutoModelForMaskedLM" if encoder else "AutoModelForCausalLM",
+        "auto": auto,
         "attention": model.config._attn_implementation,
         "use_cache": "use_cache" in inspect.signature(model.forward).parameters,
     }
@@ -81,4 +91,8 @@ def test_stock_transformers_gives_the_same_bits(full, tmp_path):
     found = json.loads(out.read_text())
     assert set(found) == {cell["name"] for cell in cells}
     assert {"llama-grouped_2_mean", "gemma3_text-rope_yarn", "phi3-grouped_2_mean"} <= set(found)
-    assert {name: difference for name, difference in found.items() if difference != "equal"} == {}
+    wrong = {name: difference for name, difference in found.items() if difference != "equal"}
+    for name, difference in list(wrong.items()):  # loading an unpatched one rounds differently, too
+        if "saved and loaded" in UPSTREAM_MARGINAL[name.rpartition("-")[0]] and float(difference) < MARGIN:
+            del wrong[name]
+    assert wrong == {}
