@@ -8,8 +8,9 @@
 
 Each question gets a process of its own, forked from one that has imported everything, so a crash, a hang or an endless
 allocation is one cell of the table and never the end of the survey. An applied patch is held to the invariants of
-`hf_attnpatch.verify`; one that the unpatched model breaks as well is transformers' own and is listed apart. Flex
-attention runs uncompiled, as in the tests.
+`hf_attnpatch.verify`; one that the unpatched model breaks as well is transformers' own and is listed apart, and so is
+one that transformers' own model of the patched config and weights breaks, whose logits are the patched model's bit for
+bit. Flex attention runs uncompiled, as in the tests.
 """
 
 from __future__ import annotations
@@ -38,11 +39,13 @@ from transformers import PreTrainedModel
 
 import hf_attnpatch as ap
 from hf_attnpatch.invariants import INVARIANTS, Subject
+from hf_attnpatch.probe import default_inputs, trace
 from hf_attnpatch.verify import FAIL, find
 
 sys.path.insert(0, str(readme.README.parent / "tests"))
 
 from architectures import causal_lm_types, encoder_types, tiny_inputs, tiny_model
+from patches import stock_twin
 
 PART = "support-table"
 RESULTS = readme.README.parent / "recipes/results/survey/survey.json"
@@ -126,6 +129,8 @@ def patched(model: PreTrainedModel, patch: ap.Patch) -> Answer:
     config = model.config.to_dict()
     report = ap.apply(model, patch)
     found = {"status": "native" if report.stock else "own type", "broken": broken(model)}
+    if found["broken"] and report.stock:
+        found["twin"] = broken_by_its_twin(model)
     if isinstance(patch, ap.Flash):
         found["detail"] = f"{model.config._attn_implementation} on {model.device.type}"
     report.revert()
@@ -134,6 +139,13 @@ def patched(model: PreTrainedModel, patch: ap.Patch) -> Answer:
     if not same or model.config.to_dict() != config:
         found["broken"] = {**found["broken"], "revert": "weights or config differ"}
     return found
+
+
+def broken_by_its_twin(model: PreTrainedModel) -> dict[str, str]:
+    """What transformers' own model of the same config and weights breaks; nothing unless it gives the same logits."""
+    twin, inputs = stock_twin(model), default_inputs(model)
+    same = torch.equal(trace(model, inputs).logits, trace(twin, inputs).logits)
+    return broken(twin) if same else {}
 
 
 def broken(model: PreTrainedModel) -> dict[str, str]:
@@ -193,17 +205,19 @@ def _collect(exitcode: int, file: str) -> Answer:
 
 
 def judged(answers: Mapping[Question, Answer]) -> dict[str, dict[str, Answer]]:
-    """Rows of the table: what a patched model breaks and the unpatched one keeps is a failure of the patch."""
+    """Rows of the table: what a patched model breaks, and neither the unpatched one nor its twin, is the patch's."""
     rows: dict[str, dict[str, Answer]] = {}
     for question, found in sorted(answers.items(), key=lambda item: (item[0].encoder, item[0].model_type)):
         row = rows.setdefault(question.row, {})
         own = answers.get(Question(question.model_type, question.encoder, "unpatched"), {}).get("broken", {})
-        broken = found.pop("broken", {})
-        ours = broken if question.case == "unpatched" else {k: v for k, v in broken.items() if k not in own}
-        if ours and question.case != "unpatched":
+        found = dict(found)
+        broken, twin = found.pop("broken", {}), found.pop("twin", {})
+        worse = broken if question.case == "unpatched" else {k: v for k, v in broken.items() if k not in own}
+        ours = {} if question.case == "unpatched" else {k: v for k, v in worse.items() if k not in twin}
+        if ours:
             found = {"status": "FAILED", "detail": "; ".join(f"{name}: {why}" for name, why in ours.items())[:300]}
-        elif ours:
-            found["broken"] = ours
+        elif worse:
+            found["broken"] = worse
         row[question.case] = found
     return rows
 
@@ -214,13 +228,14 @@ def remembered() -> dict[Question, Answer]:
     return {Question(*question): found for question, found in map(json.loads, lines)}
 
 
-def survey(types: Sequence[str], workers: int, answers: dict[Question, Answer]) -> dict[str, Any]:
-    """Everything, as the JSON has it, less what is answered already."""
+def survey(types: Sequence[str], workers: int, answers: dict[Question, Answer], *, keep: bool = True) -> dict[str, Any]:
+    """Everything, as the JSON has it, less what is answered already; with `keep`, to be gone on with."""
     kinds = [*((t, False) for t in causal_lm_types()), *((t, True) for t in encoder_types())]
     chosen = [(t, encoder) for t, encoder in kinds if not types or t in types]
     questions = [Question(t, encoder, case) for t, encoder in chosen for case in CASES]
     todo = [question for question in questions if question not in answers]
-    with Progress(console=Console(stderr=True)) as progress, ANSWERS.open("a", encoding="utf-8") as log:
+    place = ANSWERS if keep else Path(os.devnull)
+    with Progress(console=Console(stderr=True)) as progress, place.open("a", encoding="utf-8") as log:
         bar = progress.add_task("survey", total=len(todo))
         for question, found in ask_all(todo, workers):
             answers[question] = found
@@ -249,7 +264,8 @@ def main() -> None:
         ANSWERS.parent.mkdir(parents=True, exist_ok=True)
         if not arguments.resume and not arguments.types:
             ANSWERS.unlink(missing_ok=True)
-        found = survey(arguments.types, arguments.workers, remembered() if arguments.resume else {})
+        answers = remembered() if arguments.resume else {}
+        found = survey(arguments.types, arguments.workers, answers, keep=not arguments.types)
         text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
         if arguments.types:
             print(text)

@@ -22,7 +22,8 @@ def table(survey: Mapping[str, Any]) -> str:
         parts.append(_folded("What fails", failures))
     own = _broken_by_transformers(survey["rows"])
     if own.count("\n") > 1:
-        parts.append(_folded("Invariants that transformers' own, unpatched model breaks", own))
+        title = "Invariants that transformers' own model breaks; under a patch's name, its model of that config"
+        parts.append(_folded(title, own))
     return "\n\n".join(parts)
 
 
@@ -86,6 +87,9 @@ def _broken_by_transformers(rows: Mapping[str, Any]) -> str:
         broken = [f"{invariant} ({_plain(why)})" for invariant, why in unpatched.get("broken", {}).items()]
         if unpatched.get("status") == "FAILED":
             broken = [_plain(unpatched["detail"])]
+        for case, found in row.items():
+            if case != "unpatched":  # and not the patch's: transformers' own model of the patched config does so
+                broken += [f"{case}: {invariant} ({_plain(why)})" for invariant, why in found.get("broken", {}).items()]
         if broken:
             lines.append(f"| {name} | {'; '.join(broken)} |")
     return "\n".join(lines)

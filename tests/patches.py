@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,6 +94,16 @@ def build(model_type: str, encoder: bool, case: Case, seed: int = 0) -> PreTrain
         overrides = {}
     overrides = {k: v for k, v in overrides.items() if hasattr(known, k) or hasattr(text, k) or k == _ATTENTION}
     return tiny_model(model_type, seed, encoder=encoder, **overrides)
+
+
+def stock_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """Transformers' own model of a patched model's config, with its weights; for patches it can express."""
+    config = copy.deepcopy(model.config)
+    vars(config).pop("attnpatch", None)  # a patch that needs no record leaves none
+    attention = model.config._attn_implementation
+    twin: PreTrainedModel = type(model)._from_config(config, attn_implementation=attention, dtype=model.dtype)
+    twin.load_state_dict(model.state_dict())
+    return twin.eval()
 
 
 def _windowed(text: PretrainedConfig) -> bool:

@@ -1,11 +1,9 @@
 """Every invariant that holds on a model holds on it patched."""
 
-import copy
-
 import pytest
 from matrix import applicable, architectures, verified
 from outcomes import MAY_STOP_APPLYING, UPSTREAM, UPSTREAM_MARGINAL, UPSTREAM_OF_A_KIND
-from patches import CASES, build
+from patches import CASES, build, stock_twin
 from transformers import __version__
 
 import hf_attnpatch as ap
@@ -33,32 +31,12 @@ def test_every_invariant_that_held_still_holds(model_type, encoder, case):
     report = ap.apply(model, case.patch)
     assert report.changed
     after = ap.verify(model)
-    broken = _worse(before, after)
+    broken = _failed(after) - _failed(before)
     if broken and report.stock:  # then they must be what transformers itself makes of the same config
-        broken -= _failed(ap.verify(_stock_twin(model)))
+        broken -= _failed(ap.verify(stock_twin(model)))
     assert not broken, f"\n{before}\n{after}"
     lost = {f.invariant for f in after.findings if f.outcome == NOT_APPLICABLE and before[f.invariant].outcome == PASS}
     assert lost <= MAY_STOP_APPLYING.get(case.kind, set()), f"\n{before}\n{after}"
-
-
-def _worse(before, after):
-    """What fails now and did not; where rounding is allowed, four times as much of it as before is no failure."""
-    return {
-        f.invariant
-        for f in after.findings
-        if f.outcome == FAIL
-        and before[f.invariant].outcome != FAIL
-        and (not f.tolerance or not f.measured <= 4 * (before[f.invariant].measured or 0))
-    }
-
-
-def _stock_twin(model):
-    """Transformers' own model of the same config and weights."""
-    config = copy.deepcopy(model.config)
-    del config.attnpatch
-    twin = type(model)._from_config(config, attn_implementation=model.config._attn_implementation)
-    twin.load_state_dict(model.state_dict())
-    return twin.eval()
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.kind == "rope_scaling"], ids=lambda case: case.name)

@@ -12,7 +12,7 @@ from patches import build
 
 import hf_attnpatch as ap
 from hf_attnpatch.checkpoint import auto_class
-from hf_attnpatch.probe import TOLERANCE, default_inputs, trace
+from hf_attnpatch.probe import default_inputs, trace
 
 _STOCK = """
 import json, sys
@@ -31,6 +31,8 @@ for line in open(sys.argv[1]):
     except Exception as error:
         found[cell["name"]] = f"{type(error).__name__}: {error}"[:300]
         continue
+    for tensor in (*model.parameters(), *model.buffers()):  # off the mapped file: odd addresses round otherwise
+        tensor.data = tensor.data.clone()
     with torch.no_grad():
         logits = model(**probe["inputs"], **({"use_cache": False} if cell["use_cache"] else {})).logits
     wanted = probe["logits"]
@@ -49,10 +51,10 @@ def _cells(full):
             yield cell.id, *cell.values
 
 
-def _save(folder, name, model_type, encoder, case, control=False):
-    """Patch and save a model, or only save it; None where its checkpoint is not a stock one."""
+def _save(folder, name, model_type, encoder, case):
+    """Patch and save a model; None where its checkpoint is not a stock one."""
     model = build(model_type, encoder, case)
-    if not control and not ap.apply(model, case.patch).stock:
+    if not ap.apply(model, case.patch).stock:
         return None
     folder.mkdir()
     model.save_pretrained(folder)  # this also writes the architecture into the config
@@ -73,12 +75,7 @@ def _save(folder, name, model_type, encoder, case, control=False):
 
 @pytest.mark.parametrize("full", [False, pytest.param(True, marks=[pytest.mark.full, pytest.mark.timeout(3600)])])
 def test_stock_transformers_gives_the_same_bits(full, tmp_path):
-    cells = []
-    for name, *cell in _cells(full):
-        cells.append(_save(tmp_path / name, name, *cell))
-        control = _control(name)
-        if cells[-1] is not None and not (tmp_path / control).exists():
-            cells.append(_save(tmp_path / control, control, *cell, control=True))
+    cells = [_save(tmp_path / name, name, *cell) for name, *cell in _cells(full)]
     cells = [cell for cell in cells if cell is not None]
     lines, out = tmp_path / "cells.jsonl", tmp_path / "found.json"
     lines.write_text("\n".join(json.dumps(cell) for cell in cells))
@@ -93,13 +90,4 @@ def test_stock_transformers_gives_the_same_bits(full, tmp_path):
     found = json.loads(out.read_text())
     assert set(found) == {cell["name"] for cell in cells}
     assert {"llama-grouped_2_mean", "gemma3_text-rope_yarn", "phi3-grouped_2_mean"} <= set(found)
-    wrong = {name: difference for name, difference in found.items() if difference != "equal"}
-    for name, difference in list(wrong.items()):  # some families round differently in every process, patched or not
-        if found[_control(name)] != "equal" and difference <= 10 * TOLERANCE[torch.float32]:
-            del wrong[name]
-    assert wrong == {}
-
-
-def _control(name):
-    """The cell of the same architecture, not patched."""
-    return f"{name.rpartition('-')[0]}-unpatched"
+    assert {name: difference for name, difference in found.items() if difference != "equal"} == {}

@@ -81,9 +81,33 @@ def test_only_what_the_patch_breaks_is_its_failure():
     assert cell == {"status": "FAILED", "detail": "deepcopy: 2"}
 
 
+def test_what_transformers_own_model_of_the_config_breaks_is_not_the_patchs():
+    base, patched = survey.Question("llama", False, "unpatched"), survey.Question("llama", False, "grouped_query down")
+    rounds = {"status": "native", "broken": {"padding": "1", "deepcopy": "2"}, "twin": {"padding": "1"}}
+    answers = {base: {"status": "unpatched", "broken": {}}, patched: rounds}
+    assert survey.judged(answers)["llama"]["grouped_query down"] == {"status": "FAILED", "detail": "deepcopy: 2"}
+    rounds["twin"] = rounds["broken"]
+    cell = survey.judged(answers)["llama"]["grouped_query down"]
+    assert cell == {"status": "native", "broken": {"padding": "1", "deepcopy": "2"}}
+    rows = {"llama": survey.judged(answers)["llama"]}
+    assert "| llama | grouped_query down: padding (1); " in survey_table._broken_by_transformers(rows)
+
+
+def test_only_a_twin_with_the_same_logits_excuses(monkeypatch):
+    model = survey.tiny_model("llama")
+    survey.ap.patch_grouped_query(model, num_kv_heads=2)
+    monkeypatch.setattr(survey, "broken", lambda twin: {"padding": "1"})
+    assert survey.broken_by_its_twin(model) == {"padding": "1"}
+    other = survey.tiny_model("llama", seed=1, num_key_value_heads=2)
+    monkeypatch.setattr(survey, "stock_twin", lambda model: other)
+    assert survey.broken_by_its_twin(model) == {}
+
+
 def test_a_survey_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
     monkeypatch.setattr(survey, "ANSWERS", tmp_path / "answers.jsonl")
     monkeypatch.setattr(survey, "CASES", {case: survey.CASES[case] for case in ("unpatched", "flash")})
+    survey.survey(["gpt2"], 2, {}, keep=False)
+    assert not (tmp_path / "answers.jsonl").exists()
     first = survey.survey(["gpt2"], 2, {})
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
     remembered = survey.remembered()
