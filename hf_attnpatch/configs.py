@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -36,3 +39,21 @@ def all_configs(model: PreTrainedModel) -> list[PretrainedConfig]:
             found[id(config)] = config
             todo += [v for v in vars(config).values() if isinstance(v, PretrainedConfig)]
     return list(found.values())
+
+
+_BUILDING: ContextVar[bool] = ContextVar("hf_attnpatch_building", default=False)
+
+
+@contextlib.contextmanager
+def building() -> Iterator[None]:
+    """Let classes of transformers be built from a patched config: what is missing is restored, or only compared."""
+    token = _BUILDING.set(True)
+    try:
+        yield
+    finally:
+        _BUILDING.reset(token)
+
+
+def is_building() -> bool:
+    """Whether this thread is inside :func:`building`."""
+    return _BUILDING.get()

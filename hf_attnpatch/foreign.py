@@ -5,12 +5,18 @@ PEFT and tokenizers look at ``model_type``), on disk it is written as model type
 ``trust_remote_code``. Reading it back gives a subclass of ``GPT2LMHeadModel``, whose constructor rebuilds the recorded
 structure before the weights are loaded; so sharding, dtypes, ``device_map``, ``from_config`` and saving again are
 transformers' own.
+
+The concrete classes of transformers never ask for the model type, so two more things keep them from building something
+unpatched: on disk the labels stand under a key that no stock config class can read (:data:`SEAL`), and in memory the
+config stops any constructor but those made here (``_Config.name_or_path``).
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import transformers
@@ -19,10 +25,17 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from . import record
+from .configs import building, is_building
 from .errors import AttnPatchError
 
 MODEL_TYPE = "hf_attnpatch"
 STUB = "modeling_hf_attnpatch"
+# Stands on disk where the label ids do. Every stock config class turns those into numbers, and Python's complaint
+# quotes the text (200 characters of it): the one sentence of ours that a stock class can be made to say.
+SEAL = (
+    "a checkpoint patched by hf_attnpatch: `pip install hf_attnpatch`, `import hf_attnpatch`, then load it with an "
+    "Auto class or hf_attnpatch.load; this class cannot read it"
+)
 
 _STUB_TEXT = '''"""Loads a checkpoint patched by hf_attnpatch: pip install hf_attnpatch.
 
@@ -41,6 +54,10 @@ class PatchedConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is 
 
     model_type = MODEL_TYPE
 
+    def __new__(cls, **fields: Any) -> Any:
+        """Build the family's patched config, as ``AutoConfig.for_model`` does for a config inside another."""
+        return cls.from_dict(fields)
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build the family's patched config.
@@ -54,9 +71,7 @@ class PatchedConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is 
                 f"the checkpoint is a patched {found.base_model_type!r}, which transformers "
                 f"{transformers.__version__} does not know; upgrade transformers."
             )
-        patched = config_class(CONFIG_MAPPING[found.base_model_type])
-        rest = {key: value for key, value in config_dict.items() if key not in ("model_type", "auto_map")}
-        return patched.from_dict(rest, **kwargs)
+        return config_class(CONFIG_MAPPING[found.base_model_type]).from_dict(config_dict, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
@@ -66,11 +81,39 @@ class PatchedConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is 
 class _Config:
     """Mixin of every patched config class."""
 
+    @property
+    def name_or_path(self) -> str | None:
+        """Where the model came from; or refuse.
+
+        Every constructor of transformers reads it before it builds anything, which is the only moment to stop a class
+        that would build an unpatched model from this config without a word.
+
+        Raises:
+            AttnPatchError: a model class that does not rebuild the record is being constructed.
+        """
+        model = _under_construction(inspect.currentframe())
+        if model is not None and not is_building():
+            name = type(model).__name__
+            raise AttnPatchError(
+                f"{name}(config): the config is that of a model patched by hf_attnpatch, of which "
+                f"{type(model).__module__}.{name} would build an unpatched one; use from_config or from_pretrained of "
+                f"an Auto class, or the class of the same name in {__name__}."
+            )
+        name_or_path: str | None = super().name_or_path  # type: ignore[misc]  # mixed into PretrainedConfig
+        return name_or_path
+
+    @name_or_path.setter
+    def name_or_path(self, value: str) -> None:
+        PretrainedConfig.name_or_path.fset(self, value)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form, under our own model type."""
+        """Return the JSON form: our own model type, and labels that only a patched config class can read."""
         data: dict[str, Any] = super().to_dict()  # type: ignore[misc]  # mixed into PretrainedConfig
+        labels = data.get("id2label")
+        usual = {i: f"LABEL_{i}" for i in range(2)}  # stock files leave these out, so that num_labels can be chosen
+        sealed = {SEAL: None if labels == usual else labels}
         base = type(self).__mro__[2]
-        return {**data, "model_type": MODEL_TYPE, "auto_map": _auto_map(base)}
+        return {**data, "model_type": MODEL_TYPE, "auto_map": _auto_map(base), "id2label": sealed}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save, and lay the stub beside it."""
@@ -84,11 +127,21 @@ class _Config:
         """Do nothing; see :class:`PatchedConfig`."""
 
 
+def _under_construction(frame: FrameType | None) -> PreTrainedModel | None:
+    """Return the model whose constructor reads the property of which this is the frame, or None."""
+    frame = frame and frame.f_back
+    while frame is not None and frame.f_code.co_name == "__getattribute__":  # configs have one, for their aliases
+        frame = frame.f_back
+    reader = frame.f_locals.get("self") if frame is not None and frame.f_code.co_name == "__init__" else None
+    return reader if isinstance(reader, PreTrainedModel) else None
+
+
 class _Model:
     """Mixin of every patched model class."""
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # mixed into PreTrainedModel
+        with building():
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # mixed into PreTrainedModel
         from .api import restore  # the edits need models, which must not need the edits to be imported
 
         restore(self)
@@ -128,8 +181,20 @@ def model_class(name: str) -> type[PreTrainedModel]:
 
 @functools.cache
 def _bare_config_class(base: Any) -> Any:
-    body = {"__module__": __name__, "__doc__": f"Patched {base.__name__}."}
+    def __init__(self: Any, **fields: Any) -> None:
+        base.__init__(self, **_unsealed(fields))
+
+    # the constructor stands in the class itself: dataclasses, which configs are, would put theirs before a mixin's
+    body = {"__module__": __name__, "__doc__": f"Patched {base.__name__}.", "__init__": __init__}
     return type(f"Patched{base.__name__}", (_Config, base), body)
+
+
+def _unsealed(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the family's own fields from those that :meth:`_Config.to_dict` wrote, in this release or another."""
+    own = {key: value for key, value in fields.items() if key not in ("model_type", "auto_map")}
+    labels = own.get("id2label") or {}
+    behind = [value for key, value in labels.items() if not str(key).isdigit()]  # whatever the seal's wording was
+    return {**own, "id2label": behind[0]} if behind else own
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
+from .configs import building
 from .edits import SetConfig
 
 Plain = (bool, int, float, str, tuple, list, type(None))
@@ -101,7 +102,7 @@ def _build(model: PreTrainedModel, changes: Sequence[Change]) -> nn.Module:
     if changes and validate is not None:
         validate()
     cls = getattr(type(model), "unpatched", type(model))  # a patched class would re-apply its record
-    with torch.device("meta"):
+    with torch.device("meta"), building():
         twin: nn.Module = cls(config)
     return twin
 

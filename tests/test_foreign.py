@@ -1,5 +1,6 @@
 """Checkpoints that stock transformers cannot express: an error there, the same bits here."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -11,9 +12,12 @@ import pytest
 import torch
 import transformers
 from architectures import tiny_model
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 import hf_attnpatch as ap
+from hf_attnpatch import foreign
 from hf_attnpatch.probe import default_inputs, trace
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +28,7 @@ FAMILIES = {
     "opt": (False, "AutoModelForCausalLM"),
     "bert": (True, "AutoModelForMaskedLM"),
 }
+REFUSALS = (ValueError, StrictDataclassError)  # the second in releases whose configs check types before all else
 FOREIGN = pytest.mark.parametrize("model_type", FAMILIES)
 
 
@@ -85,10 +90,17 @@ def attempt(load, folder, cache):
 def attempts(folder, auto, own, trust):
     cache = {} if "Masked" in auto else {"use_cache": False}
     auto, own = getattr(transformers, auto), getattr(transformers, own)
+    config, file = own.config_class, folder + "/config.json"
     ways = {
         "plain": lambda: auto.from_pretrained(folder),
-        "own class": lambda: own.from_pretrained(folder),
         "base": lambda: transformers.AutoModel.from_pretrained(folder),
+        "own class": lambda: own.from_pretrained(folder),
+        "own class, sizes ignored": lambda: own.from_pretrained(folder, ignore_mismatched_sizes=True),
+        "own class, some options": lambda: own.from_pretrained(folder, num_labels=3, dtype="float32"),
+        "own config": lambda: own(config.from_pretrained(folder)),
+        "own config, some options": lambda: own(config.from_pretrained(folder, num_labels=3, dtype="float32")),
+        "own config, from the file": lambda: own(config.from_json_file(file)),
+        "own config, from a dictionary": lambda: own(config.from_dict(json.load(open(file)))),
     } if not trust else {"trusted": lambda: auto.from_pretrained(folder, trust_remote_code=True)}
     return {way: attempt(load, folder, cache) for way, load in ways.items()}
 
@@ -120,15 +132,14 @@ def test_stock_transformers_without_the_package_fails_loudly(saved, tmp_path):
         assert not {"equal", "SILENTLY WRONG"} & set(found.values()), (model_type, found)
         assert "trust_remote_code" in found["plain"], found["plain"]
         assert "trust_remote_code" in found["base"], found["base"]
-        assert "hf_attnpatch" in found["trusted"], found["trusted"]
         assert "pip install hf_attnpatch" in found["trusted"], found["trusted"]
+        assert all("pip install hf_attnpatch" in found[way] for way in found if way.startswith("own")), found
 
 
 def test_trust_remote_code_loads_it_where_the_package_is_installed(saved, tmp_path):
     for model_type, found in _elsewhere(saved, "there", tmp_path).items():
-        assert found["trusted"] == "equal", (model_type, found["trusted"])
-        assert "SILENTLY WRONG" not in found.values()
-        assert "trust_remote_code" in found["plain"]  # not imported, not trusted: still an error
+        assert found.pop("trusted") == "equal", model_type
+        assert not {"equal", "SILENTLY WRONG"} & set(found.values())  # not imported, not trusted: still an error
 
 
 # -- this process, where the package is imported -----------------------------------------------------------------------
@@ -142,6 +153,93 @@ def test_auto_classes_load_the_same_bits(model_type, saved):
         assert torch.equal(_logits(model), logits)
         assert _heads(model) == {2}
         assert isinstance(model, type(_patched(model_type)))  # a GPT2LMHeadModel is a GPT2LMHeadModel
+
+
+@FOREIGN
+def test_a_concrete_class_of_transformers_refuses_the_files(model_type, saved):
+    folder, cls = saved[model_type][0], type(_patched(model_type))
+    with pytest.raises(REFUSALS, match="pip install hf_attnpatch"):
+        cls.from_pretrained(folder)
+    with pytest.raises(REFUSALS, match="pip install hf_attnpatch"):
+        cls.from_pretrained(folder, ignore_mismatched_sizes=True)
+    with pytest.raises(REFUSALS, match="pip install hf_attnpatch"):
+        cls.config_class.from_pretrained(folder)
+
+
+@FOREIGN
+def test_a_concrete_class_of_transformers_refuses_the_config(model_type, saved):
+    folder, patched = saved[model_type][0], _patched(model_type)
+    cls, config = type(patched), AutoConfig.from_pretrained(folder)
+    for build in (
+        lambda: cls(config),
+        lambda: cls._from_config(config),
+        lambda: type(patched.base_model)(patched.config),
+        lambda: type(patched)(patched.config),
+        lambda: cls.from_pretrained(folder, config=config, ignore_mismatched_sizes=True),
+    ):
+        with pytest.raises(ap.AttnPatchError, match=r"would build an unpatched one; use from_config"):
+            build()
+    with pytest.raises(REFUSALS, match="pip install hf_attnpatch"):
+        cls.config_class(**config.to_dict())
+
+
+@FOREIGN
+def test_a_subclass_of_the_users_refuses_the_config(model_type, saved):
+    cls = type("Mine", (type(_patched(model_type)),), {})
+    with pytest.raises(ap.AttnPatchError, match=r"Mine\(config\)"):
+        cls(AutoConfig.from_pretrained(saved[model_type][0]))
+
+
+@FOREIGN
+def test_the_concrete_class_of_this_package_loads_and_builds(model_type, saved):
+    folder, logits = saved[model_type]
+    cls = getattr(foreign, type(_patched(model_type)).__name__)
+    assert torch.equal(_logits(cls.from_pretrained(folder).eval()), logits)
+    model = cls(AutoConfig.from_pretrained(folder))
+    assert type(model) is cls
+    assert _heads(model) == {2}
+
+
+@FOREIGN
+def test_configs_survive_their_own_dictionaries(model_type, saved):
+    config = AutoConfig.from_pretrained(saved[model_type][0], num_labels=3)
+    for again in (
+        type(config)(**config.to_dict()),
+        type(config).from_dict(config.to_dict()),
+        AutoConfig.for_model(**config.to_dict()),  # what a config inside another one is read by
+    ):
+        assert type(again) is type(config)
+        assert again.model_type == model_type
+        assert again.to_dict() == config.to_dict()
+        assert again.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+
+
+def test_labels_survive_saving(saved, tmp_path):
+    config = AutoConfig.from_pretrained(saved["bert"][0], id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1})
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert (again.id2label, again.label2id) == ({0: "no", 1: "yes"}, {"no": 0, "yes": 1})
+
+
+def test_no_config_class_of_transformers_reads_a_sealed_config():
+    read = []
+    for model_type in {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MASKED_LM_MAPPING_NAMES}:
+        if getattr(CONFIG_MAPPING[model_type], "has_no_defaults_at_init", False):  # made of other configs only
+            continue
+        with contextlib.suppress(*REFUSALS):
+            read.append(CONFIG_MAPPING[model_type].from_dict({"id2label": {foreign.SEAL: None}}))
+    assert not read
+
+
+def test_a_seal_of_another_wording_is_read(saved, tmp_path):
+    config = AutoConfig.from_pretrained(saved["gpt2"][0], num_labels=3).to_dict()
+    config["id2label"] = {"the words of another release": config["id2label"][foreign.SEAL]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert AutoConfig.from_pretrained(tmp_path).id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+
+
+def test_the_seal_fits_into_what_python_quotes():
+    assert len(repr(foreign.SEAL)) <= 200
 
 
 @FOREIGN
