@@ -19,7 +19,7 @@ FAST := -n $(WORKERS) -m "not full and not slow"
 # the workers already fill the cores; a thread pool in each would only get in their way
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-all test-lowest lint format survey bench clean
+.PHONY: demo test test-all test-lowest lint format survey bench bench-decode clean
 
 demo: $(VENV)/.installed
 	$(BIN)/attnpatch demo --output outputs/demo
@@ -45,8 +45,11 @@ format: $(VENV)/.installed
 survey: $(VENV)/.installed
 	$(BIN)/python scripts/survey_architectures.py --workers $(WORKERS)
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed bench-decode
 	$(BIN)/python scripts/bench_apply.py
+
+bench-decode: $(VENV)/.installed
+	$(BIN)/python scripts/bench_decode.py
 
 clean:
 	rm -rf $(VENV) $(LOW) .pytest_cache .mypy_cache .ruff_cache
