@@ -36,7 +36,7 @@ def run(output: Path, *, overrides: Sequence[str] = ()) -> None:
         MissingExtra: a package that the recipes need is not installed.
         AttnPatchError: the embedded model or the recipes are not in this installation, or the recipe failed.
     """
-    folder = _recipes()
+    folder = recipes()
     if importlib.util.find_spec("matplotlib") is None:
         raise missing_extra("matplotlib", "recipes", "the demo")
     if not (embedded.path() / "config.json").is_file():
@@ -53,7 +53,7 @@ def run(output: Path, *, overrides: Sequence[str] = ()) -> None:
         raise AttnPatchError(f"the demo's recipe ended with exit code {code}; what it said is above.")
 
 
-def _recipes() -> Path:
+def recipes() -> Path:
     """Return the folder of the recipes: of the clone, or what a wheel carries."""
     here = Path(__file__).resolve().parent
     for folder in (here.parent / "recipes", here / "shipped" / "recipes"):
