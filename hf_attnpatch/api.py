@@ -43,6 +43,7 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
     sites = tuple(dict.fromkeys(path for step in steps.steps for path in step.proposal.sites))
     inputs = (default_inputs(model) if probe is None else probe) if self_check else None
     before = None if inputs is None else trace(model, inputs, sites)
+    findings = {s.patch.name: s.proposal.prepare(model) for s in steps.steps if s.proposal.prepare is not None}
     inverses: list[Inverse] = []
     try:
         for edit in (*steps.edits, *_bookkeeping(model, steps)):
@@ -51,7 +52,7 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
     except BaseException:
         _unwind(inverses)
         raise
-    return Report(steps, checks, getattr(model.config, record.FIELD, None), inverses)
+    return Report(steps, checks, getattr(model.config, record.FIELD, None), findings, inverses)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,10 @@ class SelfCheckFailed(AttnPatchError):
     """The patched model did not do what the patch promises; every edit has been undone."""
 
 
+class CalibrationError(AttnPatchError):
+    """The calibration text cannot be used: too little of it, or activations on it that are not finite."""
+
+
 class MissingExtra(AttnPatchError, ImportError):
     """An optional dependency is needed; the message names the extra that brings it."""
 

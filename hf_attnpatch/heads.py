@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from .layouts import blocks, is_transposed, weight_rows
 from .sites import Site
 
-Resize = Callable[[Tensor], Tensor]  # (num_kv_heads, head_dim, ...) -> the same with another number of heads
+# (0 query, 1 key, 2 value; rows (heads, head_dim, ...)) -> the rows that take their place
+Resize = Callable[[int, Tensor], Tensor]
 
 
 def projection(site: Site, child: str, old: nn.Module, num_kv_heads: int, resize: Resize) -> dict[str, Tensor]:
@@ -22,7 +23,7 @@ def projection(site: Site, child: str, old: nn.Module, num_kv_heads: int, resize
         child: its path below the site.
         old: the module with the present heads.
         num_kv_heads: heads afterwards.
-        resize: makes that many heads of the present ones.
+        resize: makes that many heads of the present ones; queries pass through it as well.
     """
     before, after = site.rows(), site.rows(num_kv_heads)
     new = {
@@ -70,7 +71,9 @@ def block(site: Site, child: str) -> int:
     return site.v_head_dim if child == site.layout.value else site.head_dim
 
 
-def per_head(site: Site, old: nn.Module, twin: nn.Module, resize: Resize) -> dict[str, Tensor] | None:
+def per_head(
+    site: Site, old: nn.Module, twin: nn.Module, resize: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor] | None:
     """Return per-key-head parameters (a norm over all key heads, one norm per head) resized like the heads.
 
     None where the twin's shapes are not explained by heads.
@@ -85,19 +88,33 @@ def per_head(site: Site, old: nn.Module, twin: nn.Module, resize: Resize) -> dic
 
 
 def _which(site: Site, child: str) -> int:
-    return 1 if child == site.layout.key else 2
+    return (site.layout.query, site.layout.key, site.layout.value).index(child)
 
 
 def _rows(
     site: Site, child: str, rows: Tensor, before: Sequence[Tensor], after: Sequence[Tensor], resize: Resize
 ) -> Tensor:
     if not site.layout.fused:
-        return resize(_take(rows, before[_which(site, child)])).flatten(0, 1)
+        which = _which(site, child)
+        return resize(which, _take(rows, before[which])).flatten(0, 1) if which else _queries(site, rows, resize)
     new = rows.new_empty(sum(a.numel() for a in after), *rows.shape[1:])
     for which, (old_index, new_index) in enumerate(zip(before, after, strict=True)):
-        heads = _take(rows, old_index)
-        new[_where(new_index)] = (heads if which == 0 else resize(heads)).flatten(0, 1)
+        new[_where(new_index)] = resize(which, _take(rows, old_index)).flatten(0, 1)
     return new
+
+
+def _queries(site: Site, rows: Tensor, resize: Resize) -> Tensor:
+    """Return a query projection's new rows; what stands between the heads' queries (gates) stays."""
+    index, new = query_rows(site, len(rows)), rows.clone()
+    new[_where(index)] = resize(0, _take(rows, index)).flatten(0, 1)
+    return new
+
+
+def query_rows(site: Site, width: int) -> Tensor:
+    """Return the rows of each head's queries, (num_heads, head_dim); some families keep a gate behind each head's."""
+    if site.layout.fused or width == site.num_heads * site.head_dim:
+        return site.rows().query
+    return torch.arange(width, device="cpu").view(site.num_heads, -1)[:, : site.head_dim]
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:

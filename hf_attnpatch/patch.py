@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,6 +29,9 @@ class Proposal:
         notes: sentences for the report: what was chosen and why, what is left alone.
         stock: whether a checkpoint of the result loads in transformers without this package.
         preserves: whether the logits must stay what they were (up to rounding).
+        patch: the patch with its open choices made (a default that depends on the model, "auto"); None if it had none.
+        prepare: work that the edits need and a plan must not do (running the model over calibration text); called by
+            ``apply`` on the untouched model before the first edit; returns what it found, for the report.
     """
 
     edits: tuple[Edit, ...]
@@ -36,6 +39,8 @@ class Proposal:
     notes: tuple[str, ...] = ()
     stock: bool = True
     preserves: bool = False
+    patch: Patch | None = None
+    prepare: Callable[[PreTrainedModel], object] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,7 +74,7 @@ def plan(model: PreTrainedModel, *patches: Patch) -> Plan:
     steps = []
     for patch in patches:
         proposal = patch.propose(model, anatomy)
-        steps.append(Step(patch, proposal, tuple(edit.preview(model) for edit in proposal.edits)))
+        steps.append(Step(proposal.patch or patch, proposal, tuple(edit.preview(model) for edit in proposal.edits)))
     _refuse_conflicts(steps)
     return Plan(anatomy, tuple(steps))
 

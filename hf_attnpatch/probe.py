@@ -59,7 +59,7 @@ def trace(model: PreTrainedModel, inputs: Inputs, watch: tuple[str, ...] = (), u
     Raises:
         AttnPatchError: the forward fails on these inputs.
     """
-    with _quiet(model), _counting(model, watch) as calls, torch.no_grad():
+    with quiet(model), _counting(model, watch) as calls, torch.no_grad():
         try:
             logits = _forward(model, inputs, use_cache)
         except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError) as error:
@@ -118,7 +118,7 @@ def _try_backward(model: PreTrainedModel, inputs: Inputs) -> str | None:
     wanted = [p for p in model.parameters() if p.requires_grad][:1]
     if not wanted:
         return None
-    with _quiet(model), torch.enable_grad():
+    with quiet(model), torch.enable_grad():
         try:
             torch.autograd.grad(_forward(model, inputs).float().square().sum(), wanted, allow_unused=True)
         except (RuntimeError, NotImplementedError) as error:
@@ -140,7 +140,7 @@ def _valid(logits: Tensor, inputs: Inputs) -> Tensor:
 
 
 @contextlib.contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
+def quiet(model: nn.Module) -> Iterator[None]:
     """Evaluate: every module's own training flag is restored, and so is the random state."""
     modes = [(m, m.training) for m in model.modules()]
     try:

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -15,6 +15,9 @@ from .anatomy import Anatomy
 from .edits import Inverse
 from .errors import PatchConflict
 from .plan import Plan, Step
+
+if TYPE_CHECKING:
+    from .damage import DamageReport
 
 
 @dataclass
@@ -25,17 +28,25 @@ class Report:
         plan: what was done, with the state before and after of each edit.
         checks: name -> what the self-check found.
         record: what the model's config now says, as data.
+        findings: patch name -> what it measured before it wrote, such as the damage of sharing heads.
     """
 
     plan: Plan
     checks: Mapping[str, str]
     record: Mapping[str, Any] | None
+    findings: Mapping[str, Any] = field(default_factory=dict)
     _inverses: list[Inverse] = field(default_factory=list, repr=False)
 
     @property
     def changed(self) -> bool:
         """Whether anything was written."""
         return bool(self.plan.edits)
+
+    @property
+    def damage(self) -> DamageReport | None:
+        """What sharing key-value heads costs, layer by layer; None where nothing was measured."""
+        found: DamageReport | None = self.findings.get("grouped_query")
+        return found
 
     @property
     def stock(self) -> bool:
@@ -60,12 +71,39 @@ class Report:
         checks = Table("self-check", "found", title_justify="left")
         for name, found in self.checks.items():
             checks.add_row(name, found)
-        return _text(*_steps(self.plan), checks) if self.checks else _text(*_steps(self.plan))
+        parts = [*_steps(self.plan), *(part for found in self.findings.values() for part in _findings(found))]
+        return _text(*parts, checks) if self.checks else _text(*parts)
 
 
 def render_plan(plan: Plan) -> str:
     """Return a plan as tables, one for each patch."""
     return _text(*_steps(plan))
+
+
+def render_damage(damage: DamageReport) -> str:
+    """Return a damage report as a table, a row for each attention module."""
+    return _text(*_findings(damage))
+
+
+def _findings(found: object) -> Iterable[RenderableType]:
+    from .damage import DamageReport
+
+    if not isinstance(found, DamageReport):
+        return
+    table = Table("damage", "groups", "energy kept: keys, values", *(f"{stage}: error, KL" for stage in found.stages))
+    for layer in found.layers:
+        groups = "adjacent" if _adjacent(layer.groups) else " ".join("+".join(map(str, g)) for g in layer.groups)
+        gaps = (layer.gaps[stage] for stage in found.stages)
+        cells = [f"{g.output:.4f}  {'-' if g.attention is None else f'{g.attention:.4f}'}" for g in gaps]
+        table.add_row(layer.path, groups, f"{layer.key_energy:.3f}  {layer.value_energy:.3f}", *cells)
+    yield table
+    if found.stages:
+        yield "  error: of the attention output, squared, over its variance; KL: original to shared attention weights, nats"
+    yield from (f"  {note}" for note in found.notes)
+
+
+def _adjacent(groups: Sequence[Sequence[int]]) -> bool:
+    return [head for group in groups for head in group] == list(range(sum(map(len, groups))))
 
 
 def render_anatomy(anatomy: Anatomy) -> str:

@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "patches/": {
         *("anatomy", "backends", "configs", "edits", "errors", "functional", "heads", "layouts", "patch", "probe"),
         *("rope_parameters", "runtime", "sites", "twin"),
+        *("calibration", "conversion", "damage", "group_size", "outcome", "regroup"),
     },
     "evaluation/": {"errors", "evaluation"},  # measures a model; knows nothing of patches
 }
@@ -50,7 +51,11 @@ MAY_WRITE = {
     "runtime.py": ("register_parameter", "a module's own parameters, in its constructor"),
     "twin.py": ("setattr", "on a copy of the config"),
     "patch.py": ("__setattr__", "a patch normalises its own fields while it is made"),
-    "patches/grouped_query.py": ("_parameters", "of the new module, before it is put in place"),
+    "regroup.py": ("_parameters", "of the new module, before it is put in place"),
+    "replay.py": ("register_forward_hook register_forward_pre_hook", "for the length of a call; removed in any case"),
+    "frames.py": ("register_forward_hook", "for the length of a trial; removed in any case"),
+    "refine.py": ("requires_grad_ grad", "of its own copies of weights"),
+    "patches/grouped_query.py": ("conversion", "what its own preparation found, for its own edits"),
     "evaluation/perplexity.py": ("eval train disable", "restores the mode; a progress bar's switch"),
     "evaluation/cache.py": ("eval train", "restores the mode"),
     "cli_models.py": ("eval", "of a model that it has just built"),
@@ -98,8 +103,9 @@ def test_rooms_import_in_one_direction(name):
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("functional/")])
 def test_mathematics_knows_torch_and_nothing_else(name):
-    assert not list(_imports(TREES[name], name))
-    assert set(_outside(TREES[name])) <= {"torch", "math", "collections", "typing", "dataclasses", "__future__"}
+    assert set(_imports(TREES[name], name)) <= {"functional"}
+    own = {"torch", "math", "itertools", "collections", "typing", "dataclasses", "__future__"}
+    assert set(_outside(TREES[name])) <= own | {"networkx"}  # matching; torch itself depends on it
 
 
 @pytest.mark.parametrize("name", [n for n in FILES if n.startswith("patches/") and not n.endswith("__init__.py")])

@@ -2,97 +2,148 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
 
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .. import heads
+from .. import calibration as cal
 from ..anatomy import Anatomy, Site
-from ..configs import config_at
-from ..edits import AddPreHook, Edit, ReplaceModule, SetAttribute
-from ..errors import AttnPatchError, UnsupportedArchitecture
-from ..functional.grouping import METHODS, resize_heads
-from ..layouts import weight_rows
+from ..conversion import Recipe, convert
+from ..damage import DamageReport
+from ..errors import AttnPatchError, CalibrationError, UnsupportedArchitecture
+from ..functional.grouping import METHODS as PLAIN
+from ..group_size import choose
 from ..patch import Patch, Proposal
-from ..runtime import GroupedProjection, NarrowCache
-from ..twin import Change, Difference, converted, difference
+from ..regroup import Source, foreign, native
 
-# How configs spell the number of key-value heads: (sub-config below the attention's own, field, value from the number).
-KV_FIELDS: tuple[tuple[str, str, Callable[[int], Any]], ...] = (
-    ("", "num_key_value_heads", int),
-    ("", "num_kv_heads", int),
-    ("", "multi_query_group_num", int),
-    ("attn_config", "kv_n_heads", int),
-    ("", "multi_query", lambda n: n == 1),
-)
-# fields that some families keep beside the first for layers of another kind
-BESIDE = ("num_global_key_value_heads", "swa_num_key_value_heads")
+ALIGNED = ("procrustes", "principal")  # need nothing but the weights and a look at what rotates
+CALIBRATED = ("calibrated", "refined")  # need text
+METHODS = (*PLAIN, *ALIGNED, *CALIBRATED)
+GROUPINGS = ("adjacent", "similar")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedQuery(Patch):
     """Share key-value heads between query heads, so that the cache holds ``num_kv_heads`` of them.
 
-    Adjacent key and value heads are merged (or, going up, replicated, which leaves the logits what they were). Where
-    the family's config has a field for the count, the result is a stock model and a stock checkpoint. Elsewhere (GPT-2,
-    GPT-NeoX, OPT, GPT-J, BLOOM, MPT, BERT ...) the projections are replaced by shared ones and the cache is narrowed;
-    such a checkpoint loads once this package is imported.
+    Key and value heads are merged (or, going up, replicated, which leaves the logits what they were). Every method
+    beyond the first three also turns the queries and the output projection to fit what is shared: see
+    :mod:`hf_attnpatch.functional.merging`. Where the family's config has a field for the count, the result is a stock
+    model and a stock checkpoint. Elsewhere (GPT-2, GPT-NeoX, OPT, GPT-J, BLOOM, MPT, BERT ...) the projections are
+    replaced by shared ones and the cache is narrowed; such a checkpoint loads once this package is imported.
 
     Args:
         num_kv_heads: key-value heads afterwards; divides the query heads, and divides or is a multiple of the present
-            number.
-        method: how heads are merged: ``first``, ``mean`` (the paper, section 2.1) or ``mean_rescaled`` (row norms
-            restored).
+            number. ``"auto"`` takes the number that fits ``cache_target`` and is predicted to lose least.
+        method: how heads are merged. From the weights: ``first``; ``mean`` (Ainslie et al., section 2.1);
+            ``mean_rescaled``, row norms restored; ``procrustes``, heads turned towards each other first (Jin et al.,
+            2412.20677); ``principal``, principal components of keys weighted by their queries and of values weighted by
+            their output. From calibration text: ``calibrated``, the same with measured covariances, and the output
+            projection refitted; ``refined``, then improved layer by layer by gradient descent. By default ``refined``
+            with calibration and ``principal`` without.
+        grouping: ``adjacent`` heads share, or those that are most ``similar``: whose merge keeps most energy.
+        calibration: token ids (sequences, length), an iterable of dictionaries of model inputs, or strings with
+            ``tokenizer``. Some 64 sequences of 512 tokens of ordinary text do.
+        tokenizer: for strings.
+        seed: of the choice of refinement batches.
+        refine_steps: of Adam, for each layer.
+        refine_seconds: stops refinement of a layer early, so that all layers together take about so long.
+        fallback: the data-free method to use where the calibration text turns out unusable (too short, activations not
+            finite); None makes that an error.
+        cache_target: for ``"auto"``: at most this share of the present cache (up to 1.0), or this many bytes per token
+            (an int).
 
     Raises:
         UnsupportedArchitecture: no attention module with keys and values of its own (state-space, latent attention).
-        AttnPatchError: a count that does not divide, an unknown method.
+        CalibrationError: unusable calibration text.
+        AttnPatchError: a count that does not divide, an unknown method, a method that lacks its text.
     """
 
     name: ClassVar[str] = "grouped_query"
+    transient: ClassVar[frozenset[str]] = frozenset({"calibration", "tokenizer", "refine_seconds", "cache_target"})
 
-    num_kv_heads: int
-    method: str = "mean"
+    num_kv_heads: int | Literal["auto"]
+    method: str | None = None
+    grouping: str = "adjacent"
+    calibration: Any = field(default=None, compare=False, repr=False)
+    tokenizer: Any = field(default=None, compare=False, repr=False)
+    seed: int = 0
+    refine_steps: int = 150
+    refine_seconds: float | None = None
+    fallback: str | None = None
+    cache_target: float | int | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise AttnPatchError(f"method {self.method!r} does not exist; choose from: {', '.join(METHODS)}.")
-        if not isinstance(self.num_kv_heads, int) or isinstance(self.num_kv_heads, bool) or self.num_kv_heads < 1:
-            raise AttnPatchError(f"num_kv_heads is {self.num_kv_heads!r}; it must be a whole number, at least 1.")
+        _one_of("method", self.method, (*METHODS, None))
+        _one_of("grouping", self.grouping, GROUPINGS)
+        _one_of("fallback", self.fallback, (*PLAIN, *ALIGNED, None))
+        if (self.num_kv_heads == "auto") != (self.cache_target is not None):
+            raise AttnPatchError(
+                f"num_kv_heads={self.num_kv_heads!r} and cache_target={self.cache_target!r}: num_kv_heads='auto' and a "
+                "cache_target (a share such as 0.25, or bytes per token) belong together; give both or neither."
+            )
+        if self.num_kv_heads != "auto":
+            _count("num_kv_heads", self.num_kv_heads, 1)
+        _count("refine_steps", self.refine_steps, 1)
+        if self.refine_seconds is not None and not self.refine_seconds > 0:
+            raise AttnPatchError(f"refine_seconds is {self.refine_seconds!r}; it must be a positive number or None.")
 
     def structure(self) -> GroupedQuery:
         """Return the same shapes from the cheapest method."""
-        return replace(self, method="first")
+        return replace(self, method="first", grouping="adjacent", calibration=None)
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
-        """Say which projections would shrink; see :meth:`Patch.propose`."""
+        """Say which projections would change; see :meth:`Patch.propose`. ``"auto"`` runs the model to find out."""
         sites = _self_attention(model, anatomy)
+        made, notes = self._decided(model, sites)
         for site in sites:
-            self._check_count(site)
-        todo = [s for s in sites if s.num_kv_heads != self.num_kv_heads]
+            made._check_count(site)
+        n = made.num_kv_heads
+        todo = [s for s in sites if s.num_kv_heads != n]
         if not todo:
-            return Proposal((), (), (f"already {self.num_kv_heads} key-value heads everywhere; nothing to do",))
-        native = self._native(model, todo)
-        stock = not isinstance(native, str)
-        edits = list(self._foreign(model, anatomy, todo, native)) if isinstance(native, str) else native
-        notes = [f"not a stock checkpoint: {native}"] if isinstance(native, str) else []
+            return Proposal((), (), (*notes, f"already {n} key-value heads everywhere; nothing to do"), patch=made)
+        return made._proposal(model, anatomy, sites, todo, notes)
+
+    def _decided(self, model: PreTrainedModel, sites: list[Site]) -> tuple[GroupedQuery, list[str]]:
+        """Make the open choices: the default method, the automatic count."""
+        method = self.method or ("principal" if self.calibration is None else "refined")
+        made, notes = replace(self, method=method), []
+        if self.num_kv_heads == "auto":
+            text = None if self.calibration is None else cal.batches(self.calibration, self.tokenizer, model)
+            count, why = choose(model, sites, self.cache_target, text)
+            made, notes = replace(made, num_kv_heads=count, cache_target=None), [why]
+        return made, notes
+
+    def _proposal(
+        self, model: PreTrainedModel, anatomy: Anatomy, sites: list[Site], todo: list[Site], notes: list[str]
+    ) -> Proposal:
+        merged = [s for s in todo if s.num_kv_heads > self._n]
+        converts = bool(merged) and (self.method not in PLAIN or self.calibration is not None)
+        if converts:
+            self._check_conversion(merged)
+        source = Source(self._n, self.method if self.method in PLAIN else "first")
+        found = native(model, todo, source, converts)
+        stock = not isinstance(found, str)
+        edits = list(foreign(model, anatomy, todo, source, found, converts)) if isinstance(found, str) else found
+        notes += [f"not a stock checkpoint: {found}"] if isinstance(found, str) else []
         left = [s for s in anatomy.sites if s not in sites]
         if left:
             notes.append(f"left alone: {len(left)} cross-attention or tower modules, such as {left[0].path}")
         notes += [f"left alone: {why}" for why in dict.fromkeys(anatomy.other.values())]
-        up = todo[0].num_kv_heads < self.num_kv_heads
-        return Proposal(tuple(edits), tuple(s.path for s in todo), tuple(notes), stock=stock, preserves=up)
+        paths, prepare = tuple(s.path for s in todo), _Prepare(self, merged, source) if converts else None
+        return Proposal(
+            tuple(edits), paths, tuple(notes), stock=stock, preserves=not merged, patch=self, prepare=prepare
+        )
 
-    def resize(self, rows: Tensor) -> Tensor:
-        """Merge or replicate heads: (num_kv_heads, head_dim, ...) before and after."""
-        return resize_heads(rows, self.num_kv_heads, self.method)
+    @property
+    def _n(self) -> int:
+        assert isinstance(self.num_kv_heads, int)
+        return self.num_kv_heads
 
     def _check_count(self, site: Site) -> None:
-        n, kv = self.num_kv_heads, site.num_kv_heads
+        n, kv = self._n, site.num_kv_heads
         fits = [m for m in range(1, site.num_heads + 1) if site.num_heads % m == 0 and (kv % m == 0 or m % kv == 0)]
         if n not in fits:
             raise AttnPatchError(
@@ -100,127 +151,60 @@ class GroupedQuery(Patch):
                 f"choose num_kv_heads from {', '.join(map(str, fits))}."
             )
 
-    def _native(self, model: PreTrainedModel, sites: list[Site]) -> list[Edit] | str:
-        """Return the edits that make a stock model of it, or why there are none."""
-        reason = "its config has no field for the number of key-value heads"
-        for changes in self._changes(model, sites):
-            found = difference(model, changes)
-            why = found if isinstance(found, str) else self._unexpected(found, sites)
-            if isinstance(found, Difference) and why is None:
-                return [*(c.edit() for c in changes), *self._native_edits(found, sites)]
-            reason = f"config.{changes[0].field} does not give it: {why}"
-        return reason
-
-    def _changes(self, model: PreTrainedModel, sites: list[Site]) -> Iterator[list[Change]]:
-        """Yield the ways to say the number in the configs that built the sites."""
-        for below, field, value in KV_FIELDS:
-            paths = [".".join(filter(None, (p, below))) for p in dict.fromkeys(s.config for s in sites)]
-            if not all(_has_field(model, path, field) for path in paths):
-                continue
-            changes = [Change(path, field, value(self.num_kv_heads)) for path in paths]
-            yield changes
-            beside = [(path, name) for path in paths for name in BESIDE if _has_field(model, path, name)]
-            if beside:
-                yield [*changes, *(Change(path, name, self.num_kv_heads) for path, name in beside)]
-
-    def _unexpected(self, found: Difference, sites: list[Site]) -> str | None:
-        """Say what the twin changes beyond key and value projections, or that it does not change those."""
-        for site in sites:
-            for child in {site.layout.key, site.layout.value}:
-                path = f"{site.path}.{child}"
-                if path not in found.modules:
-                    return f"{path} stays as it is"
-                rows = heads.num_rows(site, child, self.num_kv_heads)
-                if weight_rows(found.twin.get_submodule(path)).shape[0] != rows:
-                    return f"{path} gets another shape than {rows} rows"
-        for path in found.modules:
-            owner = next((s for s in sites if path.startswith(s.path + ".")), None)
-            if owner is None:
-                return f"{path or 'the model'} changes too"
-            before, twin = found.before.get_submodule(path), found.twin.get_submodule(path)
-            if _Fill(self, owner, path, twin).tensors(before) is None:
-                return f"{path} changes in a way that heads do not explain"
-        return None
-
-    def _native_edits(self, found: Difference, sites: list[Site]) -> Iterator[Edit]:
-        for (path, name), value in found.attributes.items():
-            yield SetAttribute(path, name, value)
-        for path in found.modules:
-            site = next(s for s in sites if path.startswith(s.path + "."))
-            twin = found.twin.get_submodule(path)
-            yield ReplaceModule(path, _Fill(self, site, path, twin), " ".join(str(twin).split()))
-
-    def _foreign(self, model: PreTrainedModel, anatomy: Anatomy, sites: list[Site], why: str) -> Iterator[Edit]:
-        """Shared projections that repeat their output, and a cache that stores what is shared."""
-        for site in sites:
-            if site.num_kv_heads != site.num_heads:
-                raise UnsupportedArchitecture(
-                    f"{site.path}: {site.kind} already shares {site.num_kv_heads} key-value heads, and {why}; "
-                    "only multi-head attention can be regrouped without such a field."
-                )
-            for child in dict.fromkeys((site.layout.key, site.layout.value)):
-                if converted(model, f"{site.path}.{child}.weight"):
-                    raise UnsupportedArchitecture(
-                        f"{site.path}.{child}: {anatomy.architecture} checkpoints hold it fused with others in equal "
-                        f"parts, which shared heads are not; and {why}."
-                    )
-                shared = f"GroupedProjection({self.num_kv_heads} shared heads)"
-                yield ReplaceModule(f"{site.path}.{child}", _Share(self, site, child), shared)
-            groups = site.num_heads // self.num_kv_heads
-            yield AddPreHook(site.path, NarrowCache(groups, not site.dispatches), f"cache holds 1 of {groups} heads")
+    def _check_conversion(self, sites: list[Site]) -> None:
+        if self.method in CALIBRATED and self.calibration is None:
+            raise AttnPatchError(
+                f"method {self.method!r} needs text; pass calibration=token ids, or a list of strings with tokenizer=; "
+                "'principal' is the best method without."
+            )
+        blind = next((s for s in sites if not s.output), None)
+        if blind is not None:
+            raise UnsupportedArchitecture(
+                f"{blind.path}: {blind.kind} has no output projection that could be turned to shared values; use "
+                f"method='mean' without calibration, which changes keys and values only."
+            )
 
 
 @dataclass(frozen=True)
-class _Fill:
-    """Makes a stock module with the new shapes from the old module's weights."""
+class _Prepare:
+    """Works out the shared weights, for the edits to write."""
 
     patch: GroupedQuery
-    site: Site
-    path: str
-    twin: nn.Module
+    sites: Sequence[Site]
+    source: Source
 
-    def tensors(self, old: nn.Module) -> dict[str, Tensor] | None:
-        """Return the twin's parameters made from the old ones, or None where heads do not explain the shapes."""
-        child, layout = self.path.removeprefix(self.site.path + "."), self.site.layout
-        if child in (layout.key, layout.value):
-            return heads.projection(self.site, child, old, self.patch.num_kv_heads, self.patch.resize)
-        return heads.per_head(self.site, old, self.twin, self.patch.resize)
+    def __call__(self, model: PreTrainedModel) -> DamageReport:
+        patch, method = self.patch, self.patch.method or ""
+        notes: tuple[str, ...] = ()
+        try:
+            text = None if patch.calibration is None else cal.batches(patch.calibration, patch.tokenizer, model)
+            if text is not None:
+                cal.check_amount(text, self.sites)
+            done = convert(model, self.sites, self._recipe(method), text)
+        except CalibrationError as error:
+            if patch.fallback is None:
+                raise
+            method = patch.fallback
+            done = convert(model, self.sites, self._recipe(method), None)
+            notes = (f"fallback to {method}: {error}",)
+        self.source.conversion = done
+        layers = [done.layers[site.path] for site in self.sites]
+        return DamageReport(layers, method, notes, done.seconds)
 
-    def __call__(self, old: nn.Module) -> nn.Module:
-        new, tensors = copy.deepcopy(self.twin), self.tensors(old)
-        assert tensors is not None
-        trains = {name: p.requires_grad for name, p in old.named_parameters()}
-        for name, tensor in tensors.items():
-            owner, _, leaf = name.rpartition(".")
-            parameter = nn.Parameter(tensor.detach(), requires_grad=trains.get(name, True))
-            new.get_submodule(owner)._parameters[leaf] = parameter
-        return new
-
-
-@dataclass(frozen=True)
-class _Share:
-    """Makes a :class:`GroupedProjection` from a multi-head projection."""
-
-    patch: GroupedQuery
-    site: Site
-    child: str
-
-    def __call__(self, old: nn.Module) -> nn.Module:
-        trains = {name: p.requires_grad for name, p in old.named_parameters()}
-        tensors, index = heads.shared(self.site, self.child, old, self.patch.num_kv_heads, self.patch.resize)
-        parameters = {
-            name: nn.Parameter(tensor, requires_grad=trains.get(name, True)) for name, tensor in tensors.items()
-        }
-        dim = heads.block(self.site, self.child)
-        return GroupedProjection(parameters["weight"], parameters.get("bias"), index, dim)
+    def _recipe(self, method: str) -> Recipe:
+        p = self.patch
+        return Recipe(p._n, method, p.grouping, p.seed, p.refine_steps, p.refine_seconds)
 
 
-def _has_field(model: PreTrainedModel, path: str, field: str) -> bool:
-    try:
-        config = config_at(model, path)
-    except AttributeError:
-        return False
-    return field in (*vars(config), *getattr(config, "attribute_map", {}))
+def _one_of(field_: str, value: object, choices: Sequence[object]) -> None:
+    if not isinstance(value, (str, type(None))) or value not in choices:
+        known = ", ".join(str(c) for c in choices if c is not None)
+        raise AttnPatchError(f"{field_} {value!r} does not exist; choose from: {known}.")
+
+
+def _count(field_: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise AttnPatchError(f"{field_} is {value!r}; it must be a whole number, at least {least}.")
 
 
 def _self_attention(model: PreTrainedModel, anatomy: Anatomy) -> list[Site]:

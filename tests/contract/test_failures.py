@@ -110,23 +110,23 @@ def test_an_exception_in_the_forward_after_patching_unwinds_all(model_type, name
 
 
 def test_a_patch_that_makes_numbers_that_are_not_finite_is_undone(monkeypatch):
-    from hf_attnpatch.patches import grouped_query
+    from hf_attnpatch import regroup
 
     model = build("llama", False, _BY_NAME["grouped_2_mean"])
     before = snapshot(model)
-    monkeypatch.setattr(grouped_query, "resize_heads", lambda rows, n, method: rows[:n] * float("nan"))
+    monkeypatch.setattr(regroup, "resize_heads", lambda rows, n, method: rows[:n] * float("nan"))
     with pytest.raises(ap.SelfCheckFailed, match="not finite"):
-        ap.patch_grouped_query(model, num_kv_heads=2)
+        ap.patch_grouped_query(model, num_kv_heads=2, method="mean")
     assert snapshot(model) == before
 
 
 def test_a_patch_that_should_preserve_the_logits_and_does_not_is_undone(monkeypatch):
-    from hf_attnpatch.patches import grouped_query
+    from hf_attnpatch import regroup
 
     case = _BY_NAME["grouped_up"]
     model = build("llama", False, case)
     before = snapshot(model)
-    monkeypatch.setattr(grouped_query, "resize_heads", lambda rows, n, method: rows.repeat(2, *[1] * (rows.dim() - 1)))
+    monkeypatch.setattr(regroup, "resize_heads", lambda rows, n, method: rows.repeat(2, *[1] * (rows.dim() - 1)))
     with pytest.raises(ap.SelfCheckFailed, match="must not change the logits"):
         ap.apply(model, case.patch)
     assert snapshot(model) == before

@@ -1,0 +1,87 @@
+"""What each attention module allows, and the second moments a merge works from: measured, or from the weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from . import calibration as cal
+from .calibration import Batch, Moments
+from .errors import AttnPatchError
+from .frames import Frames, read_frames
+from .headweights import HeadWeights, read_weights
+from .replay import Call, Socket
+from .sites import Site
+
+PROBE = (4, 64)  # sequences and length of the random tokens that a data-free method sizes inputs by
+
+
+def find_frames(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Frames]:
+    """Find what each module allows; see :mod:`frames`.
+
+    Raises:
+        AttnPatchError: a module does not run on the probe.
+    """
+    calls: dict[str, Call] = {}
+    ids = random_ids(model, (2, 12))
+    mask = torch.ones_like(ids)
+    cal.stream(model, sites, [{"input_ids": ids, "attention_mask": mask}], lambda s, c: calls.setdefault(s.path, c), "")
+    silent = next((s.path for s in sites if s.path not in calls), None)
+    if silent is not None:
+        raise AttnPatchError(f"{silent}: did not run on a probe, so its heads cannot be aligned; use method='mean'.")
+    rotated = tuple(
+        {2 * b.shape[-1] for m in model.modules() for n, b in m.named_buffers(recurse=False) if n.endswith("inv_freq")}
+    )
+    with torch.no_grad():
+        return {s.path: read_frames(Socket(model, s), calls[s.path], rotated) for s in sites}
+
+
+def estimate(
+    model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch] | None, frames: Mapping[str, Frames]
+) -> dict[str, Moments]:
+    """Return second moments in the frames' scale: measured on text, or from weights and the size of random inputs."""
+    if text is None:
+        found = _weight_moments(model, sites)
+    else:
+        found = cal.measure(model, sites, cal.split(text, sites), "measuring heads")
+    return {path: _scaled(each, frames[path]) for path, each in found.items()}
+
+
+def _scaled(m: Moments, frames: Frames) -> Moments:
+    k, q = frames.key_scale, frames.query_scale
+    key = m.key * k[:, :, None, None] * k[None, None]
+    return replace(m, key=key, mean=m.mean * k, query=m.query * q[:, :, None] * q[:, None, :])
+
+
+def _weight_moments(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Moments]:
+    """Return the moments that independent inputs would have, each as large as it is on random tokens."""
+    sizes: dict[str, Tensor] = {}
+
+    def see(site: Site, call: Call) -> None:
+        hidden = (call.args[0] if call.args else next(iter(call.kwargs.values()))).detach().double().cpu()
+        sizes[site.path] = hidden.flatten(0, -2).square().mean(0).sqrt()
+
+    cal.stream(model, sites, [{"input_ids": random_ids(model, PROBE)}], see, "")
+    return {site.path: _assumed(site, read_weights(model, site), sizes[site.path]) for site in sites}
+
+
+def _assumed(site: Site, weights: HeadWeights, size: Tensor) -> Moments:
+    q, k, v = (w[..., :-1] * size for w in (weights.query, weights.key, weights.value))
+    wide = v.flatten(0, 1)
+    return Moments(
+        query=q @ q.transpose(1, 2),
+        key=torch.einsum("iax,jbx->iajb", k, k),
+        mean=k.new_zeros(k.shape[:2]),
+        value=wide @ wide.t(),
+        tokens=0,
+    )
+
+
+def random_ids(model: PreTrainedModel, shape: tuple[int, int]) -> Tensor:
+    """Return token ids, the same for every model of a vocabulary."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))

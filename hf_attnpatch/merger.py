@@ -1,0 +1,117 @@
+"""Which heads of one module share, and the maps by which they do, for every method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .calibration import Moments
+from .errors import UnsupportedArchitecture
+from .frames import Frames
+from .functional import partition
+from .functional.alignment import aligned
+from .functional.grouping import METHODS as PLAIN
+from .functional.grouping import resize_heads
+from .functional.merging import Sharing, calibrated_keys, calibrated_values
+from .functional.partition import Group
+from .headweights import HeadWeights
+from .sites import Site
+
+
+@dataclass(frozen=True)
+class Merger:
+    """The merges of one module.
+
+    Attributes:
+        site: the module.
+        frames: what it allows.
+        moments: of its states, in the frames' scale.
+        weights: its projections.
+        method: of merging.
+    """
+
+    site: Site
+    frames: Frames
+    moments: Moments
+    weights: HeadWeights
+    method: str
+
+    def groups(self, num_kv_heads: int, grouping: str) -> list[Group]:
+        """Return which heads share.
+
+        Raises:
+            UnsupportedArchitecture: similar heads are no neighbours, and the module keeps something for each head.
+        """
+        heads = self.site.num_kv_heads
+        if grouping == "adjacent":
+            return partition.adjacent(heads, num_kv_heads)
+        found = partition.similar(heads, num_kv_heads, self.lost)
+        if not self.frames.permutes and found != partition.adjacent(heads, num_kv_heads):
+            raise UnsupportedArchitecture(
+                f"{self.site.path}: {self.site.kind} keeps something for each head (slopes, gates, sinks), so heads "
+                "cannot be put in another order; use grouping='adjacent'."
+            )
+        return found
+
+    def lost(self, group: Group) -> float:
+        """Share of a group's energy that a merge loses, keys and values together."""
+        return 2.0 - self._principal_keys(group).energy - self._principal_values(group).energy
+
+    def keys(self, group: Group) -> Sharing:
+        """Maps of keys and queries, in the scale of raw projections."""
+        members = list(group)
+        if self.method in PLAIN:
+            return _plain(self.weights.key[members], self.method, self._principal_keys(group).energy)
+        scale, queries = self.frames.key_scale[members], self._query_scale(group)
+        if self.method == "procrustes":
+            found = aligned(self.frames.keys, self.weights.key[members][..., :-1] * scale[:, :, None])
+            found = replace(found, energy=self._principal_keys(group).energy)
+        else:
+            found = self._principal_keys(group)
+        shared = found.shared * scale[:, None, :] / scale[:, :, None]
+        return replace(found, shared=shared, reader=found.reader * queries[:, None, :] / queries[:, :, None])
+
+    def values(self, group: Group) -> Sharing:
+        """Maps of values and of the output projection's columns."""
+        members = list(group)
+        if self.method in PLAIN:
+            return _plain(self.weights.value[members], self.method, self._principal_values(group).energy)
+        found = self._principal_values(group)
+        if self.method != "procrustes":
+            return found
+        turned = aligned(self.frames.values, self.weights.value[members][..., :-1])
+        return Sharing(turned.shared, turned.reader.transpose(1, 2), found.energy)
+
+    def _principal_keys(self, group: Group) -> Sharing:
+        members, m = list(group), self.moments
+        repeats = self.site.num_heads // self.site.num_kv_heads
+        query = m.query[self.weights.query_heads(group)].view(len(group), repeats, *self.moments.query.shape[1:]).sum(1)
+        return calibrated_keys(self.frames.keys, m.key[members][:, :, members], m.mean[members], query)
+
+    def _principal_values(self, group: Group) -> Sharing:
+        members, dim = list(group), self.site.v_head_dim
+        heads = self.weights.query_heads(group)
+        columns = self.weights.output[:, heads]
+        gram = torch.einsum("xha,xhb->hab", columns, columns).view(len(group), -1, dim, dim).sum(1)
+        moments = self.moments.value.view(self.site.num_kv_heads, dim, self.site.num_kv_heads, dim)
+        return calibrated_values(self.frames.values, moments[members][:, :, members], gram)
+
+    def _query_scale(self, group: Group) -> Tensor:
+        repeats = self.site.num_heads // self.site.num_kv_heads
+        return self.frames.query_scale[[m * repeats for m in group]]
+
+
+def _plain(rows: Tensor, method: str, energy: float) -> Sharing:
+    """First or mean as maps; `mean_rescaled` restores each row's norm."""
+    members, dim = rows.shape[:2]
+    eye = torch.eye(dim, dtype=rows.dtype).expand(members, dim, dim)
+    if method == "first":
+        return Sharing(torch.cat([eye[:1], torch.zeros_like(eye[1:])]), eye, energy)
+    if method == "mean":
+        return Sharing(eye / members, eye, energy)
+    wanted = resize_heads(rows[..., :-1], 1, "mean_rescaled")[0].norm(dim=-1)
+    found = rows[..., :-1].mean(0).norm(dim=-1)
+    factors = torch.where(found > 0, wanted / found.clamp_min(1e-300), torch.ones_like(found))
+    return Sharing(eye * factors[:, None] / members, eye, energy)
