@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import transformers
+from accelerate.utils import has_offloaded_params
 from transformers import PreTrainedModel
 
 from . import foreign, record
@@ -101,9 +102,11 @@ def _bookkeeping(model: PreTrainedModel, steps: Plan) -> Iterator[SetConfig | Se
 
 def _check_in_memory(model: PreTrainedModel) -> None:
     """Refuse weights that are not there; planning needs none, so ``plan`` takes a model on the meta device."""
-    absent = next((name for name, p in model.named_parameters() if p.is_meta), None)
-    if absent is not None:
-        raise UnsupportedArchitecture(f"{absent} has no data (meta or offloaded); load the weights to patch them.")
+    for path, module in model.named_modules():
+        absent = next((name for name, p in module.named_parameters(recurse=False) if p.is_meta), None)
+        if absent is not None and not has_offloaded_params(module):
+            name = f"{path}.{absent}".lstrip(".")
+            raise UnsupportedArchitecture(f"{name} has no data (on the meta device); load the weights to patch them.")
 
 
 def _version() -> str:

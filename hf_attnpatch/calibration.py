@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import AttnPatchError, CalibrationError
+from .probe import input_device
 from .progress import track
-from .replay import Call, Socket, recording
+from .replay import Call, See, Socket, Streams, recording
 from .sites import Site
 
 MEMORY = 400_000_000  # bytes of statistics held at a time
+VALUE_TOKENS = 8192  # enough for values, whose merge loses little; each needs attention once for every key-value head
 ROOM = 200_000_000  # bytes that the values of one batch may take, seen by every head
 
 Batch = Mapping[str, Tensor]
@@ -36,6 +38,7 @@ class Moments:
         mean: k, (num_kv_heads, head_dim).
         value: y y^T of all values averaged by a head's attention, (num_kv_heads * v_head_dim,) twice, over all heads.
         tokens: how many.
+        attended: of how many the values were seen; a second moment of values needs fewer.
     """
 
     query: Tensor
@@ -43,6 +46,7 @@ class Moments:
     mean: Tensor
     value: Tensor
     tokens: int = 0
+    attended: int = 0
 
     @classmethod
     def zeros(cls, site: Site) -> Moments:
@@ -50,21 +54,22 @@ class Moments:
         h, kv, d, wide = site.num_heads, site.num_kv_heads, site.head_dim, site.num_kv_heads * site.v_head_dim
         return cls(_zeros(h, d, d), _zeros(kv, d, kv, d), _zeros(kv, d), _zeros(wide, wide))
 
-    def add(self, query: Tensor, key: Tensor, attended: Tensor) -> None:
+    def add(self, query: Tensor, key: Tensor, attended: Tensor | None) -> None:
         """Add tokens: (tokens, num_heads, head_dim), (tokens, num_kv_heads, head_dim), (tokens * num_heads, wide)."""
         flat = key.flatten(1).float()
         self.key += (flat.t() @ flat).view(self.key.shape).to(self.key)
         self.mean += key.double().sum(0).to(self.mean)
         per_head = query.float().transpose(0, 1)
         self.query += (per_head.transpose(1, 2) @ per_head).to(self.query)
-        self.value += (attended.float().t() @ attended.float()).to(self.value)
         self.tokens += len(key)
+        if attended is not None:
+            self.value += (attended.float().t() @ attended.float()).to(self.value)
+            self.attended += len(key)
 
     def normalised(self) -> Moments:
         """Return the means."""
-        n = self.tokens
-        heads = len(self.query)
-        return Moments(self.query / n, self.key / n, self.mean / n, self.value / (n * heads), n)
+        n, seen = self.tokens, max(1, self.attended) * len(self.query)
+        return Moments(self.query / n, self.key / n, self.mean / n, self.value / seen, n, self.attended)
 
 
 def _zeros(*shape: int) -> Tensor:
@@ -188,16 +193,13 @@ def moments_size(site: Site) -> int:
     return 8 * (wide**2 + keys**2 + site.num_heads * site.head_dim**2)
 
 
-def stream(
-    model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch], see: Callable[[Site, Call], object], what: str
-) -> None:
+def stream(model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch], see: See, what: str) -> None:
     """Run the model over a text and show every call of these modules."""
     runner = _runner(model, sites)
-    device = model.get_input_embeddings().weight.device
-    device = next(model.parameters()).device if device.type == "meta" else device
+    device = input_device(model)
     with torch.no_grad(), recording(model, sites, see) as tell:
         for batch in track(text, what):
-            inputs = {k: v.to(device) if device.type != "meta" else v for k, v in batch.items()}
+            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
             tell(inputs.get("attention_mask"), inputs.get("decoder_attention_mask"))
             runner(**inputs)
 
@@ -229,18 +231,14 @@ def measure(model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch]
     """
     sums = {site.path: Moments.zeros(site) for site in sites}
 
-    def see(site: Site, call: Call) -> None:
-        socket = Socket(model, site)
-        first = socket.run(call)
-        attended = [first.heads]
-        for shift in range(1, site.num_kv_heads):
-            attended.append(socket.run(call, value=_rolled(shift)).heads)
-        moved = _own_first(torch.stack(attended, dim=2), site)
-        if not (first.key.isfinite().all() and first.query.isfinite().all() and moved.isfinite().all()):
+    def see(site: Site, call: Call, own: Streams) -> None:
+        found = sums[site.path]
+        attended = _attended(Socket(model, site), call, own) if found.attended < VALUE_TOKENS else None
+        if not all(part.isfinite().all() for part in (own.key, own.query, own.value)):
             raise CalibrationError(
                 f"{site.path}: activations on the calibration text are not finite; check the weights and the dtype."
             )
-        sums[site.path].add(first.query, first.key, moved)
+        found.add(own.query, own.key, attended)
 
     stream(model, sites, text, see, what)
     silent = next((path for path, found in sums.items() if not found.tokens), None)
@@ -253,17 +251,14 @@ def _rolled(shift: int) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda _, states: states.roll(-shift, dims=-2)
 
 
-def _own_first(attended: Tensor, site: Site) -> Tensor:
-    """Put values in the order of key-value heads.
+def _attended(socket: Socket, call: Call, own: Streams) -> Tensor:
+    """Return all heads' values averaged by every query head's attention, (tokens * num_heads, num_kv_heads * dim).
 
-    Args:
-        attended: (tokens, num_heads, shifts, dim); with shift s a query head saw the value of head own + s.
-        site: the attention module.
-
-    Returns:
-        (tokens * num_heads, num_kv_heads * dim).
+    Attention is linear in its values: the module is run again with values moved by one head, two heads and so on.
     """
-    kv = site.num_kv_heads
-    own = torch.arange(site.num_heads) // (site.num_heads // kv)
-    shift = ((torch.arange(kv)[None] - own[:, None]) % kv).to(attended.device)  # heads, kv
+    site, kv = socket.site, socket.site.num_kv_heads
+    seen = [own.heads, *(socket.run(call, value=_rolled(shift)).heads for shift in range(1, kv))]
+    attended = torch.stack(seen, dim=2)  # tokens, heads, shifts, dim: with shift s a head saw the value of own + s
+    first = torch.arange(site.num_heads) // (site.num_heads // kv)
+    shift = ((torch.arange(kv)[None] - first[:, None]) % kv).to(attended.device)  # heads, kv
     return attended[:, torch.arange(site.num_heads)[:, None], shift].flatten(2).flatten(0, 1)

@@ -6,6 +6,7 @@ whether the write still stands and how to take it back: the very objects that we
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -173,7 +174,7 @@ class ReplaceModule(Edit):
         old = model.get_submodule(self.path)
         new = self.make(old).train(old.training)
         if hasattr(old, "_hf_hook"):  # accelerate moves the inputs of a dispatched model by these
-            add_hook_to_module(new, old._hf_hook)
+            add_hook_to_module(new, _own_hook(old._hf_hook))
         return _swap(model.get_submodule(parent)._modules, name, new, self.claim)
 
 
@@ -279,6 +280,16 @@ class SetConfigClass(Edit):
             config.__class__ = old
 
         return Inverse(self.claim, lambda: type(config) is self.cls, undo)
+
+
+def _own_hook(hook: Any) -> Any:
+    """Return Accelerate's hook for a module in the place of another: what is offloaded are its own weights."""
+    own = copy.copy(hook)
+    if getattr(own, "hooks", None) is not None:
+        own.hooks = tuple(map(_own_hook, own.hooks))
+    if getattr(own, "weights_map", None) is not None:
+        own.weights_map = None  # made anew, in memory, when the hook is added
+    return own
 
 
 def _short(value: Any) -> str:

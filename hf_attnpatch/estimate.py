@@ -14,7 +14,7 @@ from .calibration import Batch, Moments
 from .errors import AttnPatchError
 from .frames import Frames, read_frames
 from .headweights import HeadWeights, read_weights
-from .replay import Call, Socket
+from .replay import Call, Socket, Streams
 from .sites import Site
 
 PROBE = (4, 64)  # sequences and length of the random tokens that a data-free method sizes inputs by
@@ -29,7 +29,9 @@ def find_frames(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Fram
     calls: dict[str, Call] = {}
     ids = random_ids(model, (2, 12))
     mask = torch.ones_like(ids)
-    cal.stream(model, sites, [{"input_ids": ids, "attention_mask": mask}], lambda s, c: calls.setdefault(s.path, c), "")
+    cal.stream(
+        model, sites, [{"input_ids": ids, "attention_mask": mask}], lambda s, c, _: calls.setdefault(s.path, c), ""
+    )
     silent = next((s.path for s in sites if s.path not in calls), None)
     if silent is not None:
         raise AttnPatchError(f"{silent}: did not run on a probe, so its heads cannot be aligned; use method='mean'.")
@@ -61,7 +63,7 @@ def _weight_moments(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, 
     """Return the moments that independent inputs would have, each as large as it is on random tokens."""
     sizes: dict[str, Tensor] = {}
 
-    def see(site: Site, call: Call) -> None:
+    def see(site: Site, call: Call, _: Streams) -> None:
         hidden = (call.args[0] if call.args else next(iter(call.kwargs.values()))).detach().double().cpu()
         sizes[site.path] = hidden.flatten(0, -2).square().mean(0).sqrt()
 

@@ -43,8 +43,12 @@ def default_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         inputs["attention_mask"] = mask
     if model.config.is_encoder_decoder and "decoder_input_ids" in parameters:
         inputs["decoder_input_ids"] = ids
-    device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+    return {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Return where inputs belong; Accelerate's hooks move them on where all weights are offloaded."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def trace(model: PreTrainedModel, inputs: Inputs, watch: tuple[str, ...] = (), use_cache: bool = False) -> Trace:

@@ -207,7 +207,8 @@ class _Share:
     def __call__(self, old: nn.Module) -> nn.Module:
         trains = {name: p.requires_grad for name, p in old.named_parameters()}
         resize = self.source.rows(self.site)
-        tensors, index = heads.shared(self.site, self.child, old, self.source.num_kv_heads, resize)
+        with align_module_device(old):
+            tensors, index = heads.shared(self.site, self.child, old, self.source.num_kv_heads, resize)
         parameters = {
             name: nn.Parameter(tensor, requires_grad=trains.get(name, True)) for name, tensor in tensors.items()
         }
@@ -249,9 +250,13 @@ class _Output:
 
 
 def _hollow(old: nn.Module) -> nn.Module:
-    """Return a copy that shares its parameters with the old module until they are set."""
+    """Return a copy that shares its parameters with the old module until they are set, without Accelerate's hook."""
     new = copy.copy(old)
-    new._parameters = dict(old._parameters)
+    for name, value in list(vars(new).items()):
+        if name in ("forward", "_old_forward", "_hf_hook"):  # they would run the old module
+            del vars(new)[name]
+        elif isinstance(value, dict):
+            vars(new)[name] = value.copy()
     return new
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ from .headweights import HeadWeights, has_bias, read_weights
 from .outcome import Conversion, Recipe
 from .progress import track
 from .refine import Gap, gap, refine, target
-from .replay import Call, Socket
+from .replay import Call, See, Socket, Streams
 from .sites import Site
 
 TOKENS_A_STEP = 1024  # of refinement; twice as many take four times as long where caches overflow
@@ -31,9 +31,9 @@ def refit_outputs(model: PreTrainedModel, sites: Sequence[Site], text: Sequence[
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     originals = {site.path: read_weights(model, site) for site in sites}
 
-    def see(site: Site, call: Call) -> None:
+    def see(site: Site, call: Call, own: Streams) -> None:
         socket, shared = Socket(model, site), done.weights[site.path]
-        wanted = originals[site.path].project(socket.run(call).heads.float())
+        wanted = originals[site.path].project(own.heads.float())
         heads = socket.run(call, **shared.rewrites()).heads.float()
         residual, z = (wanted - shared.project(heads)), heads.flatten(1)
         if shared.output_bias is not None:
@@ -73,8 +73,8 @@ def repair(
                 _improve(model, site, calls.pop(site.path), recipe, done, merged[site.path])
 
 
-def _keeper(calls: dict[str, list[Call]]) -> Callable[[Site, Call], None]:
-    return lambda site, call: calls[site.path].append(call)
+def _keeper(calls: dict[str, list[Call]]) -> See:
+    return lambda site, call, _: calls[site.path].append(call)
 
 
 def _improve(

@@ -50,6 +50,9 @@ class Streams:
     probabilities: Tensor | None
 
 
+See = Callable[[Site, Call, Streams], object]
+
+
 @dataclass(frozen=True)
 class Socket:
     """The places of one attention module where its streams can be read and rewritten."""
@@ -76,15 +79,21 @@ class Socket:
                 (batch, length, heads, dim).
         """
         found: dict[str, Tensor] = {}
-        with self._tapped(found, rewrites):
+        with removing(self.taps(found, rewrites)):
             output = self.module(*call.args, **call.kwargs)
+        return self.streams(found, output, call)
+
+    def streams(self, found: Mapping[str, Tensor], output: object, call: Call) -> Streams:
+        """Put together what the taps found during a call and what it returned."""
         first = output[0] if isinstance(output, tuple) else output
-        heads = (found["heads"] if self.inside else first).unflatten(-1, (self.site.num_heads, self.site.v_head_dim))
+        heads = found["heads"] if self.inside else first
+        assert isinstance(heads, Tensor)
+        heads = heads.view(*heads.shape[:-1], self.site.num_heads, self.site.v_head_dim)
         query, key, value, heads = (_counted(s, call.tokens) for s in (*(found[n] for n in _STATES), heads))
         return Streams(query, key, value, heads, _probabilities(output))
 
-    @contextlib.contextmanager
-    def _tapped(self, found: dict[str, Tensor], rewrites: Mapping[str, Rewrite]) -> Iterator[None]:
+    def taps(self, found: dict[str, Tensor], rewrites: Mapping[str, Rewrite]) -> list[RemovableHandle]:
+        """Hook the projections: states go to ``found``, rewritten where asked."""
         layout, handles = self.site.layout, []
         for child in dict.fromkeys((layout.query, layout.key, layout.value)):
             names = [n for n in _STATES if getattr(layout, n) == child]
@@ -92,8 +101,7 @@ class Socket:
             handles.append(self.module.get_submodule(child).register_forward_hook(hook))
         if self.inside:
             handles.append(self.model.get_submodule(self.site.output).register_forward_pre_hook(_Keep(found)))
-        with removing(handles):
-            yield
+        return handles
 
 
 @dataclass(frozen=True)
@@ -128,17 +136,18 @@ class _Keep:
 
 
 @contextlib.contextmanager
-def recording(
-    model: nn.Module, sites: Sequence[Site], see: Callable[[Site, Call], object]
-) -> Iterator[Callable[..., None]]:
+def recording(model: nn.Module, sites: Sequence[Site], see: See) -> Iterator[Callable[..., None]]:
     """Show every call of these modules to ``see``, right after it; replaying inside ``see`` is not shown again.
 
     Yields:
         A function to be told the token masks of the next forward: ``(attention_mask, decoder_attention_mask)``.
     """
     masks: list[Tensor | None] = [None, None]
-    watch = [_Watch(site, see, masks, []) for site in sites]
-    handles = [model.get_submodule(w.site.path).register_forward_hook(w, with_kwargs=True) for w in watch]
+    handles: list[RemovableHandle] = []
+    for site in sites:
+        watch = _Watch(Socket(model, site), see, masks, {}, [])
+        handles += watch.socket.taps(watch.found, {})
+        handles.append(watch.socket.module.register_forward_hook(watch, with_kwargs=True))
 
     def tell(mask: Tensor | None, decoder_mask: Tensor | None = None) -> None:
         masks[:] = [mask, decoder_mask]
@@ -149,9 +158,10 @@ def recording(
 
 @dataclass(frozen=True)
 class _Watch:
-    site: Site
-    see: Callable[[Site, Call], object]
+    socket: Socket
+    see: See
     masks: list[Tensor | None]
+    found: dict[str, Tensor]
     busy: list[bool]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
@@ -160,12 +170,14 @@ class _Watch:
         self.busy.append(True)
         try:
             hidden = args[0] if args else next(iter(kwargs.values()))
-            self.see(self.site, Call(args, kwargs, self._tokens(hidden)))
+            call = Call(args, kwargs, self._tokens(hidden))
+            self.see(self.socket.site, call, self.socket.streams(self.found, output, call))
         finally:
             self.busy.clear()
+            self.found.clear()
 
     def _tokens(self, hidden: Tensor) -> Tensor | None:
-        mask = self.masks["decoder" in self.site.path and self.masks[1] is not None]
+        mask = self.masks["decoder" in self.socket.site.path and self.masks[1] is not None]
         return mask.bool() if mask is not None and mask.shape == hidden.shape[:2] else None
 
 

@@ -98,7 +98,7 @@ def _findings(found: object) -> Iterable[RenderableType]:
         table.add_row(layer.path, groups, f"{layer.key_energy:.3f}  {layer.value_energy:.3f}", *cells)
     yield table
     if found.stages:
-        yield "  error: of the attention output, squared, over its variance; KL: original to shared attention weights, nats"
+        yield "  error: squared, of the attention output, over its variance; KL: of the attention weights, in nats"
     yield from (f"  {note}" for note in found.notes)
 
 
