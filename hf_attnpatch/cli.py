@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from . import cli_models, cli_specs
+from . import cli_models, cli_specs, cli_text
 
 app = typer.Typer(
     name="attnpatch",
@@ -30,6 +30,12 @@ Patches = Annotated[
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", metavar="FILE", help="A YAML list of patches; they come before --patch.")
 ]
+Text = Annotated[
+    Path | None,
+    typer.Option("--calibration", metavar="FILE", help="Text (or JSON lines) that grouped_query is fitted on."),
+]
+Sequences = Annotated[int, typer.Option(min=1, help="Windows of calibration text, spread evenly over the file.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="Where the model is loaded: cpu, cuda, cuda:1 ...")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that the checkpoint carries run.")]
@@ -49,17 +55,21 @@ def plan(
     model: Model,
     patch: Patches = [],  # noqa: B006 - typer copies it
     plan_file: PlanFile = None,
+    calibration: Text = None,
+    sequences: Sequences = 64,
+    length: Length = 512,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Say what `apply` would do, and do nothing. Weights are loaded only for `flash`, which proves its choice."""
+    """Say what `apply` would do, and do nothing. Weights are loaded only for what measures to choose: flash, auto."""
     with _clear_errors():
         import hf_attnpatch as ap
 
         patches = cli_specs.patches(plan_file, patch)
         source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        probes = any(isinstance(each, ap.Flash) for each in patches)
+        patches = cli_text.with_text(patches, calibration, source, sequences, length)
+        probes = any(isinstance(p, ap.Flash) or getattr(p, "num_kv_heads", 0) == "auto" for p in patches)
         typer.echo(ap.plan(source.model() if probes else source.skeleton(), *patches))
 
 
@@ -69,6 +79,10 @@ def apply(
     out: Annotated[Path, typer.Argument(help="Folder for the patched checkpoint.", show_default=False)],
     patch: Patches = [],  # noqa: B006 - typer copies it
     plan_file: PlanFile = None,
+    calibration: Text = None,
+    sequences: Sequences = 64,
+    length: Length = 512,
+    damage: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw what it costs each layer.")] = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
@@ -80,9 +94,12 @@ def apply(
 
         patches = cli_specs.patches(plan_file, patch)
         source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        patches = cli_text.with_text(patches, calibration, source, sequences, length)
         with cli_models.replacing(out, overwrite) as folder:
             loaded = source.model()
             report = ap.apply(loaded, *patches)
+            if damage is not None:
+                cli_text.draw(report, damage)
             loaded.save_pretrained(folder)
             tokenizer = source.tokenizer()
             if tokenizer is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -35,11 +35,18 @@ def find_frames(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Fram
     silent = next((s.path for s in sites if s.path not in calls), None)
     if silent is not None:
         raise AttnPatchError(f"{silent}: did not run on a probe, so its heads cannot be aligned; use method='mean'.")
-    rotated = tuple(
-        {2 * b.shape[-1] for m in model.modules() for n, b in m.named_buffers(recurse=False) if n.endswith("inv_freq")}
-    )
+    rotated = tuple({*_rotated(model)})
     with torch.no_grad():
         return {s.path: read_frames(Socket(model, s), calls[s.path], rotated) for s in sites}
+
+
+def _rotated(model: PreTrainedModel) -> Iterator[int]:
+    """Yield how many dimensions are turned, where a rotary module or an attention module says so."""
+    for module in model.modules():
+        yield from (2 * b.shape[-1] for n, b in module.named_buffers(recurse=False) if n.endswith("inv_freq"))
+        size = getattr(module, "rotary_dim", None)
+        if isinstance(size, int):
+            yield size
 
 
 def estimate(

@@ -59,6 +59,8 @@ def read_frames(socket: Socket, call: Call, rotated: tuple[int, ...]) -> Frames:
     query_scale = _scale(module, "(q|query)", site.num_heads, site.head_dim)
     found = next(_holding(socket, call, rotated, key_scale, query_scale), None)
     keys, how = found or (fixed(site.head_dim), "no transform of keys is known")
+    if not found:  # a mean is taken of projections as they are
+        key_scale, query_scale = torch.ones_like(key_scale), torch.ones_like(query_scale)
     values = unrotated(site.v_head_dim)
     if not _values_hold(socket, call, values):
         values, how = fixed(site.v_head_dim), f"{how}; no transform of values is known"
@@ -131,7 +133,8 @@ class _Reordered:
 
 def agree(before: Tensor, after: Tensor) -> bool:
     """Whether what the heads give is the same up to rounding."""
-    return largest_difference(before, after) <= SLACK * TOLERANCE.get(before.dtype, 1e-2)
+    allowed = max(TOLERANCE.get(before.dtype, 1e-2), TOLERANCE[torch.float32])  # norms compute in fp32 at most
+    return largest_difference(before, after) <= SLACK * allowed
 
 
 def mapping(maps: Tensor, scale: Tensor | None = None) -> Rewrite:
@@ -164,14 +167,16 @@ def _norms(module: nn.Module, which: str) -> list[nn.Module]:
 
 
 def _scale(module: nn.Module, which: str, heads: int, dim: int) -> Tensor:
-    """Return what a norm multiplies by, read off what it makes of ones; ones where there is no such norm."""
+    """Return what a norm multiplies by, read off what it makes of signs; ones where there is no such norm."""
     for norm in _norms(module, which):
         weight = next(norm.parameters(recurse=False), None)
         if weight is not None and weight.numel() in (dim, heads * dim):
+            signs = torch.ones_like(weight).flatten()
+            signs[1::2] = -1  # of mean 0 and size 1: what a norm makes of it, with or without a mean, is its weight
+            signs = signs.view_as(weight)
             with torch.no_grad():
-                found: Tensor = norm(torch.ones(weight.numel(), dtype=weight.dtype, device=weight.device))
-            if found.abs().min() > 0:
-                return found.double().cpu().view(-1, dim).expand(heads, dim)
+                found: Tensor = signs * (norm(signs) - norm(-signs)) / 2
+            return found.double().cpu().view(-1, dim).expand(heads, dim)
     return torch.ones(heads, dim, dtype=torch.float64, device="cpu")
 
 

@@ -1,5 +1,7 @@
 """The command line on tiny checkpoints: what it prints, what it writes, how it fails."""
 
+import json
+import re
 import sys
 import types
 
@@ -14,7 +16,7 @@ from transformers import PreTrainedTokenizerFast as Fast
 from typer.testing import CliRunner
 
 import hf_attnpatch as ap
-from hf_attnpatch import cli_specs
+from hf_attnpatch import cli_specs, embedded
 from hf_attnpatch.cli import app
 
 
@@ -202,3 +204,30 @@ def test_demo_runs_into_the_folder(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "hf_attnpatch.demo", types.SimpleNamespace(run=seen.append))
     assert run("demo", "--output", tmp_path / "demo").exit_code == 0
     assert seen == [tmp_path / "demo"]
+
+
+def test_calibration_text_reaches_the_patch(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(embedded.heldout("python")[0].splitlines()[:400]))
+    spec = "grouped_query:num_kv_heads=2,method=refined,refine_steps=2"
+    options = ["--calibration", str(text), "--sequences", "10", "--length", "64", "--damage", str(tmp_path / "d.png")]
+    done = run("apply", "embedded", str(tmp_path / "out"), "--patch", spec, *options)
+    assert done.exit_code == 0, done.output
+    assert "refined: error, KL" in done.output
+    assert (tmp_path / "d.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "out/config.json").read_text())["num_key_value_heads"] == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file"), (b"a few words", "windows of 512, wanted 64"), (b"\xff\xfe", "UnicodeDecodeError")],
+)
+def test_calibration_text_that_will_not_do(tmp_path, content, message):
+    file = tmp_path / "text.txt"
+    if content is not None:
+        file.write_bytes(content)
+    spec = ("-p", "grouped_query:num_kv_heads=2", "--calibration", file)
+    done = run("apply", "embedded", tmp_path / "out", *spec)
+    assert done.exit_code == 1
+    assert re.search(message, done.output)
+    assert not (tmp_path / "out").exists()

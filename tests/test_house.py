@@ -51,7 +51,7 @@ MAY_WRITE = {
     "runtime.py": ("register_parameter", "a module's own parameters, in its constructor"),
     "twin.py": ("setattr", "on a copy of the config"),
     "patch.py": ("__setattr__", "a patch normalises its own fields while it is made"),
-    "regroup.py": ("_parameters", "of the new module, before it is put in place"),
+    "regroup.py": ("_parameters vars", "of the new module, before it is put in place"),
     "replay.py": ("register_forward_hook register_forward_pre_hook", "for the length of a call; removed in any case"),
     "frames.py": ("register_forward_hook", "for the length of a trial; removed in any case"),
     "refine.py": ("requires_grad_ grad", "of its own copies of weights"),

@@ -47,7 +47,7 @@ def calibrated_keys(frame: Frame, keys: Tensor, means: Tensor, queries: Tensor) 
         queries: E[q q^T] summed over the query heads of each member, (members, dim, dim).
     """
     dim = frame.dim
-    parts = [_planes(frame, keys, queries), _block(frame.block, dim, keys, means, queries), _kept(frame, keys)]
+    parts = [_planes(frame, keys, queries), _block(frame.block, dim, keys, means, queries), _kept(frame, keys, queries)]
     kept, total = sum(p[2] for p in parts), sum(p[3] for p in parts)
     shared, reader = torch.stack([p[0] for p in parts]).sum(0), torch.stack([p[1] for p in parts]).sum(0)
     return Sharing(shared, reader, kept / total if total else 1.0)
@@ -64,10 +64,11 @@ def _planes(frame: Frame, keys: Tensor, queries: Tensor) -> Part:
     values, vectors = torch.linalg.eigh(moments * weight[:, :, None] * weight[:, None, :])
     top = vectors[..., -1]  # planes, members
     mean = moments.diagonal(dim1=1, dim2=2).real.mean(dim=1)  # a member's energy
-    size = (mean / values[:, -1].clamp_min(1e-300)).sqrt()[:, None]  # gives the shared key that energy
+    size = _ratio(mean, values[:, -1]).sqrt()[:, None]  # gives the shared key that energy
     shared = plane_map((top.conj() * weight * size).t(), frame.planes, frame.dim)
     reader = plane_map((top.conj() / weight / size).t(), frame.planes, frame.dim)
-    return shared, reader, float(values[:, -1].sum()), float(values.sum())
+    # a score is the real part of a product whose phase turns with distance: half of the energy
+    return shared, reader, float(values[:, -1].sum()) / 2, float(values.sum()) / 2
 
 
 def _block(
@@ -85,20 +86,22 @@ def _block(
     mean = moments.diagonal().reshape(members, size).sum(1).mean()
     shared = top.transpose(1, 2) @ weights
     flat = shared.permute(1, 0, 2).reshape(size, members * size)
-    scale = (mean / (flat @ moments @ flat.t()).diagonal().sum().clamp_min(1e-300)).sqrt()
+    scale = _ratio(mean, (flat @ moments @ flat.t()).diagonal().sum()).sqrt()
     reader = top.transpose(1, 2) @ inverses
     kept, total = float(values[-size:].sum()), float(values.sum())
     return block_map(shared * scale, block, dim), block_map(reader / scale, block, dim), kept, total
 
 
-def _kept(frame: Frame, keys: Tensor) -> Part:
-    """The mean, on dimensions that allow nothing."""
-    members, dim = keys.shape[:2]
-    eye = block_map(torch.eye(len(frame.fixed), dtype=keys.dtype), frame.fixed, dim).expand(members, dim, dim)
-    if not len(frame.fixed):
-        return eye, eye, 0.0, 0.0
-    moments = keys[:, frame.fixed][:, :, :, frame.fixed].diagonal(dim1=1, dim2=3)  # members, members, size
-    return eye / members, eye, float(moments.sum() / members), float(moments.diagonal().sum())
+def _kept(frame: Frame, states: Tensor, weights: Tensor) -> Part:
+    """The mean, on dimensions that allow nothing; each counts by its weight, (members, dim, dim), on the diagonal."""
+    members, dim = states.shape[:2]
+    eye = block_map(torch.eye(len(frame.fixed), dtype=states.dtype), frame.fixed, dim).expand(members, dim, dim)
+    moments = states[:, frame.fixed][:, :, :, frame.fixed].diagonal(dim1=1, dim2=3)  # members, members, size
+    weight = weights.diagonal(dim1=1, dim2=2)[:, frame.fixed]  # members, size
+    own = moments.diagonal(dim1=0, dim2=1).t()  # members, size
+    lost = own - 2 * moments.mean(dim=1) + moments.mean(dim=(0, 1))
+    total = float((weight * own).sum())
+    return eye / members, eye, total - float((weight * lost).sum()), total
 
 
 def calibrated_values(frame: Frame, values: Tensor, output: Tensor) -> Sharing:
@@ -114,7 +117,7 @@ def calibrated_values(frame: Frame, values: Tensor, output: Tensor) -> Sharing:
     """
     members, dim = output.shape[:2]
     if len(frame.fixed):
-        shared, reader, kept, total = _kept(frame, values)
+        shared, reader, kept, total = _kept(frame, values, output)
         return Sharing(shared, reader, kept / total if total else 1.0)
     moments = values.reshape(members * dim, members * dim)
     weights, inverses = roots(output)
@@ -122,7 +125,7 @@ def calibrated_values(frame: Frame, values: Tensor, output: Tensor) -> Sharing:
     energies, vectors = torch.linalg.eigh(big @ moments @ big)
     top = vectors[:, -dim:].reshape(members, dim, dim)  # member, dimension, component
     flat = top.reshape(members * dim, dim).t() @ big
-    scale = (moments.diagonal().sum() / members / (flat @ moments @ flat.t()).diagonal().sum().clamp_min(1e-300)).sqrt()
+    scale = _ratio(moments.diagonal().sum() / members, (flat @ moments @ flat.t()).diagonal().sum()).sqrt()
     kept, total = float(energies[-dim:].sum()), float(energies.sum())
     return Sharing(scale * top.transpose(1, 2) @ weights, inverses @ top / scale, kept / total if total else 1.0)
 
@@ -138,6 +141,11 @@ def refit(heads: Tensor, residual: Tensor, ridge: float = 1e-6) -> Tensor:
     damped = heads + ridge * heads.diagonal().mean().clamp_min(1e-300) * torch.eye(len(heads), dtype=heads.dtype)
     more: Tensor = torch.linalg.solve(damped, residual.t()).t()
     return more
+
+
+def _ratio(wanted: Tensor, found: Tensor) -> Tensor:
+    """Return wanted / found, and 1 where there is nothing (dead heads)."""
+    return torch.where((wanted > 0) & (found > 0), wanted / found.clamp_min(1e-300), torch.ones_like(found))
 
 
 def _diagonal(blocks: Tensor) -> Tensor:

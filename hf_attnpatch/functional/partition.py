@@ -35,13 +35,16 @@ def similar(heads: int, groups: int, loss: Loss) -> list[Group]:
 
     if size == 1 or groups == 1:
         return adjacent(heads, groups)
+    neighbours = adjacent(heads, groups)
     if heads <= EXACT:
         best = min(_partitions(tuple(range(heads)), size), key=lambda parts: sum(map(known, parts)))
     elif size == 2:
         best = _matching(heads, known)
     else:
-        best = _swapped(_greedy(heads, size, known), known)
-    return sorted(tuple(sorted(group)) for group in best)
+        starts = (_greedy(heads, size, known), list(neighbours))
+        best = min((_swapped(start, known) for start in starts), key=lambda parts: sum(map(known, parts)))
+    gain = sum(map(known, neighbours)) - sum(map(known, best))
+    return sorted(tuple(sorted(group)) for group in best) if gain > 1e-12 else neighbours
 
 
 def _partitions(heads: Group, size: int) -> Iterator[list[Group]]:

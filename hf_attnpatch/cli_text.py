@@ -1,0 +1,93 @@
+"""Calibration text for the command line: windows spread evenly over a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .cli_models import Source
+    from .patch import Patch
+    from .report import Report
+
+
+def with_text(patches: Sequence[Patch], file: Path | None, source: Source, sequences: int, length: int) -> list[Patch]:
+    """Give the text to the patches that are fitted on some.
+
+    Args:
+        patches: as the command line spelled them.
+        file: a text file, or JSON lines with a field ``text``; None leaves the patches as they are.
+        source: the model, whose tokenizer is used.
+        sequences: windows, spread evenly over the text.
+        length: tokens in a window.
+
+    Raises:
+        AttnPatchError: the file is unreadable or too short, no patch takes text, or the model has no tokenizer.
+    """
+    if file is None:
+        return list(patches)
+    from .errors import AttnPatchError
+
+    takes = [any(field.name == "calibration" for field in dataclasses.fields(patch)) for patch in patches]
+    if not any(takes):
+        raise AttnPatchError("--calibration: none of the patches is fitted on text; leave it out.")
+    tokenizer = source.tokenizer()
+    if tokenizer is None:
+        raise AttnPatchError(f"--calibration: {source.name} has no tokenizer to read {file} with; add one to it.")
+    ids = _windows(read(file), tokenizer, sequences, length, file)
+    return [dataclasses.replace(p, calibration=ids) if t else p for p, t in zip(patches, takes, strict=True)]  # type: ignore[call-arg]  # a patch with the field
+
+
+def read(file: Path) -> list[str]:
+    """Return the documents of a text file (one) or of JSON lines (one each).
+
+    Raises:
+        AttnPatchError: no such file, not UTF-8, or a line that is no JSON with a field ``text``.
+    """
+    from .errors import AttnPatchError
+
+    if not file.is_file():
+        raise AttnPatchError(f"--calibration {file}: no such file; wanted text, or JSON lines with a field text.")
+    try:
+        text = file.read_text("utf-8")
+        if file.suffix != ".jsonl":
+            return [text]
+        return [str(json.loads(line)["text"]) for line in text.splitlines() if line.strip()]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise AttnPatchError(f"--calibration {file}: {problem}; wanted UTF-8 text, or JSON lines with text.") from error
+
+
+def draw(report: Report, path: Path) -> None:
+    """Save the damage figure of a report.
+
+    Raises:
+        AttnPatchError: no patch measured damage.
+        MissingExtra: matplotlib is not installed.
+    """
+    from .errors import AttnPatchError
+
+    if report.damage is None:
+        raise AttnPatchError("--damage: nothing was measured; grouped_query with method=refined, say, does.")
+    report.damage.save_figure(path)
+
+
+def _windows(documents: Sequence[str], tokenizer: Any, sequences: int, length: int, file: Path) -> Tensor:
+    import torch
+
+    from .errors import AttnPatchError
+
+    ids = torch.cat([torch.tensor(tokenizer(d, verbose=False)["input_ids"], dtype=torch.int64) for d in documents])
+    found = len(ids) // length
+    if found < sequences:
+        raise AttnPatchError(
+            f"--calibration {file}: {len(ids)} tokens are {found} windows of {length}, wanted {sequences}; give more "
+            "text, or lower --sequences or --length."
+        )
+    windows = ids[: found * length].view(found, length)
+    return windows[torch.arange(sequences) * found // sequences]
