@@ -1,40 +1,52 @@
 """Swap the attention or the positions of a pretrained transformers model, exactly and reversibly.
 
-Importing this package patches nothing; it only teaches ``AutoConfig`` the model type of its own checkpoints.
+Importing this package patches nothing; it only teaches ``AutoConfig`` the model type of its own checkpoints. All else
+is imported when it is first asked for: it needs transformers' model classes, which take longer to import than torch.
 """
 
-from typing import Any
-
-from transformers import PreTrainedModel
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from . import foreign
-from .anatomy import Anatomy, Rotary, Site, describe
-from .api import apply, patched
-from .checkpoint import load
 from .errors import AttnPatchError, MissingExtra, PatchConflict, SelfCheckFailed, UnsupportedArchitecture
-from .patch import Patch, from_spec
-from .patches import Flash, GroupedQuery, RopeScaling
-from .plan import Plan, plan
-from .report import Report
-from .verify import Verification, verify
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .anatomy import Anatomy, Rotary, Site, describe
+    from .api import apply, patched
+    from .checkpoint import load
+    from .patch import Patch, from_spec
+    from .patches import Flash, GroupedQuery, RopeScaling
+    from .plan import Plan, plan
+    from .report import Report
+    from .verify import Verification, verify
 
 __version__ = "0.1.0.dev0"
 
 foreign.register()
 
 
-def patch_grouped_query(model: PreTrainedModel, **fields: Any) -> Report:
+def patch_grouped_query(model: "PreTrainedModel", **fields: Any) -> "Report":
     """Apply :class:`GroupedQuery` with these fields."""
+    from . import GroupedQuery, apply
+
     return apply(model, GroupedQuery(**fields))
 
 
-def patch_rope_scaling(model: PreTrainedModel, **fields: Any) -> Report:
+def patch_rope_scaling(model: "PreTrainedModel", **fields: Any) -> "Report":
     """Apply :class:`RopeScaling` with these fields."""
+    from . import RopeScaling, apply
+
     return apply(model, RopeScaling(**fields))
 
 
-def patch_flash(model: PreTrainedModel, **fields: Any) -> Report:
+def patch_flash(model: "PreTrainedModel", **fields: Any) -> "Report":
     """Apply :class:`Flash` with these fields."""
+    from . import Flash, apply
+
     return apply(model, Flash(**fields))
 
 
@@ -65,3 +77,42 @@ __all__ = [
     "plan",
     "verify",
 ]
+
+# module -> the public names that it defines
+_DEFINES = {
+    "anatomy": ("Anatomy", "Rotary", "Site", "describe"),
+    "api": ("apply", "patched"),
+    "checkpoint": ("load",),
+    "patch": ("Patch", "from_spec"),
+    "patches": ("Flash", "GroupedQuery", "RopeScaling"),
+    "plan": ("Plan", "plan"),
+    "report": ("Report",),
+    "verify": ("Verification", "verify"),
+}
+_MODULE_OF = {name: module for module, names in _DEFINES.items() for name in names}
+
+
+if not TYPE_CHECKING:  # to a type checker, it would make every misspelt name a public one
+
+    def __getattr__(name: str) -> Any:
+        """Import the module that defines a public name (PEP 562); the name is then an ordinary one."""
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps ``plan`` and ``verify`` what they are, functions, when Python binds the modules of these names here."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

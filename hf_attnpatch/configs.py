@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def config_at(model: PreTrainedModel, path: str) -> PretrainedConfig:

@@ -17,16 +17,19 @@ import functools
 import inspect
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from . import record
 from .configs import building, is_building
 from .errors import AttnPatchError
+
+if TYPE_CHECKING:  # takes as long to import as all the rest, and whoever imports the package need not build a model
+    from transformers import PreTrainedModel
 
 MODEL_TYPE = "hf_attnpatch"
 STUB = "modeling_hf_attnpatch"
@@ -133,7 +136,7 @@ def _under_construction(frame: FrameType | None) -> PreTrainedModel | None:
     while frame is not None and frame.f_code.co_name == "__getattribute__":  # configs have one, for their aliases
         frame = frame.f_back
     reader = frame.f_locals.get("self") if frame is not None and frame.f_code.co_name == "__init__" else None
-    return reader if isinstance(reader, PreTrainedModel) else None
+    return reader if reader is not None and isinstance(reader, transformers.PreTrainedModel) else None
 
 
 class _Model:
@@ -200,7 +203,7 @@ def _unsealed(fields: dict[str, Any]) -> dict[str, Any]:
 def __getattr__(name: str) -> Any:
     """Make the generated classes importable by name, as pickling needs."""
     base = None if name.startswith("_") else getattr(transformers, name.removeprefix("Patched"), None)
-    if isinstance(base, type) and issubclass(base, PreTrainedModel):
+    if isinstance(base, type) and issubclass(base, transformers.PreTrainedModel):
         return model_class(base.__name__)
     if isinstance(base, type) and issubclass(base, PretrainedConfig):
         return config_class(base)

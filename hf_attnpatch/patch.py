@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -84,6 +85,7 @@ def from_spec(spec: Mapping[str, Any]) -> Patch:
     Raises:
         AttnPatchError: for an unknown patch or field, with the ones there are.
     """
+    importlib.import_module(f"{__package__}.patches")  # they register themselves, and nobody may have asked for one yet
     known = ", ".join(sorted(REGISTRY))
     name = spec.get("patch")
     if not isinstance(name, str) or name not in REGISTRY:

@@ -41,7 +41,7 @@ MAY_IMPORT = {
 # who else may write to a module, a config or a process-wide table, what, and why
 MAY_WRITE = {
     "edits.py": ("*", "the only room whose trade it is"),
-    "__init__.py": ("register", "calls foreign.register"),
+    "__init__.py": ("register __class__ __setattr__", "calls foreign.register; the class of its own module"),
     "backends.py": ("register", "the only writer of transformers' attention and mask tables"),
     "foreign.py": ("register", "teaches the Auto classes our own model type"),
     "probe.py": ("training eval register_forward_hook", "modes and counting hooks, restored at once"),
