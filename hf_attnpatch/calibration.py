@@ -164,6 +164,26 @@ def check_amount(text: Sequence[Batch], sites: Sequence[Site]) -> None:
         )
 
 
+def shuffled(found: Sequence[Batch], seed: int) -> list[Batch]:
+    """Put batches, and the rows in each, in an order that the seed gives: some stages look at the first ones only."""
+    generator = torch.Generator().manual_seed(seed)
+    out: list[Batch] = []
+    for number in torch.randperm(len(found), generator=generator).tolist():
+        order = torch.randperm(len(found[number]["input_ids"]), generator=generator)
+        out.append({name: tensor[order] for name, tensor in found[number].items()})
+    return out
+
+
+def first(found: Sequence[Batch], tokens: int) -> list[Batch]:
+    """Return as many of the first batches as hold so many tokens."""
+    out: list[Batch] = []
+    for batch in found:
+        if sum(b["input_ids"].numel() for b in out) >= tokens:
+            break
+        out.append(batch)
+    return out
+
+
 def split(found: Sequence[Batch], sites: Sequence[Site]) -> list[Batch]:
     """Cut batches so that the values of one, as every head sees them, take no more than `ROOM`."""
     widest = max(s.num_heads * s.num_kv_heads * s.v_head_dim for s in sites)
@@ -223,8 +243,16 @@ def _takes_cache(module: nn.Module) -> bool:
     return "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def measure(model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch], what: str) -> dict[str, Moments]:
+def measure(
+    model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch], offsets: Mapping[str, Tensor]
+) -> dict[str, Moments]:
     """Collect the moments of some attention modules in one pass.
+
+    Args:
+        model: to run.
+        sites: its modules.
+        text: batches of its inputs.
+        offsets: constants taken off the values, (num_kv_heads, v_head_dim) for each module.
 
     Raises:
         AttnPatchError: a module never ran, or its states are not finite.
@@ -233,14 +261,16 @@ def measure(model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch]
 
     def see(site: Site, call: Call, own: Streams) -> None:
         found = sums[site.path]
-        attended = _attended(Socket(model, site), call, own) if found.attended < VALUE_TOKENS else None
+        attended = (
+            _attended(Socket(model, site), call, own, offsets[site.path]) if found.attended < VALUE_TOKENS else None
+        )
         if not all(part.isfinite().all() for part in (own.key, own.query, own.value)):
             raise CalibrationError(
                 f"{site.path}: activations on the calibration text are not finite; check the weights and the dtype."
             )
         found.add(own.query, own.key, attended)
 
-    stream(model, sites, text, see, what)
+    stream(model, sites, text, see, "measuring heads")
     silent = next((path for path, found in sums.items() if not found.tokens), None)
     if silent is not None:
         raise AttnPatchError(f"{silent}: did not run on the calibration text, or on padding only.")
@@ -251,14 +281,16 @@ def _rolled(shift: int) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda _, states: states.roll(-shift, dims=-2)
 
 
-def _attended(socket: Socket, call: Call, own: Streams) -> Tensor:
+def _attended(socket: Socket, call: Call, own: Streams, offset: Tensor) -> Tensor:
     """Return all heads' values averaged by every query head's attention, (tokens * num_heads, num_kv_heads * dim).
 
     Attention is linear in its values: the module is run again with values moved by one head, two heads and so on.
     """
     site, kv = socket.site, socket.site.num_kv_heads
+    offset = offset.to(own.heads)
     seen = [own.heads, *(socket.run(call, value=_rolled(shift)).heads for shift in range(1, kv))]
     attended = torch.stack(seen, dim=2)  # tokens, heads, shifts, dim: with shift s a head saw the value of own + s
     first = torch.arange(site.num_heads) // (site.num_heads // kv)
     shift = ((torch.arange(kv)[None] - first[:, None]) % kv).to(attended.device)  # heads, kv
-    return attended[:, torch.arange(site.num_heads)[:, None], shift].flatten(2).flatten(0, 1)
+    by_head = attended[:, torch.arange(site.num_heads)[:, None], shift]  # tokens, heads, kv, dim
+    return (by_head - offset).flatten(2).flatten(0, 1)

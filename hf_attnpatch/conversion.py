@@ -38,6 +38,7 @@ def convert(model: PreTrainedModel, sites: Sequence[Site], recipe: Recipe, text:
         AttnPatchError: too little text, activations that are not finite, groups that a family cannot have.
     """
     done = Conversion(total=len(sites))
+    text = None if text is None else cal.shuffled(text, recipe.seed)
     with quiet(model):
         frames = find_frames(model, sites)
         for part in cal.chunks(sites, lambda s: cal.moments_size(s) + _refit_size(s)):
@@ -71,6 +72,7 @@ def merge(
 ) -> None:
     """Choose the groups of one module and merge their heads."""
     weights = read_weights(model, site)
+    weights = weights.folded() if frames.folds and weights.output_bias is not None else weights
     merger = Merger(site, frames, moments, weights, recipe.method)
     groups = merger.groups(recipe.num_kv_heads, recipe.grouping)
     query, key, value, output = weights.query.clone(), [], [], weights.output.clone()

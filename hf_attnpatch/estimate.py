@@ -56,8 +56,16 @@ def estimate(
     if text is None:
         found = _weight_moments(model, sites)
     else:
-        found = cal.measure(model, sites, cal.split(text, sites), "measuring heads")
+        offsets = {s.path: _offset(model, s, frames[s.path]) for s in sites}
+        found = cal.measure(model, sites, cal.split(text, sites), offsets)
     return {path: _scaled(each, frames[path]) for path, each in found.items()}
+
+
+def _offset(model: PreTrainedModel, site: Site, frames: Frames) -> Tensor:
+    """Return the bias of values that will move behind the output projection, (num_kv_heads, v_head_dim)."""
+    weights = read_weights(model, site)
+    bias = weights.value[..., -1]
+    return bias if frames.folds and weights.output_bias is not None else torch.zeros_like(bias)
 
 
 def _scaled(m: Moments, frames: Frames) -> Moments:
@@ -79,12 +87,13 @@ def _weight_moments(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, 
 
 
 def _assumed(site: Site, weights: HeadWeights, size: Tensor) -> Moments:
-    q, k, v = (w[..., :-1] * size for w in (weights.query, weights.key, weights.value))
-    wide = v.flatten(0, 1)
+    size = torch.cat([size, size.new_ones(1)])  # and the constant input of biases
+    q, k = weights.query * size, weights.key * size
+    wide = (weights.value * size)[..., :-1].flatten(0, 1)
     return Moments(
         query=q @ q.transpose(1, 2),
         key=torch.einsum("iax,jbx->iajb", k, k),
-        mean=k.new_zeros(k.shape[:2]),
+        mean=weights.key[..., -1],
         value=wide @ wide.t(),
         tokens=0,
     )

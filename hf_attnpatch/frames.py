@@ -35,6 +35,8 @@ class Frames:
         key_scale: (num_kv_heads, head_dim), what a norm behind the projection multiplies keys by; ones without.
         query_scale: (num_heads, head_dim), the same of queries.
         permutes: whether heads may be put in another order: the projections are all that is kept for each.
+        folds: whether a constant added to a head's values comes out of the head as it is, so that a bias of values may
+            move behind the output projection (not with attention sinks, whose weights do not sum to one).
         how: a few words for the report.
     """
 
@@ -43,6 +45,7 @@ class Frames:
     key_scale: Tensor
     query_scale: Tensor
     permutes: bool
+    folds: bool
     how: str
 
 
@@ -64,7 +67,7 @@ def read_frames(socket: Socket, call: Call, rotated: tuple[int, ...]) -> Frames:
     values = unrotated(site.v_head_dim)
     if not _values_hold(socket, call, values):
         values, how = fixed(site.v_head_dim), f"{how}; no transform of values is known"
-    return Frames(keys, values, key_scale, query_scale, _permutes(socket, call), how)
+    return Frames(keys, values, key_scale, query_scale, _permutes(socket, call), _folds(socket, call), how)
 
 
 def _hypotheses(dim: int, rotated: tuple[int, ...]) -> Iterator[tuple[Frame, str]]:
@@ -119,6 +122,14 @@ def _permutes(socket: Socket, call: Call) -> bool:
     heads = (order[:, None] * repeats + torch.arange(repeats)).flatten()
     moved = socket.run(call, query=_Reordered(heads), key=_Reordered(order), value=_Reordered(order))
     return agree(socket.run(call).heads[:, heads], moved.heads)
+
+
+def _folds(socket: Socket, call: Call) -> bool:
+    site, before = socket.site, socket.run(call)
+    shift = torch.randn(site.num_kv_heads, site.v_head_dim, generator=torch.Generator().manual_seed(2))
+    shift = (shift * before.value.float().std().cpu()).to(before.value)
+    after = socket.run(call, value=lambda _, states: states + shift).heads
+    return agree(before.heads + shift.repeat_interleave(site.num_heads // site.num_kv_heads, dim=0), after)
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,15 @@ class HeadWeights:
         bias = None if self.output_bias is None else self.output_bias.to(heads)
         return nn.functional.linear(heads.flatten(1), weight, bias)
 
+    def folded(self) -> HeadWeights:
+        """Return the same attention with the bias of values behind the output projection, which must have a bias."""
+        assert self.output_bias is not None
+        repeats = len(self.query) // len(self.value)
+        bias = self.value[..., -1].repeat_interleave(repeats, dim=0)  # num_heads, dim
+        value = self.value.clone()
+        value[..., -1] = 0
+        return replace(self, value=value, output_bias=self.output_bias + torch.einsum("xha,ha->x", self.output, bias))
+
     def adjacent(self) -> HeadWeights:
         """Return the same attention, its query heads in the order that makes the members of groups neighbours."""
         order = torch.cat([self.query_heads(group) for group in self.groups])

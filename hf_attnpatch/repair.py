@@ -23,6 +23,7 @@ from .replay import Call, See, Socket, Streams
 from .sites import Site
 
 TOKENS_A_STEP = 1024  # of refinement; twice as many take four times as long where caches overflow
+TOKENS_TO_REFIT = 16_384  # at least, and 32 for each input of the output projection
 TOKENS_TO_REFINE = 16_384
 
 
@@ -42,7 +43,9 @@ def refit_outputs(model: PreTrainedModel, sites: Sequence[Site], text: Sequence[
         before = sums.get(site.path)
         sums[site.path] = (gram, cross) if before is None else (before[0] + gram, before[1] + cross)
 
-    cal.stream(model, sites, cal.split(text, sites), see, "refitting outputs")
+    width = max(s.num_heads * s.v_head_dim for s in sites)
+    enough = cal.first(cal.split(text, sites), max(TOKENS_TO_REFIT, 32 * width))
+    cal.stream(model, sites, enough, see, "refitting outputs")
     for site in sites:
         shared, more = done.weights[site.path], refit(*sums.pop(site.path))
         bias = shared.output_bias
@@ -61,7 +64,7 @@ def repair(
     merged: Mapping[str, HeadWeights],
 ) -> None:
     """Measure the damage of some modules on text that no step sees and, for `refined`, refine them."""
-    held, *steps = _samples(text, recipe)
+    held, *steps = _samples(text)
     if recipe.method != "refined":
         steps = []
     tokens = sum(batch["input_ids"].numel() for batch in (held, *steps))
@@ -102,17 +105,15 @@ def _total(found: Gap) -> float:
     return found.output + (found.attention or 0.0)
 
 
-def _samples(text: Sequence[Batch], recipe: Recipe) -> list[Batch]:
-    """Return batches of about `TOKENS_A_STEP` tokens in an order that the seed gives, `TOKENS_TO_REFINE` in all."""
+def _samples(text: Sequence[Batch]) -> list[Batch]:
+    """Return batches of about `TOKENS_A_STEP` tokens, `TOKENS_TO_REFINE` in all and one more, whole windows first."""
     parts: list[Batch] = []
     for batch in text:
         rows = max(1, TOKENS_A_STEP // batch["input_ids"].shape[1])
-        order = torch.randperm(len(batch["input_ids"]), generator=torch.Generator().manual_seed(recipe.seed))
-        for start in range(0, len(order), rows):
-            parts.append({name: tensor[order[start : start + rows]] for name, tensor in batch.items()})
-    parts.sort(key=lambda part: -part["input_ids"].numel())  # whole windows first; stable, so still shuffled
-    count = 1 + max(1, TOKENS_TO_REFINE // parts[0]["input_ids"].numel())
-    return parts[:count] if len(parts) > 1 else [parts[0], parts[0]]
+        for start in range(0, len(batch["input_ids"]), rows):
+            parts.append({name: tensor[start : start + rows] for name, tensor in batch.items()})
+    parts.sort(key=lambda part: -part["input_ids"].numel())  # stable, so still shuffled
+    return cal.first(parts, TOKENS_TO_REFINE + parts[0]["input_ids"].numel()) if len(parts) > 1 else parts * 2
 
 
 @contextmanager
