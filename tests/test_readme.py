@@ -39,7 +39,7 @@ def in_scripts(monkeypatch):
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 def test_python_runs(number, tmp_path, monkeypatch):
-    small = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}
+    small = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8, "vocab_size": 4096}
     monkeypatch.setattr(embedded, "load_model", lambda: tiny_model("llama", **small))
     monkeypatch.chdir(tmp_path)
     exec(compile(blocks("python")[number], f"README.md, block {number}", "exec"), {})
