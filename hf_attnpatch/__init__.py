@@ -31,23 +31,23 @@ foreign.register()
 
 def patch_grouped_query(model: "PreTrainedModel", **fields: Any) -> "Report":
     """Apply :class:`GroupedQuery` with these fields."""
-    from . import GroupedQuery, apply
+    from . import apply, from_spec
 
-    return apply(model, GroupedQuery(**fields))
+    return apply(model, from_spec({**fields, "patch": "grouped_query"}))
 
 
 def patch_rope_scaling(model: "PreTrainedModel", **fields: Any) -> "Report":
     """Apply :class:`RopeScaling` with these fields."""
-    from . import RopeScaling, apply
+    from . import apply, from_spec
 
-    return apply(model, RopeScaling(**fields))
+    return apply(model, from_spec({**fields, "patch": "rope_scaling"}))
 
 
 def patch_flash(model: "PreTrainedModel", **fields: Any) -> "Report":
     """Apply :class:`Flash` with these fields."""
-    from . import Flash, apply
+    from . import apply, from_spec
 
-    return apply(model, Flash(**fields))
+    return apply(model, from_spec({**fields, "patch": "flash"}))
 
 
 __all__ = [

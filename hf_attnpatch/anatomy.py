@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .configs import config_path
@@ -98,6 +99,14 @@ def describe(model: PreTrainedModel) -> Anatomy:
 def _wrapper_message(model: Any) -> str:
     kind = type(model).__name__
     remedy = "pass a transformers PreTrainedModel"
+    if isinstance(model, type):
+        example = f"{model.__name__}.from_pretrained(...)"
+        return f"model is the class {model.__name__}, not a transformers model; {remedy}, such as {example} gives."
+    if isinstance(model, (str, os.PathLike)):
+        example = f"hf_attnpatch.load({str(model)!r})"
+        return f"model is {model!r}, not a transformers model; {remedy}, such as {example} gives."
+    if not isinstance(model, nn.Module):
+        return f"model is a {kind}, not a transformers model; {remedy}."
     if hasattr(model, "get_base_model"):
         remedy = "patch before get_peft_model, or merge_and_unload() the adapter first"
     elif hasattr(model, "module"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import transformers
@@ -16,7 +16,7 @@ from .edits import Inverse, SetConfig, SetConfigClass
 from .errors import AttnPatchError, SelfCheckFailed, UnsupportedArchitecture
 from .patch import Patch
 from .plan import Plan, plan
-from .probe import Inputs, Trace, default_inputs, disagreement, largest_difference, trace
+from .probe import Inputs, Trace, checked_inputs, default_inputs, disagreement, largest_difference, trace
 from .report import Report
 
 
@@ -35,14 +35,13 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
     Raises:
         AttnPatchError: see :func:`plan`; and ``SelfCheckFailed`` where the patched model does not do as promised.
     """
+    given = None if probe is None else checked_inputs("probe", probe)
     steps = plan(model, *patches)
     if not steps.edits:
         return Report(steps, {"edits": "none needed; the model is untouched"}, None)
     _check_in_memory(model)
-    if probe is not None and not isinstance(probe, Mapping):
-        raise AttnPatchError(f"probe is a {type(probe).__name__}; it must be a mapping of inputs.")
     sites = tuple(dict.fromkeys(path for step in steps.steps for path in step.proposal.sites))
-    inputs = (default_inputs(model) if probe is None else probe) if self_check else None
+    inputs = (default_inputs(model) if given is None else given) if self_check else None
     before = None if inputs is None else trace(model, inputs, sites)
     findings = {s.patch.name: s.proposal.prepare(model) for s in steps.steps if s.proposal.prepare is not None}
     inverses: list[Inverse] = []

@@ -25,9 +25,11 @@ def load(name: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
         options: passed to ``from_pretrained``: ``dtype``, ``device_map``, ``revision``, ``attn_implementation`` ...
 
     Raises:
-        AttnPatchError: the record is damaged or of a newer release, or no Auto class knows the architecture.
+        AttnPatchError: no name, the record is damaged or of a newer release, or no Auto class knows the architecture.
         OSError: transformers finds no such checkpoint.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise AttnPatchError(f"load: name is a {type(name).__name__}; it must be a folder or the name of a repository.")
     hub = {key: options[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in options}
     config = AutoConfig.from_pretrained(name, **hub)
     model: PreTrainedModel = auto_class(config).from_pretrained(name, **options)

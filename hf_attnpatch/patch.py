@@ -87,12 +87,14 @@ def from_spec(spec: Mapping[str, Any]) -> Patch:
     """
     importlib.import_module(f"{__package__}.patches")  # they register themselves, and nobody may have asked for one yet
     known = ", ".join(sorted(REGISTRY))
+    if not isinstance(spec, Mapping):
+        raise AttnPatchError(f"a {type(spec).__name__} is no patch; give a mapping such as {{'patch': 'flash'}}.")
     name = spec.get("patch")
     if not isinstance(name, str) or name not in REGISTRY:
         raise AttnPatchError(f"patch {name!r} does not exist; choose from: {known}.")
     cls = REGISTRY[name]
     fields = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(set(spec) - fields - {"patch"})
+    unknown = sorted(map(str, set(spec) - fields - {"patch"}))
     if unknown:
         raise AttnPatchError(f"{name}: no field {', '.join(unknown)}; its fields are: {', '.join(sorted(fields))}.")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch.distributed.tensor import DTensor
@@ -66,9 +67,11 @@ def plan(model: PreTrainedModel, *patches: Patch) -> Plan:
         raise AttnPatchError(
             "no patch given; pass at least one, for example hf_attnpatch.GroupedQuery(num_kv_heads=2)."
         )
-    for patch in patches:
+    if isinstance(model, Patch):
+        raise AttnPatchError(f"the patch {model.name} stands where the model is wanted; pass the model first.")
+    for number, patch in enumerate(patches, 1):
         if not isinstance(patch, Patch):
-            raise AttnPatchError(f"{patch!r} is a {type(patch).__name__}; pass patches, such as hf_attnpatch.Flash().")
+            raise AttnPatchError(f"argument {number} after the model is {_not_a_patch(patch)}.")
     anatomy = describe(model)
     _writable(model)
     steps = []
@@ -77,6 +80,18 @@ def plan(model: PreTrainedModel, *patches: Patch) -> Plan:
         steps.append(Step(proposal.patch or patch, proposal, tuple(edit.preview(model) for edit in proposal.edits)))
     _refuse_conflicts(steps)
     return Plan(anatomy, tuple(steps))
+
+
+def _not_a_patch(found: object) -> str:
+    """Say what was passed in the place of a patch, and what to pass."""
+    if isinstance(found, type):
+        return f"the class {found.__name__}; pass patches, such as hf_attnpatch.GroupedQuery(num_kv_heads=2)"
+    if isinstance(found, (list, tuple)):
+        return f"a {type(found).__name__} of {len(found)}; pass patches one by one, as in apply(model, *patches)"
+    if isinstance(found, Mapping):
+        return "a mapping; pass patches, such as hf_attnpatch.from_spec(mapping) gives"
+    text = repr(found) if isinstance(found, (str, int, float, type(None))) else f"a {type(found).__name__}"
+    return f"{text[:60]}; pass patches, such as hf_attnpatch.GroupedQuery(num_kv_heads=2)"
 
 
 def _writable(model: PreTrainedModel) -> None:

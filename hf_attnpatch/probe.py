@@ -51,6 +51,27 @@ def input_device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
+def checked_inputs(name: str, inputs: object) -> Inputs:
+    """Return inputs of a forward as they are.
+
+    Args:
+        name: the argument they were passed as, for the error.
+        inputs: what the user gave.
+
+    Raises:
+        AttnPatchError: not a mapping from names to tensors, or empty.
+    """
+    example = "{'input_ids': tensor of token ids, shape (batch, length)}"
+    if not isinstance(inputs, Mapping) or not inputs:
+        found = "empty" if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
+        raise AttnPatchError(f"{name} is {found}; it must be a mapping of the forward's inputs, such as {example}.")
+    for key, value in inputs.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            found = f"a {type(value).__name__}" if isinstance(key, str) else f"under a {type(key).__name__}"
+            raise AttnPatchError(f"{name}[{key!r}] is {found}; it must be a tensor under its name, such as {example}.")
+    return inputs
+
+
 def trace(model: PreTrainedModel, inputs: Inputs, watch: tuple[str, ...] = (), use_cache: bool = False) -> Trace:
     """Run one forward in eval mode.
 

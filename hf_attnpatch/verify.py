@@ -18,6 +18,7 @@ from .configs import all_configs
 from .errors import AttnPatchError
 from .invariants import INVARIANTS, SAVING, Answer, Subject
 from .invariants.subject import codebooks
+from .probe import checked_inputs
 
 PASS, FAIL, NOT_APPLICABLE = "pass", "fail", "not applicable"
 
@@ -89,10 +90,11 @@ def verify(model: PreTrainedModel, *, inputs: Mapping[str, Tensor] | None = None
 
     Raises:
         UnsupportedArchitecture: not a ``PreTrainedModel``.
-        AttnPatchError: no token ids, fewer than two rows of eight tokens, or padding among the inputs.
+        AttnPatchError: inputs that are no mapping of tensors, have no token ids, fewer than two rows of eight tokens, or
+            padding.
     """
     anatomy = describe(model)
-    given = _default_inputs(model) if inputs is None else _checked(inputs)
+    given = _default_inputs(model) if inputs is None else _checked(checked_inputs("inputs", inputs))
     subject = Subject(model, anatomy, {name: tensor.to(model.device) for name, tensor in given.items()})
     asked = {name: ask for name, ask in INVARIANTS.items() if save or name not in SAVING}
     return Verification(anatomy.architecture, tuple(find(name, ask, subject) for name, ask in asked.items()))

@@ -241,7 +241,8 @@ def test_other_dtypes_have_their_own_tolerance(dtype):
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [
-        ({}, "no input_ids"),
+        ({}, "inputs is empty"),
+        ({"inputs_embeds": torch.ones(2, 12, 64)}, "no input_ids"),
         ({"input_ids": torch.ones(1, 12, dtype=torch.long)}, r"shape \(1, 12\).* at least 2 rows of 8"),
         ({"input_ids": torch.ones(2, 4, dtype=torch.long)}, "at least 2 rows of 8"),
         ({"input_ids": torch.ones(12, dtype=torch.long)}, "at least 2 rows of 8"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,6 +16,9 @@ from ..edits import SetAttention
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..patch import Patch, Proposal
 from ..probe import Inputs, default_inputs, trace, trial
+
+# what transformers takes for a repository of the kernels hub: owner/name, then a revision and a function if wanted
+_REPOSITORY = re.compile(r"^[^/:@\s]+/[^/:@\s]+(?:@[^/:\s]+)?(?::[^/:\s]+)?$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +46,14 @@ class Flash(Patch):
     training: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.backend not in ("auto", *FLAG) and str(self.backend).count("/") != 1:
+        known = isinstance(self.backend, str) and (self.backend in ("auto", *FLAG) or _REPOSITORY.match(self.backend))
+        if not known:
             choices = ", ".join(("auto", *FLAG))
             raise AttnPatchError(
                 f"backend {self.backend!r} does not exist; choose from {choices}, or a repository owner/name."
             )
+        if self.training is not None and not isinstance(self.training, bool):
+            raise AttnPatchError(f"training is {self.training!r}; it must be True, False, or None to ask the model.")
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Say which backend would be used; see :meth:`Patch.propose`."""

@@ -76,7 +76,8 @@ class RopeScaling(Patch):
         for name in ("long_factor", "short_factor"):
             self._normalise(name, checked_factors(name, getattr(self, name), self.kind))
         if self.layer_types is not None:
-            if isinstance(self.layer_types, str) or not isinstance(self.layer_types, Sequence) or not self.layer_types:
+            listed = isinstance(self.layer_types, Sequence) and not isinstance(self.layer_types, str)
+            if not listed or not self.layer_types or not all(isinstance(each, str) for each in self.layer_types):
                 raise AttnPatchError(f"layer_types is {self.layer_types!r}; give a list of names, or None.")
             self._normalise("layer_types", tuple(self.layer_types))
 
