@@ -19,7 +19,7 @@ FAST := -n $(WORKERS) -m "not full and not slow"
 # the workers already fill the cores; a thread pool in each would only get in their way
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-all test-lowest lint format survey bench bench-decode clean
+.PHONY: demo test test-all test-lowest lint format survey bench bench-decode downstream clean
 
 demo: $(VENV)/.installed
 	$(BIN)/attnpatch demo --output outputs/demo
@@ -50,6 +50,20 @@ bench: $(VENV)/.installed bench-decode
 
 bench-decode: $(VENV)/.installed
 	$(BIN)/python scripts/bench_decode.py
+
+# converted SmolLM2 in stock transformers, llama.cpp and vLLM; the first run makes two environments of 5 GB below $(VENV)
+DOWN := outputs/downstream
+DOWN_KINDS := linear yarn llama3
+DOWN_PATCH ?= grouped_query:num_kv_heads=1
+downstream: $(VENV)/.installed data/smollm2/config.json
+	$(BIN)/attnpatch apply data/smollm2 $(DOWN)/smollm2-1-kv-head --patch $(DOWN_PATCH) --overwrite
+	for kind in $(DOWN_KINDS); do $(BIN)/attnpatch apply data/smollm2 $(DOWN)/smollm2-$$kind \
+		--patch rope_scaling:kind=$$kind,factor=4 --overwrite || exit 1; done
+	$(BIN)/python scripts/check_downstream.py $(DOWN)/smollm2-1-kv-head $(DOWN_KINDS:%=$(DOWN)/smollm2-%) \
+		--control data/smollm2 --environments $(VENV)/downstream
+
+data/smollm2/config.json: | $(VENV)/.installed
+	$(BIN)/python scripts/fetch_smollm2.py --out data/smollm2
 
 clean:
 	rm -rf $(VENV) $(LOW) .pytest_cache .mypy_cache .ruff_cache
