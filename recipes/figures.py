@@ -12,6 +12,7 @@ STAGES = {"original": ("#0072B2", "o"), "converted": ("#D55E00", "s"), "uptraine
 TRAINING = "#555555"
 LOSS_NAMES = {
     "distillation": "KL from the original\n(nats per token)",
+    "layerwise_distillation": "KL and output error,\nmean (per token)",
     "cross_entropy": "training loss\n(nats per token)",
 }
 
@@ -47,7 +48,7 @@ def loss_curve(
     pyplot = import_pyplot()
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(7, 5.5), sharex=True, layout="constrained")
     above.plot(*_series(log, "loss"), color=TRAINING, marker=".", markersize=4, linewidth=1)
-    above.set(ylabel=LOSS_NAMES[loss], title="Uptraining", ylim=(0, None) if loss == "distillation" else None)
+    above.set(ylabel=LOSS_NAMES[loss], title="Uptraining", ylim=(0, None) if "distillation" in loss else None)
     for stage, style in (("original", "--"), ("converted", ":")):
         below.axhline(levels[stage], color=STAGES[stage][0], linestyle=style)
         place = {"transform": below.get_yaxis_transform(), "va": "bottom", "color": STAGES[stage][0]}

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from hf_attnpatch import Patch, from_spec
 from recipes import settings
+from recipes.calibration import CalibrationConfig, check
 from recipes.data import DataConfig
 from recipes.schedule import TrainConfig
 from recipes.settings import SettingsError
@@ -50,7 +51,9 @@ class Job:
         data: text to train on; `embedded/uptrain` is a part of what ships with the package.
         heldout: text to measure on; `embedded/evaluation` is the other part.
         train: how to train; `lr` and `warmup` have defaults that follow `trainable` and `steps`.
-        loss: `distillation` learns the unpatched model's distribution, `cross_entropy` the text.
+        calibration: text for patches that are fitted on some; `block` is that of `data` unless given.
+        loss: `distillation` learns the unpatched model's distribution, `layerwise_distillation` that and the outputs of
+            its attention modules, half and half, `cross_entropy` the text.
         trainable: what learns: every parameter of the attention modules, all parameters, or LoRA.
         lora: fields of `peft.LoraConfig`, with `trainable: lora`.
         dtype: of the weights; `auto` is the checkpoint's own.
@@ -63,7 +66,8 @@ class Job:
     data: DataConfig
     heldout: HeldoutConfig
     train: TrainConfig
-    loss: Literal["distillation", "cross_entropy"] = "distillation"
+    calibration: CalibrationConfig | None = None
+    loss: Literal["distillation", "layerwise_distillation", "cross_entropy"] = "distillation"
     trainable: Literal["attention", "all", "lora"] = "attention"
     lora: Mapping[str, Any] | None = None
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
@@ -94,14 +98,27 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     settings.check_keys(Job, values, str(path))
     trainable = values.get("trainable", "attention")
     data = settings.build(DataConfig, values["data"], "data")
+    patches = _patches(values["patches"])
+    calibration = values.get("calibration")
+    if calibration is not None:
+        calibration = settings.build(CalibrationConfig, _with_block(calibration, data.block), "calibration")
+    check(patches, calibration)
     built = {
-        "patches": _patches(values["patches"]),
+        "patches": patches,
         "data": data,
+        "calibration": calibration,
         "heldout": settings.build(HeldoutConfig, _with_block(values["heldout"], data.block), "heldout"),
         "train": settings.build(TrainConfig, _with_defaults(values["train"], trainable), "train"),
         "lora": _lora(values.get("lora"), trainable),
     }
-    return settings.build(Job, {**values, **built}, str(path))
+    job = settings.build(Job, {**values, **built}, str(path))
+    timed = next((patch.name for patch in patches if getattr(patch, "refine_seconds", None) is not None), None)
+    if timed and job.train.save_every:
+        raise SettingsError(
+            f"{timed}.refine_seconds: what a clock stops comes out differently each time, so a resumed run would be "
+            "another; set refine_steps, or train.save_every: 0."
+        )
+    return job
 
 
 def _patches(specs: Any) -> tuple[Patch, ...]:
@@ -112,8 +129,8 @@ def _patches(specs: Any) -> tuple[Patch, ...]:
     return tuple(from_spec(spec) for spec in specs)
 
 
-def _with_block(heldout: Any, block: int) -> Any:
-    return {"block": block, **heldout} if isinstance(heldout, dict) else heldout
+def _with_block(section: Any, block: int) -> Any:
+    return {"block": block, **section} if isinstance(section, dict) else section
 
 
 def _with_defaults(train: Any, trainable: str) -> Any:
@@ -139,4 +156,6 @@ def plain(job: Job) -> dict[str, Any]:
     """The job as JSON-able data, defaults filled in."""
     fields = {field.name: getattr(job, field.name) for field in dataclasses.fields(job)}
     sections = {key: dataclasses.asdict(fields[key]) for key in ("data", "heldout", "train")}
+    if job.calibration is not None:
+        sections["calibration"] = dataclasses.asdict(job.calibration)
     return {**fields, **sections, "patches": [patch.to_record() for patch in job.patches]}

@@ -18,9 +18,11 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 import hf_attnpatch as ap
+from hf_attnpatch import Patch
 from hf_attnpatch.evaluation import Score, cache_bytes_per_token, difference, summarise
 from recipes import figures
 from recipes import job as jobs
+from recipes.calibration import Calibration
 from recipes.data import Blocks
 from recipes.evaluate import Window, score
 from recipes.job import Job
@@ -36,6 +38,7 @@ class Run:
         tokenizer: of the model.
         blocks: text to train on.
         windows: text to measure on.
+        calibration: text that patches are fitted on.
     """
 
     job: Job
@@ -43,9 +46,19 @@ class Run:
     tokenizer: Any
     blocks: Blocks
     windows: list[Window]
+    calibration: Calibration | None = None
     scores: dict[str, Score] = field(default_factory=dict)
     caches: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share beside `train` and the data."""
+        found = None if self.calibration is None else self.calibration.identity()
+        return {**self.job.identity(), "calibration": found}
+
+    def patches(self) -> Sequence[Patch]:
+        """The patches to apply, with the text that some of them are fitted on."""
+        return self.job.patches if self.calibration is None else self.calibration.give(self.job.patches)
 
     @contextmanager
     def clock(self, name: str) -> Iterator[None]:

@@ -36,17 +36,24 @@ def load_tokenizer(model: str) -> Any:
     return AutoTokenizer.from_pretrained(locate(model))
 
 
-def embedded_texts(part: str) -> list[str]:
+def embedded_texts(source: str) -> list[str]:
     """One of two disjoint parts of the text that the embedded model was not pretrained on, all domains in both.
+
+    Args:
+        source: a part, or one domain of it: `embedded/uptrain`, `embedded/uptrain/python`.
 
     Raises:
         DataError: there is no such part.
     """
-    if part not in PARTS:
-        raise DataError(f"{part}: the package ships {' and '.join(PARTS)}; correct the source.")
+    part, domain = next(((p, source[len(p) + 1 :]) for p in PARTS if f"{source}/".startswith(f"{p}/")), (source, ""))
+    if part not in PARTS or domain not in ("", *embedded.DOMAINS):
+        raise DataError(
+            f"{source}: the package ships {' and '.join(PARTS)}, whole or with a domain behind them "
+            f"({', '.join(embedded.DOMAINS)}); correct the source."
+        )
     chosen = []
-    for domain in embedded.DOMAINS:
-        for number, text in enumerate(embedded.heldout(domain)):
+    for name in [domain] if domain else embedded.DOMAINS:
+        for number, text in enumerate(embedded.heldout(name)):
             if (number % EVERY == 0) == (part == PARTS[1]):
                 chosen.append(text)
     return chosen

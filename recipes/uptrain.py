@@ -4,18 +4,21 @@
 
 On several processes with CPUs: `torchrun --nproc_per_node 2 recipes/uptrain.py --config ...` (`accelerate launch --cpu
 --num_processes 2` starts one). Writes to `train.output`: metrics.json, log.jsonl, report.txt (what the patches
-changed), loss.png, comparison.png, checkpoints/ to resume from, and model/, which a new process has loaded again and
-found equal. With LoRA also adapter/ and converted/, the model it belongs on.
+changed), damage.json and damage.png (what sharing heads costs each layer, where a patch measured it), loss.png,
+comparison.png, checkpoints/ to resume from, and model/, which a new process has loaded again and found equal. With LoRA
+also adapter/ and converted/, the model it belongs on.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import set_seed
 from torch import nn
 from transformers import PreTrainedModel
@@ -25,14 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import hf_attnpatch as ap
 from hf_attnpatch.errors import AttnPatchError
 from hf_attnpatch.evaluation import perplexity
-from recipes import figures, saving, settings, sharding, table, trainable
+from recipes import calibration, figures, saving, settings, sharding, table, trainable
 from recipes import job as jobs
 from recipes.checkpoints import ResumeError
 from recipes.data import DataError, load_blocks
-from recipes.distill import Distillation
+from recipes.distill import Distillation, LayerwiseDistillation
 from recipes.evaluate import heldout_windows
 from recipes.job import Job
-from recipes.loop import Evaluate, Loss, new_accelerator, next_token_loss, prepare_folder, train
+from recipes.loop import Batch, Evaluate, Loss, new_accelerator, next_token_loss, prepare_folder, train
 from recipes.run import Run, share_cores, write
 from recipes.settings import SettingsError
 from recipes.sources import load_model, load_tokenizer, resolve
@@ -61,15 +64,19 @@ def start(job: Job, resume: bool) -> Run:
         tokenizer = load_tokenizer(job.model)
         blocks = load_blocks(resolve(job.data), tokenizer)
         windows = heldout_windows(job.heldout, tokenizer)
-    return Run(job, accelerator, tokenizer, blocks, windows)
+        text = None if job.calibration is None else calibration.load(job.calibration, tokenizer)
+    return Run(job, accelerator, tokenizer, blocks, windows, text)
 
 
 def convert(run: Run, model: PreTrainedModel) -> ap.Report:
     """Applies the patches and writes down what they changed."""
     with run.clock("convert"):
-        report = ap.apply(model, *run.job.patches)
+        report = ap.apply(model, *run.patches())
     if run.accelerator.is_main_process:
         (run.job.output / "report.txt").write_text(f"{report}\n", "utf-8")
+        if report.damage is not None:
+            (run.job.output / "damage.json").write_text(json.dumps(report.damage.to_dict(), indent=1) + "\n")
+            report.damage.save_figure(run.job.output / "damage.png")
     run.say(f"patched: {', '.join(patch.name for patch in run.job.patches)} (see {run.job.output / 'report.txt'})")
     return report
 
@@ -88,7 +95,7 @@ def uptrain(run: Run, model: PreTrainedModel, loss: Loss, resume: bool) -> tuple
     run.say(f"training {sizes['trainable_parameters']:,} of {sizes['parameters']:,} parameters")
     during, plain = heldout_during(run, student), sharding.blueprint(run.accelerator, student)
     with run.clock("uptrain"):
-        options: dict[str, Any] = {"accelerator": run.accelerator, "evaluate": during, "also": job.identity()}
+        options: dict[str, Any] = {"accelerator": run.accelerator, "evaluate": during, "also": run.identity()}
         log = train(student, run.blocks, loss, job.train, resume=resume, **options)
     adapter = job.output / "adapter" if run.accelerator.is_main_process else None
     model = trainable.merge(sharding.gather(student, plain), adapter, str(base))
@@ -106,15 +113,30 @@ def heldout_during(run: Run, student: nn.Module) -> Evaluate:
     return evaluate
 
 
+def choose_loss(run: Run, model: PreTrainedModel) -> Loss:
+    """The loss that the job names; those that distil keep a copy of the model as it is now, before the patches."""
+    if run.job.loss == "cross_entropy":
+        return next_token_loss
+    teacher = copy.deepcopy(model)
+    if run.job.loss == "distillation":
+        return Distillation(teacher, run.accelerator.autocast)
+    sites = [site.path for site in ap.describe(model).sites]
+    return LayerwiseDistillation(teacher, sites, sample(run), run.accelerator.autocast)
+
+
+def sample(run: Run, count: int = 8) -> Batch:
+    """The first blocks of the training text: the same on every process and in a resumed run."""
+    rows = [run.blocks[index] for index in range(min(count, len(run.blocks)))]
+    return {key: torch.stack([row[key] for row in rows]).to(run.accelerator.device) for key in rows[0]}
+
+
 def execute(run: Run, resume: bool) -> dict[str, Any]:
     """Original, converted, uptrained: all stages in order; returns what was found beside the scores."""
     set_seed(run.job.train.seed)
     device = run.accelerator.device
     model = load_model(run.job.model, run.job.dtype).to(device)
     run.measure("original", model)
-    loss: Loss = next_token_loss
-    if run.job.loss == "distillation":
-        loss = Distillation(copy.deepcopy(model), run.accelerator.autocast)
+    loss = choose_loss(run, model)
     report = convert(run, model)
     run.measure("converted", model)
     model, training = uptrain(run, model, loss, resume)

@@ -11,9 +11,11 @@ from recipes import job as jobs
 from recipes import uptrain
 
 ROOT = Path(__file__).resolve().parents[2]
+REFINED = {"patch": "grouped_query", "num_kv_heads": 2, "method": "refined"}
+TEXT = {"source": "some/dataset"}
 
 
-@pytest.mark.parametrize("section", ["data", "heldout"])
+@pytest.mark.parametrize("section", ["data", "heldout", "calibration"])
 @pytest.mark.parametrize("source", ["missing.txt", "blank.txt"])
 def test_missing_and_empty_text_are_errors_before_a_model_is_loaded(folder, monkeypatch, section, source):
     (folder / "blank.txt").write_text(" \n")
@@ -25,17 +27,32 @@ def test_missing_and_empty_text_are_errors_before_a_model_is_loaded(folder, monk
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"modle": "x"}, r"unknown modle; choose from data, dtype, heldout, .*patches, .*trainable"),
+        ({"modle": "x"}, r"unknown modle; choose from calibration, data, dtype, heldout, .*patches, .*trainable"),
         ({"heldout": {"window": 2}}, "heldout: unknown window; choose from .*windows"),
         ({"train": {"learning_rate": 1}}, "train: unknown learning_rate; choose from .*lr"),
-        ({"loss": "kl"}, "loss: 'kl' does not exist; choose from 'distillation', 'cross_entropy'"),
+        ({"loss": "kl"}, "loss: 'kl' does not exist; choose from 'distillation', 'layerwise_dis.*', 'cross_entropy'"),
         ({"trainable": "mlp"}, "trainable: 'mlp' does not exist; choose from 'attention', 'all', 'lora'"),
         ({"trainable": "lora"}, "belong together"),
         ({"lora": {"r": 4}}, "belong together"),
         ({"trainable": "lora", "lora": {"rank": 4}}, "lora: unknown rank; choose from .*target_modules"),
         ({"patches": []}, r"expected a list such as \[\{patch: grouped_query"),
         ({"patches": [{"patch": "grouped"}]}, "patch 'grouped' does not exist; choose from: .*grouped_query"),
-        ({"patches": [{"patch": "grouped_query", "heads": 2}]}, "no field heads; its fields are: method, num_kv_heads"),
+        (
+            {"patches": [{"patch": "grouped_query", "heads": 2}]},
+            "no field heads; its fields are: .*method, num_kv_heads",
+        ),
+        ({"patches": [REFINED]}, "method 'refined' is fitted on text; add a section `calibration"),
+        ({"patches": [{**REFINED, "calibration": "x"}]}, "grouped_query.calibration: name the text in a section"),
+        (
+            {"patches": [{"patch": "flash", "backend": "sdpa"}], "calibration": TEXT},
+            "none of the patches is fitted on text",
+        ),
+        ({"calibration": {**TEXT, "sequences": 0}}, "sequences: expected at least 1, found 0"),
+        ({"calibration": {**TEXT, "sequence": 8}}, "calibration: unknown sequence; choose from .*sequences"),
+        (
+            {"patches": [{**REFINED, "refine_seconds": 1}], "calibration": TEXT, "train": {"save_every": 1}},
+            "a clock stops",
+        ),
         ({"processes": "two"}, "processes: expected a whole number, found 'two'"),
     ],
 )

@@ -32,6 +32,17 @@ def test_the_two_parts_are_disjoint_and_every_domain_is_in_both(tmp_path):
     assert not list(tmp_path.glob(".tmp*"))
 
 
+@pytest.mark.usefixtures("shipped")
+def test_a_domain_of_a_part_is_that_part_of_it(tmp_path):
+    for part in sources.PARTS:
+        by_domain = []
+        for domain in embedded.DOMAINS:
+            config = DataConfig(source=f"{part}/{domain}", cache=str(tmp_path))
+            by_domain += (found := list(documents(sources.resolve(config))))
+            assert {text.split()[0] for text in found} == {domain}
+        assert by_domain == sources.embedded_texts(part)
+
+
 def test_what_ships_is_split_without_a_rest():
     if not (embedded.path() / "heldout.jsonl.xz").is_file():
         pytest.skip("the embedded text is absent")
@@ -46,6 +57,8 @@ def test_other_names_are_left_alone_and_wrong_parts_are_named(tmp_path):
     assert sources.resolve(config) is config
     assert sources.locate("some/model") == "some/model"
     assert sources.locate("embedded") == str(embedded.path())
+    with pytest.raises(DataError, match="embedded/uptrain/poetry: the package ships .*python, prose, docs"):
+        sources.resolve(DataConfig(source="embedded/uptrain/poetry", cache=str(tmp_path)))
     with pytest.raises(DataError, match="embedded/test: the package ships embedded/uptrain and embedded/evaluation"):
         sources.resolve(DataConfig(source="embedded/test", cache=str(tmp_path)))
 

@@ -1,0 +1,100 @@
+"""Text for patches that are fitted on some, such as grouped heads: read like any other, drawn with a seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_attnpatch import Patch
+from hf_attnpatch.patches.grouped_query import CALIBRATED
+from recipes.data import DataConfig, DataError, load_blocks
+from recipes.settings import SettingsError
+from recipes.sources import resolve
+
+FIELD = "calibration"  # of the patches that take text; no record keeps it
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig(DataConfig):
+    """Text that patches are fitted on: the keys of `data`, and how much of it.
+
+    Args:
+        sequences: how many blocks of `block` tokens.
+        seed: which.
+    """
+
+    sequences: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What patches are fitted on.
+
+    Attributes:
+        ids: (sequences, block), int64.
+        source: where they are from.
+    """
+
+    ids: torch.Tensor
+    source: str
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share: the tokens themselves."""
+        digest = hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()[:24]
+        return {"source": self.source, "shape": list(self.ids.shape), "tokens": digest}
+
+    def give(self, patches: Sequence[Patch]) -> list[Patch]:
+        """Returns the patches, those that take text with it."""
+        return [dataclasses.replace(p, **{FIELD: self.ids}) if takes_text(p) else p for p in patches]
+
+
+def takes_text(patch: Patch) -> bool:
+    """Whether a patch can be fitted on text."""
+    return any(field.name == FIELD for field in dataclasses.fields(patch))
+
+
+def load(config: CalibrationConfig, tokenizer: Any) -> Calibration:
+    """Draws blocks from a text; call it before loading a model.
+
+    Raises:
+        DataError: the source is missing or empty, or shorter than `sequences` blocks.
+    """
+    plain = {field.name: getattr(config, field.name) for field in dataclasses.fields(DataConfig)}
+    blocks = load_blocks(resolve(DataConfig(**plain)), tokenizer)  # one cache, whatever is drawn from it
+    if len(blocks) < config.sequences:
+        raise DataError(
+            f"{config.source}: found {len(blocks)} blocks of {config.block} tokens, wanted {config.sequences}; give "
+            "more text, or lower calibration.sequences or calibration.block."
+        )
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(config.seed))
+    ids = torch.stack([blocks[int(index)]["input_ids"] for index in order[: config.sequences]])
+    return Calibration(ids, config.source)
+
+
+def check(patches: Sequence[Patch], config: CalibrationConfig | None) -> None:
+    """Refuses a section that nothing reads, and patches that lack it.
+
+    Raises:
+        SettingsError: says which.
+    """
+    taking = [patch for patch in patches if takes_text(patch)]
+    if config is not None and not taking:
+        raise SettingsError("calibration: none of the patches is fitted on text; remove the section.")
+    if config is not None and config.sequences < 1:
+        raise SettingsError(f"calibration.sequences: expected at least 1, found {config.sequences}.")
+    for patch in taking:
+        if getattr(patch, FIELD) is not None:
+            raise SettingsError(
+                f"{patch.name}.calibration: name the text in a section `calibration: {{source: ...}}` of the job."
+            )
+        if getattr(patch, "method", None) in CALIBRATED and config is None:
+            raise SettingsError(
+                f"{patch.name}: method {getattr(patch, 'method', None)!r} is fitted on text; add a section "
+                "`calibration: {source: ...}`."
+            )
