@@ -19,7 +19,8 @@ FAST := -n $(WORKERS) -m "not full and not slow"
 # the workers already fill the cores; a thread pool in each would only get in their way
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-all test-lowest lint format survey bench bench-decode downstream clean
+.PHONY: demo test test-all test-lowest lint format survey bench bench-decode downstream \
+	results-grouped-query clean
 
 demo: $(VENV)/.installed
 	$(BIN)/attnpatch demo --output outputs/demo
@@ -61,6 +62,13 @@ downstream: $(VENV)/.installed data/smollm2/config.json
 		--patch rope_scaling:kind=$$kind,factor=4 --overwrite || exit 1; done
 	$(BIN)/python scripts/check_downstream.py $(DOWN)/smollm2-1-kv-head $(DOWN_KINDS:%=$(DOWN)/smollm2-%) \
 		--control data/smollm2 --environments $(VENV)/downstream
+
+# hours on two cores; the same command goes on where it was stopped
+results-grouped-query: $(VENV)/.installed data/corpus/manifest.json data/smollm2/config.json
+	$(BIN)/python recipes/results_grouped_query.py
+
+data/corpus/manifest.json: | $(VENV)/.installed
+	$(BIN)/python scripts/build_corpus.py
 
 data/smollm2/config.json: | $(VENV)/.installed
 	$(BIN)/python scripts/fetch_smollm2.py --out data/smollm2

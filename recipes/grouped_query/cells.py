@@ -1,0 +1,197 @@
+"""The cells of the comparison: what is converted how, and measured on what. Each has a name and stands alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from typing import Any
+
+from hf_attnpatch.embedded import DOMAINS
+from recipes.settings import SettingsError
+
+SMOLLM2 = "data/smollm2"
+CORPUS = "data/corpus/train"
+DATA_FREE = ("first", "mean", "mean_rescaled", "procrustes", "principal")
+FITTED = ("calibrated", "refined")
+HEADS = {"embedded": (8, (4, 2, 1)), "smollm2": (3, (1,))}  # model -> present key-value heads, those to measure
+SEEDS = (1, 2)  # beside 0
+STARTS = ("refined", "mean")  # of uptraining
+RATES = {"refined": (2.5e-4, 5e-4, 1e-3, 2e-3), "mean": (1e-3, 2e-3, 4e-3)}  # tried for each start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much of everything.
+
+    Attributes:
+        sequences: of calibration text.
+        block: tokens in a sequence and in a window.
+        windows: of each evaluation document, for the embedded model; SmolLM2 gets one.
+        documents: of each domain to measure on; None for all.
+        refine_steps: of Adam for each layer.
+        steps: of uptraining, of `batch` blocks each; 130 of 8 are 5 % of the pretraining tokens.
+        trial_steps: the same where learning rates are tried, on heads refined for a third of the steps.
+        batch: blocks in a step.
+        evaluate: uptraining steps between evaluations.
+    """
+
+    sequences: int = 64
+    block: int = 512
+    windows: int = 4
+    documents: int | None = None
+    refine_steps: int = 150
+    steps: int = 130
+    trial_steps: int = 65
+    batch: int = 8
+    evaluate: int = 13
+
+
+FULL = Scale()
+QUICK = Scale(
+    sequences=8, block=128, windows=1, documents=2, refine_steps=2, steps=2, trial_steps=1, batch=2, evaluate=1
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement.
+
+    Attributes:
+        name: path-like, such as `embedded/8-2/refined`.
+        kind: `convert` or `uptrain`.
+        spec: everything it depends on, JSON-able.
+    """
+
+    name: str
+    kind: str
+    spec: Mapping[str, Any] = field(hash=False)
+
+    @property
+    def digest(self) -> str:
+        """Of what it depends on: a result with another one is of another cell."""
+        return hashlib.sha256(json.dumps([self.kind, self.spec], sort_keys=True).encode()).hexdigest()[:12]
+
+    def with_(self, **changes: Any) -> Cell:
+        """Returns the cell with some of its settings changed."""
+        return dataclasses.replace(self, spec={**self.spec, **changes})
+
+
+def all_cells(models: tuple[str, ...], scale: Scale, text: str) -> list[Cell]:
+    """The cells in the order they are run: those that answer most first.
+
+    Args:
+        models: `embedded`, `smollm2`.
+        scale: how much of everything.
+        text: source of the uptraining text.
+    """
+    found = []
+    if "embedded" in models:
+        found += [*_conversions("embedded", scale), *_uptrainings(scale, text)]
+    if "smollm2" in models:
+        found += _conversions("smollm2", scale)
+    if "embedded" in models:
+        found += [*_domains(scale), *_seeds(scale)]
+    return found
+
+
+def quick_cells(cells: list[Cell]) -> list[Cell]:
+    """A few of each kind, all that the tables and figures need."""
+    patterns = ("embedded/original", "embedded/8-2/*", "uptraining/8-2/*", "uptraining/rates/*/*/0.002")
+    slow = ("*/seed-2", "*/on-docs", "*/on-prose", "*-similar", "*/first", "*/mean_rescaled", "*/principal")
+    return [c for c in cells if _matches(c, patterns) and not _matches(c, slow)]
+
+
+def choose(cells: list[Cell], patterns: list[str]) -> list[Cell]:
+    """The cells whose names match one of the patterns (`embedded/8-2/*`); all where there are none.
+
+    Raises:
+        SettingsError: a pattern matches nothing.
+    """
+    for pattern in patterns:
+        if not any(fnmatch(cell.name, pattern) for cell in cells):
+            raise SettingsError(f"--cells {pattern}: no such cell; --list shows all {len(cells)}.")
+    return [cell for cell in cells if not patterns or _matches(cell, tuple(patterns))]
+
+
+def _matches(cell: Cell, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(cell.name, pattern) for pattern in patterns)
+
+
+def _convert(model: str, scale: Scale, name: str, **settings: Any) -> Cell:
+    small = model == "embedded"
+    text = {f"embedded/evaluation/{domain}": domain for domain in DOMAINS}
+    base = {
+        "model": "embedded" if small else SMOLLM2,
+        "evaluation": text,
+        "windows": scale.windows if small else 1,
+        "documents": scale.documents,
+        "block": scale.block,
+        "batch": 8 if small else 2,
+        "patch": None,
+        "calibration": None,
+    }
+    return Cell(f"{model}/{name}", "convert", {**base, **settings})
+
+
+def _conversion(
+    model: str, scale: Scale, kv: int, method: str, name: str, *, seed: int = 0, source: str = "", grouping: str = ""
+) -> Cell:
+    patch: dict[str, Any] = {"patch": "grouped_query", "num_kv_heads": kv, "method": method}
+    calibration = None
+    if grouping:
+        patch["grouping"] = grouping
+    if method in FITTED:
+        patch |= {"seed": seed, "refine_steps": scale.refine_steps}
+        source = source or "embedded/uptrain"
+        calibration = {"source": source, "sequences": scale.sequences, "block": scale.block, "seed": seed}
+    return _convert(model, scale, f"{HEADS[model][0]}-{kv}/{name}", patch=patch, calibration=calibration)
+
+
+def _conversions(model: str, scale: Scale) -> Iterator[Cell]:
+    yield _convert(model, scale, "original")
+    for method in (*DATA_FREE, *FITTED):
+        for kv in HEADS[model][1]:
+            yield _conversion(model, scale, kv, method, method)
+    if model == "embedded":
+        for kv in HEADS[model][1][:-1]:  # one group has nothing to choose
+            yield _conversion(model, scale, kv, "refined", "refined-similar", grouping="similar")
+
+
+def _domains(scale: Scale) -> Iterator[Cell]:
+    for kv in (2, 4, 1):
+        for method in FITTED:
+            for domain in DOMAINS:
+                source = f"embedded/uptrain/{domain}"
+                yield _conversion("embedded", scale, kv, method, f"{method}/on-{domain}", source=source)
+
+
+def _seeds(scale: Scale) -> Iterator[Cell]:
+    for kv in (2, 4, 1):
+        for seed in SEEDS:
+            for method in FITTED:
+                yield _conversion("embedded", scale, kv, method, f"{method}/seed-{seed}", seed=seed)
+
+
+def _uptrainings(scale: Scale, text: str) -> Iterator[Cell]:
+    base = {
+        "data": {"source": text, "block": scale.block},
+        "calibration": {"source": "embedded/uptrain", "sequences": scale.sequences, "block": scale.block},
+        "windows": scale.windows,
+        "documents": None if scale.documents is None else 3 * scale.documents,
+        "refine_steps": scale.refine_steps,
+        "batch_size": scale.batch,
+        "eval_every": scale.evaluate,
+    }
+    for start, rates in RATES.items():
+        for rate in rates:
+            trial = {"num_kv_heads": 2, "method": start, "lr": rate, "steps": scale.trial_steps}
+            trial |= {"heldout": "embedded/uptrain", "windows": 1, "refine_steps": max(1, scale.refine_steps // 3)}
+            yield Cell(f"uptraining/rates/8-2/{start}/{rate:g}", "uptrain", {**base, **trial})
+    for start in STARTS:
+        for kv in HEADS["embedded"][1]:
+            run = {"num_kv_heads": kv, "method": start, "lr": None, "steps": scale.steps}
+            yield Cell(f"uptraining/8-{kv}/{start}", "uptrain", {**base, **run, "heldout": "embedded/evaluation"})

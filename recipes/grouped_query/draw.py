@@ -1,0 +1,136 @@
+"""The figures of the comparison. Colours are Okabe and Ito's; markers differ too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_attnpatch.embedded import DOMAINS
+from recipes.figures import import_pyplot
+from recipes.grouped_query.cells import HEADS, STARTS
+from recipes.grouped_query.render import METHODS, excess, ratio
+from recipes.grouped_query.store import Store
+
+OURS, OTHERS = "#0072B2", "#777777"
+START = {"refined": ("#0072B2", "o"), "mean": ("#D55E00", "s")}
+PLACE = {"mean": ("#D55E00", "s"), "procrustes": ("#009E73", "D")}
+GOAL = {4: 0.02, 1: 0.06}  # nats above the original after uptraining
+
+
+def everything(store: Store, folder: Path) -> None:
+    """Draws what there is results for."""
+    for name, draw in (("zero_shot.png", zero_shot), ("uptraining.png", uptraining), ("domains.png", domains)):
+        figure = draw(store)
+        if figure is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            figure.savefig(folder / name, dpi=130)
+            import_pyplot().close(figure)
+
+
+def zero_shot(store: Store) -> Any:
+    """Excess loss of each method, a panel for each number of heads; None where nothing was measured."""
+    places = [(model, kv) for model, (_, counts) in HEADS.items() for kv in counts]
+    panels = [(model, kv, _methods(store, model, kv)) for model, kv in places]
+    panels = [panel for panel in panels if panel[2]]
+    if not panels:
+        return None
+    figure, axes = _panels(len(panels), width=3.6, height=3.4, sharey=False)
+    names = [m for m in METHODS if any(m in found for _, _, found in panels)]
+    for axis, (model, kv, found) in zip(axes, panels, strict=True):
+        for method, interval in found.items():
+            at, colour = names.index(method), OURS if method in METHODS[4:] else OTHERS
+            reach = [[max(0.0, interval.value - interval.low)], [max(0.0, interval.high - interval.value)]]
+            axis.errorbar([interval.value], [at], xerr=reach, fmt="o", color=colour, capsize=4)
+            note = {"textcoords": "offset points", "xytext": (0, 6), "ha": "center", "fontsize": 8, "color": colour}
+            axis.annotate(f"{interval.value:.3f}", (interval.value, at), **note)
+        axis.set_yticks(range(len(names)), [n.replace("refined-similar", "refined, similar") for n in names])
+        axis.set(xscale="log", ylim=(len(names) - 0.5, -0.7), xlabel="nats above the original")
+        axis.margins(x=0.15)
+        title = "embedded" if model == "embedded" else "SmolLM2-135M"
+        axis.set_title(f"{title}, {HEADS[model][0]} to {kv}")
+    _finish(figure, axes, "x", "Conversion without training (95 % over documents; blue: this package's own methods)")
+    return figure
+
+
+def _methods(store: Store, model: str, kv: int) -> dict[str, Any]:
+    found = {m: excess(store, f"{model}/{HEADS[model][0]}-{kv}/{m}") for m in METHODS}
+    return {method: interval for method, interval in found.items() if interval is not None and interval.value > 0}
+
+
+def uptraining(store: Store) -> Any:
+    """Excess loss against uptraining tokens, a panel for each number of heads."""
+    rows = {(kv, s): store.get(f"uptraining/8-{kv}/{s}") for kv in HEADS["embedded"][1] for s in STARTS}
+    counts = [kv for kv in HEADS["embedded"][1] if any(rows[kv, s] for s in STARTS)]
+    if not counts:
+        return None
+    figure, axes = _panels(len(counts), width=4.2, height=3.6, sharey=True)
+    for axis, kv in zip(axes, counts, strict=True):
+        for start in STARTS:
+            row = rows[kv, start]
+            if row is not None:
+                _curve(axis, row, start)
+        if kv in GOAL:
+            axis.axhline(GOAL[kv], color="#555555", linestyle="--", linewidth=1)
+            axis.text(
+                0.02, GOAL[kv], f"target {GOAL[kv]}", transform=axis.get_yaxis_transform(), va="bottom", fontsize=8
+            )
+        axis.set(yscale="log", xlabel="tokens (thousands)", title=f"8 to {kv}")
+        axis.legend()
+    axes[0].set_ylabel("nats above the original")
+    _finish(figure, axes, "y", "Uptraining the embedded model by distillation, attention only")
+    return figure
+
+
+def _curve(axis: Any, row: Any, start: str) -> None:
+    original, (colour, marker) = row["scores"]["original"]["nats"], START[start]
+    tokens = [0.0, *(point["tokens"] / 1e3 for point in row["curve"])]
+    above = [row["differences"]["converted"]["value"], *(p["heldout_loss"] - original for p in row["curve"])]
+    axis.plot(tokens, above, marker=marker, markersize=4, color=colour, label=f"from {start}")
+    last = row["differences"]["uptrained"]["value"]
+    note = {"textcoords": "offset points", "xytext": (-2, 7), "ha": "right", "color": colour}
+    axis.annotate(f"{last:+.3f}", (tokens[-1], max(above[-1], 1e-3)), **note)
+
+
+def domains(store: Store) -> Any:
+    """Ratios of refined's damage, calibrated on one domain, in that domain and in the others."""
+    counts = [kv for kv in HEADS["embedded"][1] if any(store.get(f"embedded/8-{kv}/refined/on-{d}") for d in DOMAINS)]
+    if not counts:
+        return None
+    figure, axes = _panels(len(counts), width=3.8, height=3.4, sharey=True)
+    for axis, kv in zip(axes, counts, strict=True):
+        place = f"embedded/8-{kv}"
+        for shift, (worse, (colour, marker)) in zip((-0.08, 0.08), PLACE.items(), strict=True):
+            for at, domain in enumerate(DOMAINS):
+                others = [each for each in DOMAINS if each != domain]
+                for step, where, fill in ((-0.16, [domain], "full"), (0.16, others, "none")):
+                    found = ratio(store, f"{place}/refined/on-{domain}", f"{place}/{worse}", where)
+                    if found is not None:
+                        reach = [[max(0.0, found.value - found.low)], [max(0.0, found.high - found.value)]]
+                        style = {"fmt": marker, "color": colour, "capsize": 3, "fillstyle": fill, "markersize": 6}
+                        first = at == 0 and axis is axes[0]
+                        label = f"of {worse}, {'same domain' if fill == 'full' else 'the other two'}" if first else None
+                        axis.errorbar([at + step + shift], [found.value], yerr=reach, label=label, **style)
+        axis.set_xticks(range(len(DOMAINS)), [f"{domain}" for domain in DOMAINS])
+        axis.set(title=f"8 to {kv}", xlabel="calibrated on")
+        axis.set_ylim(bottom=0)
+    axes[0].set_ylabel("damage of refined, as a share")
+    if axes[0].get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    _finish(figure, axes, "y", "Does a calibration hold on text of other domains?")
+    return figure
+
+
+def _panels(count: int, *, width: float, height: float, sharey: bool) -> tuple[Any, Sequence[Any]]:
+    figure, axes = import_pyplot().subplots(
+        1, count, figsize=(width * count + 1, height), sharey=sharey, squeeze=False, layout="constrained"
+    )
+    return figure, list(axes[0])
+
+
+def _finish(figure: Any, axes: Sequence[Any], grid: str, title: str) -> None:
+    for each in axes:
+        each.grid(axis=grid, alpha=0.3)
+        each.set_axisbelow(True)
+        each.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)

@@ -1,0 +1,239 @@
+"""The tables of the comparison, from what is in the store; what was not measured is said to be missing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_attnpatch.embedded import DOMAINS
+from hf_attnpatch.evaluation import Interval, difference
+from recipes.grouped_query import targets
+from recipes.grouped_query.cells import CORPUS, DATA_FREE, FITTED, HEADS, RATES, SEEDS, STARTS, Cell
+from recipes.grouped_query.ratios import damage_ratio
+from recipes.grouped_query.store import Store
+
+METHODS = (*DATA_FREE, *FITTED, "refined-similar")
+MISSING = "-"
+
+
+def write(store: Store, cells: Sequence[Cell], path: Path) -> None:
+    """Writes the Markdown file.
+
+    Args:
+        store: the results.
+        cells: all there are, to say which are missing.
+        path: where it goes.
+    """
+    parts = [
+        "# Sharing key-value heads: what it loses\n",
+        _about(store, cells),
+        "## Targets\n\n" + targets.table(store),
+        *(_conversions(store, model) for model in HEADS if store.get(f"{model}/original")),
+        _uptraining(store),
+        _domains(store),
+        _seeds(store),
+        _conditions(store),
+    ]
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text("\n\n".join(part.strip() for part in parts if part) + "\n", "utf-8")
+    os.replace(temporary, path)
+
+
+def excess(store: Store, name: str, domain: str | None = None) -> Interval | None:
+    """How much a conversion loses above the original, paired by document; None where one was not measured."""
+    before, after = store.score(f"{name.partition('/')[0]}/original", domain), store.score(name, domain)
+    return None if before is None or after is None or name.endswith("/original") else difference(before, after)
+
+
+def ratio(store: Store, better: str, worse: str, domains: Iterable[str | None] = (None,)) -> Interval | None:
+    """The damage of one cell over that of another, on all documents or those of some domains."""
+    model = better.partition("/")[0]
+    scores = [store.merged(name, domains) for name in (f"{model}/original", better, worse)]
+    if any(score is None for score in scores):
+        return None
+    return damage_ratio(*scores)  # type: ignore[arg-type]
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, numbers to the right."""
+    align = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, align, *rows))
+
+
+def signed(found: Interval | None) -> str:
+    """An excess loss with its interval."""
+    return MISSING if found is None else f"{found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
+
+
+def share(found: Interval | None) -> str:
+    """A ratio with its interval."""
+    return MISSING if found is None else f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
+
+
+def number(value: float | None, form: str) -> str:
+    """A number, or that it is missing."""
+    return MISSING if value is None else format(value, form)
+
+
+def _about(store: Store, cells: Sequence[Cell]) -> str:
+    missing = [cell.name for cell in cells if store.get(cell.name) is None]
+    lines = [
+        "`make results-grouped-query` (`python recipes/results_grouped_query.py`) measures all this and writes it; "
+        "`metrics.jsonl` has every figure, a line for each cell, with its settings.",
+        "Losses are nats per token on whole documents that no model was trained on and no conversion has seen "
+        "(`embedded/evaluation`). `excess` is the loss above the unconverted model's; intervals are 95 %, resampling "
+        "documents, paired. Ratios divide one excess by another on the same documents.",
+        "Calibration: 64 sequences of 512 tokens from `embedded/uptrain`, other documents of the same domains; no "
+        "gradient goes through the model. Seeds draw the sequences and order refinement.",
+    ]
+    if missing:
+        lines.append(f"**{len(missing)} of {len(cells)} cells are not measured yet**: {', '.join(missing)}.")
+    return "\n".join(f"* {line}" for line in lines)
+
+
+def _conversions(store: Store, model: str) -> str:
+    present, counts = HEADS[model]
+    original = store.score(f"{model}/original")
+    assert original is not None
+    title = "Embedded model" if model == "embedded" else "SmolLM2-135M"
+    out = [
+        f"## {title}, no training\n",
+        f"Original: {original.nats:.4f} nats ({original.low:.3f} to {original.high:.3f}), perplexity "
+        f"{original.perplexity:.2f}, on {original.tokens:,} tokens of {len(original.losses)} documents. `peak`: "
+        "resident memory during the conversion above that of the loaded model; `CPU s`: of all threads.\n",
+    ]
+    if model == "embedded":
+        out.append("![excess loss by method](zero_shot.png)\n")
+    head = ["method", "loss", "excess", "perplexity", "of `mean`", "of `procrustes`", "seconds", "CPU s", "peak MB"]
+    for kv in counts:
+        place = f"{model}/{present}-{kv}"
+        out.append(f"### {present} to {kv}\n")
+        out.append(markdown(head, [_row(store, place, method) for method in METHODS if _shown(store, place, method)]))
+        out.append("")
+    return "\n".join(out)
+
+
+def _shown(store: Store, place: str, method: str) -> bool:
+    return store.get(f"{place}/{method}") is not None
+
+
+def _row(store: Store, place: str, method: str) -> list[str]:
+    name = f"{place}/{method}"
+    found, row = store.score(name), store.get(name)
+    assert found is not None
+    assert row is not None
+    took = row["conversion"]
+    return [
+        f"`{method}`" if method != "refined-similar" else "`refined`, grouping `similar`",
+        f"{found.nats:.4f}",
+        signed(excess(store, name)),
+        f"{found.perplexity:.2f}",
+        share(ratio(store, name, f"{place}/mean")),
+        share(ratio(store, name, f"{place}/procrustes")),
+        f"{took['seconds']:.1f}",
+        f"{took['cpu_seconds']:.1f}",
+        number(took["peak_mb"], ".0f"),
+    ]
+
+
+def _uptraining(store: Store) -> str:
+    rows = []
+    for kv in HEADS["embedded"][1]:
+        for start in STARTS:
+            row = store.get(f"uptraining/8-{kv}/{start}")
+            if row is not None:
+                before, after = (Interval(**row["differences"][stage]) for stage in ("converted", "uptrained"))
+                loss, tokens = f"{row['scores']['uptrained']['nats']:.4f}", f"{row['trained_tokens']:,}"
+                figures = [signed(before), signed(after), loss, tokens, f"{row['spec']['lr']:g}"]
+                rows.append([f"8 to {kv}, from `{start}`", *figures])
+    if not rows:
+        return ""
+    first = next(store.rows[name] for name in store.rows if name.startswith("uptraining/8-"))
+    head = ["conversion", "excess before", "excess after", "loss after", "tokens", "lr"]
+    return "\n".join(
+        [
+            "## Embedded model, uptrained\n",
+            "`recipes/uptrain.py` with `configs/grouped_query_refined.yaml`: distillation from the unconverted self, "
+            f"attention only, on {_text(first['spec']['data']['source'])}. No evaluation document is in it. 532,480 "
+            "tokens are 5 % of pretraining.\n",
+            "![excess loss against uptraining tokens](uptraining.png)\n",
+            markdown(head, rows),
+            "",
+            _trials(store),
+        ]
+    )
+
+
+def _text(source: str) -> str:
+    return f"`{source}`, the text of pretraining" if source == CORPUS else f"`{source}`"
+
+
+def _trials(store: Store) -> str:
+    rows = []
+    for start in STARTS:
+        tried = {rate: store.get(f"uptraining/rates/8-2/{start}/{rate:g}") for rate in RATES[start]}
+        found = {rate: row["differences"]["uptrained"]["value"] for rate, row in tried.items() if row is not None}
+        rows += [[f"`{start}`", f"{rate:g}", f"{value:+.4f}"] for rate, value in found.items()]
+    if not rows:
+        return ""
+    said = (
+        "Learning rates were chosen at 8 to 2 with half of the tokens, and for `refined` a third of its steps, on "
+        "`embedded/uptrain`, whose documents are in no figure above:\n\n"
+    )
+    return said + markdown(["start", "lr", "excess after the trial"], rows)
+
+
+def _domains(store: Store) -> str:
+    rows = []
+    for kv in HEADS["embedded"][1]:
+        for method in FITTED:
+            for domain in DOMAINS:
+                name, place = f"embedded/8-{kv}/{method}/on-{domain}", f"embedded/8-{kv}"
+                if store.get(name) is None:
+                    continue
+                others = [each for each in DOMAINS if each != domain]
+                cells = [
+                    share(ratio(store, name, f"{place}/{worse}", where))
+                    for worse in ("mean", "procrustes")
+                    for where in ([domain], others)
+                ]
+                rows.append([f"8 to {kv}, `{method}` on {domain}", *cells])
+    if not rows:
+        return ""
+    head = ["calibrated on", "of `mean`, same domain", "other domains", "of `procrustes`, same domain", "other domains"]
+    about = (
+        f"Calibration text of one domain only ({', '.join(DOMAINS)}); measured on held-out documents of it, and of "
+        "the two others.\n\n![ratios in and out of the calibration's domain](domains.png)\n\n"
+    )
+    return "## Text that the calibration never saw\n\n" + about + markdown(head, rows)
+
+
+def _seeds(store: Store) -> str:
+    rows = []
+    for kv in HEADS["embedded"][1]:
+        for method in FITTED:
+            place = f"embedded/8-{kv}/{method}"
+            found = [excess(store, name) for name in (place, *(f"{place}/seed-{seed}" for seed in SEEDS))]
+            if any(found[1:]):
+                rows.append([f"8 to {kv}, `{method}`", *(signed(each) for each in found)])
+    if not rows:
+        return ""
+    head = ["excess", *(f"seed {seed}" for seed in (0, *SEEDS))]
+    return "## Seeds\n\n" + markdown(head, rows)
+
+
+def _conditions(store: Store) -> str:
+    places = [row["environment"] for row in store.rows.values()]
+    if not places:
+        return ""
+    say: Callable[[str], str] = lambda key: ", ".join(dict.fromkeys(str(place[key]) for place in places))  # noqa: E731
+    loads = [place["load"] for place in places if place["load"] is not None]
+    busy: Any = f", load average {min(loads)} to {max(loads)} when cells began" if loads else ""
+    versions = ", ".join(f"{name} {say(name)}" for name in ("python", "torch", "transformers", "hf_attnpatch"))
+    return (
+        f"## Conditions\n\n{say('cpu')}, {say('cores')} cores, {say('threads')} threads{busy}: where others were at "
+        f"work, wall seconds say little and CPU seconds more. {versions} (digest of its sources: {say('code')}), "
+        f"{say('date')}. Weights and arithmetic in float32; uptraining under bfloat16 autocast."
+    )

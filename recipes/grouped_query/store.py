@@ -1,0 +1,101 @@
+"""What has been measured: one JSON line for each finished cell, so that a stopped comparison goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import hf_attnpatch as ap
+from hf_attnpatch.evaluation import Score, summarise
+from recipes.grouped_query.cells import Cell
+
+Row = Mapping[str, Any]
+
+
+class Store:
+    """The lines of `metrics.jsonl`; the last of a name counts.
+
+    Args:
+        path: the file; it need not be there yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]  # a killed write leaves half a line
+        self.rows: dict[str, Row] = {row["cell"]: row for row in rows}
+
+    def has(self, cell: Cell) -> bool:
+        """Whether a cell was measured with the settings it has now."""
+        return cell.name in self.rows and self.rows[cell.name]["digest"] == cell.digest
+
+    def add(self, cell: Cell, found: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+        """Writes a finished cell; lines of the same name are dropped, so that the file keeps what counts."""
+        row = {"cell": cell.name, "digest": cell.digest, "spec": cell.spec, **found, "environment": environment}
+        self.rows.pop(cell.name, None)
+        self.rows[cell.name] = row
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".tmp-{self.path.name}")
+        temporary.write_text("".join(json.dumps(each) + "\n" for each in self.rows.values()), "utf-8")
+        os.replace(temporary, self.path)
+
+    def get(self, name: str) -> Row | None:
+        """The line of a cell, or None."""
+        return self.rows.get(name)
+
+    def score(self, name: str, domain: str | None = None) -> Score | None:
+        """What a converted model loses, on all documents or those of a domain; None where it was not measured."""
+        return self.merged(name, (domain,))
+
+    def merged(self, name: str, domains: Iterable[str | None]) -> Score | None:
+        """The same over several domains; None among them means all documents."""
+        row, wanted = self.rows.get(name), tuple(domains)
+        if row is None:
+            return None
+        keep = {
+            document: tuple(pair)
+            for document, pair in row["losses"].items()
+            if None in wanted or document.partition("/")[0] in wanted
+        }
+        return summarise(keep)
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """Where a cell is measured."""
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "hf_attnpatch": ap.__version__}
+    busy = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "load": busy,
+        "python": platform.python_version(),
+        **versions,
+        "code": code(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor as the system names it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def code() -> str:
+    """Digest of the package's sources: cells with different ones were measured with different code."""
+    root = Path(ap.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
