@@ -12,7 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from . import calibration as cal
-from .calibration import Batch, Moments
+from . import calibration_text
+from .calibration import Moments
+from .calibration_text import Batch
 from .damage import LayerDamage
 from .estimate import estimate, find_frames
 from .frames import Frames
@@ -38,7 +40,7 @@ def convert(model: PreTrainedModel, sites: Sequence[Site], recipe: Recipe, text:
         AttnPatchError: too little text, activations that are not finite, groups that a family cannot have.
     """
     done = Conversion(total=len(sites))
-    text = None if text is None else cal.shuffled(text, recipe.seed)
+    text = None if text is None else calibration_text.shuffled(text, recipe.seed)
     with quiet(model):
         frames = find_frames(model, sites)
         for part in cal.chunks(sites, lambda s: cal.moments_size(s) + _refit_size(s)):

@@ -10,10 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import calibration as cal
-from .calibration import Batch, Moments
+from . import calibration_text
+from .calibration import Moments
+from .calibration_text import Batch
 from .errors import AttnPatchError
 from .frames import Frames, read_frames
 from .headweights import HeadWeights, read_weights
+from .probe import codebooks
 from .replay import Call, Socket, Streams
 from .sites import Site
 
@@ -28,7 +31,7 @@ def find_frames(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Fram
     """
     calls: dict[str, Call] = {}
     ids = random_ids(model, (2, 12))
-    mask = torch.ones_like(ids)
+    mask = torch.ones(2, 12, dtype=torch.int64)
     cal.stream(
         model, sites, [{"input_ids": ids, "attention_mask": mask}], lambda s, c, _: calls.setdefault(s.path, c), ""
     )
@@ -57,7 +60,7 @@ def estimate(
         found = _weight_moments(model, sites)
     else:
         offsets = {s.path: _offset(model, s, frames[s.path]) for s in sites}
-        found = cal.measure(model, sites, cal.split(text, sites), offsets)
+        found = cal.measure(model, sites, calibration_text.split(text, sites), offsets)
     return {path: _scaled(each, frames[path]) for path, each in found.items()}
 
 
@@ -100,6 +103,7 @@ def _assumed(site: Site, weights: HeadWeights, size: Tensor) -> Moments:
 
 
 def random_ids(model: PreTrainedModel, shape: tuple[int, int]) -> Tensor:
-    """Return token ids, the same for every model of a vocabulary."""
+    """Return token ids, the same for every model of a vocabulary; (sequences, length), or a row for each codebook."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
+    return ids.repeat_interleave(codebooks(model), dim=0)

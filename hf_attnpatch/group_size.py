@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from .calibration import Batch, chunks, moments_size
+from .calibration import chunks, moments_size
+from .calibration_text import Batch
 from .errors import AttnPatchError
 from .estimate import estimate, find_frames
 from .functional import partition

@@ -67,7 +67,7 @@ class Source:
 
         def replacement(which: int, rows: Tensor) -> Tensor:
             new = parts[which][..., :-1] if rows.dim() == 3 else parts[which][..., -1]
-            return new.to(rows)
+            return new.to(rows).contiguous()  # a slice would keep the biases beside it alive
 
         return replacement
 

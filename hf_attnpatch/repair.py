@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import calibration as cal
-from .calibration import Batch
+from . import calibration_text
+from .calibration_text import Batch
 from .edits import SetAttention
 from .errors import AttnPatchError
 from .functional.merging import refit
@@ -44,7 +45,7 @@ def refit_outputs(model: PreTrainedModel, sites: Sequence[Site], text: Sequence[
         sums[site.path] = (gram, cross) if before is None else (before[0] + gram, before[1] + cross)
 
     width = max(s.num_heads * s.v_head_dim for s in sites)
-    enough = cal.first(cal.split(text, sites), max(TOKENS_TO_REFIT, 32 * width))
+    enough = calibration_text.first(calibration_text.split(text, sites), max(TOKENS_TO_REFIT, 32 * width))
     cal.stream(model, sites, enough, see, "refitting outputs")
     for site in sites:
         shared, more = done.weights[site.path], refit(*sums.pop(site.path))
@@ -113,7 +114,9 @@ def _samples(text: Sequence[Batch]) -> list[Batch]:
         for start in range(0, len(batch["input_ids"]), rows):
             parts.append({name: tensor[start : start + rows] for name, tensor in batch.items()})
     parts.sort(key=lambda part: -part["input_ids"].numel())  # stable, so still shuffled
-    return cal.first(parts, TOKENS_TO_REFINE + parts[0]["input_ids"].numel()) if len(parts) > 1 else parts * 2
+    return (
+        calibration_text.first(parts, TOKENS_TO_REFINE + parts[0]["input_ids"].numel()) if len(parts) > 1 else parts * 2
+    )
 
 
 @contextmanager

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "patches/": {
         *("anatomy", "backends", "configs", "edits", "errors", "functional", "heads", "layouts", "patch", "probe"),
         *("rope_parameters", "runtime", "sites", "twin"),
-        *("calibration", "conversion", "damage", "group_size", "outcome", "regroup"),
+        *("calibration_text", "conversion", "damage", "group_size", "outcome", "regroup"),
     },
     "evaluation/": {"errors", "evaluation"},  # measures a model; knows nothing of patches
 }

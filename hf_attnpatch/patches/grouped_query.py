@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from transformers import PreTrainedModel
 
-from .. import calibration as cal
+from .. import calibration_text
 from ..anatomy import Anatomy, Site
 from ..conversion import Recipe, convert
 from ..damage import DamageReport
@@ -111,7 +111,9 @@ class GroupedQuery(Patch):
         method = self.method or ("principal" if self.calibration is None else "refined")
         made, notes = replace(self, method=method), []
         if self.num_kv_heads == "auto":
-            text = None if self.calibration is None else cal.batches(self.calibration, self.tokenizer, model)
+            text = (
+                None if self.calibration is None else calibration_text.batches(self.calibration, self.tokenizer, model)
+            )
             count, why = choose(model, sites, self.cache_target, text)
             made, notes = replace(made, num_kv_heads=count, cache_target=None), [why]
         return made, notes
@@ -177,9 +179,13 @@ class _Prepare:
         patch, method = self.patch, self.patch.method or ""
         notes: tuple[str, ...] = ()
         try:
-            text = None if patch.calibration is None else cal.batches(patch.calibration, patch.tokenizer, model)
+            text = (
+                None
+                if patch.calibration is None
+                else calibration_text.batches(patch.calibration, patch.tokenizer, model)
+            )
             if text is not None:
-                cal.check_amount(text, self.sites)
+                calibration_text.check_amount(text, self.sites)
             done = convert(model, self.sites, self._recipe(method), text)
         except CalibrationError as error:
             if patch.fallback is None:
