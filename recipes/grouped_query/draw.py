@@ -12,7 +12,7 @@ from recipes.grouped_query.cells import HEADS, STARTS
 from recipes.grouped_query.render import METHODS, excess, ratio
 from recipes.grouped_query.store import Store
 
-OURS, OTHERS = "#0072B2", "#777777"
+OURS, OTHERS = ("#0072B2", "o"), ("#777777", "s")
 START = {"refined": ("#0072B2", "o"), "mean": ("#D55E00", "s")}
 PLACE = {"mean": ("#D55E00", "s"), "procrustes": ("#009E73", "D")}
 GOAL = {4: 0.02, 1: 0.06}  # nats above the original after uptraining
@@ -39,17 +39,18 @@ def zero_shot(store: Store) -> Any:
     names = [m for m in METHODS if any(m in found for _, _, found in panels)]
     for axis, (model, kv, found) in zip(axes, panels, strict=True):
         for method, interval in found.items():
-            at, colour = names.index(method), OURS if method in METHODS[4:] else OTHERS
+            at, (colour, marker) = names.index(method), OURS if method in METHODS[4:] else OTHERS
             reach = [[max(0.0, interval.value - interval.low)], [max(0.0, interval.high - interval.value)]]
-            axis.errorbar([interval.value], [at], xerr=reach, fmt="o", color=colour, capsize=4)
+            axis.errorbar([interval.value], [at], xerr=reach, fmt=marker, color=colour, capsize=4)
             note = {"textcoords": "offset points", "xytext": (0, 6), "ha": "center", "fontsize": 8, "color": colour}
             axis.annotate(f"{interval.value:.3f}", (interval.value, at), **note)
         axis.set_yticks(range(len(names)), [n.replace("refined-similar", "refined, similar") for n in names])
         axis.set(xscale="log", ylim=(len(names) - 0.5, -0.7), xlabel="nats above the original")
         axis.margins(x=0.15)
+        _plain(axis.xaxis)
         title = "embedded" if model == "embedded" else "SmolLM2-135M"
         axis.set_title(f"{title}, {HEADS[model][0]} to {kv}")
-    _finish(figure, axes, "x", "Conversion without training (95 % over documents; blue: this package's own methods)")
+    _finish(figure, axes, "x", "Conversion without training (round: this package's methods)")
     return figure
 
 
@@ -76,9 +77,10 @@ def uptraining(store: Store) -> Any:
                 0.02, GOAL[kv], f"target {GOAL[kv]}", transform=axis.get_yaxis_transform(), va="bottom", fontsize=8
             )
         axis.set(yscale="log", xlabel="tokens (thousands)", title=f"8 to {kv}")
+        _plain(axis.yaxis)
         axis.legend()
     axes[0].set_ylabel("nats above the original")
-    _finish(figure, axes, "y", "Uptraining the embedded model by distillation, attention only")
+    _finish(figure, axes, "y", "Embedded model, uptrained by distillation (attention only)")
     return figure
 
 
@@ -112,13 +114,22 @@ def domains(store: Store) -> Any:
                         label = f"of {worse}, {'same domain' if fill == 'full' else 'the other two'}" if first else None
                         axis.errorbar([at + step + shift], [found.value], yerr=reach, label=label, **style)
         axis.set_xticks(range(len(DOMAINS)), [f"{domain}" for domain in DOMAINS])
-        axis.set(title=f"8 to {kv}", xlabel="calibrated on")
+        axis.set(title=f"8 to {kv}", xlabel="calibrated on", xlim=(-0.6, len(DOMAINS) - 0.4))
         axis.set_ylim(bottom=0)
     axes[0].set_ylabel("damage of refined, as a share")
     if axes[0].get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+        figure.legend(loc="outside lower center", ncols=4 if len(counts) > 1 else 2, fontsize=8)
     _finish(figure, axes, "y", "Does a calibration hold on text of other domains?")
     return figure
+
+
+def _plain(axis: Any) -> None:
+    """Numbers such as 0.05 along a logarithmic axis, few enough to be read."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _panels(count: int, *, width: float, height: float, sharey: bool) -> tuple[Any, Sequence[Any]]:
