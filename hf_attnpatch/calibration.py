@@ -74,11 +74,11 @@ def _zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float64, device="cpu")
 
 
-def chunks(sites: Sequence[Site], size: Callable[[Site], int], memory: int = MEMORY) -> Iterator[list[Site]]:
+def chunks(sites: Sequence[Site], size: Callable[[Site], int]) -> Iterator[list[Site]]:
     """Yield runs of attention modules whose statistics fit in memory together; at least one at a time."""
     run: list[Site] = []
     for site in sites:
-        if run and sum(map(size, (*run, site))) > memory:
+        if run and sum(map(size, (*run, site))) > MEMORY:
             yield run
             run = []
         run.append(site)

@@ -90,9 +90,8 @@ def _weight_moments(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, 
 
 
 def _assumed(site: Site, weights: HeadWeights, size: Tensor) -> Moments:
-    size = torch.cat([size, size.new_ones(1)])  # and the constant input of biases
-    q, k = weights.query * size, weights.key * size
-    wide = (weights.value * size)[..., :-1].flatten(0, 1)
+    q, k = _sized(weights.query, size), _sized(weights.key, size)
+    wide = _sized(weights.value, size)[..., :-1].flatten(0, 1)
     return Moments(
         query=q @ q.transpose(1, 2),
         key=torch.einsum("iax,jbx->iajb", k, k),
@@ -100,6 +99,12 @@ def _assumed(site: Site, weights: HeadWeights, size: Tensor) -> Moments:
         value=wide @ wide.t(),
         tokens=0,
     )
+
+
+def _sized(rows: Tensor, size: Tensor) -> Tensor:
+    """Return rows times the sizes of their inputs, the constant one of biases last; MobileBERT's values have others."""
+    inputs = size if len(size) == rows.shape[-1] - 1 else size.new_ones(rows.shape[-1] - 1)
+    return rows * torch.cat([inputs, inputs.new_ones(1)])
 
 
 def random_ids(model: PreTrainedModel, shape: tuple[int, int]) -> Tensor:

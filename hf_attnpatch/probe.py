@@ -33,9 +33,7 @@ def default_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return two rows of ten tokens, the second left-padded by three where the model takes a mask."""
     vocab = model.config.get_text_config(decoder=True).vocab_size
     ids = (torch.arange(20).view(2, 10) * 7 + 5) % vocab
-    tables = model.get_input_embeddings()
-    codebooks = len(tables) if isinstance(tables, nn.ModuleList) else 1  # audio decoders read a row for each
-    inputs = {"input_ids": ids.repeat_interleave(codebooks, dim=0)}
+    inputs = {"input_ids": ids.repeat_interleave(codebooks(model), dim=0)}
     parameters = inspect.signature(model.forward).parameters
     if "attention_mask" in parameters:
         mask = torch.ones_like(ids)
@@ -44,6 +42,12 @@ def default_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     if model.config.is_encoder_decoder and "decoder_input_ids" in parameters:
         inputs["decoder_input_ids"] = ids
     return {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
+
+
+def codebooks(model: PreTrainedModel) -> int:
+    """Return how many rows of ids make one sequence: audio decoders read one for each codebook."""
+    tables = model.get_input_embeddings()
+    return len(tables) if isinstance(tables, nn.ModuleList) else 1
 
 
 def input_device(model: nn.Module) -> torch.device:

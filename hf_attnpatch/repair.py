@@ -114,9 +114,8 @@ def _samples(text: Sequence[Batch]) -> list[Batch]:
         for start in range(0, len(batch["input_ids"]), rows):
             parts.append({name: tensor[start : start + rows] for name, tensor in batch.items()})
     parts.sort(key=lambda part: -part["input_ids"].numel())  # stable, so still shuffled
-    return (
-        calibration_text.first(parts, TOKENS_TO_REFINE + parts[0]["input_ids"].numel()) if len(parts) > 1 else parts * 2
-    )
+    tokens = TOKENS_TO_REFINE + parts[0]["input_ids"].numel()
+    return calibration_text.first(parts, tokens) if len(parts) > 1 else parts * 2
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .errors import AttnPatchError
 from .heads import query_rows
 from .sites import Site
 
@@ -77,10 +78,19 @@ class Socket:
             call: what :func:`recording` kept.
             rewrites: ``query``, ``key``, ``value``: what becomes of these states; they see and return
                 (batch, length, heads, dim).
+
+        Raises:
+            AttnPatchError: the module keeps something from call to call.
         """
         found: dict[str, Tensor] = {}
         with removing(self.taps(found, rewrites)):
-            output = self.module(*call.args, **call.kwargs)
+            try:
+                output = self.module(*call.args, **call.kwargs)
+            except (RuntimeError, TypeError, IndexError, KeyError, AttributeError) as error:
+                raise AttnPatchError(
+                    f"{self.site.path}: {self.site.kind} cannot be run twice on the same inputs, which aligning "
+                    f"its heads takes ({type(error).__name__}: {error}); use method='mean' without calibration."
+                ) from error
         return self.streams(found, output, call)
 
     def streams(self, found: Mapping[str, Tensor], output: object, call: Call) -> Streams:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from .. import calibration_text
 from ..anatomy import Anatomy, Site
+from ..calibration_text import Batch
 from ..conversion import Recipe, convert
 from ..damage import DamageReport
 from ..errors import AttnPatchError, CalibrationError, UnsupportedArchitecture
@@ -106,14 +107,17 @@ class GroupedQuery(Patch):
             return Proposal((), (), (*notes, f"already {n} key-value heads everywhere; nothing to do"), patch=made)
         return made._proposal(model, anatomy, sites, todo, notes)
 
+    def text(self, model: PreTrainedModel) -> list[Batch] | None:
+        """Return the calibration text as batches of inputs, checked; None where none was given."""
+        given = self.calibration
+        return None if given is None else calibration_text.batches(given, self.tokenizer, model)
+
     def _decided(self, model: PreTrainedModel, sites: list[Site]) -> tuple[GroupedQuery, list[str]]:
         """Make the open choices: the default method, the automatic count."""
         method = self.method or ("principal" if self.calibration is None else "refined")
         made, notes = replace(self, method=method), []
         if self.num_kv_heads == "auto":
-            text = (
-                None if self.calibration is None else calibration_text.batches(self.calibration, self.tokenizer, model)
-            )
+            text = self.text(model)
             count, why = choose(model, sites, self.cache_target, text)
             made, notes = replace(made, num_kv_heads=count, cache_target=None), [why]
         return made, notes
@@ -179,11 +183,7 @@ class _Prepare:
         patch, method = self.patch, self.patch.method or ""
         notes: tuple[str, ...] = ()
         try:
-            text = (
-                None
-                if patch.calibration is None
-                else calibration_text.batches(patch.calibration, patch.tokenizer, model)
-            )
+            text = patch.text(model)
             if text is not None:
                 calibration_text.check_amount(text, self.sites)
             done = convert(model, self.sites, self._recipe(method), text)
