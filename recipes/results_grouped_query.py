@@ -7,7 +7,8 @@
 
 A cell is one conversion or one uptraining; each runs in a process of its own and is one line of `metrics.jsonl` once it
 is finished, so the same command goes on after a stop (an uptraining from its last checkpoint). At the end, and with
-`--render`, `README.md` and the figures are written beside it. Run it in the project's root.
+`--render`, `README.md` and the figures are written beside it. Run it in the project's root. Several may run into one
+folder at once, each with `--cells` of its own, and lines may be appended from another `metrics.jsonl`.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ def run(runner: Runner, wanted: Sequence[Cell], again: bool) -> list[str]:
     """Runs the cells that are not there yet; returns the names of those that failed."""
     failed = []
     for number, waiting in enumerate(wanted, 1):
+        runner.store.reload()
         cell = runner.ready(waiting)
         if runner.store.has(cell) and not again:
             continue

@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import platform
+import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +32,39 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+        self.rows: dict[str, Row] = {}
+        self.reload()
+
+    def reload(self) -> None:
+        """Reads the file again: other runs may have written to it."""
+        lines = self.path.read_text("utf-8").splitlines() if self.path.is_file() else []
         rows = [json.loads(line) for line in lines if line.endswith("}")]  # a killed write leaves half a line
-        self.rows: dict[str, Row] = {row["cell"]: row for row in rows}
+        self.rows = {row["cell"]: row for row in rows}
 
     def has(self, cell: Cell) -> bool:
         """Whether a cell was measured with the settings it has now."""
         return cell.name in self.rows and self.rows[cell.name]["digest"] == cell.digest
 
     def add(self, cell: Cell, found: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
-        """Writes a finished cell; lines of the same name are dropped, so that the file keeps what counts."""
+        """Writes a finished cell; what others wrote meanwhile stays, a line of the same name is replaced."""
         row = {"cell": cell.name, "digest": cell.digest, "spec": cell.spec, **found, "environment": environment}
-        self.rows.pop(cell.name, None)
-        self.rows[cell.name] = row
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".tmp-{self.path.name}")
-        temporary.write_text("".join(json.dumps(each) + "\n" for each in self.rows.values()), "utf-8")
-        os.replace(temporary, self.path)
+        with self._alone():
+            self.reload()
+            self.rows.pop(cell.name, None)
+            self.rows[cell.name] = row
+            temporary = self.path.with_name(f".tmp-{self.path.name}")
+            temporary.write_text("".join(json.dumps(each) + "\n" for each in self.rows.values()), "utf-8")
+            os.replace(temporary, self.path)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps other runs from writing."""
+        import fcntl
+
+        with (Path(tempfile.gettempdir()) / f"{digest_of(str(self.path.resolve()))}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def get(self, name: str) -> Row | None:
         """The line of a cell, or None."""
@@ -67,6 +85,11 @@ class Store:
             if None in wanted or document.partition("/")[0] in wanted
         }
         return summarise(keep)
+
+
+def digest_of(text: str) -> str:
+    """A short name for a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def environment(threads: int) -> dict[str, Any]:

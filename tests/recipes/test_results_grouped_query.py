@@ -135,6 +135,17 @@ def test_a_store_survives_half_a_line_and_knows_other_settings(tmp_path):
     assert len(path.read_text().splitlines()) == 1
 
 
+def test_two_runs_into_one_file_lose_nothing(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    one, two = Store(path), Store(path)
+    one.add(Cell("a", "convert", {}), {"by": 1}, {})
+    two.add(Cell("b", "convert", {}), {"by": 2}, {})
+    with path.open("a") as file:
+        file.write(json.dumps({"cell": "c", "digest": "", "by": 3}) + "\n")  # from another machine
+    one.add(Cell("a", "convert", {}), {"by": 4}, {})
+    assert {name: row["by"] for name, row in Store(path).rows.items()} == {"a": 4, "b": 2, "c": 3}
+
+
 def test_the_rate_of_an_uptraining_is_the_best_of_its_trials(tmp_path):
     made = Store(tmp_path / "metrics.jsonl")
     run = Runner(made, tmp_path, 1)
