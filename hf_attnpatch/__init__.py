@@ -10,7 +10,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from . import foreign
-from .errors import AttnPatchError, MissingExtra, PatchConflict, SelfCheckFailed, UnsupportedArchitecture
+from .errors import (
+    AttnPatchError,
+    CalibrationError,
+    MissingExtra,
+    PatchConflict,
+    SelfCheckFailed,
+    UnsupportedArchitecture,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,6 +60,7 @@ def patch_flash(model: "PreTrainedModel", **fields: Any) -> "Report":
 __all__ = [
     "Anatomy",
     "AttnPatchError",
+    "CalibrationError",
     "Flash",
     "GroupedQuery",
     "MissingExtra",

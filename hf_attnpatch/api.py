@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import transformers
@@ -46,7 +46,7 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
     findings = {s.patch.name: s.proposal.prepare(model) for s in steps.steps if s.proposal.prepare is not None}
     inverses: list[Inverse] = []
     try:
-        for edit in (*steps.edits, *_bookkeeping(model, steps)):
+        for edit in (*steps.edits, *_bookkeeping(model, steps, findings)):
             inverses.append(edit.run(model))
         checks = {"self-check": "not run"} if inputs is None or before is None else _check(model, steps, inputs, before)
     except BaseException:
@@ -78,14 +78,16 @@ def restore(model: PreTrainedModel) -> None:
             edit.run(model)
 
 
-def _bookkeeping(model: PreTrainedModel, steps: Plan) -> Iterator[SetConfig | SetConfigClass]:
+def _bookkeeping(
+    model: PreTrainedModel, steps: Plan, findings: Mapping[str, object]
+) -> Iterator[SetConfig | SetConfigClass]:
     """Yield the edits that make the config remember, and save under our model type where stock would load it wrong."""
     recorded = [s for s in steps.steps if s.patch.recorded and s.proposal.edits]
     if not recorded:
         return
     config, before = model.config, record.read(model.config)
     stock = all(s.proposal.stock for s in recorded) and (before is None or before.stock)
-    entries = [{**s.patch.to_record(), "stock": s.proposal.stock} for s in recorded]
+    entries = [{**s.patch.to_record(findings.get(s.patch.name)), "stock": s.proposal.stock} for s in recorded]
     after = record.Record(
         patches=(*(before.patches if before else ()), *entries),
         base_model=before.base_model if before else str(getattr(config, "_name_or_path", "")),

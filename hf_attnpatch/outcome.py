@@ -31,6 +31,7 @@ class Conversion:
     layers: dict[str, LayerDamage] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     total: int = 1  # attention modules in all
+    notes: list[str] = field(default_factory=list)
 
     @contextmanager
     def clock(self, stage: str) -> Iterator[None]:

@@ -73,8 +73,8 @@ class Patch(ABC):
         """Return the patch that gives a fresh model the same modules without computing their weights."""
         return self
 
-    def to_record(self) -> dict[str, Any]:
-        """Return the JSON-able form that a checkpoint keeps."""
+    def to_record(self, finding: object = None) -> dict[str, Any]:
+        """Return the JSON-able form that a checkpoint keeps; ``finding`` is what ``prepare`` returned."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.transient}
         return {"patch": self.name, **fields}
 

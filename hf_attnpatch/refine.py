@@ -64,11 +64,11 @@ def target(socket: Socket, original: HeadWeights, call: Call) -> Target:
 
 
 def rows(probabilities: Tensor | None, call: Call) -> Tensor | None:
-    """(batch, heads, length, keys) -> (tokens, heads, keys) without the rows of padding."""
+    """(batch, heads, length, keys) -> (tokens, heads, keys), float32, without the rows of padding."""
     if probabilities is None:
         return None
     by_token = probabilities.transpose(1, 2)
-    return by_token[call.tokens] if call.tokens is not None else by_token.flatten(0, 1)
+    return (by_token[call.tokens] if call.tokens is not None else by_token.flatten(0, 1)).float()
 
 
 def losses(socket: Socket, weights: HeadWeights, wanted: Target) -> tuple[Tensor, Tensor | None]:

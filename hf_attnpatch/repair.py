@@ -65,7 +65,7 @@ def repair(
     merged: Mapping[str, HeadWeights],
 ) -> None:
     """Measure the damage of some modules on text that no step sees and, for `refined`, refine them."""
-    held, *steps = _samples(text)
+    held, *steps = _samples(text, done)
     if recipe.method != "refined":
         steps = []
     tokens = sum(batch["input_ids"].numel() for batch in (held, *steps))
@@ -106,7 +106,7 @@ def _total(found: Gap) -> float:
     return found.output + (found.attention or 0.0)
 
 
-def _samples(text: Sequence[Batch]) -> list[Batch]:
+def _samples(text: Sequence[Batch], done: Conversion) -> list[Batch]:
     """Return batches of about `TOKENS_A_STEP` tokens, `TOKENS_TO_REFINE` in all and one more, whole windows first."""
     parts: list[Batch] = []
     for batch in text:
@@ -115,7 +115,13 @@ def _samples(text: Sequence[Batch]) -> list[Batch]:
             parts.append({name: tensor[start : start + rows] for name, tensor in batch.items()})
     parts.sort(key=lambda part: -part["input_ids"].numel())  # stable, so still shuffled
     tokens = TOKENS_TO_REFINE + parts[0]["input_ids"].numel()
-    return calibration_text.first(parts, tokens) if len(parts) > 1 else parts * 2
+    if len(parts) > 1:
+        return calibration_text.first(parts, tokens)
+    half = len(parts[0]["input_ids"]) // 2
+    if half:
+        return [{n: t[:half] for n, t in parts[0].items()}, {n: t[half:] for n, t in parts[0].items()}]
+    done.notes.append("one sequence of calibration text: damage is measured on what refinement saw")
+    return parts * 2
 
 
 @contextmanager

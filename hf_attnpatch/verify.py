@@ -90,8 +90,8 @@ def verify(model: PreTrainedModel, *, inputs: Mapping[str, Tensor] | None = None
 
     Raises:
         UnsupportedArchitecture: not a ``PreTrainedModel``.
-        AttnPatchError: inputs that are no mapping of tensors, have no token ids, fewer than two rows of eight tokens, or
-            padding.
+        AttnPatchError: inputs that are no mapping of tensors, have no token ids, fewer than two rows of eight tokens,
+            or padding.
     """
     anatomy = describe(model)
     given = _default_inputs(model) if inputs is None else _checked(checked_inputs("inputs", inputs))

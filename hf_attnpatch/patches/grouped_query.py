@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import calibration_text
@@ -88,8 +89,17 @@ class GroupedQuery(Patch):
         if self.num_kv_heads != "auto":
             _count("num_kv_heads", self.num_kv_heads, 1)
         _count("refine_steps", self.refine_steps, 1)
-        if self.refine_seconds is not None and not self.refine_seconds > 0:
-            raise AttnPatchError(f"refine_seconds is {self.refine_seconds!r}; it must be a positive number or None.")
+        _count("seed", self.seed, 0)
+        seconds = self.refine_seconds
+        if seconds is not None and not (isinstance(seconds, (int, float)) and seconds > 0):
+            raise AttnPatchError(f"refine_seconds is {seconds!r}; it must be a positive number or None.")
+        if isinstance(self.calibration, Iterable) and not isinstance(self.calibration, (Tensor, str, Mapping)):
+            self._normalise("calibration", tuple(self.calibration))  # "auto" reads it once more than others
+
+    def to_record(self, finding: object = None) -> dict[str, Any]:
+        """Return the JSON-able form, with the method that was used; see :meth:`Patch.to_record`."""
+        record = super().to_record(finding)
+        return {**record, "method": finding.method} if isinstance(finding, DamageReport) else record
 
     def structure(self) -> GroupedQuery:
         """Return the same shapes from the cheapest method."""
@@ -118,6 +128,8 @@ class GroupedQuery(Patch):
         made, notes = replace(self, method=method), []
         if self.num_kv_heads == "auto":
             text = self.text(model)
+            if text is not None:
+                calibration_text.check_amount(text, sites)
             count, why = choose(model, sites, self.cache_target, text)
             made, notes = replace(made, num_kv_heads=count, cache_target=None), [why]
         return made, notes
@@ -195,7 +207,7 @@ class _Prepare:
             notes = (f"fallback to {method}: {error}",)
         self.source.conversion = done
         layers = [done.layers[site.path] for site in self.sites]
-        return DamageReport(layers, method, notes, done.seconds)
+        return DamageReport(layers, method, (*notes, *done.notes), done.seconds)
 
     def _recipe(self, method: str) -> Recipe:
         p = self.patch
