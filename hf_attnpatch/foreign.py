@@ -226,6 +226,13 @@ def _stub_name(auto: str) -> str:
 
 
 def _auto_map(base: type[PretrainedConfig]) -> dict[str, str]:
+    """Return the code that ``trust_remote_code=True`` runs.
+
+    Without that, an Auto class of stock transformers names the folder and asks for it; no wording of ours gets into
+    that error. Tried: another file name or model type (neither is quoted), ``text--file.class`` (quoted, but taken for
+    a repository when it is trusted), no entry for AutoConfig (quotes the model type, but then nothing can be trusted),
+    the family's own model type (quotes the seal, but the package would have to replace the family's config class).
+    """
     models = {auto: f"{STUB}.{_stub_name(auto)}" for auto in _auto_models(base)}
     return {"AutoConfig": f"{STUB}.PatchedConfig", **models}
 

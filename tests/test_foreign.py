@@ -97,6 +97,7 @@ def attempts(folder, auto, own, trust):
         "own class": lambda: own.from_pretrained(folder),
         "own class, sizes ignored": lambda: own.from_pretrained(folder, ignore_mismatched_sizes=True),
         "own class, some options": lambda: own.from_pretrained(folder, num_labels=3, dtype="float32"),
+        "own tokenizer": lambda: transformers.AutoTokenizer.from_pretrained(folder),
         "own config": lambda: own(config.from_pretrained(folder)),
         "own config, some options": lambda: own(config.from_pretrained(folder, num_labels=3, dtype="float32")),
         "own config, from the file": lambda: own(config.from_json_file(file)),
