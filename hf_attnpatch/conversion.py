@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import calibration as cal
@@ -18,6 +19,8 @@ from .calibration_text import Batch
 from .damage import LayerDamage
 from .estimate import estimate, find_frames
 from .frames import Frames
+from .functional.grouping import METHODS as PLAIN
+from .functional.grouping import resize_heads
 from .headweights import HeadWeights, read_weights
 from .merger import Merger
 from .outcome import Conversion, Recipe
@@ -74,7 +77,8 @@ def merge(
 ) -> None:
     """Choose the groups of one module and merge their heads."""
     weights = read_weights(model, site)
-    weights = weights.folded() if frames.folds and weights.output_bias is not None else weights
+    plain = recipe.method in PLAIN
+    weights = weights.folded() if frames.folds and weights.output_bias is not None and not plain else weights
     merger = Merger(site, frames, moments, weights, recipe.method)
     groups = merger.groups(recipe.num_kv_heads, recipe.grouping)
     query, key, value, output = weights.query.clone(), [], [], weights.output.clone()
@@ -82,17 +86,27 @@ def merge(
     for group in groups:
         members, heads = list(group), weights.query_heads(group)
         keys, values = merger.keys(group), merger.values(group)
+        kept.append((keys.energy, values.energy))
+        if plain:
+            key.append(_resized(weights.key[members], recipe.method))
+            value.append(_resized(weights.value[members], recipe.method))
+            continue
         owner = torch.arange(len(group)).repeat_interleave(len(heads) // len(group))
         query[heads] = torch.einsum("hab,hbx->hax", keys.reader[owner], weights.query[heads])
         key.append(torch.einsum("jab,jbx->ax", keys.shared, weights.key[members]))
         value.append(torch.einsum("jab,jbx->ax", values.shared, weights.value[members]))
         output[:, heads] = torch.einsum("xha,hab->xhb", weights.output[:, heads], values.reader[owner])
-        kept.append((keys.energy, values.energy))
     done.weights[site.path] = HeadWeights(
         query, torch.stack(key), torch.stack(value), output, weights.output_bias, tuple(groups)
     )
     energy = torch.tensor(kept).mean(0).tolist()
     done.layers[site.path] = LayerDamage(site.path, tuple(groups), energy[0], energy[1], {}, frames.how)
+
+
+def _resized(rows: Tensor, method: str) -> Tensor:
+    """Merge (members, dim, in_features + 1) into one as `first`, `mean` and `mean_rescaled` do, biases on their own."""
+    weight, bias = resize_heads(rows[..., :-1], 1, method), resize_heads(rows[..., -1], 1, method)
+    return torch.cat([weight[0], bias[0][:, None]], dim=1)
 
 
 __all__ = ["Conversion", "Recipe", "convert"]

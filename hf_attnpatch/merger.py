@@ -12,8 +12,6 @@ from .errors import UnsupportedArchitecture
 from .frames import Frames
 from .functional import partition
 from .functional.alignment import aligned
-from .functional.grouping import METHODS as PLAIN
-from .functional.grouping import resize_heads
 from .functional.merging import Sharing, calibrated_keys, calibrated_values
 from .functional.partition import Group
 from .headweights import HeadWeights
@@ -62,8 +60,6 @@ class Merger:
     def keys(self, group: Group) -> Sharing:
         """Maps of keys and queries, in the scale of raw projections."""
         members = list(group)
-        if self.method in PLAIN:
-            return _plain(self.weights.key[members], self.method, self._principal_keys(group).energy)
         scale, queries = self.frames.key_scale[members], self._query_scale(group)
         if self.method == "procrustes":
             found = aligned(self.frames.keys, self.weights.key[members][..., :-1] * scale[:, :, None])
@@ -76,8 +72,6 @@ class Merger:
     def values(self, group: Group) -> Sharing:
         """Maps of values and of the output projection's columns."""
         members = list(group)
-        if self.method in PLAIN:
-            return _plain(self.weights.value[members], self.method, self._principal_values(group).energy)
         found = self._principal_values(group)
         if self.method != "procrustes":
             return found
@@ -101,17 +95,3 @@ class Merger:
     def _query_scale(self, group: Group) -> Tensor:
         repeats = self.site.num_heads // self.site.num_kv_heads
         return self.frames.query_scale[[m * repeats for m in group]]
-
-
-def _plain(rows: Tensor, method: str, energy: float) -> Sharing:
-    """First or mean as maps; `mean_rescaled` restores each row's norm."""
-    members, dim = rows.shape[:2]
-    eye = torch.eye(dim, dtype=rows.dtype).expand(members, dim, dim)
-    if method == "first":
-        return Sharing(torch.cat([eye[:1], torch.zeros_like(eye[1:])]), eye, energy)
-    if method == "mean":
-        return Sharing(eye / members, eye, energy)
-    wanted = resize_heads(rows[..., :-1], 1, "mean_rescaled")[0].norm(dim=-1)
-    found = rows[..., :-1].mean(0).norm(dim=-1)
-    factors = torch.where(found > 0, wanted / found.clamp_min(1e-300), torch.ones_like(found))
-    return Sharing(eye * factors[:, None] / members, eye, energy)

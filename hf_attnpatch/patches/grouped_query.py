@@ -138,7 +138,8 @@ class GroupedQuery(Patch):
         self, model: PreTrainedModel, anatomy: Anatomy, sites: list[Site], todo: list[Site], notes: list[str]
     ) -> Proposal:
         merged = [s for s in todo if s.num_kv_heads > self._n]
-        converts = bool(merged) and (self.method not in PLAIN or self.calibration is not None)
+        simple = self.method in PLAIN and self.calibration is None and self.grouping == "adjacent"
+        converts = bool(merged) and not simple
         if converts:
             self._check_conversion(merged)
         source = Source(self._n, self.method if self.method in PLAIN else "first")
