@@ -51,7 +51,7 @@ PART = "support-table"
 RESULTS = readme.README.parent / "recipes/results/survey/survey.json"
 ROPE_KINDS = ("linear", "dynamic", "yarn", "longrope", "llama3")
 ANSWERS = readme.README.parent / "outputs/survey/answers.jsonl"  # one a line, as they come
-LIMIT = 300  # seconds for one question
+LIMIT = 300  # seconds for one question, waiting for a busy machine included; --limit
 
 Answer = dict[str, Any]
 
@@ -172,8 +172,8 @@ def answer(question: Question, file: str) -> None:
     Path(file).write_text(json.dumps(found))
 
 
-def ask_all(questions: Sequence[Question], workers: int) -> Iterator[tuple[Question, Answer]]:
-    """Asks in `workers` processes at a time and yields answers as they come."""
+def ask_all(questions: Sequence[Question], workers: int, limit: float = LIMIT) -> Iterator[tuple[Question, Answer]]:
+    """Asks in `workers` processes at a time, each for `limit` seconds at most, and yields answers as they come."""
     fork = multiprocessing.get_context("fork")
     gc.freeze()  # what is here now is not looked through, and so not copied, in each process
     waiting, running = list(questions)[::-1], {}
@@ -186,8 +186,11 @@ def ask_all(questions: Sequence[Question], workers: int) -> Iterator[tuple[Quest
                 running[question] = (process, file, time.monotonic())
             time.sleep(0.02)
             for question, (process, file, start) in list(running.items()):
-                if process.is_alive() and time.monotonic() - start > LIMIT:
+                if process.is_alive() and time.monotonic() - start > limit:
                     process.kill()
+                    process.join()
+                    with open(f"{file}.err", "a") as log:
+                        print(f"\nkilled after {limit} s; more with --limit", file=log)
                 process.join(timeout=0)
                 if process.exitcode is not None:
                     del running[question]
@@ -228,7 +231,9 @@ def remembered() -> dict[Question, Answer]:
     return {Question(*question): found for question, found in map(json.loads, lines)}
 
 
-def survey(types: Sequence[str], workers: int, answers: dict[Question, Answer], *, keep: bool = True) -> dict[str, Any]:
+def survey(
+    types: Sequence[str], workers: int, answers: dict[Question, Answer], *, limit: float = LIMIT, keep: bool = True
+) -> dict[str, Any]:
     """Everything, as the JSON has it, less what is answered already; with `keep`, to be gone on with."""
     kinds = [*((t, False) for t in causal_lm_types()), *((t, True) for t in encoder_types())]
     chosen = [(t, encoder) for t, encoder in kinds if not types or t in types]
@@ -237,7 +242,7 @@ def survey(types: Sequence[str], workers: int, answers: dict[Question, Answer], 
     place = ANSWERS if keep else Path(os.devnull)
     with Progress(console=Console(stderr=True)) as progress, place.open("a", encoding="utf-8") as log:
         bar = progress.add_task("survey", total=len(todo))
-        for question, found in ask_all(todo, workers):
+        for question, found in ask_all(todo, workers, limit):
             answers[question] = found
             log.write(json.dumps([dataclasses.astuple(question), found]) + "\n")
             log.flush()
@@ -253,6 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", default=[], help="only these model types; nothing is written")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--limit", type=int, default=LIMIT, help="seconds for one question; more on a busy machine")
     parser.add_argument("--resume", action="store_true", help="keep the answers of a survey that was cut off")
     parser.add_argument("--render", action="store_true", help="write the README's table from the JSON that is there")
     parser.add_argument("--check", action="store_true", help="exit 1 unless the README's table is that of the JSON")
@@ -265,7 +271,7 @@ def main() -> None:
         if not arguments.resume and not arguments.types:
             ANSWERS.unlink(missing_ok=True)
         answers = remembered() if arguments.resume else {}
-        found = survey(arguments.types, arguments.workers, answers, keep=not arguments.types)
+        found = survey(arguments.types, arguments.workers, answers, limit=arguments.limit, keep=not arguments.types)
         text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
         if arguments.types:
             print(text)

@@ -15,9 +15,9 @@ import survey_table
 ASK = {"grouped_query down": ("llama", "native"), "flash": ("gpt2", "native"), "rope_scaling yarn": ("llama", "native")}
 
 
-def asked(model_type, case, encoder=False):
+def asked(model_type, case, encoder=False, limit=survey.LIMIT):
     question = survey.Question(model_type, encoder, case)
-    return dict(survey.ask_all([question], workers=1))[question]
+    return dict(survey.ask_all([question], workers=1, limit=limit))[question]
 
 
 @pytest.mark.parametrize("case", ASK)
@@ -65,9 +65,9 @@ def test_a_crash_is_one_cell(fault, words, monkeypatch):
 def test_a_hang_is_one_cell(monkeypatch):
     import time
 
-    monkeypatch.setattr(survey, "LIMIT", 1)
     monkeypatch.setitem(survey.CASES, "flash", lambda model: time.sleep(60))
-    assert asked("llama", "flash")["status"] == "FAILED"
+    found = asked("llama", "flash", limit=1)
+    assert found == {"status": "FAILED", "detail": "killed after 1 s; more with --limit"}
 
 
 def test_only_what_the_patch_breaks_is_its_failure():
@@ -111,7 +111,7 @@ def test_a_survey_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
     first = survey.survey(["gpt2"], 2, {})
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
     remembered = survey.remembered()
-    monkeypatch.setattr(survey, "ask_all", lambda questions, workers: iter([(q, 1 / 0) for q in questions]))
+    monkeypatch.setattr(survey, "ask_all", lambda questions, *_: iter([(q, 1 / 0) for q in questions]))
     assert survey.survey(["gpt2"], 2, remembered) == first
 
 
