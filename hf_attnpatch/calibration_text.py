@@ -13,7 +13,7 @@ from .errors import AttnPatchError, CalibrationError
 from .probe import codebooks
 from .sites import Site
 
-ROOM = 200_000_000  # bytes that the values of one batch may take, seen by every head
+ROOM = 16_000_000  # bytes that the values of one batch may take, seen by every head: more is slower, caches overflow
 
 Batch = Mapping[str, Tensor]
 
