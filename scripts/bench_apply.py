@@ -33,7 +33,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import hf_attnpatch as ap
 
 OUT = Path(__file__).resolve().parents[1] / "recipes/results/apply"
-PATCH = ap.GroupedQuery(num_kv_heads=2)
+PATCH = ap.GroupedQuery(num_kv_heads=2, method="mean")
 MIB = 2**20
 
 Row = dict[str, Any]

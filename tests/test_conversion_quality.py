@@ -1,4 +1,4 @@
-"""On weights that mean something: the embedded model, eight key-value heads to two, judged on text none has seen."""
+"""On weights that mean something: the embedded model, eight key-value heads to two, judged on text it never saw."""
 
 import functools
 

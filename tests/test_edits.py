@@ -170,6 +170,7 @@ def test_new_tensors_are_made_only_when_an_edit_runs():
 def test_planning_allocates_no_weights():
     model = tiny_model("llama")
     kinds = [edit for edit in ap.plan(model, ap.GroupedQuery(num_kv_heads=2)).edits if isinstance(edit, ReplaceModule)]
-    assert kinds
+    kinds = [edit for edit in kinds if hasattr(edit.make, "twin")]  # the others keep the old module's shape
+    assert len(kinds) == 4
     for edit in kinds:
         assert all(p.device == torch.device("meta") for p in edit.make.twin.parameters())

@@ -42,14 +42,15 @@ PRIVATE = {
     "_buffers": lambda: isinstance(nn.Linear(1, 1)._buffers, dict),
     "_forward_pre_hooks": lambda: isinstance(nn.Linear(1, 1)._forward_pre_hooks, dict),
     "_orig_mod": lambda: hasattr(torch.compile(nn.Linear(1, 1)), "_orig_mod"),
-    "_hf_hook": lambda: _accelerate_keeps_its_hook(),
+    "_hf_hook": lambda: _accelerate_keeps("_hf_hook"),
+    "_old_forward": lambda: _accelerate_keeps("_old_forward"),
 }
 
 
-def _accelerate_keeps_its_hook():
+def _accelerate_keeps(name):
     from accelerate.hooks import ModelHook, add_hook_to_module
 
-    return hasattr(add_hook_to_module(nn.Linear(1, 1), ModelHook()), "_hf_hook")
+    return hasattr(add_hook_to_module(nn.Linear(1, 1), ModelHook()), name)
 
 
 @pytest.mark.parametrize("name", PRIVATE)
