@@ -82,14 +82,22 @@ def write(model: PreTrainedModel, site: Site, heads: Heads) -> None:
             output.bias.copy_(heads.output_bias)
 
 
-def replicate(model: PreTrainedModel, groups: int) -> None:
-    """Give all members of each future group the first one's keys and values; queries and outputs stay their own."""
+def replicate(model: PreTrainedModel, groups: int, value_groups: int | None = None) -> None:
+    """Give all members of each future group the first one's keys and values; queries and outputs stay their own.
+
+    Args:
+        model: written to.
+        groups: how many kinds of keys there will be.
+        value_groups: how many kinds of values; as many by default.
+    """
     for site in sites(model):
-        heads, size = read(model, site), site.num_kv_heads // groups
-        leader = torch.arange(site.num_kv_heads) // size * size
-        for name in ("key", "value", "key_bias", "value_bias"):
-            tensor = getattr(heads, name)
-            setattr(heads, name, None if tensor is None else tensor[leader])
+        heads = read(model, site)
+        for name, count in (("value", value_groups or groups), ("key", groups)):
+            size = site.num_kv_heads // count
+            leader = torch.arange(site.num_kv_heads) // size * size
+            for part in (name, f"{name}_bias"):
+                tensor = getattr(heads, part)
+                setattr(heads, part, None if tensor is None else tensor[leader])
         write(model, site, heads)
         norm = getattr(model.get_submodule(site.path), "k_norm", None)
         if (

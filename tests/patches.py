@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from architectures import tiny_config, tiny_model
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -16,6 +17,7 @@ _ATTENTION = "attn_implementation"
 WINDOW = 16  # of the rotary cases: shorter than the probe of 24 tokens, so that what switches by length does switch
 KINDS = ("linear", "dynamic", "yarn", "longrope", "llama3")
 METHODS = ("first", "mean", "mean_rescaled")
+TEXT = torch.randint(5, 99, (6, 48), generator=torch.Generator().manual_seed(0))  # no text, but tokens to calibrate on
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +61,16 @@ CASES = (
         )
         for n in (2, 1)
         for m in METHODS
+    ),
+    Case("grouped_2_procrustes", ap.GroupedQuery(num_kv_heads=2, method="procrustes"), product=False),
+    Case("grouped_2_principal", ap.GroupedQuery(num_kv_heads=2, method="principal")),
+    *(
+        Case(
+            f"grouped_2_{m}",
+            ap.GroupedQuery(num_kv_heads=2, method=m, calibration=TEXT, refine_steps=3),
+            product=False,
+        )
+        for m in ("calibrated", "refined")
     ),
     Case("grouped_up", ap.GroupedQuery(num_kv_heads=4), {"num_key_value_heads": 2}),
     *(_rope(kind, 4.0) for kind in KINDS),

@@ -50,8 +50,17 @@ def assert_untouched(model, run, error):
     assert world() == outside
 
 
-@pytest.mark.parametrize("model_type", MODELS)
-@pytest.mark.parametrize("error", [Injected, KeyboardInterrupt], ids=lambda e: e.__name__)
+@pytest.mark.parametrize(
+    ("model_type", "error"),
+    [
+        *(
+            (t, Injected) if t in ("llama", "gpt2") else pytest.param(t, Injected, marks=pytest.mark.full)
+            for t in MODELS
+        ),
+        ("llama", KeyboardInterrupt),
+        *(pytest.param(t, KeyboardInterrupt, marks=pytest.mark.full) for t in MODELS if t != "llama"),
+    ],
+)
 @pytest.mark.parametrize(
     ("module", "name"),
     [

@@ -51,23 +51,29 @@ def test_each_repair_helps():
         assert gaps[2].output + 4 * gaps[2].attention <= gaps[1].output + 4 * gaps[1].attention
 
 
-@pytest.mark.parametrize(("method", "n"), [("mean", 2), ("procrustes", 2), ("principal", 1)])
+@pytest.mark.parametrize(
+    ("method", "n"),
+    [("mean", 2), ("procrustes", 2), ("principal", 1), ("calibrated", 2), ("refined", 2), ("refined", 1)],
+)
 def test_the_numbers_are_those_of_the_modules(method, n):
-    """The first layer sees the same inputs before and after: its own outputs and eager attention weights."""
+    """The first layer sees the same inputs before and after: its own outputs and eager attention weights.
+
+    So what was written is what was measured last.
+    """
     model, ids, seen = tiny_model("llama", attn_implementation="eager"), tokens(1, 128), []
     attention = model.model.layers[0].self_attn
     attention.register_forward_hook(lambda _, args, output: seen.append([t.double() for t in output]))
     with torch.no_grad():
         model(input_ids=ids)
         start = len(seen)
-        report = ap.patch_grouped_query(model, num_kv_heads=n, method=method, calibration=ids)
+        report = ap.patch_grouped_query(model, num_kv_heads=n, method=method, calibration=ids, refine_steps=20)
         middle = len(seen)
         model(input_ids=ids)
     assert middle > start
     (before, p), (after, q) = seen[0], seen[-1]
     error = float((after - before).square().mean() / before.var())
     divergence = torch.where(p > 0, p * (p.clamp_min(1e-30) / q.clamp_min(1e-30)).log(), p).sum(-1).mean()
-    gap = report.damage.layers[0].gaps["merged"]
+    gap = report.damage.layers[0].gaps[STAGES[method][-1]]
     assert gap.output == pytest.approx(error, rel=1e-3)
     assert gap.attention == pytest.approx(float(divergence), rel=1e-3)
 

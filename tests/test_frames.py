@@ -36,6 +36,7 @@ ROWS = [
     ("qwen3", {}, ("rotary halves, normed", HALVES, True)),
     ("gemma3_text", {}, ("rotary halves, normed", HALVES, True)),
     ("olmo2", {}, ("rotary halves, normed", HALVES, False)),  # its norm has other weights for each head
+    ("exaone4", {}, ("rotary halves, normed", HALVES, True), ("nothing rotates keys, normed", NONE, True)),
     ("glm4_moe", {"use_qk_norm": True}, ("rotary halves of 8 of 16 dimensions, normed", rotary(16, 8, False), True)),
     ("llama4_text", {}, ("rotary, interleaved, normed", PAIRS, True), ("nothing rotates keys", NONE, True)),
     ("cohere2", {}, ("rotary, interleaved", PAIRS, True), ("nothing rotates keys", NONE, True)),

@@ -64,9 +64,15 @@ def offloaded(model):
     return sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize(
+    ("model_type", "method"),
+    [
+        pytest.param(t, m, marks=() if t == "llama" or m == "refined" else pytest.mark.full)
+        for t in MODELS
+        for m in METHODS
+    ],
+)
 def test_converted_where_it_is(model_type, way, method, tmp_path):
     reference = tiny_model(model_type)
     original = logits(reference)

@@ -34,6 +34,10 @@ WORDS = (
     "checkpoints hold it fused with others",
     "shares its weights with",
     "matches no row",
+    "has no output projection that could be turned",
+    "cannot be run twice on the same inputs",
+    "does not run, or its attention cannot be run again",
+    "reads a row of ids for each codebook",
     "already shares",
     "2 key-value heads under 2 query heads do not become 4",
 )

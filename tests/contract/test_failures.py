@@ -11,13 +11,15 @@ from hf_attnpatch import api, edits
 
 _BY_NAME = {case.name: case for case in CASES}
 # one model for each way in which a patch writes: config and projections, config and rotary module (nested too), rope
-# in a fused family, shared projections with hooks and a config class of our own, the attention function
+# in a fused family, shared projections with hooks and a config class of our own, with and without new output
+# projections, the attention function
 WAYS = [
     ("llama", "grouped_2_mean"),
     ("llama", "rope_yarn"),
     ("gemma3_text", "rope_llama3"),
     ("phi3", "rope_longrope"),
     ("gpt2", "grouped_2_mean"),
+    ("gpt2", "grouped_2_principal"),
     ("gpt_neox", "grouped_1_first"),
     ("olmo2", "grouped_2_mean"),
     ("llama", "flash_sdpa"),
