@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .errors import UnsupportedArchitecture
 from .headweights import HeadWeights
 from .replay import Call, Socket
 
@@ -104,6 +105,9 @@ def refine(
 
     Returns:
         The refined weights in float32, and the steps taken.
+
+    Raises:
+        UnsupportedArchitecture: the module's attention passes no gradient to a projection.
     """
     names = ("query", "key", "value", "output")
     parameters = {name: getattr(start, name).float().clone().requires_grad_() for name in names}
@@ -117,8 +121,10 @@ def refine(
         for step in range(1, steps + 1):
             error, divergence = losses(socket, weights, targets[step % len(targets)])
             loss = error if divergence is None else error + divergence
-            gradients = torch.autograd.grad(loss, list(parameters.values()))
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+                if gradient is None:
+                    raise _no_gradient(socket, name)
                 if name != "output" and not biased[names.index(name)]:
                     gradient[..., -1] = 0
                 parameter.grad = gradient
@@ -127,3 +133,10 @@ def refine(
             if time.monotonic() > until:
                 break
     return replace(start, **{name: p.detach() for name, p in parameters.items()}), step
+
+
+def _no_gradient(socket: Socket, name: str) -> UnsupportedArchitecture:
+    return UnsupportedArchitecture(
+        f"{socket.site.path}: its attention passes no gradient to the {name} projection, so it cannot be refined; "
+        "method='calibrated' needs none."
+    )
