@@ -141,6 +141,7 @@ def pack(output: Path, values: dict[str, Any]) -> None:
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     folder = embedded.path()
+    (folder / "overlap.json").unlink(missing_ok=True)  # of the weights that were there before
     tokenizer = AutoTokenizer.from_pretrained(output / "model")
     LlamaForCausalLM.from_pretrained(output / "model", dtype=torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -175,7 +176,9 @@ def main() -> None:
     samples = {domain: sample(prompt) for domain, prompt in PROMPTS.items()}
     parameters = sum(parameter.numel() for parameter in embedded.load_model().parameters())
     facts = {"parameters": parameters, "tokens": int(unigram_counts().sum())}
-    card = model_card.render(figures, log, manifest, samples, facts, values)
+    seen = embedded.path() / "overlap.json"  # not there once other weights were packed
+    overlap = json.loads(seen.read_text()) if seen.is_file() else []
+    card = model_card.render(figures, log, manifest, samples, facts, values, overlap)
     (embedded.path() / "README.md").write_text(card, "utf-8")
     print(model_card.table(figures))
 

@@ -96,8 +96,8 @@ def comparison(scores: Mapping[str, Any], differences: Mapping[str, Any], path: 
 def _above(found: Mapping[str, float] | None) -> str:
     """The paired difference in words: the plain intervals overlap because texts differ, not because models do not."""
     if found is None:
-        return "paired by\ndocument:"
-    return f"{found['value']:+.3f}\n({found['low']:+.3f} to {found['high']:+.3f})"
+        return "reference"
+    return f"{found['value']:+.3f} paired\n({found['low']:+.3f} to {found['high']:+.3f})"
 
 
 def _series(log: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:

@@ -32,6 +32,12 @@ the same tokens.
 
 `python recipes/evaluate_embedded.py` measures this again from this folder alone.
 
+### What it has seen of that text
+
+<!-- overlap:start -->
+{overlap}
+<!-- overlap:end -->
+
 ## Training
 
 {tokens:.1f} million tokens ({epochs:.2f} passes over the {unique:.1f} million of the corpus) in {steps} steps of
@@ -61,6 +67,26 @@ Software Foundation, all rights reserved, under the licence in `LICENSE-PSF.txt`
 
 Seed 0, temperature 0.7, nucleus 0.9, the first draw; the prompt is shown with its continuation.
 {samples}"""
+
+RUN = 13  # tokens; a run of so many counts as seen if it stands anywhere in the training text
+OVERLAP_ROW = "| {name} | {runs:,} | **{seen:.1%}** | {loss:.3f} | {unseen_loss:.3f} |"
+OVERLAP = """\
+Whole documents are held out, but documents quote each other: licences, headers, imports, idioms. This share of the
+held-out runs of {length} tokens stands in the training text, too. Beside it the loss of all tokens that end such a run,
+seen or not, and the loss of those that end a run which the model has not seen.
+
+| held out | runs of {length} | also in the training text | loss, nats/token | of unseen runs |
+|---|---:|---:|---:|---:|
+{rows}
+
+`python scripts/corpus_overlap.py` measures this from the corpus."""
+
+
+def overlap(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the model has seen of its held-out text, from the rows of `overlap.json`; none says how to measure it."""
+    if not rows:
+        return "Not measured for these weights: run `python scripts/corpus_overlap.py`."
+    return OVERLAP.format(length=RUN, rows="\n".join(OVERLAP_ROW.format(**row) for row in rows))
 
 
 def table(figures: Sequence[Any]) -> str:
@@ -96,6 +122,7 @@ def render(
     samples: Mapping[str, str],
     facts: Mapping[str, float],
     values: Mapping[str, Any],
+    seen: Sequence[Mapping[str, Any]],
 ) -> str:
     """The whole card.
 
@@ -106,6 +133,7 @@ def render(
         samples: prompt and continuation by domain.
         facts: number of `parameters` of the model and of `tokens` of the training text.
         values: the configuration that `recipes/pretrain.py` ran with.
+        seen: rows of `overlap.json`; empty where it was not measured for these weights.
 
     Returns:
         Markdown with the Hub's metadata in front.
@@ -122,6 +150,7 @@ def render(
         theta=model["rope_parameters"]["rope_theta"],
         vocabulary=values["tokenizer"]["vocab_size"],
         table=table(figures),
+        overlap=overlap(seen),
         tokens=last["tokens"] / 1e6,
         epochs=last["tokens"] / facts["tokens"],
         steps=last["step"],

@@ -12,9 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,19 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import readme
 
 from hf_attnpatch import embedded
+from recipes import model_card
 
-LENGTH = 13
-ROW = "| {name} | {runs:,} | **{seen:.1%}** | {loss:.3f} | {unseen_loss:.3f} |"
-TEXT = """\
-Whole documents are held out, but documents quote each other: licences, headers, imports, idioms. This share of the
-held-out runs of {length} tokens stands in the training text, too. Beside it the loss of all tokens that end such a run,
-seen or not, and the loss of those that end a run which the model has not seen.
-
-| held out | runs of {length} | also in the training text | loss, nats/token | of unseen runs |
-|---|---:|---:|---:|---:|
-{rows}
-
-`python scripts/corpus_overlap.py` measures this from the corpus."""
+LENGTH = model_card.RUN
 
 
 def runs(ids: Sequence[int]) -> Iterator[bytes]:
@@ -73,11 +62,6 @@ def losses(model: torch.nn.Module, ids: Sequence[int], eos: int, length: int) ->
     return torch.cat(found).numpy()
 
 
-def section(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The card's section, from the rows of `overlap.json`."""
-    return TEXT.format(length=LENGTH, rows="\n".join(ROW.format(**row) for row in rows))
-
-
 def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -109,8 +93,8 @@ def main() -> None:
     ]
     (embedded.path() / "overlap.json").write_text(json.dumps(rows, indent=1) + "\n")
     card = embedded.path() / "README.md"
-    card.write_text(readme.with_part(card.read_text("utf-8"), "overlap", section(rows)), "utf-8")
-    print(section(rows))
+    card.write_text(readme.with_part(card.read_text("utf-8"), "overlap", model_card.overlap(rows)), "utf-8")
+    print(model_card.overlap(rows))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_attnpatch import embedded
-from recipes import evaluate_embedded
+from recipes import evaluate_embedded, model_card
 
 METRICS = {row["domain"]: row for row in json.loads((evaluate_embedded.RESULTS / "metrics.json").read_text())}
 
@@ -52,3 +52,10 @@ def test_the_card_shows_the_measured_figures():
 def test_an_unknown_domain_is_refused():
     with pytest.raises(ValueError, match="choose from python, prose, docs"):
         embedded.heldout("poems")
+
+
+def test_the_card_says_what_the_overlap_file_says():
+    """Written by two commands; `render` must not lose what the other one measured."""
+    rows = json.loads((embedded.path() / "overlap.json").read_text())
+    assert model_card.overlap(rows) in (embedded.path() / "README.md").read_text("utf-8")
+    assert "{overlap}" in model_card.CARD
