@@ -5,14 +5,13 @@ torch and transformers are imported by the commands, not by this file: ``attnpat
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import cli_models, cli_specs, cli_text
+from .cli_options import Device, Dtype, Length, Model, Patches, PlanFile, Sequences, Text, Trust, clear_errors
 
 app = typer.Typer(
     name="attnpatch",
@@ -22,29 +21,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[str, typer.Argument(help="A checkpoint folder, a hub name, or `embedded`.", show_default=False)]
-Patches = Annotated[
-    list[str],
-    typer.Option("--patch", "-p", metavar="NAME:FIELD=VALUE,...", help="Repeat it to apply several, in order."),
-]
-PlanFile = Annotated[
-    Path | None, typer.Option("--plan", metavar="FILE", help="A YAML list of patches; they come before --patch.")
-]
-Text = Annotated[
-    Path | None,
-    typer.Option("--calibration", metavar="FILE", help="Text (or JSON lines) that grouped_query is fitted on."),
-]
-Sequences = Annotated[int, typer.Option(min=1, help="Windows of calibration text, spread evenly over the file.")]
-Length = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="Where the model is loaded: cpu, cuda, cuda:1 ...")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that the checkpoint carries run.")]
-
 
 @app.command()
 def describe(model: Model, trust_remote_code: Trust = False) -> None:
     """Say where a model attends and how it knows positions. Reads the config only; no weights are loaded."""
-    with _clear_errors():
+    with clear_errors():
         import hf_attnpatch as ap
 
         typer.echo(ap.describe(cli_models.Source(name=model, trust_remote_code=trust_remote_code).skeleton()))
@@ -63,7 +44,7 @@ def plan(
     trust_remote_code: Trust = False,
 ) -> None:
     """Say what `apply` would do, and do nothing. Weights are loaded only for what measures to choose: flash, auto."""
-    with _clear_errors():
+    with clear_errors():
         import hf_attnpatch as ap
 
         patches = cli_specs.patches(plan_file, patch)
@@ -89,7 +70,7 @@ def apply(
     trust_remote_code: Trust = False,
 ) -> None:
     """Patch a checkpoint and save it to OUT, with its tokenizer; OUT appears whole or not at all."""
-    with _clear_errors():
+    with clear_errors():
         import hf_attnpatch as ap
 
         patches = cli_specs.patches(plan_file, patch)
@@ -111,7 +92,7 @@ def apply(
 @app.command()
 def verify(model: Model, dtype: Dtype = "auto", device: Device = "cpu", trust_remote_code: Trust = False) -> None:
     """Probe a checkpoint, patched or not, and pass or fail each invariant; exit with 1 if one fails."""
-    with _clear_errors():
+    with clear_errors():
         from .verify import verify as probe
 
         source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -123,22 +104,10 @@ def verify(model: Model, dtype: Dtype = "auto", device: Device = "cpu", trust_re
 @app.command()
 def demo(output: Annotated[Path, typer.Option(help="Folder for tables and figures.")] = Path("outputs/demo")) -> None:
     """Patch, uptrain and evaluate the embedded model; prints a table and where the figures are."""
-    with _clear_errors():
+    with clear_errors():
         from .demo import run
 
         run(output)
-
-
-@contextlib.contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Show what a user can mend in one line, with exit code 1; anything else is a bug and keeps its traceback."""
-    from .errors import AttnPatchError
-
-    try:
-        yield
-    except (AttnPatchError, OSError) as error:
-        typer.secho(f"attnpatch: {' '.join(str(error).split())}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(1) from error
 
 
 def main() -> None:
