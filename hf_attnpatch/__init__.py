@@ -13,6 +13,7 @@ from . import foreign
 from .errors import (
     AttnPatchError,
     CalibrationError,
+    EvaluationError,
     MissingExtra,
     PatchConflict,
     SelfCheckFailed,
@@ -61,6 +62,7 @@ __all__ = [
     "Anatomy",
     "AttnPatchError",
     "CalibrationError",
+    "EvaluationError",
     "Flash",
     "GroupedQuery",
     "MissingExtra",

@@ -24,6 +24,10 @@ class CalibrationError(AttnPatchError):
     """The calibration text cannot be used: too little of it, or activations on it that are not finite."""
 
 
+class EvaluationError(AttnPatchError):
+    """What was to be measured cannot be: no such task, too short a text, no cache, logits that are not finite."""
+
+
 class MissingExtra(AttnPatchError, ImportError):
     """An optional dependency is needed; the message names the extra that brings it."""
 

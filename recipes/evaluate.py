@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hf_attnpatch.evaluation import Losses, Score, cache_bytes_per_token, document_losses, perplexity, summarise
+from hf_attnpatch.evaluation import Losses, Score, cache_bytes_per_token, document_losses, mean_loss, summarise
 from recipes import job as jobs
 from recipes.data import DataError, documents
 from recipes.job import HeldoutConfig
@@ -80,7 +80,7 @@ def main() -> None:
     job = jobs.read(arguments.config, arguments.overrides)
     windows = heldout_windows(job.heldout, load_tokenizer(arguments.model))
     model = load_model(arguments.model, job.dtype)
-    found = perplexity(model, windows, batch=job.heldout.batch, progress="evaluating")
+    found = mean_loss(model, windows, batch=job.heldout.batch, progress="evaluating")
     interval = f"[{found.low:.4f}, {found.high:.4f}]"
     print(f"{found.nats:.4f} {interval} nats per token, perplexity {found.perplexity:.2f}, {found.tokens:,} tokens")
     print(f"{cache_bytes_per_token(model):,.0f} bytes of cache per token")

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hf_attnpatch as ap
 from hf_attnpatch.errors import AttnPatchError
-from hf_attnpatch.evaluation import perplexity
+from hf_attnpatch.evaluation import mean_loss
 from recipes import calibration, figures, saving, settings, sharding, table, trainable
 from recipes import job as jobs
 from recipes.checkpoints import ResumeError
@@ -108,7 +108,7 @@ def heldout_during(run: Run, student: nn.Module) -> Evaluate:
     chosen = run.during()
 
     def evaluate(_: nn.Module) -> dict[str, float]:
-        return {"heldout_loss": perplexity(student, chosen, batch=run.job.heldout.batch, resamples=1).nats}
+        return {"heldout_loss": mean_loss(student, chosen, batch=run.job.heldout.batch, resamples=1).nats}
 
     return evaluate
 

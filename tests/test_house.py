@@ -35,7 +35,7 @@ MAY_IMPORT = {
         *("rope_parameters", "runtime", "sites", "twin"),
         *("calibration_text", "conversion", "damage", "group_size", "outcome", "regroup"),
     },
-    "evaluation/": {"errors", "evaluation"},  # measures a model; knows nothing of patches
+    "evaluation/": {"errors", "evaluation", "progress"},  # measures a model; knows nothing of patches
 }
 
 # who else may write to a module, a config or a process-wide table, what, and why
@@ -56,8 +56,8 @@ MAY_WRITE = {
     "frames.py": ("register_forward_hook", "for the length of a trial; removed in any case"),
     "refine.py": ("requires_grad_ grad", "of its own copies of weights"),
     "patches/grouped_query.py": ("conversion", "what its own preparation found, for its own edits"),
-    "evaluation/perplexity.py": ("eval train disable", "restores the mode; a progress bar's switch"),
-    "evaluation/cache.py": ("eval train", "restores the mode"),
+    "evaluation/mode.py": ("eval training", "for the length of a measurement; restores the mode of every module"),
+    "evaluation/logits.py": ("register_forward_pre_hook", "for the length of a call; removed in any case"),
     "cli_models.py": ("eval", "of a model that it has just built"),
     "embedded/__init__.py": ("eval", "of a model that it has just loaded"),
 }

@@ -1,15 +1,24 @@
 """Measures a model, patched or not: nothing here knows of patches."""
 
 from .cache import cache_bytes_per_token
-from .perplexity import Interval, Losses, Score, difference, document_losses, perplexity, summarise
+from .losses import document_losses, mean_loss
+from .perplexity import LossByLength, perplexity
+from .positions import LossByPosition, loss_by_position
+from .result import Result
+from .score import Interval, Losses, Score, difference, summarise
 
 __all__ = [
     "Interval",
+    "LossByLength",
+    "LossByPosition",
     "Losses",
+    "Result",
     "Score",
     "cache_bytes_per_token",
     "difference",
     "document_losses",
+    "loss_by_position",
+    "mean_loss",
     "perplexity",
     "summarise",
 ]

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import EvaluationError
+from .mode import device_of, measuring
 
-@torch.no_grad()
+
 def cache_bytes_per_token(model: nn.Module, *, length: int = 16) -> float:
     """Measure by how many bytes ``past_key_values`` grows for each further token.
 
@@ -20,19 +22,17 @@ def cache_bytes_per_token(model: nn.Module, *, length: int = 16) -> float:
         length: tokens of the shorter prefill.
 
     Raises:
-        ValueError: the model returns no ``past_key_values``.
+        EvaluationError: the model returns no ``past_key_values``.
     """
-    training = model.training
-    model.eval()
-    sizes = [_cache_bytes(model, tokens) for tokens in (length, 2 * length)]
-    model.train(training)
+    with measuring(model):
+        sizes = [_cache_bytes(model, tokens) for tokens in (length, 2 * length)]
     return (sizes[1] - sizes[0]) / length
 
 
 def _cache_bytes(model: nn.Module, tokens: int) -> int:
-    ids = torch.arange(tokens, device=next(model.parameters()).device)[None] % 7  # 1, tokens
+    ids = torch.arange(tokens, device=device_of(model))[None] % 7  # 1, tokens
     past: Any = model(input_ids=ids, use_cache=True).past_key_values
     if past is None:
-        raise ValueError(f"{type(model).__name__} returned no past_key_values, so there is no cache to measure.")
+        raise EvaluationError(f"{type(model).__name__} returned no past_key_values, so there is no cache to measure.")
     layers = getattr(past, "layers", None) or [past]
     return sum(t.numel() * t.element_size() for layer in layers for t in vars(layer).values() if isinstance(t, Tensor))

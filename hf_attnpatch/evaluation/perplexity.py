@@ -1,152 +1,138 @@
-"""How well a causal language model predicts a text, with an interval over documents.
+"""Perplexity by context length: does a model gain from what lies further back?
 
-Tokens of one document are far from independent, so what is resampled is documents, whole. Two models measured on the
-same documents are compared pairwise: most of the spread is between texts and cancels in the difference.
+Published protocols cannot be compared with each other: they predict other tokens at every length. Here the same last
+tokens of every document are predicted under growing context, so that a difference between lengths is the context's.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
 
 import torch
-from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor, nn
 
-Block = Mapping[str, Any]
-Losses = dict[Hashable, tuple[float, int]]
+from ..errors import EvaluationError
+from .result import Result
+from .score import Losses, Score, summarise
+from .windows import Documents, Window, read_documents, window_losses
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A value and the bounds of its bootstrap interval, in nats per token."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a model loses on a text.
+class LossByLength(Result):
+    """The loss of the same last tokens under growing context.
 
     Attributes:
-        nats: mean next-token loss in nats, every token weighing the same.
-        low: lower bound of its interval.
-        high: upper bound of its interval.
-        tokens: predicted tokens.
-        losses: document -> (sum of losses in nats, predicted tokens).
+        lengths: tokens in the model's input, the predicted ones included, in ascending order.
+        scores: of each length.
+        targets: predicted tokens of each document: its last ones.
+        window: tokens that the baselines see.
+        stride: tokens that the sliding baseline predicts before it moves on.
+        truncated: the baseline that forgets: the last ``window`` tokens in one pass.
+        sliding: the baseline that recomputes: each target in a window of its own last ``window`` tokens (fewer
+            where the document begins), of which the last ``stride`` are predicted.
     """
 
-    nats: float
-    low: float
-    high: float
-    tokens: int
-    losses: Losses
+    lengths: tuple[int, ...]
+    scores: tuple[Score, ...]
+    targets: int
+    window: int
+    stride: int
+    truncated: Score
+    sliding: Score
 
-    @property
-    def perplexity(self) -> float:
-        """The exponential of the mean loss."""
-        return math.exp(self.nats)
+    def __getitem__(self, length: int) -> Score:
+        """The score at one of the lengths."""
+        return self.scores[self.lengths.index(length)]
+
+    def __str__(self) -> str:
+        rows = [(f"{length:,}", score) for length, score in zip(self.lengths, self.scores, strict=True)]
+        rows += [(f"truncated {self.window:,}", self.truncated), (f"sliding {self.window:,}", self.sliding)]
+        documents = len(self.truncated.losses)
+        head = (
+            f"last {self.targets:,} tokens of {documents} documents, nats per token (95 % over documents), perplexity"
+        )
+        return "\n".join(
+            [head, *(f"{n:>18}  {s.nats:.4f} [{s.low:.4f}, {s.high:.4f}]  {s.perplexity:.2f}" for n, s in rows)]
+        )
 
 
 def perplexity(
-    model: nn.Module, blocks: Iterable[Block], *, batch: int = 8, resamples: int = 2000, progress: str | None = None
-) -> Score:
-    """Measure the mean next-token loss of ``model`` over ``blocks``, with a 95 % interval over documents.
+    model: nn.Module,
+    documents: Documents,
+    *,
+    lengths: Sequence[int] = (512, 1024, 2048, 4096),
+    targets: int = 256,
+    window: int | None = None,
+    stride: int | None = None,
+    bos_token_id: int | None = None,
+    batch_tokens: int = 8192,
+    resamples: int = 2000,
+) -> LossByLength:
+    """Measure how well the last tokens of documents are predicted with more and more of what precedes them.
+
+    Every document weighs by its targets, of which all have as many. Logits are computed for the targets only.
 
     Args:
-        model: returns ``.logits`` of shape (batch, length, vocabulary); run in eval mode, put back as it was.
-        blocks: each with ``input_ids`` of shape (length,), int64; optionally ``labels`` of the same shape, where -100
-            does not count; optionally ``document``, which text it is from (otherwise every block is a text).
-        batch: blocks in a forward pass; only blocks of one length share a pass, so nothing is padded.
-        resamples: bootstrap resamples.
-        progress: caption of a progress bar, shown where there is a terminal.
+        model: a causal language model, patched or not; run in eval mode, put back as it was.
+        documents: token ids, each at least as long as the longest length; a mapping gives them names.
+        lengths: tokens of input, the targets included.
+        targets: how many of the last tokens are predicted; fewer than the shortest length.
+        window: tokens that the baselines see; the shortest length unless given.
+        stride: of the sliding baseline; a quarter of the targets unless given.
+        bos_token_id: put before every window, and counted in its length, for models that were trained with it.
+        batch_tokens: tokens in a forward pass, at most; one window at least.
+        resamples: bootstrap resamples, of documents.
 
     Raises:
-        ValueError: no token to predict.
+        EvaluationError: a document is too short, the lengths do not fit the targets, or a loss is not finite.
     """
-    return summarise(document_losses(model, blocks, batch=batch, progress=progress), resamples=resamples)
+    lengths = sorted(set(lengths))
+    window, stride = window or min(lengths, default=0), stride or max(1, targets // 4)
+    _check(lengths, targets, window, stride)
+    room = 0 if bos_token_id is None else 1
+    texts = read_documents(documents, max(window, *lengths) - room)
+    prefix = torch.tensor([] if bos_token_id is None else [bos_token_id], dtype=torch.int64)
+    windows: list[Window] = []
+    for name, ids in texts.items():
+        for length in {*lengths, window}:
+            windows.append(Window(length, name, _last(ids, length, prefix), targets))
+        edges = [*range(0, targets, stride), targets]
+        for start, end in pairwise(edges):  # targets counted from the first one
+            upto = ids[: len(ids) - targets + end]
+            windows.append(Window("sliding", name, _last(upto, window, prefix), end - start))
+    losses = _summed(model, windows, batch_tokens)
+    scores = {group: summarise(found, resamples=resamples) for group, found in losses.items()}
+    by_length = tuple(scores[length] for length in lengths)
+    return LossByLength(tuple(lengths), by_length, targets, window, stride, scores[window], scores["sliding"])
 
 
-@torch.no_grad()
-def document_losses(
-    model: nn.Module, blocks: Iterable[Block], *, batch: int = 8, progress: str | None = None
-) -> Losses:
-    """Sum the next-token losses of every document; see :func:`perplexity`. Several processes may share the blocks."""
-    passes = _passes(blocks, batch)
-    found: dict[Hashable, tuple[float, int]] = {}
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn())
-    bar.disable = progress is None or not bar.console.is_terminal
-    with bar:
-        for part in bar.track(passes, description=progress or ""):
-            sums, counts = _losses(model, [block for _, block in part], device)
-            for (number, block), total, count in zip(part, sums, counts, strict=True):
-                key = block.get("document", number)
-                before = found.get(key, (0.0, 0))
-                found[key] = (before[0] + total, before[1] + count)
-    model.train(training)
-    return found
+def _last(ids: Tensor, length: int, prefix: Tensor) -> Tensor:
+    """Return a window of ``length`` tokens that ends where ``ids`` end, the prefix included."""
+    start = len(ids) - (length - len(prefix))
+    return torch.cat([prefix, ids[max(0, start) :]])
 
 
-def summarise(losses: Losses, *, resamples: int = 2000) -> Score:
-    """Turn losses by document into a mean with its interval.
-
-    Raises:
-        ValueError: no token to predict.
-    """
-    sums, counts = _columns(losses)
-    mean = _interval(sums, counts, resamples)
-    return Score(mean.value, mean.low, mean.high, int(counts.sum()), losses)
-
-
-def difference(before: Score, after: Score, *, resamples: int = 2000) -> Interval:
-    """How much more ``after`` loses than ``before`` on the same documents, with a paired 95 % interval.
-
-    Raises:
-        ValueError: they were measured on different documents.
-    """
-    (old, counts), (new, others) = _columns(before.losses), _columns({key: after.losses[key] for key in before.losses})
-    if len(after.losses) != len(before.losses) or not torch.equal(counts, others):
-        raise ValueError("the two scores are of different documents; measure both on the same blocks.")
-    return _interval(new - old, counts, resamples)
+def _summed(model: nn.Module, windows: Sequence[Window], batch_tokens: int) -> dict[Hashable, Losses]:
+    found: dict[Hashable, Losses] = {}
+    for window, row in window_losses(model, windows, batch_tokens=batch_tokens, progress="perplexity by length"):
+        losses = found.setdefault(window.group, {})
+        total, count = losses.get(window.document, (0.0, 0))
+        losses[window.document] = (total + float(row.sum()), count + len(row))
+    # in the order of the documents, whatever the order of the passes: scores of two models pair up
+    order = list(dict.fromkeys(window.document for window in windows))
+    return {group: {name: losses[name] for name in order} for group, losses in found.items()}
 
 
-def _passes(blocks: Iterable[Block], batch: int) -> list[list[tuple[int, Block]]]:
-    """Return numbered blocks in groups of at most ``batch``, each of one length."""
-    by_length: dict[int, list[tuple[int, Block]]] = {}
-    for number, block in enumerate(blocks):
-        by_length.setdefault(len(block["input_ids"]), []).append((number, block))
-    return [same[start : start + batch] for same in by_length.values() for start in range(0, len(same), batch)]
-
-
-def _losses(model: nn.Module, blocks: Sequence[Block], device: torch.device) -> tuple[list[float], list[int]]:
-    """Return sum of losses and number of predicted tokens of each block, all of one length."""
-    ids = torch.stack([torch.as_tensor(block["input_ids"]) for block in blocks]).to(device)  # batch, length
-    labels = torch.stack([torch.as_tensor(block.get("labels", block["input_ids"])) for block in blocks]).to(device)
-    logits = model(input_ids=ids, use_cache=False).logits  # batch, length, vocabulary
-    sums = [
-        float(nn.functional.cross_entropy(row[:-1].float(), wanted[1:], reduction="sum", ignore_index=-100))
-        for row, wanted in zip(logits, labels, strict=True)  # row by row: a float32 copy of one row at a time
-    ]
-    return sums, (labels[:, 1:] != -100).sum(dim=1).tolist()
-
-
-def _columns(losses: Losses) -> tuple[Tensor, Tensor]:
-    pairs = list(losses.values())
-    return torch.tensor([p[0] for p in pairs], dtype=torch.float64), torch.tensor([p[1] for p in pairs])
-
-
-def _interval(sums: Tensor, counts: Tensor, resamples: int) -> Interval:
-    """Return sum(sums) / sum(counts) with the percentile interval of resampled documents."""
-    if not int(counts.sum()):
-        raise ValueError("there is no token to predict: no blocks, blocks of one token, or every label is -100.")
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.randint(len(sums), (resamples, len(sums)), generator=generator)  # resamples, documents
-    means = sums[draws].sum(dim=1) / counts[draws].sum(dim=1)
-    bounds = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return Interval(float(sums.sum() / counts.sum()), float(bounds[0]), float(bounds[1]))
+def _check(lengths: Sequence[int], targets: int, window: int, stride: int) -> None:
+    if not lengths or targets < 1 or stride < 1:
+        raise EvaluationError(
+            f"lengths={list(lengths)}, targets={targets}, stride={stride}; wanted at least one length, one target and "
+            "a stride of 1 or more."
+        )
+    if targets >= min(*lengths, window):
+        raise EvaluationError(
+            f"targets={targets}: with lengths={list(lengths)} and window={window}, the shortest input has no token "
+            f"before its first target; wanted at most {min(*lengths, window) - 1} targets, or longer lengths."
+        )

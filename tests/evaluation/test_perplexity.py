@@ -1,119 +1,222 @@
-"""Mean loss, its interval over documents, and the growth of the cache, each against an independent computation."""
+"""Loss by context length and by position, against a plain loop over whole logits in double precision."""
 
+import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from hf_attnpatch import evaluation
+from hf_attnpatch import EvaluationError, evaluation
+from hf_attnpatch.evaluation import logits
 
-
-def llama(kv_heads=4, dtype=torch.float32):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 4, "num_hidden_layers": 3}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=kv_heads, **sizes)).to(dtype)
+SMALL = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
 
 
-def blocks():
+def spread(model):
+    """Weights far from zero: probabilities that are far from uniform, logits that a soft cap bends."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.4 + (parameter.dim() == 1)
+    return model.eval()
+
+
+def llama():
+    return spread(LlamaForCausalLM(LlamaConfig(**SMALL, **HEADS)))
+
+
+def gemma2():
+    """A soft cap after its head, and a sliding window in every other layer."""
+    model = spread(Gemma2ForCausalLM(Gemma2Config(**SMALL, **HEADS, final_logit_softcapping=3.0, sliding_window=16)))
+    model.lm_head.weight.data *= 3
+    return model
+
+
+def gpt2():
+    return spread(GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=64, n_embd=32, n_layer=2, n_head=2)))
+
+
+MODELS = {"llama": llama, "gemma2": gemma2, "gpt2": gpt2}
+
+
+def documents(sizes=(40, 33, 48, 40)):
     generator = torch.Generator().manual_seed(0)
+    return [torch.randint(40, (size,), generator=generator).tolist() for size in sizes]
+
+
+def by_hand(model, ids, targets):
+    """The losses of the last targets, one at a time."""
+    with torch.no_grad():
+        rows = model(torch.tensor([ids])).logits[0].double()
     found = []
-    for number, length in enumerate([12, 12, 7, 12, 7, 12]):
-        ids = torch.randint(40, (length,), generator=generator)
-        labels = ids.clone()
-        labels[3 : 3 + number] = -100
-        found.append({"input_ids": ids, "labels": labels, "document": "abbccc"[number]})
+    for position in range(len(ids) - targets, len(ids)):
+        before = rows[position - 1].tolist()
+        top = max(before)
+        found.append(top + math.log(sum(math.exp(x - top) for x in before)) - before[ids[position]])
     return found
 
 
-def by_hand(model, block):
-    """Token by token, in double precision."""
-    logits = model(block["input_ids"][None]).logits[0].double()
-    total, count = 0.0, 0
-    for position, label in enumerate(block["labels"].tolist()[1:]):
-        if label != -100:
-            row = logits[position]
-            total += math.log(row.exp().sum().item()) - row[label].item()
-            count += 1
-    return total, count
-
-
-@pytest.mark.parametrize("batch", [1, 2, 8])
-def test_every_token_weighs_the_same_whatever_the_batch(batch):
-    model = llama()
-    score = evaluation.perplexity(model.train(), blocks(), batch=batch)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("elements", [2**25, 300])  # all logits at once, or a few positions at a time
+def test_by_length_is_a_plain_loop(name, elements, monkeypatch):
+    monkeypatch.setattr(logits, "_ELEMENTS", elements)
+    model, texts = MODELS[name]().train(), documents()
+    found = evaluation.perplexity(model, texts, lengths=(32, 16), targets=10, batch_tokens=70)
     assert model.training
-    pairs = [by_hand(model.eval(), block) for block in blocks()]
-    assert score.tokens == sum(count for _, count in pairs)
-    assert score.nats == pytest.approx(sum(total for total, _ in pairs) / score.tokens, abs=1e-5)
-    assert score.perplexity == pytest.approx(math.exp(score.nats))
-    assert score.losses["b"][0] == pytest.approx(pairs[1][0] + pairs[2][0], abs=1e-4)
+    model.eval()
+    assert found.lengths == (16, 32)
+    for length in (16, 32):
+        rows = [by_hand(model, ids[-length:], 10) for ids in texts]
+        assert found[length].nats == pytest.approx(sum(map(sum, rows)) / 40, abs=1e-6)
+        assert found[length].tokens == 40
+        for number, row in enumerate(rows):
+            assert found[length].losses[number] == (pytest.approx(sum(row), abs=1e-5), 10)
+    assert found.truncated == found[16]
+    assert found[16].nats != pytest.approx(found[32].nats, abs=1e-3)
 
 
-def test_labels_and_documents_may_be_left_out():
-    plain = [{"input_ids": block["input_ids"]} for block in blocks()]
-    score = evaluation.perplexity(llama(), plain)
-    assert set(score.losses) == set(range(6))
-    assert score.tokens == sum(len(block["input_ids"]) - 1 for block in plain)
+def test_the_sliding_baseline_gives_each_target_its_own_window():
+    model, texts = llama(), documents()
+    found = evaluation.perplexity(model, texts, lengths=(32,), targets=10, window=12, stride=1)
+    each = [by_hand(model, ids[: len(ids) - 9 + k][-12:], 1)[0] for ids in texts for k in range(10)]
+    assert found.sliding.nats == pytest.approx(sum(each) / 40, abs=1e-6)
+    coarse = evaluation.perplexity(model, texts, lengths=(32,), targets=10, window=12, stride=4)
+    pieces = [
+        by_hand(model, ids[: len(ids) - 10 + end][-12:], n) for ids in texts for end, n in [(4, 4), (8, 4), (10, 2)]
+    ]
+    assert coarse.sliding.nats == pytest.approx(sum(map(sum, pieces)) / 40, abs=1e-6)
+    assert found.window == 12
+    whole = evaluation.perplexity(model, texts, lengths=(32,), targets=10, window=12, stride=10)
+    assert whole.sliding == whole.truncated
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    generator = torch.Generator().manual_seed(0)
-    hits = 0
-    for _ in range(200):
-        counts = torch.randint(50, 150, (60,), generator=generator)
-        means = 2 + 0.5 * torch.randn(60, generator=generator)
-        losses = {n: (float(m * c), int(c)) for n, (m, c) in enumerate(zip(means, counts, strict=True))}
-        score = evaluation.summarise(losses, resamples=500)
-        hits += score.low <= 2 <= score.high
-    assert 180 <= hits <= 198  # 95 % of 200, less the bootstrap's known optimism at 60 documents
+def test_a_first_token_counts_in_the_length():
+    model, texts = llama(), documents((31, 31))
+    found = evaluation.perplexity(model, texts, lengths=(32,), targets=10, bos_token_id=7)
+    rows = [by_hand(model, [7, *ids], 10) for ids in texts]
+    assert found[32].nats == pytest.approx(sum(map(sum, rows)) / 20, abs=1e-6)
 
 
-def test_a_paired_difference_is_exact_where_every_document_agrees():
-    spread = {n: (float(100 * n), 100) for n in range(10)}
-    shifted = {n: (total + 25.0, count) for n, (total, count) in spread.items()}
-    before, after = evaluation.summarise(spread), evaluation.summarise(shifted)
-    gap = evaluation.difference(before, after)
-    assert (gap.value, gap.low, gap.high) == pytest.approx((0.25, 0.25, 0.25))
-    assert before.high - before.low > 2
-    with pytest.raises(ValueError, match="different documents"):
-        evaluation.difference(before, evaluation.summarise(shifted | {11: (1.0, 1)}))
+@pytest.mark.parametrize("elements", [2**25, 300])
+def test_by_position_is_a_plain_loop(elements, monkeypatch):
+    monkeypatch.setattr(logits, "_ELEMENTS", elements)
+    model, texts = llama(), documents()
+    found = evaluation.loss_by_position(model, texts, length=32, bins=4)
+    rows = [by_hand(model, ids[:32], 31) for ids in texts]
+    assert found.edges == (1, 8, 16, 24, 32)
+    for (start, end), score in zip([(1, 8), (8, 16), (16, 24), (24, 32)], found.scores, strict=True):
+        own = [x for row in rows for x in row[start - 1 : end - 1]]
+        assert score.nats == pytest.approx(sum(own) / len(own), abs=1e-6)
+    assert evaluation.loss_by_position(model, texts, bins=32).edges[-1] == 33  # the shortest document
 
 
-@pytest.mark.parametrize("nothing", [[], [{"input_ids": torch.tensor([1])}]])
-def test_nothing_to_predict_is_an_error(nothing):
-    with pytest.raises(ValueError, match="no token to predict"):
-        evaluation.perplexity(llama(), nothing)
+def test_a_mapping_names_the_documents():
+    texts = dict(zip("abcd", documents(), strict=True))
+    found = evaluation.perplexity(llama(), texts, lengths=(16,), targets=4)
+    assert list(found[16].losses) == list("abcd")
+    with pytest.raises(EvaluationError, match=r"document b: 33 tokens, wanted at least 40"):
+        evaluation.perplexity(llama(), texts, lengths=(40,), targets=4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_cache_grows_by_what_the_shapes_say(dtype):
-    for heads in (4, 2, 1):
-        grown = evaluation.cache_bytes_per_token(llama(heads, dtype))
-        assert grown == 3 * 2 * heads * 8 * dtype.itemsize  # layers, key and value, heads, head_dim
+class Widest(torch.nn.Linear):
+    """An output head that remembers for how many positions it was asked at once."""
+
+    widest = 0
+
+    def forward(self, states):
+        self.widest = max(self.widest, states.shape[0] * states.shape[1])
+        return super().forward(states)
 
 
-def test_what_does_not_grow_does_not_count():
-    config = MistralConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=16,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_hidden_layers=1,
-        sliding_window=8,
-    )
-    assert evaluation.cache_bytes_per_token(MistralForCausalLM(config), length=16) == 0
-    assert evaluation.cache_bytes_per_token(MistralForCausalLM(config), length=3) == 2 * 8 * 4
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=64, n_embd=16, n_layer=2, n_head=2))
-    assert evaluation.cache_bytes_per_token(gpt2) == 2 * 2 * 16 * 4
+@pytest.mark.parametrize("elements", [2**25, 400])
+def test_logits_are_made_for_the_targets_only(elements, monkeypatch):
+    monkeypatch.setattr(logits, "_ELEMENTS", elements)
+    model = llama()
+    model.lm_head = Widest(32, 40, bias=False)
+    evaluation.perplexity(model, documents(), lengths=(32,), targets=6, window=32, stride=6, batch_tokens=128)
+    assert model.lm_head.widest == (4 * 6 if elements > 400 else 4 * (400 // 160))
 
 
-def test_a_model_without_a_cache_is_an_error():
-    class Bare(torch.nn.Linear):
-        def forward(self, input_ids, use_cache):
-            return SimpleNamespace(past_key_values=None)
+def test_a_head_that_cannot_be_narrowed_is_left_alone():
+    class Flattening(torch.nn.Linear):
+        pass
 
-    with pytest.raises(ValueError, match="no past_key_values"):
-        evaluation.cache_bytes_per_token(Bare(1, 1))
+    class Odd(LlamaForCausalLM):
+        def forward(self, input_ids, use_cache=None):
+            output = self.model(input_ids=input_ids, use_cache=use_cache)
+            states = output.last_hidden_state
+            output.logits = self.lm_head(states.flatten(0, 1)).unflatten(0, states.shape[:2])
+            return output
+
+    plain = llama()
+    odd = Odd(plain.config).eval()
+    odd.load_state_dict(plain.state_dict())
+    found, wanted = (evaluation.perplexity(m, documents(), lengths=(32, 16), targets=10) for m in (odd, plain))
+    assert found[32].nats == pytest.approx(wanted[32].nats, abs=1e-6)
+
+
+def test_a_nan_names_its_document_and_never_averages_away():
+    model = llama()
+    model.model.embed_tokens.weight.data[39] = math.nan  # one word
+    texts = [[token % 39 for token in ids] for ids in documents()]
+    texts[2][-3] = 39
+    wanted = r"document 2: the loss of token 1\d of 16 is nan"
+    with pytest.raises(EvaluationError, match=wanted):
+        evaluation.perplexity(model.train(), texts, lengths=(16,), targets=4)
+    assert model.training
+    with pytest.raises(EvaluationError, match="document 2: the loss of token"):
+        evaluation.loss_by_position(model, texts)
+    blocks = [{"input_ids": torch.tensor(ids), "document": f"text {n}"} for n, ids in enumerate(texts)]
+    with pytest.raises(EvaluationError, match="document text 2: the loss of token"):
+        evaluation.mean_loss(model, blocks)
+    with pytest.raises(EvaluationError, match="document b: its loss is nan"):
+        evaluation.summarise({"a": (1.0, 2), "b": (math.nan, 2)})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lengths": ()}, "at least one length"),
+        ({"lengths": (16,), "targets": 16}, "at most 15 targets"),
+        ({"lengths": (16,), "targets": 8, "window": 8}, "at most 7 targets"),
+        ({"lengths": (16, 400), "targets": 8}, "document 0: 40 tokens, wanted at least 400"),
+    ],
+)
+def test_what_cannot_be_measured_is_an_error(options, message):
+    with pytest.raises(EvaluationError, match=message):
+        evaluation.perplexity(llama(), documents(), **options)
+
+
+def test_other_bad_input():
+    with pytest.raises(EvaluationError, match="there are no documents"):
+        evaluation.perplexity(llama(), [])
+    with pytest.raises(EvaluationError, match=r"document 0: token ids of shape \(1, 40\)"):
+        evaluation.perplexity(llama(), torch.zeros(1, 1, 40, dtype=torch.int64), lengths=(8,), targets=2)
+    with pytest.raises(EvaluationError, match="bins=40: 33 tokens have 32"):
+        evaluation.loss_by_position(llama(), documents(), bins=40)
+    with pytest.raises(EvaluationError, match="80 tokens were given, and its config says max_position_embeddings=64"):
+        evaluation.perplexity(gpt2(), documents((90,)), lengths=(80,), targets=2)
+
+
+def test_modes_of_modules_are_put_back_one_by_one():
+    model = llama().train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    evaluation.perplexity(model, documents(), lengths=(8,), targets=2)
+    assert [module.training for module in model.modules()] == before
+    assert True in before
+    assert False in before
+
+
+@pytest.mark.parametrize("measure", ["length", "position"])
+def test_results_survive_json(measure):
+    texts = dict(zip("abcd", documents(), strict=True))
+    if measure == "length":
+        found = evaluation.perplexity(llama(), texts, lengths=(8, 16), targets=4)
+    else:
+        found = evaluation.loss_by_position(llama(), documents(), bins=3)
+    assert type(found).from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert f"{found.scores[0].nats:.4f}" in str(found)
+    with pytest.raises(EvaluationError, match="found the fields"):
+        type(found).from_dict({"lengths": [1]})

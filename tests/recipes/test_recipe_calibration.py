@@ -74,7 +74,7 @@ def test_a_fitted_patch_is_the_one_of_the_library_and_its_damage_lies_beside(fol
     from recipes.job import HeldoutConfig
 
     windows = heldout_windows(HeldoutConfig(source=str(folder / "heldout"), block=16, windows=3), tokenizer)
-    by_hand = ap.evaluation.perplexity(model, windows)
+    by_hand = ap.evaluation.mean_loss(model, windows)
     assert metrics["scores"]["converted"]["nats"] == pytest.approx(by_hand.nats, abs=1e-6)
 
 

@@ -1,0 +1,126 @@
+"""Losses of chosen tokens, without the logits of all others.
+
+A vocabulary of 49,152 words takes 1.6 GB of float32 logits for 8,192 tokens. So the output head is given the hidden
+states of the targets only, and these in parts: a hook before the head, there for the length of a call, narrows its
+input. What a family does to logits after its head (a soft cap, a scale) is its own forward's, and stays exact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import EvaluationError
+
+IGNORED = -100  # a label that does not count, as everywhere in torch
+_ELEMENTS = 2**25  # logits at a time: 128 MiB in float32, of which the loss makes a copy or two
+
+
+def token_losses(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss of the last tokens of each row.
+
+    Args:
+        model: a causal language model in eval mode; returns ``.logits``.
+        ids: shape (batch, length), int64, nothing padded.
+        labels: what is to be predicted at the last ``targets`` positions, shape (batch, targets), int64, where -100
+            does not count; ``targets`` is less than the length.
+
+    Returns:
+        Nats, shape (batch, targets), float32, 0 where the label does not count.
+    """
+    targets, parts = labels.shape[1], []
+    hidden: list[Tensor] = []
+    step = _positions(model, len(ids))
+    with _before_head(model, lambda states: _taken(states, ids.shape, targets, step, hidden)):
+        logits = forward(model, input_ids=ids, use_cache=False).logits  # batch, targets or length, vocabulary
+    if len(hidden) > 1:  # a head that is used more than once: which of the calls made the logits is not known
+        hidden.clear()
+        logits = forward(model, input_ids=ids, use_cache=False).logits
+    if not hidden:  # no head that can be narrowed: all logits are here
+        return _cross_entropy(logits[:, -targets - 1 : -1], labels)
+    parts.append(_cross_entropy(logits, labels[:, -step:]))
+    for end in range(targets - step, 0, -step):
+        start = max(0, end - step)
+        part = hidden[0][:, start:end]  # batch, step, width
+        with _before_head(model, lambda _, part=part: part):  # a default: a closure would see the next
+            logits = forward(model, input_ids=ids[:, :1], use_cache=False).logits
+        parts.append(_cross_entropy(logits, labels[:, start:end]))
+    return torch.cat(parts[::-1], dim=1)
+
+
+def last_logits(model: nn.Module, ids: Tensor, count: int = 1, **inputs: Any) -> tuple[Tensor, Any]:
+    """Return the logits of the last ``count`` positions, (batch, count, vocabulary), and the model's whole output."""
+    with _before_head(model, lambda states: states[:, -count:] if states.shape[:2] == ids.shape else states):
+        output = forward(model, input_ids=ids, **inputs)
+    return output.logits[:, -count:], output
+
+
+def forward(model: nn.Module, **inputs: Any) -> Any:
+    """Run the model.
+
+    Raises:
+        EvaluationError: it has no positions for so many tokens.
+    """
+    try:
+        return model(**inputs)
+    except IndexError as error:  # a table of positions, looked up beyond its end
+        limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        raise EvaluationError(
+            f"{type(model).__name__}: {tuple(inputs['input_ids'].shape)[1]} tokens were given, and its config says "
+            f"max_position_embeddings={limit} ({error}); measure shorter lengths, or give it more positions first."
+        ) from error
+
+
+def _positions(model: nn.Module, batch: int) -> int:
+    """How many positions may have logits at a time."""
+    weight = getattr(_head(model), "weight", None)
+    return max(1, _ELEMENTS // (batch * weight.shape[0])) if isinstance(weight, Tensor) else 256
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter is not None else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _taken(states: Tensor, shape: torch.Size, targets: int, step: int, hidden: list[Tensor]) -> Tensor:
+    """Keep the hidden states that predict the targets and pass on the last ``step`` of them."""
+    if states.shape[:2] != shape:
+        return states  # flattened, or narrowed by the model itself
+    hidden.append(states[:, -targets - 1 : -1].clone())  # a view would keep all positions
+    return hidden[-1][:, -step:]
+
+
+@contextlib.contextmanager
+def _before_head(model: nn.Module, change: Any) -> Iterator[None]:
+    """Change the input of the output head for the length of a call, where the model has such a module."""
+    head = _head(model)
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]) if args else None)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Nats by token, batch row by row so that float32 copies of low precision logits stay small."""
+    counted = labels != IGNORED
+    wanted = labels.clamp(min=0)[..., None]  # batch, targets, 1
+    rows = [
+        torch.logsumexp(row.float(), dim=-1) - row.gather(-1, want)[..., 0].float()
+        for row, want in zip(logits, wanted, strict=True)
+    ]
+    return torch.where(counted, torch.stack(rows), 0.0)
+
+
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether the forward of the model names this argument."""
+    return argument in inspect.signature(model.forward).parameters

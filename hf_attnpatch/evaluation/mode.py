@@ -1,0 +1,28 @@
+"""The state in which a model is measured."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def measuring(*models: nn.Module) -> Iterator[None]:
+    """Put models in eval mode without gradients, and each of their modules back in the mode that it had."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the inputs of a model belong."""
+    return next(model.parameters()).device
