@@ -98,14 +98,15 @@ def perplexity(
     for name, ids in texts.items():
         for length in {*lengths, window}:
             windows.append(Window(length, name, _last(ids, length, prefix), targets))
-        edges = [*range(0, targets, stride), targets]
+        edges = [*range(0, targets, stride), targets] if stride < targets else []  # else it is the truncated one
         for start, end in pairwise(edges):  # targets counted from the first one
             upto = ids[: len(ids) - targets + end]
             windows.append(Window("sliding", name, _last(upto, window, prefix), end - start))
     losses = _summed(model, windows, batch_tokens)
     scores = {group: summarise(found, resamples=resamples) for group, found in losses.items()}
     by_length = tuple(scores[length] for length in lengths)
-    return LossByLength(tuple(lengths), by_length, targets, window, stride, scores[window], scores["sliding"])
+    sliding = scores.get("sliding", scores[window])
+    return LossByLength(tuple(lengths), by_length, targets, window, stride, scores[window], sliding)
 
 
 def _last(ids: Tensor, length: int, prefix: Tensor) -> Tensor:

@@ -160,13 +160,13 @@ def test_a_nan_names_its_document_and_never_averages_away():
     model = llama()
     model.model.embed_tokens.weight.data[39] = math.nan  # one word
     texts = [[token % 39 for token in ids] for ids in documents()]
-    texts[2][-3] = 39
+    texts[2][-3] = texts[2][25] = 39
     wanted = r"document 2: the loss of token 1\d of 16 is nan"
     with pytest.raises(EvaluationError, match=wanted):
         evaluation.perplexity(model.train(), texts, lengths=(16,), targets=4)
     assert model.training
-    with pytest.raises(EvaluationError, match="document 2: the loss of token"):
-        evaluation.loss_by_position(model, texts)
+    with pytest.raises(EvaluationError, match="document c: the loss of token"):
+        evaluation.loss_by_position(model, {"a": texts[3], "c": texts[2]}, length=40)
     blocks = [{"input_ids": torch.tensor(ids), "document": f"text {n}"} for n, ids in enumerate(texts)]
     with pytest.raises(EvaluationError, match="document text 2: the loss of token"):
         evaluation.mean_loss(model, blocks)
