@@ -1,6 +1,7 @@
 """Measures a model, patched or not: nothing here knows of patches."""
 
 from .cache import cache_bytes_per_token
+from .fidelity import Fidelity, fidelity
 from .losses import document_losses, mean_loss
 from .perplexity import LossByLength, perplexity
 from .positions import LossByPosition, loss_by_position
@@ -8,6 +9,7 @@ from .result import Result
 from .score import Interval, Losses, Score, difference, summarise
 
 __all__ = [
+    "Fidelity",
     "Interval",
     "LossByLength",
     "LossByPosition",
@@ -17,6 +19,7 @@ __all__ = [
     "cache_bytes_per_token",
     "difference",
     "document_losses",
+    "fidelity",
     "loss_by_position",
     "mean_loss",
     "perplexity",

@@ -8,7 +8,6 @@ input. What a family does to logits after its head (a soft cap, a scale) is its 
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,24 +32,49 @@ def token_losses(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
     Returns:
         Nats, shape (batch, targets), float32, 0 where the label does not count.
     """
-    targets, parts = labels.shape[1], []
+    stop, targets = ids.shape[1] - 1, labels.shape[1]
+    parts, end = [], targets
+    for logits in span_logits(model, ids, stop - targets, stop, positions_at_once(model, len(ids))):
+        parts.append(_cross_entropy(logits, labels[:, end - logits.shape[1] : end]))
+        end -= logits.shape[1]
+    return torch.cat(parts[::-1], dim=1)
+
+
+def span_logits(model: nn.Module, ids: Tensor, start: int, stop: int, step: int) -> Iterator[Tensor]:
+    """Yield the logits of positions ``start`` to ``stop`` - 1 in parts of at most ``step``, the last part first.
+
+    Args:
+        model: in eval mode, gradients off.
+        ids: shape (batch, length), int64, nothing padded.
+        start: first position wanted.
+        stop: one after the last.
+        step: positions at a time; see :func:`positions_at_once`.
+
+    Yields:
+        Shape (batch, positions, vocabulary), in the model's dtype.
+    """
+    edges = [(max(start, end - step), end) for end in range(stop, start, -step)]
     hidden: list[Tensor] = []
-    step = _positions(model, len(ids))
-    with _before_head(model, lambda states: _taken(states, ids.shape, targets, step, hidden)):
-        logits = forward(model, input_ids=ids, use_cache=False).logits  # batch, targets or length, vocabulary
+    with _before_head(model, lambda states: _taken(states, ids.shape, (start, stop), edges[0][0], hidden)):
+        logits = forward(model, input_ids=ids, use_cache=False).logits  # batch, part or length, vocabulary
     if len(hidden) > 1:  # a head that is used more than once: which of the calls made the logits is not known
         hidden.clear()
         logits = forward(model, input_ids=ids, use_cache=False).logits
     if not hidden:  # no head that can be narrowed: all logits are here
-        return _cross_entropy(logits[:, -targets - 1 : -1], labels)
-    parts.append(_cross_entropy(logits, labels[:, -step:]))
-    for end in range(targets - step, 0, -step):
-        start = max(0, end - step)
-        part = hidden[0][:, start:end]  # batch, step, width
+        yield from (logits[:, low:high] for low, high in edges)
+        return
+    yield logits
+    for low, high in edges[1:]:
+        part = hidden[0][:, low - start : high - start]  # batch, positions, width
         with _before_head(model, lambda _, part=part: part):  # a default: a closure would see the next
             logits = forward(model, input_ids=ids[:, :1], use_cache=False).logits
-        parts.append(_cross_entropy(logits, labels[:, start:end]))
-    return torch.cat(parts[::-1], dim=1)
+        yield logits
+
+
+def positions_at_once(model: nn.Module, batch: int) -> int:
+    """How many positions of a batch may have logits at a time."""
+    weight = getattr(_head(model), "weight", None)
+    return max(1, _ELEMENTS // (batch * weight.shape[0])) if isinstance(weight, Tensor) else 256
 
 
 def last_logits(model: nn.Module, ids: Tensor, count: int = 1, **inputs: Any) -> tuple[Tensor, Any]:
@@ -76,24 +100,18 @@ def forward(model: nn.Module, **inputs: Any) -> Any:
         ) from error
 
 
-def _positions(model: nn.Module, batch: int) -> int:
-    """How many positions may have logits at a time."""
-    weight = getattr(_head(model), "weight", None)
-    return max(1, _ELEMENTS // (batch * weight.shape[0])) if isinstance(weight, Tensor) else 256
-
-
 def _head(model: nn.Module) -> nn.Module | None:
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if getter is not None else None
     return head if isinstance(head, nn.Module) else None
 
 
-def _taken(states: Tensor, shape: torch.Size, targets: int, step: int, hidden: list[Tensor]) -> Tensor:
-    """Keep the hidden states that predict the targets and pass on the last ``step`` of them."""
+def _taken(states: Tensor, shape: torch.Size, span: tuple[int, int], first: int, hidden: list[Tensor]) -> Tensor:
+    """Keep the hidden states of a span and pass on those from ``first``."""
     if states.shape[:2] != shape:
         return states  # flattened, or narrowed by the model itself
-    hidden.append(states[:, -targets - 1 : -1].clone())  # a view would keep all positions
-    return hidden[-1][:, -step:]
+    hidden.append(states[:, span[0] : span[1]].clone())  # a view would keep all positions
+    return hidden[-1][:, first - span[0] :]
 
 
 @contextlib.contextmanager
@@ -119,8 +137,3 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         for row, want in zip(logits, wanted, strict=True)
     ]
     return torch.where(counted, torch.stack(rows), 0.0)
-
-
-def takes(model: nn.Module, argument: str) -> bool:
-    """Whether the forward of the model names this argument."""
-    return argument in inspect.signature(model.forward).parameters

@@ -5,39 +5,11 @@ import math
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from measured_models import MODELS, gpt2, llama
+from transformers import LlamaForCausalLM
 
 from hf_attnpatch import EvaluationError, evaluation
 from hf_attnpatch.evaluation import logits
-
-SMALL = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
-
-
-def spread(model):
-    """Weights far from zero: probabilities that are far from uniform, logits that a soft cap bends."""
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.4 + (parameter.dim() == 1)
-    return model.eval()
-
-
-def llama():
-    return spread(LlamaForCausalLM(LlamaConfig(**SMALL, **HEADS)))
-
-
-def gemma2():
-    """A soft cap after its head, and a sliding window in every other layer."""
-    model = spread(Gemma2ForCausalLM(Gemma2Config(**SMALL, **HEADS, final_logit_softcapping=3.0, sliding_window=16)))
-    model.lm_head.weight.data *= 3
-    return model
-
-
-def gpt2():
-    return spread(GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=64, n_embd=32, n_layer=2, n_head=2)))
-
-
-MODELS = {"llama": llama, "gemma2": gemma2, "gpt2": gpt2}
 
 
 def documents(sizes=(40, 33, 48, 40)):
