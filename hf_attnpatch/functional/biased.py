@@ -1,0 +1,232 @@
+"""Attention with a bias by distance, for every mask, on whatever kernel torch has.
+
+Three ways, all of the same result: columns (linear memory, flash speed: causal, no bias but the slope), two passes
+(:mod:`.two_way`), and rows of a bias matrix for some queries at a time (linear memory: whatever else).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
+
+from .alibi import bias, bias_columns, columns, extended, padding_columns
+from .two_way import two_way
+
+FEW = 4  # queries for which a row of biases costs less than copying the keys
+_CHUNK = 1 << 23  # biases that are in memory at once where rows of them are needed
+HIDDEN = -1e30  # score of a key that a query does not see; finite, so that a row of padding is no nan
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far counts.
+
+    Attributes:
+        slope: (heads,), fp64.
+        clip: distances above it count as this one; None where there is no such.
+        rounded: dtype to which slope times position is rounded, as BLOOM does; None for the exact product.
+    """
+
+    slope: Tensor
+    clip: int | None = None
+    rounded: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a query sees.
+
+    Attributes:
+        causal: whether only what is before it.
+        keep: (batch, k), bool: keys that are no padding; None if all are.
+        mask: (batch or 1, heads or 1, q, k), bool, or float that is added; all of the truth where it is given.
+    """
+
+    causal: bool
+    keep: Tensor | None = None
+    mask: Tensor | None = None
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, distance: Distance, sight: Sight, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Attention biased by distance.
+
+    Args:
+        query: (batch, heads, q, d).
+        key: (batch, kv heads, k, d); key j is at position j.
+        value: (batch, kv heads, k, d_v).
+        distance: slopes, and what counts as distance.
+        sight: who sees whom. Without a mask one query stands at the last key, several at the first ones (a prefill
+            into a cache of fixed length, the rest of which is empty).
+        scale: on the inner products.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        (batch, heads, q, d_v).
+    """
+    key, value, sight = _filled(query, key, value, sight)
+    args = (query, key, value, distance, sight, scale)
+    if distance.clip is not None or query.shape[2] <= FEW:
+        return _rows(*args, dropout)
+    if sight.causal:
+        return _columns(*args, dropout)
+    if dropout > 0 or sight.mask is not None or distance.rounded is not None or query.device.type != "cpu":
+        return _rows(*args, dropout)
+    key, value = _repeated(key, query.shape[1]), _repeated(value, query.shape[1])
+    return two_way(query, key, value, distance.slope, scale, sight.keep)
+
+
+def attend_with(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sight: Sight, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Attention with a bias that depends on head and key alone, (batch or 1, heads, k): BLOOM's or MPT's own ALiBi.
+
+    The other arguments are those of :func:`attend`.
+    """
+    key, value, sight = _filled(query, key, value, sight)
+    here = _positions(query, key, sight)
+    if bias is None:
+        added = None if sight.keep is None else padding_columns(here, query.dtype, sight.keep)
+        return _on_columns(query, key, value, added, sight, scale, dropout)
+    bias = bias[..., : key.shape[2]]
+    if query.shape[2] <= FEW:
+        rows = _centred(bias, here).to(_exact(query))
+        return _dense(query, key, value, _seen(rows, here, sight, slice(None)), scale, dropout)
+    key, value = _repeated(key, query.shape[1]), _repeated(value, query.shape[1])
+    added = bias_columns(bias, scale, here, query.dtype, sight.keep)
+    return _on_columns(query, key, value, added, sight, scale, dropout)
+
+
+def _filled(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Sight]:
+    """Leave away the empty rest of a cache of fixed length."""
+    n = query.shape[2]
+    if sight.mask is not None or not sight.causal or not 1 < n < key.shape[2]:
+        return key, value, sight
+    return key[:, :, :n], value[:, :, :n], Sight(True, None if sight.keep is None else sight.keep[:, :n])
+
+
+def _columns(
+    query: Tensor, key: Tensor, value: Tensor, distance: Distance, sight: Sight, scale: float, dropout: float
+) -> Tensor:
+    here, keep = _positions(query, key, sight), sight.keep
+    if distance.rounded is None:
+        slope = distance.slope.to(query.device)
+        added = columns(slope, scale, here, key.shape[2], query.dtype, keep)
+    else:
+        key, value = _repeated(key, query.shape[1]), _repeated(value, query.shape[1])
+        added = bias_columns(_products(distance, key, keep), scale, here, query.dtype, keep)
+    return _on_columns(query, key, value, added, sight, scale, dropout)
+
+
+def _on_columns(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    added: tuple[Tensor, Tensor] | None,
+    sight: Sight,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """Run torch's kernel on queries and keys with columns, and cut the output to size."""
+    width = value.shape[-1]
+    if sight.mask is not None and query.device.type != "cpu":  # no kernel there takes a mask and grouped heads
+        key, value = _repeated(key, query.shape[1]), _repeated(value, query.shape[1])
+    if added is not None:
+        query, key, value = extended(query, key, value, added)
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=sight.mask,
+        dropout_p=dropout,
+        is_causal=sight.causal and sight.mask is None and query.shape[2] > 1,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out[..., :width]
+
+
+def _rows(
+    query: Tensor, key: Tensor, value: Tensor, distance: Distance, sight: Sight, scale: float, dropout: float
+) -> Tensor:
+    """Some queries at a time, so that memory stays linear."""
+    here, pieces = _positions(query, key, sight), []
+    step = max(1, _CHUNK // (query.shape[1] * key.shape[2] * here.shape[0]))
+    for start in range(0, query.shape[2], step):
+        part = slice(start, start + step)
+        biases = bias_rows(distance, here[:, part], key, sight, part).to(_exact(query))
+        pieces.append(_dense(query[:, :, part], key, value, biases, scale, dropout))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+
+
+def bias_rows(distance: Distance, here: Tensor, key: Tensor, sight: Sight, part: slice) -> Tensor:
+    """Rows of the bias matrix with what a query does not see hidden, (batch or 1, heads, rows, k), fp64.
+
+    Args:
+        distance: slopes, and what counts as distance.
+        here: positions of the rows, (batch or 1, rows).
+        key: the keys.
+        sight: who sees whom.
+        part: which rows of ``sight.mask`` these are.
+    """
+    slope = distance.slope.to(key.device)
+    if distance.rounded is None:
+        biases = bias(slope, here, torch.arange(key.shape[2], device=key.device), distance.clip)
+    else:
+        biases = _centred(_products(distance, key, sight.keep), here)
+    return _seen(biases, here, sight, part)
+
+
+def _seen(biases: Tensor, here: Tensor, sight: Sight, part: slice) -> Tensor:
+    """Hide what the queries do not see."""
+    if sight.mask is not None:
+        mask = sight.mask[:, :, part]
+        return biases.masked_fill(~mask, HIDDEN) if mask.dtype == torch.bool else biases + mask
+    if sight.causal:
+        keys = torch.arange(biases.shape[-1], device=here.device)
+        biases = biases.masked_fill((keys > here[..., None])[:, None], HIDDEN)
+    return biases if sight.keep is None else biases.masked_fill(~sight.keep[:, None, None], HIDDEN)
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, biases: Tensor, scale: float, dropout: float) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=biases, dropout_p=dropout, scale=scale, enable_gqa=grouped
+    )
+
+
+def _positions(query: Tensor, key: Tensor, sight: Sight) -> Tensor:
+    """Return the key at whose place each query stands, (batch or 1, q): with a causal mask, the last that it sees."""
+    if sight.mask is None or not sight.causal:
+        first = key.shape[2] - query.shape[2]
+        return torch.arange(first, key.shape[2], device=query.device)[None]
+    mask = sight.mask[:, 0]
+    visible = mask if mask.dtype == torch.bool else mask > HIDDEN / 2
+    return key.shape[2] - 1 - visible.flip(-1).to(torch.uint8).argmax(-1)
+
+
+def _products(distance: Distance, key: Tensor, keep: Tensor | None) -> Tensor:
+    """Slope times position, rounded as the dtype does, (batch or 1, heads, k); positions count what is no padding."""
+    assert distance.rounded is not None
+    count = torch.arange(key.shape[2], device=key.device)[None]
+    count = count if keep is None else (keep.long().cumsum(-1) - 1) * keep
+    return (distance.slope.to(key.device, torch.float32)[:, None] * count[:, None]).to(distance.rounded)
+
+
+def _centred(biases: Tensor, here: Tensor) -> Tensor:
+    """(batch, heads, k) and (batch, q) -> (batch, heads, q, k): the biases less that at the query, fp64."""
+    batch, wide = max(biases.shape[0], here.shape[0]), biases.double()
+    wide, index = wide.expand(batch, -1, -1), here[:, None].expand(batch, biases.shape[1], -1)
+    return wide[:, :, None] - wide.gather(2, index)[..., None]
+
+
+def _exact(states: Tensor) -> torch.dtype:
+    return torch.promote_types(states.dtype, torch.float32)
+
+
+def _repeated(states: Tensor, heads: int) -> Tensor:
+    return states if states.shape[1] == heads else states.repeat_interleave(heads // states.shape[1], 1)

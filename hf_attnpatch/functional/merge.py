@@ -1,0 +1,26 @@
+"""Attention over a union of disjoint sets of keys, from attention over each of them: the log-sum-exp merge.
+
+A flash kernel gives, beside its output, the log of the sum of its exponentiated scores. Two such pairs over disjoint
+keys make the pair over both, exactly (2205.14135, section 3.1). It is done in fp32 whatever the dtype of the outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]  # output (..., q, d), log-sum-exp (..., q) in fp32; -inf where a query sees no key
+
+
+def merge(first: Pair, second: Pair) -> Pair:
+    """Merge attention over two disjoint sets of keys.
+
+    Returns:
+        The output in the dtype of ``first``, and its log-sum-exp.
+    """
+    (one, a), (two, b) = first, second
+    total = torch.logaddexp(a, b)
+    shares = ((log - total).exp().nan_to_num(0.0)[..., None] for log in (a, b))  # nan where both are empty
+    exact = torch.promote_types(one.dtype, torch.float32)
+    left, right = (share * out.to(exact) for share, out in zip(shares, (one, two), strict=True))
+    return (left + right).to(one.dtype), total

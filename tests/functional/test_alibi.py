@@ -1,0 +1,207 @@
+"""ALiBi by columns, rows and two passes against the matrix in fp64; slopes against the families that publish theirs."""
+
+import pytest
+import torch
+from tolerances import LOOPS
+from torch.nn import functional as F  # noqa: N812
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+
+from hf_attnpatch.functional import alibi, biased, reference
+from hf_attnpatch.functional.biased import Distance, Sight
+
+FP32 = LOOPS[torch.float32]
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 5, 8, 12, 16, 20, 25, 32, 40, 71, 112])
+def test_slopes_are_those_of_bloom_and_mpt(heads):
+    bloom = build_alibi_tensor(torch.ones(1, 2, dtype=torch.long), heads, torch.float32)[:, 0, 1]
+    torch.testing.assert_close(alibi.slopes(heads).float(), bloom, rtol=1e-6, atol=0)
+    mpt = build_mpt_alibi_tensor(heads, 2)[:, 0]
+    torch.testing.assert_close(alibi.slopes(heads).float(), mpt[:, 1] - mpt[:, 0], rtol=1e-6, atol=0)
+
+
+def test_slopes_of_the_paper():
+    assert alibi.slopes(8).tolist() == [2.0**-h for h in range(1, 9)]
+    torch.testing.assert_close(
+        alibi.slopes(12)[8:], torch.tensor([0.7071, 0.3536, 0.1768, 0.0884]).double(), rtol=1e-3, atol=0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("length", [200, 512, 65536, 70000])
+def test_positions_are_exact_in_every_dtype(dtype, length):
+    positions = torch.arange(length)
+    found = sum(digit.to(dtype).double() * weight for digit, weight in alibi.digits(positions, length, dtype))
+    assert torch.equal(found, positions.double())
+
+
+def test_parts_add_up():
+    values = alibi.slopes(12)
+    for part in alibi.parts(values, 3, 8):
+        assert torch.equal(part.to(torch.bfloat16).double(), part)
+    assert (sum(alibi.parts(values, 3, 8)) - values).abs().max() < 2.0**-23
+
+
+def _row_error(heads, length, dtype, biased_rows):
+    """Total variation between the attention rows of the last queries by the kernel and in fp64, and their floor.
+
+    The kernel shows its rows for the last keys through values that are unit vectors; the floor is what the same
+    kernel makes of the rows of plain attention.
+    """
+    rows, width = 8, 16 if heads != 12 else 20
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, heads, rows, width, generator=generator).to(dtype)
+    key = torch.randn(1, heads, length, width, generator=generator).to(dtype)
+    value = torch.zeros(1, heads, length, width, dtype=dtype)
+    value[:, :, -width:] = torch.eye(width, dtype=dtype)
+    mask = reference.causal(rows, length)[None, None]
+    slope, scale = alibi.slopes(heads), width**-0.5
+    matrix = alibi.bias(slope, torch.arange(length - rows, length), torch.arange(length))
+    if biased_rows:
+        found = biased.attend(query, key, value, Distance(slope), Sight(True, mask=mask), scale)
+    else:  # the bias as it is in fp32, in the kernel that takes it
+        added = matrix.float()[None].masked_fill(~mask, -torch.inf)
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale)
+    wanted, _ = reference.attention(query, key, value, scale=scale, bias=matrix, mask=mask)
+    return (found.double() - wanted).abs().sum(-1).max().item() / 2
+
+
+@pytest.mark.parametrize("heads", [8, 12, 40])
+@pytest.mark.parametrize("length", [512, 4096, 65536])
+def test_attention_rows_in_fp32_are_exact_at_any_position(heads, length):
+    assert _row_error(heads, length, torch.float32, True) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [8, 12, 40])
+@pytest.mark.parametrize("length", [512, 65536])
+def test_attention_rows_in_half_precision_round_as_a_bias_in_fp32_does(dtype, heads, length):
+    assert _row_error(heads, length, dtype, True) < 1.5 * _row_error(heads, length, dtype, False)
+
+
+def _states(heads=6, kv=3, queries=40, keys=40, width=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(2, heads, queries, width), (2, kv, keys, width), (2, kv, keys, width)]
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def _wanted(states, mask, slope=None, clip=None, queries=None):
+    slope = alibi.slopes(states[0].shape[1]) if slope is None else slope
+    here = torch.arange(states[1].shape[2] - states[0].shape[2], states[1].shape[2]) if queries is None else queries
+    matrix = alibi.bias(slope, here, torch.arange(states[1].shape[2]), clip)
+    return reference.attention(*states, scale=0.3, bias=matrix, mask=mask)[0].float()
+
+
+def _attend(states, sight, clip=None, **kwargs):
+    return biased.attend(*states, Distance(alibi.slopes(states[0].shape[1]), clip), sight, 0.3, **kwargs)
+
+
+KEEP = torch.ones(2, 40, dtype=torch.bool)
+KEEP[1, :9] = False
+CAUSAL = reference.causal(40, 40)[None, None]
+PADDED = CAUSAL & KEEP[:, None, None]
+WINDOW = CAUSAL & ~reference.causal(40, 40).roll(7, 0)[None, None].tril(-7)
+DOCUMENTS = CAUSAL & (torch.arange(40)[:, None] // 13 == torch.arange(40) // 13)
+
+
+@pytest.mark.parametrize("clip", [None, 5])
+@pytest.mark.parametrize(
+    ("sight", "mask"),
+    [
+        (Sight(True), CAUSAL),
+        (Sight(True, KEEP), PADDED),
+        (Sight(True, mask=WINDOW), WINDOW),
+        (Sight(True, mask=DOCUMENTS), DOCUMENTS),
+        (Sight(True, mask=torch.zeros(1, 1, 40, 40).masked_fill(~DOCUMENTS, -torch.inf)), DOCUMENTS),
+        (Sight(False), torch.ones(1, 1, 40, 40, dtype=torch.bool)),
+        (Sight(False, KEEP), KEEP[:, None, None]),
+        (Sight(False, mask=KEEP[:, None, None].expand(-1, -1, 40, -1)), KEEP[:, None, None]),
+    ],
+    ids=["causal", "padded", "window", "documents", "added", "both", "both padded", "both masked"],
+)
+def test_every_sight_equals_the_matrix(sight, mask, clip):
+    states = _states()
+    seen = mask.expand(2, 1, 40, 40).any(-1)  # rows of padding see nothing
+    found, wanted = _attend(states, sight, clip), _wanted(states, mask, clip=clip)
+    torch.testing.assert_close(found * seen[..., None], (wanted * seen[..., None]).nan_to_num(), rtol=0, atol=FP32)
+
+
+@pytest.mark.parametrize("queries", [1, 3, 9])
+def test_chunks_and_steps_of_decoding(queries):
+    full = _states()
+    last = [full[0][:, :, -queries:], *full[1:]]
+    mask = PADDED[:, :, -queries:]
+    sight = Sight(True, KEEP) if queries == 1 else Sight(True, mask=mask)
+    torch.testing.assert_close(_attend(last, sight), _wanted(last, mask), rtol=0, atol=FP32)
+
+
+def test_a_prefill_into_a_longer_cache_leaves_its_rest_away():
+    short, room = _states(), _states(queries=40, keys=64)
+    states = [short[0], *(torch.cat([a, b[:, :, 40:]], 2) for a, b in zip(short[1:], room[1:], strict=True))]
+    keep = torch.cat([KEEP, torch.zeros(2, 24, dtype=torch.bool)], 1)
+    found = _attend(states, Sight(True, keep))
+    seen = KEEP[:, None, :, None]
+    assert torch.equal(found * seen, _attend(short, Sight(True, KEEP)) * seen)
+
+
+@pytest.mark.parametrize(
+    "sight", [Sight(True, KEEP), Sight(False), Sight(False, KEEP)], ids=["causal", "both", "padded"]
+)
+def test_gradients_equal_those_of_the_matrix(sight):
+    states = [t.double().requires_grad_() for t in _states(heads=4, kv=2)]
+    slope, mask = (
+        alibi.slopes(4),
+        PADDED if sight.causal else (KEEP if sight.keep is not None else KEEP | True)[:, None, None],
+    )
+    weight = torch.randn(2, 4, 40, 16, dtype=torch.float64) * KEEP[:, None, :, None]
+    found = biased.attend(*states, Distance(slope), sight, 0.3)
+    matrix = alibi.bias(slope, torch.arange(40), torch.arange(40))
+    scores = 0.3 * states[0] @ states[1].repeat_interleave(2, 1).mT + matrix
+    wanted = scores.masked_fill(~mask, -1e30).softmax(-1) @ states[2].repeat_interleave(2, 1)
+    for a, b in zip(
+        torch.autograd.grad((found * weight).sum(), states),
+        torch.autograd.grad((wanted * weight).sum(), states),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_dropout_keeps_the_mean(causal):
+    states = _states(queries=12, keys=12)
+    torch.manual_seed(0)
+    draws = torch.stack([_attend(states, Sight(causal), dropout=0.3) for _ in range(600)])
+    plain = _attend(states, Sight(causal))
+    assert not torch.equal(draws[0], draws[1])
+    assert ((draws.mean(0) - plain).abs() < 5 * draws.std(0) / 600**0.5 + 1e-4).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.25, 0.3])
+def test_a_bias_that_was_rounded_is_followed(dtype, scale):
+    """The parity mode: slope times position in the model's dtype, as BLOOM has it."""
+    states = [t.to(dtype) for t in _states(kv=6, queries=40, keys=40)]
+    matrix = (alibi.slopes(6).float()[:, None] * torch.arange(40) * 9).to(dtype)[None]
+    found = biased.attend_with(*states, matrix, Sight(True, KEEP), scale)
+    wanted, _ = reference.attention(*states, scale=scale, bias=matrix[:, :, None], mask=PADDED)
+    seen = KEEP[:, None, :, None]
+    tolerance = {torch.float32: FP32, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(found.float() * seen, (wanted.float() * seen).nan_to_num(), rtol=0, atol=tolerance)
+    alone = biased.attend_with(states[0][:, :, -1:], *states[1:], matrix, Sight(True, KEEP), scale)
+    torch.testing.assert_close(alone.float(), wanted[:, :, -1:].float(), rtol=0, atol=tolerance)
+
+
+def test_padding_alone_is_hidden():
+    states = _states(kv=6)
+    found = biased.attend_with(*states, None, Sight(True, KEEP), 0.3)
+    wanted, _ = reference.attention(*states, scale=0.3, mask=PADDED)
+    seen = KEEP[:, None, :, None]
+    torch.testing.assert_close(found * seen, (wanted.float() * seen).nan_to_num(), rtol=0, atol=FP32)
+
+
+def test_a_rounded_product_equals_bloom_in_its_own_dtype():
+    keep = KEEP.long()
+    distance = Distance(alibi.slopes(6), rounded=torch.bfloat16)
+    found = biased._products(distance, torch.zeros(2, 6, 40, 1), KEEP)
+    assert torch.equal(found.flatten(0, 1)[:, None], build_alibi_tensor(keep, 6, torch.bfloat16))
