@@ -20,7 +20,6 @@ import argparse
 import functools
 import gc
 import json
-import platform
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,10 +32,14 @@ import torch
 import transformers
 from decode_report import figure, markdown, tables
 from decode_rows import alone, key, steps
-from decode_timing import Times, Work, in_turns, product, ratio, readers
 from rich.console import Console
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
+
+from hf_attnpatch.evaluation.hardware import processor
+from hf_attnpatch.evaluation.limits import product, readers
+from hf_attnpatch.evaluation.memory import held_bytes
+from hf_attnpatch.evaluation.timing import Times, Work, in_turns, ratio
 
 OUT = Path(__file__).resolve().parents[1] / "recipes/results/decode"
 PATHS = "dynamic+sdpa+glibc,dynamic+sdpa,dynamic+folded,static+sdpa"
@@ -100,7 +103,7 @@ class Bench:
         for kv in (self.heads, min(self.models)):
             makers = {"filled": paths.filled, "prefilled": paths.prefilled}
             caches = {how: make(self.models[kv], path, context, self.settings["batch"]) for how, make in makers.items()}
-            held = [paths.held_bytes(cache) for cache in caches.values()]
+            held = [held_bytes(cache) for cache in caches.values()]
             assert held[0] == held[1], f"{kv} heads: filled and prefilled caches hold {held} bytes"
             times = in_turns(
                 {how: self.step(path, kv, cache) for how, cache in caches.items()}, 4 * self.settings["rounds"]
@@ -145,15 +148,9 @@ def settings_of(chosen: argparse.Namespace) -> Row:
         **{"model": chosen.model or ("Llama, 2 layers of 64" if small else "Llama, 4 layers of 1024, random")},
         **{"kv": chosen.kv, "batch": chosen.batch, "dtype": chosen.dtype, "threads": chosen.threads},
         **{"passes": 2 if small else chosen.passes, "rounds": 3 if small else chosen.rounds},
-        **{"buffer MiB": 8 if small else 512, "cpu": cpu_name()},
+        **{"buffer MiB": 8 if small else 512, "cpu": processor(torch.device("cpu"))},
         **{"torch": torch.__version__, "transformers": transformers.__version__},
     }
-
-
-def cpu_name() -> str:
-    """The processor as the system names it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def begun(file: Path, settings: Row, resume: bool) -> Row:

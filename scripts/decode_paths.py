@@ -30,6 +30,7 @@ from transformers.masking_utils import sdpa_mask
 import hf_attnpatch as ap
 from hf_attnpatch.backends import register
 from hf_attnpatch.evaluation.cache import cache_bytes_per_token
+from hf_attnpatch.evaluation.memory import weight_bytes
 
 CACHES, ATTENTIONS = ("dynamic", "static"), ("sdpa", "folded", "eager")
 FOLDED = "grouped_folded"  # transformers reads meaning into names that contain "sdpa" or "flash"
@@ -102,15 +103,6 @@ def variants(counts: list[int], base: Any, dtype: torch.dtype) -> dict[int, PreT
 # -- bytes ------------------------------------------------------------------------------------------------------------
 
 
-def weight_bytes(model: nn.Module, batch: int) -> int:
-    """Bytes of weights that one step reads: all, but of an embedding only one row a sequence, unless it is the head."""
-    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    heads = {m.weight.data_ptr() for m in model.modules() if isinstance(m, nn.Linear)}
-    rows = sum(batch * w.shape[1] * w.element_size() for w in tables)
-    aside = {w.data_ptr() for w in tables} - heads
-    return rows + sum(p.numel() * p.element_size() for p in model.parameters() if p.data_ptr() not in aside)
-
-
 def byte_table(models: dict[int, PreTrainedModel], batch: int) -> list[dict[str, Any]]:
     """Bytes of weights a step and of `past_key_values` a token; stops unless these fall by exactly the group factor."""
     found = {count: cache_bytes_per_token(model) for count, model in models.items()}
@@ -127,11 +119,6 @@ def byte_table(models: dict[int, PreTrainedModel], batch: int) -> list[dict[str,
 def attention_operations(model: PreTrainedModel) -> int:
     """Multiplications and additions of all layers' attention for one token of context."""
     return sum(2 * site.num_heads * (site.head_dim + site.head_dim) for site in ap.describe(model).sites)
-
-
-def held_bytes(cache: Cache) -> int:
-    """Bytes of the keys and values that a cache holds now."""
-    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
 
 
 # -- caches -----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from decode_timing import PRODUCT_OPERATIONS, median, ratio
+from hf_attnpatch.evaluation.limits import best_of
+from hf_attnpatch.evaluation.timing import median, ratio
 
 Row = dict[str, Any]
 
@@ -22,13 +23,12 @@ def contexts(found: Mapping[str, Any]) -> list[int]:
 
 def bandwidth(found: Mapping[str, Any], context: int) -> float:
     """Bytes a second: the best that a reader did while this context was measured."""
-    ms = _pooled(found, context, "ms")
-    return float(found["settings"]["buffer MiB"] * 2**20 / min(ms["sum"] + ms["dot"]) * 1e3)
+    return best_of(_pooled(found, context, "ms"), found["settings"]["buffer MiB"]).bytes_per_second
 
 
 def arithmetic(found: Mapping[str, Any], context: int) -> float:
     """Operations a second: the best that the matrix product did while this context was measured."""
-    return PRODUCT_OPERATIONS / min(_pooled(found, context, "ms")["product"]) * 1e3
+    return best_of(_pooled(found, context, "ms"), found["settings"]["buffer MiB"]).flops_per_second
 
 
 def must_read(found: Mapping[str, Any], kv: int, context: int) -> tuple[int, int]:

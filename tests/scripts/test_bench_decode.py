@@ -11,13 +11,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_attnpatch as ap
+from hf_attnpatch.evaluation.memory import held_bytes, weight_bytes
+from hf_attnpatch.evaluation.timing import Work
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import decode_paths
 import decode_report
 import decode_rows
-import decode_timing
 import readme
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -112,7 +113,7 @@ def test_sdpa_calls_are_seen(models):
         path = decode_paths.DecodePath.parse(text)
         cache = decode_paths.filled(models[2], path, 16, 1)
         decode_paths.choose_attention(models[2], path.attention)
-        step = decode_timing.Work(
+        step = Work(
             lambda cache=cache: models[2](torch.zeros(1, 1, dtype=torch.long), past_key_values=cache),
             after=lambda cache=cache: decode_paths.take_back(cache),
         )
@@ -140,7 +141,7 @@ def test_cache_bytes_fall_by_exactly_the_group_factor(models):
         assert table[kv]["bytes a token"] == 2 * 2 * kv * 8 * 4  # keys and values, layers, heads of 8, fp32
         assert table[kv]["group factor"] == 8 / kv
         cache = decode_paths.filled(model, decode_paths.DecodePath("dynamic", "sdpa"), 16, 3)
-        assert decode_paths.held_bytes(cache) == 16 * 3 * table[kv]["bytes a token"]
+        assert held_bytes(cache) == 16 * 3 * table[kv]["bytes a token"]
 
 
 def test_a_cache_that_does_not_fall_so_is_an_error(models):
@@ -158,7 +159,7 @@ def test_weight_bytes(tied):
     layer = 32 * 32 * 2 + 2 * 32 * 8 + 3 * 32 * 48 + 2 * 32
     wanted = 2 * layer + 32 + 100 * 32  # the last norm, the head
     rows = 3 * 32  # of the embedding, for three sequences
-    assert decode_paths.weight_bytes(model, batch=3) == 4 * (wanted + rows)
+    assert weight_bytes(model, batch=3) == 4 * (wanted + rows)
 
 
 # -- a run ------------------------------------------------------------------------------------------------------------

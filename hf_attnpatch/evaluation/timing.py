@@ -14,13 +14,11 @@ from rich.progress import track
 
 WARM_UP = 3  # rounds that are not counted
 
-PRODUCT_OPERATIONS = 2 * 1024**3  # a multiplication and an addition are two
-
 Times = dict[Any, list[float]]  # milliseconds of every counted round
 
 
 def nothing() -> None:
-    """Takes no time."""
+    """Take no time."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +31,18 @@ class Work:
 
 
 def clock() -> float:
-    """Seconds: CPU time where one thread does everything, else wall time."""
+    """Return seconds: CPU time where one thread does everything, else wall time, once a CUDA device is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def in_turns(work: Mapping[Any, Work], rounds: int) -> Times:
-    """Milliseconds of every piece of work in every round; each round begins with another one."""
+def in_turns(work: Mapping[Any, Work], rounds: int, *, warm_up: int = WARM_UP) -> Times:
+    """Return the milliseconds of every piece of work in every round; each round begins with another one."""
     times: Times = {key: [] for key in work}
     keys = list(work)
-    for index in track(range(rounds + WARM_UP), "  rounds".ljust(20), console=Console(stderr=True), transient=True):
+    for index in track(range(rounds + warm_up), "  rounds".ljust(20), console=Console(stderr=True), transient=True):
         start = index % len(keys)
         for key in keys[start:] + keys[:start]:
             work[key].before()
@@ -49,32 +50,38 @@ def in_turns(work: Mapping[Any, Work], rounds: int) -> Times:
             work[key].run()
             took = clock() - begin
             work[key].after()
-            if index >= WARM_UP:
+            if index >= warm_up:
                 times[key].append(round(1e3 * took, 6))
     return times
 
 
+def best(run: Callable[[], object], *, seconds: float = 0.02, repeats: int = 3) -> float:
+    """Return the least seconds of one call, over ``repeats`` series that last about ``seconds`` each.
+
+    The least, because neighbours on a machine only ever add.
+    """
+    run()
+    begin = clock()
+    run()
+    once = clock() - begin
+    calls = max(1, min(int(seconds / max(once, 1e-7)), 100_000))
+    found = []
+    for _ in range(repeats):
+        begin = clock()
+        for _ in range(calls):
+            run()
+        found.append((clock() - begin) / calls)
+    return min(found)
+
+
 def median(times: list[float]) -> float:
-    """The median."""
+    """Return the median."""
     return statistics.median(times)
 
 
 def ratio(slow: list[float], fast: list[float]) -> tuple[float, list[float]]:
-    """Ratio of the medians with a 95 % bootstrap interval over rounds."""
+    """Return the ratio of the medians with a 95 % bootstrap interval over rounds."""
     a, b = (torch.tensor(t, dtype=torch.float64) for t in (slow, fast))
     picks = torch.randint(len(a), (2000, len(a)), generator=torch.Generator().manual_seed(0))  # the same rounds of both
     found = (a[picks].quantile(0.5, 1) / b[picks].quantile(0.5, 1)).sort().values
     return median(slow) / median(fast), [float(found[50]), float(found[-51])]
-
-
-def readers(mib: int) -> dict[Any, Work]:
-    """What reads a buffer of so many MiB once, by torch's own loops."""
-    buffer = torch.randn(mib * 2**18)
-    half = len(buffer) // 2
-    return {"sum": Work(buffer.sum), "dot": Work(lambda: torch.dot(buffer[:half], buffer[half:]))}
-
-
-def product(dtype: torch.dtype) -> dict[Any, Work]:
-    """A large matrix product of `PRODUCT_OPERATIONS`."""
-    a, b = torch.randn(2, 1024, 1024).to(dtype)
-    return {"product": Work(lambda: a @ b)}

@@ -1,0 +1,177 @@
+"""Which machine: this one, measured; a row of the table; a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ..errors import EvaluationError
+from ..progress import track
+from .benchmarks import fresh, measured, overheads
+from .listener import Pass
+from .machine import BANDWIDTH, Machine, Point
+from .roofline import unmeasured
+
+_SHEET = (
+    "NVIDIA H100 SXM5 data sheet (dense peak rates, so times are bounds from below; no launch overhead); attention: "
+)
+_FLASH2 = "35 % of that, as 2407.08608 measured for FlashAttention-2"
+TABLE = {
+    "h100": {
+        "name": "NVIDIA H100 SXM5 80 GB",
+        "source": _SHEET + _FLASH2,
+        "memory_bytes": 80e9,
+        "rates": {
+            "float32": {"matmul": 67e12, "attention": 67e12, BANDWIDTH: 3.35e12},
+            "bfloat16": {"matmul": 989e12, "attention": 346e12, BANDWIDTH: 3.35e12},
+            "float16": {"matmul": 989e12, "attention": 346e12, BANDWIDTH: 3.35e12},
+        },
+    }
+}
+_NUMBERS = ("threads", "memory_bytes", "call_seconds", "operation_seconds", "fresh_bytes", "fresh_seconds")
+_RATES = ("matmul", "attention", BANDWIDTH)
+
+
+def machine_for(hardware: str, passes: Sequence[Pass], device: torch.device, *, again: bool = False) -> Machine:
+    """Return a machine that knows the rates that some passes need.
+
+    Args:
+        hardware: ``auto`` measures this one, a name of :data:`TABLE` takes its row, else it is a YAML or JSON file.
+        passes: what it is to be asked about.
+        device: what ``auto`` measures.
+        again: whether ``auto`` measures what an earlier call has measured already.
+
+    Raises:
+        EvaluationError: no such row or file, or one that does not read as a machine.
+    """
+    if hardware == "auto":
+        return _this(passes, device, again)
+    if hardware in TABLE:
+        return from_mapping(TABLE[hardware], f"hardware {hardware}")
+    path = Path(hardware)
+    if not path.is_file():
+        raise EvaluationError(
+            f"hardware {hardware!r}: neither a file nor in the table; choose auto, {', '.join(TABLE)} or a YAML file."
+        )
+    try:
+        found = yaml.safe_load(path.read_text("utf-8"))  # JSON is YAML
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"hardware {path}: {' '.join(str(error).split())}; write it as YAML or JSON.") from error
+    return from_mapping(found, f"hardware {path}")
+
+
+def from_mapping(found: Any, where: str) -> Machine:
+    """Build a machine from plain data.
+
+    ``name`` and ``rates`` must be there: dtype -> ``matmul`` and ``attention`` in operations per second, ``bandwidth``
+    in bytes per second. ``source``, ``threads``, ``memory_bytes``, ``call_seconds``, ``operation_seconds``,
+    ``fresh_bytes``, ``fresh_seconds`` may be. A file that ``auto`` wrote has ``points`` in the place of ``rates``.
+
+    Raises:
+        EvaluationError: a field is missing, unknown or no number above 0.
+    """
+    if not isinstance(found, Mapping):
+        raise EvaluationError(f"{where}: found a {type(found).__name__}; wanted a mapping with name and rates.")
+    if "points" in found:
+        return Machine.from_dict(dict(found))
+    unknown = sorted(map(str, set(found) - {"name", "source", "rates", *_NUMBERS}))
+    if unknown or not isinstance(found.get("name"), str) or not isinstance(found.get("rates"), Mapping):
+        problem = f"no field {unknown[0]!r}" if unknown else "a name (text) and rates (a mapping) must be there"
+        raise EvaluationError(f"{where}: {problem}; fields are name, source, rates, {', '.join(_NUMBERS)}.")
+    numbers = {name: _number(found.get(name, 0), f"{where}: {name}", least=0) for name in _NUMBERS}
+    points = tuple(p for dtype, rates in found["rates"].items() for p in _points(str(dtype), rates, where))
+    return Machine(
+        name=found["name"],
+        source=str(found.get("source", where)),
+        threads=int(numbers["threads"]),
+        memory_bytes=int(numbers["memory_bytes"]),
+        call_seconds=numbers["call_seconds"],
+        operation_seconds=numbers["operation_seconds"],
+        fresh_bytes=int(numbers["fresh_bytes"]),
+        fresh_seconds=numbers["fresh_seconds"],
+        points=points,
+    )
+
+
+def _points(dtype: str, rates: Any, where: str) -> list[Point]:
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise EvaluationError(f"{where}: rates for {dtype!r}, which is no dtype; write float32, bfloat16 or float16.")
+    missing = [name for name in _RATES if name not in rates] if isinstance(rates, Mapping) else list(_RATES)
+    if missing:
+        raise EvaluationError(f"{where}: rates.{dtype} lacks {', '.join(missing)}; wanted: {', '.join(_RATES)}.")
+    return [Point(name, dtype, (), _number(rates[name], f"{where}: rates.{dtype}.{name}")) for name in rates]
+
+
+def _number(value: Any, where: str, least: float | None = None) -> float:
+    try:
+        number = float(value)  # YAML reads 1e12 as text
+    except (TypeError, ValueError):
+        number = float("nan")
+    if isinstance(value, bool) or not (number > 0 if least is None else number >= least):
+        raise EvaluationError(
+            f"{where} is {value!r}; wanted a number {'above 0' if least is None else 'of 0 or more'}."
+        )
+    return number
+
+
+# -- this machine -----------------------------------------------------------------------------------------------------
+
+
+def _this(passes: Sequence[Pass], device: torch.device, again: bool) -> Machine:
+    file = _file(device)
+    machine = None if again or not file.is_file() else Machine.from_dict(json.loads(file.read_text("utf-8")))
+    machine = _bare(device) if machine is None else machine
+    wanted = unmeasured(machine, passes)
+    points = [measured(*point, device) for point in track(wanted, "measuring this machine")]
+    machine = machine.extended(points)
+    if points or not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(machine.to_dict(), indent=1), "utf-8")
+        part.replace(file)
+    return machine
+
+
+def _bare(device: torch.device) -> Machine:
+    call, each = overheads(device)
+    fresh_bytes, fresh_seconds = fresh(device)
+    return Machine(
+        name=processor(device),
+        source=f"measured here with torch {torch.__version__}",
+        threads=torch.get_num_threads(),
+        memory_bytes=_capacity(device),
+        call_seconds=call,
+        operation_seconds=each,
+        fresh_bytes=fresh_bytes,
+        fresh_seconds=fresh_seconds,
+        points=(),
+    )
+
+
+def processor(device: torch.device) -> str:
+    """Return the processor's name as the system has it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _capacity(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+
+
+def _file(device: torch.device) -> Path:
+    """Return where this machine's rates are kept: one file for each processor, release of torch and thread count."""
+    key = f"{processor(device)}|{torch.__version__}|{torch.get_num_threads()}|{device.type}|{platform.node()}"
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "hf_attnpatch" / "machines" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
