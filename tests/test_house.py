@@ -58,6 +58,9 @@ MAY_WRITE = {
     "patches/grouped_query.py": ("conversion", "what its own preparation found, for its own edits"),
     "evaluation/mode.py": ("eval training", "for the length of a measurement; restores the mode of every module"),
     "evaluation/logits.py": ("register_forward_pre_hook", "for the length of a call; removed in any case"),
+    "evaluation/operations.py": ("eval train", "of its own copy, which has no data"),
+    "evaluation/memory.py": ("bytes", "of the object that it gives to its caller"),
+    "evaluation/benchmarks.py": ("eval requires_grad_", "of what it has just built"),
     "cli_models.py": ("eval", "of a model that it has just built"),
     "embedded/__init__.py": ("eval", "of a model that it has just loaded"),
 }

@@ -1,6 +1,7 @@
 """Measures a model, patched or not: nothing here knows of patches."""
 
 from .cache import cache_bytes_per_token
+from .decoding import Decoding, DecodingAt, decoding
 from .fidelity import Fidelity, fidelity
 from .losses import document_losses, mean_loss
 from .perplexity import LossByLength, perplexity
@@ -9,6 +10,8 @@ from .result import Result
 from .score import Interval, Losses, Score, difference, summarise
 
 __all__ = [
+    "Decoding",
+    "DecodingAt",
     "Fidelity",
     "Interval",
     "LossByLength",
@@ -17,6 +20,7 @@ __all__ = [
     "Result",
     "Score",
     "cache_bytes_per_token",
+    "decoding",
     "difference",
     "document_losses",
     "fidelity",
