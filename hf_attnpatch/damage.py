@@ -32,6 +32,12 @@ class LayerDamage:
     gaps: Mapping[str, Gap]
     frame: str
 
+    @property
+    def adjacent(self) -> bool:
+        """Whether neighbours share."""
+        heads = [head for group in self.groups for head in group]
+        return heads == sorted(heads)
+
 
 @dataclass(frozen=True)
 class DamageReport:
@@ -53,6 +59,11 @@ class DamageReport:
     def stages(self) -> tuple[str, ...]:
         """Stages that were measured, in order."""
         return tuple(dict.fromkeys(stage for layer in self.layers for stage in layer.gaps))
+
+    @property
+    def grouping(self) -> str:
+        """``similar`` where any module's groups are others than neighbours, else ``adjacent``."""
+        return "adjacent" if all(layer.adjacent for layer in self.layers) else "similar"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""

@@ -10,7 +10,6 @@ from .calibration import chunks, moments_size
 from .calibration_text import Batch
 from .errors import AttnPatchError
 from .estimate import estimate, find_frames
-from .functional import partition
 from .headweights import read_weights
 from .merger import Merger
 from .probe import quiet
@@ -20,7 +19,11 @@ INDIFFERENT = 0.01  # a smaller cache is taken where it is predicted to lose no 
 
 
 def choose(
-    model: PreTrainedModel, sites: Sequence[Site], target: float | int | None, text: Sequence[Batch] | None
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    target: float | int | None,
+    grouping: str | None,
+    text: Sequence[Batch] | None,
 ) -> tuple[int, str]:
     """Return the number of key-value heads, and a sentence saying why.
 
@@ -28,6 +31,7 @@ def choose(
         model: not touched.
         sites: self-attention modules.
         target: share of the present cache, or bytes per token.
+        grouping: which heads will share, as in :meth:`Merger.groups`.
         text: calibration batches; without, damage is predicted from the weights.
 
     Raises:
@@ -45,7 +49,7 @@ def choose(
             f"cache_target={target!r} is {limit:.0f} bytes per token; one key-value head takes {cost[counts[0]]}, the "
             f"model has {now} now; raise the target."
         )
-    lost = predict(model, sites, fits, text)
+    lost = predict(model, sites, fits, grouping, text)
     best = next(n for n in fits if lost[n] <= lost[fits[-1]] + INDIFFERENT)
     table = ", ".join(f"{n}: {cost[n]} bytes per token, {100 * lost[n]:.1f} %" for n in fits)
     reason = (
@@ -55,9 +59,13 @@ def choose(
 
 
 def predict(
-    model: PreTrainedModel, sites: Sequence[Site], counts: Sequence[int], text: Sequence[Batch] | None
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    counts: Sequence[int],
+    grouping: str | None,
+    text: Sequence[Batch] | None,
 ) -> dict[int, float]:
-    """Return the mean share of key and value energy that adjacent groups lose, for each count."""
+    """Return the mean share of key and value energy that is lost, for each count."""
     lost = dict.fromkeys(counts, 0.0)
     with quiet(model):
         frames = find_frames(model, sites)
@@ -66,7 +74,7 @@ def predict(
             for site in part:
                 merger = Merger(site, frames[site.path], moments[site.path], read_weights(model, site), "principal")
                 for n in counts:
-                    groups = partition.adjacent(site.num_kv_heads, n)
+                    groups = merger.groups(n, grouping)
                     lost[n] += sum(map(merger.lost, groups)) / (2 * len(groups) * len(sites))
     return lost
 

@@ -36,14 +36,14 @@ class Merger:
     weights: HeadWeights
     method: str
 
-    def groups(self, num_kv_heads: int, grouping: str) -> list[Group]:
-        """Return which heads share.
+    def groups(self, num_kv_heads: int, grouping: str | None) -> list[Group]:
+        """Return which heads share; None is similar ones, where the module allows them to be moved.
 
         Raises:
             UnsupportedArchitecture: similar heads are no neighbours, and the module keeps something for each head.
         """
         heads = self.site.num_kv_heads
-        if grouping == "adjacent":
+        if grouping == "adjacent" or (grouping is None and not self.frames.permutes):
             return partition.adjacent(heads, num_kv_heads)
         found = partition.similar(heads, num_kv_heads, self.lost)
         if not self.frames.permutes and found != partition.adjacent(heads, num_kv_heads):

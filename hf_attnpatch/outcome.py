@@ -17,7 +17,7 @@ class Recipe:
 
     num_kv_heads: int
     method: str
-    grouping: str
+    grouping: str | None
     seed: int
     steps: int
     seconds: float | None

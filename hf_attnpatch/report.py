@@ -92,7 +92,7 @@ def _findings(found: object) -> Iterable[RenderableType]:
         return
     table = Table("damage", "groups", "energy kept: keys, values", *(f"{stage}: error, KL" for stage in found.stages))
     for layer in found.layers:
-        groups = "adjacent" if _adjacent(layer.groups) else " ".join("+".join(map(str, g)) for g in layer.groups)
+        groups = "adjacent" if layer.adjacent else " ".join("+".join(map(str, g)) for g in layer.groups)
         gaps = (layer.gaps[stage] for stage in found.stages)
         cells = [f"{g.output:.4f}  {'-' if g.attention is None else f'{g.attention:.4f}'}" for g in gaps]
         table.add_row(layer.path, groups, f"{layer.key_energy:.3f}  {layer.value_energy:.3f}", *cells)
@@ -100,10 +100,6 @@ def _findings(found: object) -> Iterable[RenderableType]:
     if found.stages:
         yield "  error: squared, of the attention output, over its variance; KL: of the attention weights, in nats"
     yield from (f"  {note}" for note in found.notes)
-
-
-def _adjacent(groups: Sequence[Sequence[int]]) -> bool:
-    return [head for group in groups for head in group] == list(range(sum(map(len, groups))))
 
 
 def render_anatomy(anatomy: Anatomy) -> str:

@@ -236,7 +236,7 @@ def test_methods_that_need_text_say_so(settings, message):
     ("settings", "message"),
     [
         ({"grouping": "random"}, "grouping 'random' does not exist; choose from: adjacent, similar"),
-        ({"grouping": None}, "grouping None does not exist"),
+        ({"grouping": 1}, "grouping 1 does not exist"),
         ({"fallback": "refined"}, "fallback 'refined' does not exist; choose from: first, mean"),
         ({"method": "svd"}, "method 'svd' does not exist; choose from: first, .*, refined"),
         ({"refine_steps": 0}, "refine_steps is 0; it must be a whole number, at least 1"),

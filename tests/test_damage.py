@@ -99,7 +99,8 @@ def test_the_data_is_json(model_type, method):
     assert found["method"] == method
     assert [layer["path"] for layer in found["layers"]] == [layer.path for layer in damage.layers]
     for layer, wanted in zip(found["layers"], damage.layers, strict=True):
-        assert layer["groups"] == [[0, 1], [2, 3]]
+        assert layer["groups"] == [list(group) for group in wanted.groups]
+        assert sorted(head for group in layer["groups"] for head in group) == [0, 1, 2, 3]
         assert set(layer["gaps"]) == set(STAGES[method])
         assert layer["gaps"]["merged"]["output"] == wanted.gaps["merged"].output
     assert all(seconds >= 0 for seconds in found["seconds"].values())

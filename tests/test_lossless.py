@@ -279,3 +279,20 @@ def test_heads_that_must_keep_their_places_are_not_moved(model_type):
     with pytest.raises(ap.UnsupportedArchitecture, match=r"cannot be put in another order; use grouping='adjacent'"):
         convert(model, 2, "calibrated", "similar")
     assert torch.equal(before, logits(model))
+
+
+@pytest.mark.parametrize("method", ["principal", "calibrated"])
+@pytest.mark.parametrize(
+    ("model_type", "moves"), [("llama", True), ("gpt2", True), ("bloom", False), ("gpt_oss", False)]
+)
+def test_by_default_similar_heads_share_where_they_may_be_moved(model_type, moves, method):
+    """Slopes and sinks keep heads in their places: neighbours share, and the record says what was done."""
+    model = build(model_type)
+    replicate(model, 2)
+    shuffle(model, 1)
+    before = logits(model)
+    report = convert(model, 2, method, None)
+    groups = [layer.groups for layer in report.damage.layers]
+    assert (off(before, model) <= SHUFFLED) == moves
+    assert (groups != [((0, 1), (2, 3))] * len(groups)) == moves
+    assert report.record["patches"][0]["grouping"] == ("similar" if moves else "adjacent")

@@ -17,7 +17,9 @@ def adjacent(heads: int, groups: int) -> list[Group]:
 
 
 def similar(heads: int, groups: int, loss: Loss) -> list[Group]:
-    """Return the partition of least total loss: exact for pairs and up to 8 heads, otherwise greedy, then by swaps.
+    """Return the partition of least total loss: exact for pairs and up to 8 heads.
+
+    Otherwise greedy, then by swaps, for the least sum over the pairs within groups, which asks for pairs only.
 
     Args:
         heads: how many there are.
@@ -41,8 +43,12 @@ def similar(heads: int, groups: int, loss: Loss) -> list[Group]:
     elif size == 2:
         best = _matching(heads, known)
     else:
-        starts = (_greedy(heads, size, known), list(neighbours))
-        best = min((_swapped(start, known) for start in starts), key=lambda parts: sum(map(known, parts)))
+
+        def pairs(group: Group) -> float:
+            return sum(known(pair) for pair in itertools.combinations(group, 2))
+
+        starts = (_greedy(heads, size, pairs), list(neighbours))
+        best = min((_swapped(start, pairs) for start in starts), key=lambda parts: sum(map(known, parts)))
     gain = sum(map(known, neighbours)) - sum(map(known, best))
     return sorted(tuple(sorted(group)) for group in best) if gain > 1e-12 else neighbours
 

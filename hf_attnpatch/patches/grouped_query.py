@@ -23,6 +23,7 @@ from ..regroup import Source, foreign, native
 ALIGNED = ("procrustes", "principal")  # need nothing but the weights and a look at what rotates
 CALIBRATED = ("calibrated", "refined")  # need text
 METHODS = (*PLAIN, *ALIGNED, *CALIBRATED)
+SORTED = ("principal", *CALIBRATED)  # share similar heads where nothing else is asked for
 GROUPINGS = ("adjacent", "similar")
 
 
@@ -45,7 +46,9 @@ class GroupedQuery(Patch):
             their output. From calibration text: ``calibrated``, the same with measured covariances, and the output
             projection refitted; ``refined``, then improved layer by layer by gradient descent. By default ``refined``
             with calibration and ``principal`` without.
-        grouping: ``adjacent`` heads share, or those that are most ``similar``: whose merge keeps most energy.
+        grouping: ``adjacent`` heads share, or the most ``similar`` ones: whose merge keeps most energy. By default
+            similar ones with ``principal``, ``calibrated`` and ``refined``, in modules that allow their heads to be put
+            in another order, and adjacent ones elsewhere.
         calibration: token ids (sequences, length), an iterable of dictionaries of model inputs, or strings with
             ``tokenizer``. Some 64 sequences of 512 tokens of ordinary text do.
         tokenizer: for strings.
@@ -68,7 +71,7 @@ class GroupedQuery(Patch):
 
     num_kv_heads: int | Literal["auto"]
     method: str | None = None
-    grouping: str = "adjacent"
+    grouping: str | None = None
     calibration: Any = field(default=None, compare=False, repr=False)
     tokenizer: Any = field(default=None, compare=False, repr=False)
     seed: int = 0
@@ -79,7 +82,7 @@ class GroupedQuery(Patch):
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, (*METHODS, None))
-        _one_of("grouping", self.grouping, GROUPINGS)
+        _one_of("grouping", self.grouping, (*GROUPINGS, None))
         _one_of("fallback", self.fallback, (*PLAIN, *ALIGNED, None))
         if (self.num_kv_heads == "auto") != (self.cache_target is not None):
             raise AttnPatchError(
@@ -97,13 +100,13 @@ class GroupedQuery(Patch):
             self._normalise("calibration", tuple(self.calibration))  # "auto" reads it once more than others
 
     def to_record(self, finding: object = None) -> dict[str, Any]:
-        """Return the JSON-able form, with the method that was used; see :meth:`Patch.to_record`."""
-        record = super().to_record(finding)
-        return {**record, "method": finding.method} if isinstance(finding, DamageReport) else record
+        """Return the JSON-able form, with the method and the grouping that were used; see :meth:`Patch.to_record`."""
+        used = {"method": finding.method, "grouping": finding.grouping} if isinstance(finding, DamageReport) else {}
+        return {**super().to_record(finding), **used}
 
     def structure(self) -> GroupedQuery:
         """Return the same shapes from the cheapest method."""
-        return replace(self, method="first", grouping="adjacent", calibration=None)
+        return replace(self, method="first", grouping=None, calibration=None)
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Say which projections would change; see :meth:`Patch.propose`. ``"auto"`` runs the model to find out."""
@@ -123,14 +126,15 @@ class GroupedQuery(Patch):
         return None if given is None else calibration_text.batches(given, self.tokenizer, model)
 
     def _decided(self, model: PreTrainedModel, sites: list[Site]) -> tuple[GroupedQuery, list[str]]:
-        """Make the open choices: the default method, the automatic count."""
+        """Make the open choices: the default method and grouping, the automatic count."""
         method = self.method or ("principal" if self.calibration is None else "refined")
-        made, notes = replace(self, method=method), []
+        grouping = _grouping(self.grouping, method)
+        made, notes = replace(self, method=method, grouping=grouping), []
         if self.num_kv_heads == "auto":
             text = self.text(model)
             if text is not None:
                 calibration_text.check_amount(text, sites)
-            count, why = choose(model, sites, self.cache_target, text)
+            count, why = choose(model, sites, self.cache_target, grouping, text)
             made, notes = replace(made, num_kv_heads=count, cache_target=None), [why]
         return made, notes
 
@@ -138,7 +142,7 @@ class GroupedQuery(Patch):
         self, model: PreTrainedModel, anatomy: Anatomy, sites: list[Site], todo: list[Site], notes: list[str]
     ) -> Proposal:
         merged = [s for s in todo if s.num_kv_heads > self._n]
-        simple = self.method in PLAIN and self.calibration is None and self.grouping == "adjacent"
+        simple = self.method in PLAIN and self.calibration is None and self.grouping != "similar"
         converts = bool(merged) and not simple
         if converts:
             self._check_conversion(merged)
@@ -212,7 +216,12 @@ class _Prepare:
 
     def _recipe(self, method: str) -> Recipe:
         p = self.patch
-        return Recipe(p._n, method, p.grouping, p.seed, p.refine_steps, p.refine_seconds)
+        return Recipe(p._n, method, _grouping(p.grouping, method), p.seed, p.refine_steps, p.refine_seconds)
+
+
+def _grouping(asked: str | None, method: str) -> str | None:
+    """What a method does by default; None is what each module allows."""
+    return asked or (None if method in SORTED else "adjacent")
 
 
 def _one_of(field_: str, value: object, choices: Sequence[object]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from hf_attnpatch.embedded import DOMAINS
 from recipes.figures import import_pyplot
 from recipes.grouped_query.cells import HEADS, STARTS
-from recipes.grouped_query.render import METHODS, excess, ratio
+from recipes.grouped_query.render import METHODS, caption, excess, ratio
 from recipes.grouped_query.store import Store
 
 OURS, OTHERS = ("#0072B2", "o"), ("#777777", "s")
@@ -44,7 +44,7 @@ def zero_shot(store: Store) -> Any:
             axis.errorbar([interval.value], [at], xerr=reach, fmt=marker, color=colour, capsize=4)
             note = {"textcoords": "offset points", "xytext": (0, 6), "ha": "center", "fontsize": 8, "color": colour}
             axis.annotate(f"{interval.value:.3f}", (interval.value, at), **note)
-        axis.set_yticks(range(len(names)), [n.replace("refined-similar", "refined, similar") for n in names])
+        axis.set_yticks(range(len(names)), [caption(name) for name in names])
         axis.set(xscale="log", ylim=(len(names) - 0.5, -0.7), xlabel="nats above the original")
         axis.margins(x=0.15)
         _plain(axis.xaxis)

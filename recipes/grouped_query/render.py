@@ -10,11 +10,11 @@ from typing import Any
 from hf_attnpatch.embedded import DOMAINS
 from hf_attnpatch.evaluation import Interval, difference
 from recipes.grouped_query import targets
-from recipes.grouped_query.cells import CORPUS, DATA_FREE, FITTED, HEADS, RATES, SEEDS, STARTS, Cell
+from recipes.grouped_query.cells import CORPUS, DATA_FREE, FITTED, HEADS, RATES, SEEDS, SORTED, STARTS, Cell
 from recipes.grouped_query.ratios import damage_ratio
 from recipes.grouped_query.store import Store
 
-METHODS = (*DATA_FREE, *FITTED, "refined-similar")
+METHODS = (*DATA_FREE, *FITTED, *(f"{method}-adjacent" for method in SORTED))
 MISSING = "-"
 
 
@@ -119,6 +119,12 @@ def _shown(store: Store, place: str, method: str) -> bool:
     return store.get(f"{place}/{method}") is not None
 
 
+def caption(method: str, form: str = "{}") -> str:
+    """A method in words; `form` is put around its name."""
+    name, _, adjacent = method.partition("-")
+    return form.format(name) + (", neighbours" if adjacent else "")
+
+
 def _row(store: Store, place: str, method: str) -> list[str]:
     name = f"{place}/{method}"
     found, row = store.score(name), store.get(name)
@@ -126,7 +132,7 @@ def _row(store: Store, place: str, method: str) -> list[str]:
     assert row is not None
     took = row["conversion"]
     return [
-        f"`{method}`" if method != "refined-similar" else "`refined`, grouping `similar`",
+        caption(method, "`{}`"),
         f"{found.nats:.4f}",
         signed(excess(store, name)),
         f"{found.perplexity:.2f}",

@@ -58,7 +58,7 @@ def test_names_are_unique_and_every_figure_of_the_issue_has_a_cell():
             assert f"embedded/8-{kv}/{method}" in names
         assert {f"uptraining/8-{kv}/refined", f"uptraining/8-{kv}/mean"} <= set(names)
         assert {f"embedded/8-{kv}/refined/on-python", f"embedded/8-{kv}/refined/seed-2"} <= set(names)
-    assert {"embedded/8-4/refined-similar", "smollm2/3-1/refined", "smollm2/original"} <= set(names)
+    assert {"embedded/8-4/refined-adjacent", "smollm2/3-1/refined", "smollm2/original"} <= set(names)
     assert not any("smollm2" in c.name for c in cells.all_cells(("embedded",), FULL, cells.CORPUS))
 
 
