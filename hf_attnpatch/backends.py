@@ -12,6 +12,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from .errors import missing_extra
+from .sight import present_key_mask
 
 # backend -> the class flag by which a transformers model says that it dispatches to it
 FLAG = {
@@ -49,6 +50,18 @@ def register(key: str, attention: Callable[..., Any], mask: Callable[..., Any]) 
     """
     AttentionInterface.register(key, attention)
     AttentionMaskInterface.register(key, mask)
+
+
+FUSED = "fused_by_hf_attnpatch"  # no attention function of this name: the families that get it do not ask for one
+
+
+def register_fused() -> None:
+    """Make masks in linear memory known, for families that compute attention by themselves and only ask for masks.
+
+    There is no attention function beside it on purpose: ``from_pretrained(attn_implementation=...)`` then refuses the
+    name, and nobody gets these masks without the hooks that understand them.
+    """
+    AttentionMaskInterface.register(FUSED, present_key_mask)
 
 
 def ranked(device: torch.device) -> tuple[str, ...]:

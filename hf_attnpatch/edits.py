@@ -10,7 +10,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from accelerate.hooks import add_hook_to_module
 from torch import nn
@@ -43,19 +43,16 @@ class Edit(ABC):
 
     Attributes:
         path: the module (or the config) it writes to, as in ``named_modules``; empty for the model itself.
+        rung: how deep this cuts: config, attribute, attention, weights, module, hook.
     """
 
+    rung: ClassVar[str]
     path: str
 
     @property
     @abstractmethod
     def claim(self) -> str:
         """What is touched; two patches with an equal claim are in conflict."""
-
-    @property
-    @abstractmethod
-    def rung(self) -> str:
-        """How deep this cuts: config, attribute, attention, weights, module, hook."""
 
     @abstractmethod
     def preview(self, model: PreTrainedModel) -> tuple[str, str]:
@@ -84,6 +81,7 @@ def _swap(store: dict[str, Any], key: str, value: Any, claim: str) -> Inverse:
 class SetConfig(Edit):
     """Set one field of a config (``path`` is the sub-config). The value is stored as given, aliases resolved."""
 
+    rung = "config"
     field: str
     value: Any
 
@@ -91,11 +89,6 @@ class SetConfig(Edit):
     def claim(self) -> str:
         """The field."""
         return ".".join(filter(None, ("config", self.path, self.field)))
-
-    @property
-    def rung(self) -> str:
-        """Config."""
-        return "config"
 
     def preview(self, model: PreTrainedModel) -> tuple[str, str]:
         """Old and new value."""
@@ -118,6 +111,7 @@ class SetConfig(Edit):
 class SetAttribute(Edit):
     """Set a plain attribute of a module instance."""
 
+    rung = "attribute"
     name: str
     value: Any
 
@@ -125,11 +119,6 @@ class SetAttribute(Edit):
     def claim(self) -> str:
         """The attribute's dotted name."""
         return f"{self.path}.{self.name}"
-
-    @property
-    def rung(self) -> str:
-        """Attribute."""
-        return "attribute"
 
     def preview(self, model: PreTrainedModel) -> tuple[str, str]:
         """Old and new value."""
@@ -151,6 +140,7 @@ class ReplaceModule(Edit):
         after: text for the report.
     """
 
+    rung = "module"
     make: Callable[[nn.Module], nn.Module]
     after: str
 
@@ -158,11 +148,6 @@ class ReplaceModule(Edit):
     def claim(self) -> str:
         """The module's path."""
         return self.path
-
-    @property
-    def rung(self) -> str:
-        """Module."""
-        return "module"
 
     def preview(self, model: PreTrainedModel) -> tuple[str, str]:
         """What stands there and what will."""
@@ -180,20 +165,17 @@ class ReplaceModule(Edit):
 
 @dataclass(frozen=True)
 class AddPreHook(Edit):
-    """Register a forward pre-hook (with keyword arguments) on a module."""
+    """Register a forward pre-hook (with keyword arguments) on a module, behind those there are or before them."""
 
+    rung = "hook"
     hook: Callable[..., Any]
     after: str
+    first: bool = False
 
     @property
     def claim(self) -> str:
         """The hook's kind at this path."""
         return f"{self.path}@{type(self.hook).__name__}"
-
-    @property
-    def rung(self) -> str:
-        """Hook."""
-        return "hook"
 
     def preview(self, model: PreTrainedModel) -> tuple[str, str]:
         """What the hook does."""
@@ -202,28 +184,32 @@ class AddPreHook(Edit):
     def run(self, model: PreTrainedModel) -> Inverse:
         """Register it."""
         module = model.get_submodule(self.path)
-        handle = module.register_forward_pre_hook(self.hook, with_kwargs=True)
+        handle = module.register_forward_pre_hook(self.hook, with_kwargs=True, prepend=self.first)
         return Inverse(self.claim, lambda: handle.id in module._forward_pre_hooks, handle.remove)
 
 
 @dataclass(frozen=True)
 class SetAttention(Edit):
-    """Choose the attention function for the whole model."""
+    """Choose the attention function for the whole model.
 
+    Attributes:
+        implementation: transformers' name for it.
+        register: makes the name known, where it is ours.
+        only_masks: for models that compute attention by themselves and ask for masks under this name.
+    """
+
+    rung = "attention"
     implementation: str
+    register: Callable[[], None] | None = None
+    only_masks: bool = False
 
     @property
     def claim(self) -> str:
         """The implementation field, of which a model has one."""
         return "config._attn_implementation"
 
-    @property
-    def rung(self) -> str:
-        """Attention."""
-        return "attention"
-
     def preview(self, model: PreTrainedModel) -> tuple[str, str]:
-        """Old and new implementation."""
+        """Old and new."""
         return _short(model.config._attn_implementation), self.implementation
 
     def run(self, model: PreTrainedModel) -> Inverse:
@@ -238,8 +224,14 @@ class SetAttention(Edit):
                 if before[i] is not _ABSENT:
                     store[key] = before[i]
 
+        if self.register is not None:
+            self.register()
         try:
-            model.set_attn_implementation(self.implementation)
+            if self.only_masks:
+                for store in stores.values():
+                    store[key] = self.implementation
+            else:
+                model.set_attn_implementation(self.implementation)
             if model.config._attn_implementation != self.implementation:  # transformers only logs that it will not
                 raise UnsupportedArchitecture(
                     f"{type(model).__name__} chooses its attention when it is built; load it with "
@@ -255,17 +247,13 @@ class SetAttention(Edit):
 class SetConfigClass(Edit):
     """Give the config object another class, so that it saves under another model type; its identity stays."""
 
+    rung = "config"
     cls: type[PretrainedConfig]
 
     @property
     def claim(self) -> str:
         """The class of the config."""
         return ".".join(filter(None, ("config", self.path, "__class__")))
-
-    @property
-    def rung(self) -> str:
-        """Config."""
-        return "config"
 
     def preview(self, model: PreTrainedModel) -> tuple[str, str]:
         """Old and new class."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .edits import Edit
+from .edits import Edit, Inverse
 from .errors import AttnPatchError
 
 # Largest difference of logits, relative to their largest magnitude, that rounding alone explains.
@@ -100,31 +100,35 @@ def trace(model: PreTrainedModel, inputs: Inputs, watch: tuple[str, ...] = (), u
     return Trace(_valid(logits, inputs), dict(calls))
 
 
-def trial(model: PreTrainedModel, edit: Edit, inputs: Inputs, reference: Tensor, backward: bool) -> str | None:
-    """Try an edit that must not change the logits, and take it back.
+def trial(
+    model: PreTrainedModel, edits: Sequence[Edit], inputs: Inputs, reference: Tensor, backward: bool
+) -> str | None:
+    """Try edits that must not change the logits, and take them back.
 
     Args:
         model: as it should be left.
-        edit: what to try.
+        edits: what to try.
         inputs: keyword arguments of the forward.
-        reference: logits without the edit.
+        reference: logits without them.
         backward: also require a backward pass.
 
     Returns:
-        None if the logits agree, otherwise why the edit will not do.
+        None if the logits agree, otherwise why the edits will not do.
     """
+    inverses: list[Inverse] = []
     try:
-        inverse = edit.run(model)
-    except (ImportError, ValueError, RuntimeError, OSError) as error:
-        return _one_line(error)
-    try:
+        for edit in edits:
+            inverses.append(edit.run(model))
         found = trace(model, inputs).logits
         problem = disagreement(reference, found)
         return problem or (_try_backward(model, inputs) if backward else None)
     except AttnPatchError as error:
         return _one_line(error.__cause__ or error)
+    except (ImportError, ValueError, RuntimeError, OSError) as error:
+        return _one_line(error)
     finally:
-        inverse.undo()
+        while inverses:
+            inverses.pop().undo()
 
 
 def disagreement(reference: Tensor, found: Tensor) -> str | None:

@@ -115,7 +115,8 @@ def foreign(
             shared = f"GroupedProjection({source.num_kv_heads} shared heads)"
             yield ReplaceModule(f"{site.path}.{child}", _Share(source, site, child), shared)
         groups = site.num_heads // source.num_kv_heads
-        yield AddPreHook(site.path, NarrowCache(groups, not site.dispatches), f"cache holds 1 of {groups} heads")
+        narrow = NarrowCache(groups, not site.dispatches)  # first: other hooks hand over caches that it would not know
+        yield AddPreHook(site.path, narrow, f"cache holds 1 of {groups} heads", first=True)
     if rewritten:
         yield from _rewritten(sites, source, "the same module")
 

@@ -33,9 +33,9 @@ MAY_IMPORT = {
     "patches/": {
         *("anatomy", "backends", "configs", "edits", "errors", "functional", "heads", "layouts", "patch", "probe"),
         *("rope_parameters", "runtime", "sites", "twin"),
-        *("calibration_text", "conversion", "damage", "group_size", "outcome", "regroup"),
+        *("calibration_text", "conversion", "damage", "group_size", "outcome", "regroup", "deferring"),
     },
-    "evaluation/": {"errors", "evaluation", "progress"},  # measures a model; knows nothing of patches
+    "evaluation/": {"embedded", "errors", "evaluation", "progress"},  # measures a model; knows nothing of patches
 }
 
 # who else may write to a module, a config or a process-wide table, what, and why
@@ -55,12 +55,15 @@ MAY_WRITE = {
     "replay.py": ("register_forward_hook register_forward_pre_hook", "for the length of a call; removed in any case"),
     "frames.py": ("register_forward_hook", "for the length of a trial; removed in any case"),
     "refine.py": ("requires_grad_ grad", "of its own copies of weights"),
+    "functional/two_way.py": ("scale", "of autograd's context"),
     "patches/grouped_query.py": ("conversion", "what its own preparation found, for its own edits"),
     "evaluation/mode.py": ("eval training", "for the length of a measurement; restores the mode of every module"),
     "evaluation/logits.py": ("register_forward_pre_hook", "for the length of a call; removed in any case"),
     "evaluation/operations.py": ("eval train", "of its own copy, which has no data"),
     "evaluation/memory.py": ("bytes", "of the object that it gives to its caller"),
     "evaluation/benchmarks.py": ("eval requires_grad_", "of what it has just built"),
+    "evaluation/layers.py": ("register_forward_hook register_forward_pre_hook", "for the length of a forward"),
+    "comparing/models.py": ("eval", "of a model that it has just loaded"),
     "cli_models.py": ("eval", "of a model that it has just built"),
     "embedded/__init__.py": ("eval", "of a model that it has just loaded"),
 }

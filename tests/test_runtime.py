@@ -128,9 +128,9 @@ def test_a_trial_is_undone_whatever_comes_of_it():
     model = tiny_model("llama")
     inputs = default_inputs(model)
     reference, before = trace(model, inputs).logits, snapshot(model)
-    assert trial(model, SetAttention("", "eager"), inputs, reference, backward=True) is None
-    assert "logits differ by" in trial(model, SetAttention("", "eager"), inputs, reference + 1, backward=False)
-    assert "no_such" in trial(model, SetAttention("", "no_such"), inputs, reference, backward=False)
+    assert trial(model, [SetAttention("", "eager")], inputs, reference, backward=True) is None
+    assert "logits differ by" in trial(model, [SetAttention("", "eager")], inputs, reference + 1, backward=False)
+    assert "no_such" in trial(model, [SetAttention("", "no_such")], inputs, reference, backward=False)
     assert snapshot(model) == before
 
 
@@ -145,7 +145,7 @@ def test_a_trial_that_runs_into_an_unknown_error_is_undone():
     handle = model.lm_head.register_forward_hook(broken)
     before = snapshot(model)
     with pytest.raises(KeyboardInterrupt):
-        trial(model, SetConfig("", "note", 1), inputs, reference, backward=False)
+        trial(model, [SetConfig("", "note", 1)], inputs, reference, backward=False)
     assert snapshot(model) == before
     handle.remove()
 

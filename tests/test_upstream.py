@@ -43,8 +43,15 @@ PRIVATE = {
     "_forward_pre_hooks": lambda: isinstance(nn.Linear(1, 1)._forward_pre_hooks, dict),
     "_orig_mod": lambda: hasattr(torch.compile(nn.Linear(1, 1)), "_orig_mod"),
     "_hf_hook": lambda: _accelerate_keeps("_hf_hook"),
+    "_scaled_dot_product_flash_attention_for_cpu": lambda: _schema("", "attn_mask", "is_causal"),
+    "_scaled_dot_product_flash_attention_for_cpu_backward": lambda: _schema("_backward", "logsumexp", "out"),
     "_old_forward": lambda: _accelerate_keeps("_old_forward"),
 }
+
+
+def _schema(suffix, *names):
+    op = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu" + suffix)
+    return set(names) <= {argument.name for argument in op.default._schema.arguments}
 
 
 def _accelerate_keeps(name):

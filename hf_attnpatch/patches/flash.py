@@ -7,18 +7,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..backends import FLAG, Candidate, obstacle, ranked
-from ..edits import SetAttention
+from ..backends import FLAG, FUSED, Candidate, obstacle, ranked
+from ..deferring import variants
+from ..edits import Edit, SetAttention
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..patch import Patch, Proposal
-from ..probe import Inputs, default_inputs, trace, trial
+from ..probe import default_inputs, trace, trial
 
 # what transformers takes for a repository of the kernels hub: owner/name, then a revision and a function if wanted
 _REPOSITORY = re.compile(r"^[^/:@\s]+/[^/:@\s]+(?:@[^/:\s]+)?(?::[^/:\s]+)?$")
+
+_HOOKED = (
+    "the forwards stay: keys and values from the cache only take notes of what is done with them, and the kernel "
+    "computes it at once, from the model's own bias; no attention weights come out"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +33,9 @@ class Flash(Patch):
     ``auto`` takes the first backend, in the order of :func:`hf_attnpatch.backends.ranked`, that runs here and agrees
     with the model's present attention on a probe; the report says which and why the others were passed over. A backend
     asked for by name that cannot run is an error. A checkpoint remembers nothing of it.
+
+    Families that compute attention by themselves (BLOOM, MPT, Falcon, GPT-J, CodeGen) get torch's kernels, too, with
+    memory linear in length; their own ALiBi, rounded as they round it, goes through it as further dimensions.
 
     Args:
         backend: ``auto``, ``sdpa``, ``flex_attention``, ``flash_attention_2``, ``_3``, ``_4`` or a kernels-hub
@@ -59,38 +67,56 @@ class Flash(Patch):
         """Say which backend would be used; see :meth:`Patch.propose`."""
         training = model.training if self.training is None else self.training
         head_dim = max((s.head_dim for s in anatomy.sites), default=0)
-        dtype = model.dtype
+        if model.config._attn_implementation == FUSED:
+            return Proposal(
+                (), (), ("already in use: a fused kernel inside forwards that do not dispatch",), preserves=True
+            )
         wanted = ranked(model.device) if self.backend == "auto" else (self.backend,)
-        request = Candidate(model, dtype, head_dim, training)
+        request = Candidate(model, model.dtype, head_dim, training)
         reasons: list[str] = []
-        for name, why_not in self._tried(request, wanted):
-            if why_not is None:
-                return self._chosen(request, anatomy, name, reasons)
-            reasons.append(f"{name}: {why_not}")
+        for name, found in self._tried(request, anatomy, wanted):
+            if not isinstance(found, str):
+                return self._chosen(request, anatomy, name, found, reasons)
+            reasons.append(f"{name}: {found}")
         if self.backend != "auto":
             raise AttnPatchError(f"{anatomy.architecture}: {reasons[0]}. Choose another backend, or backend='auto'.")
         raise UnsupportedArchitecture(f"{anatomy.architecture}: no fused attention runs here: {'; '.join(reasons)}.")
 
-    def _tried(self, request: Candidate, wanted: tuple[str, ...]) -> Iterator[tuple[str, str | None]]:
+    def _tried(
+        self, request: Candidate, anatomy: Anatomy, wanted: tuple[str, ...]
+    ) -> Iterator[tuple[str, tuple[Edit, ...] | str]]:
+        """Yield each backend with the edits that were proved on a probe, or why there are none."""
         inputs = default_inputs(request.model)
         reference = None
         for name in wanted:
-            why = obstacle(name, request)
-            if why is None:
+            ways = _ways(request, anatomy, name)
+            found: tuple[Edit, ...] | str = ways if isinstance(ways, str) else ""
+            for edits in () if isinstance(ways, str) else ways:
                 reference = trace(request.model, inputs).logits if reference is None else reference
-                why = _disagrees(request, name, inputs, reference)
-            yield name, why
+                why = trial(request.model, edits, inputs, reference, request.training)
+                found = edits if why is None else found or why  # what the first way lacks says most
+                if why is None:
+                    break
+            yield name, found
 
-    def _chosen(self, request: Candidate, anatomy: Anatomy, name: str, reasons: list[str]) -> Proposal:
+    def _chosen(
+        self, request: Candidate, anatomy: Anatomy, name: str, edits: tuple[Edit, ...], reasons: list[str]
+    ) -> Proposal:
         model, dtype = request.model, str(request.dtype).removeprefix("torch.")
         kernel = "forward and backward" if request.training else "forward"
         passed = f"; passed over {'; '.join(reasons)}" if reasons else ""
         note = f"{name} on {model.device.type} in {dtype}, {kernel} proved on a probe{passed}"
-        if model.config._attn_implementation == name:
+        if len(edits) == 1 and model.config._attn_implementation == name:
             return Proposal((), (), (f"already in use: {note}",), preserves=True)
-        sites = tuple(s.path for s in anatomy.sites if s.dispatches)
-        return Proposal((SetAttention("", name),), sites, (note,), preserves=True)
+        hooked = tuple(edit.path for edit in edits if edit.path)
+        sites = hooked or tuple(s.path for s in anatomy.sites if s.dispatches)
+        return Proposal(edits, sites, (note, *([_HOOKED] if hooked else [])), preserves=True)
 
 
-def _disagrees(request: Candidate, name: str, inputs: Inputs, reference: torch.Tensor) -> str | None:
-    return trial(request.model, SetAttention("", name), inputs, reference, request.training)
+def _ways(request: Candidate, anatomy: Anatomy, name: str) -> list[tuple[Edit, ...]] | str:
+    """Return the edits to try for a backend, or why there is nothing to try."""
+    why = obstacle(name, request)
+    if name == "sdpa" and not any(site.dispatches for site in anatomy.sites):
+        ways = variants(request.model, anatomy)
+        return ways if not isinstance(ways, str) or why is not None else [(SetAttention("", name),)]
+    return [(SetAttention("", name),)] if why is None else why
