@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from .anatomy import Anatomy, Rotary, Site, describe
     from .api import apply, patched
     from .checkpoint import load
+    from .compare import Comparison, compare
     from .patch import Patch, from_spec
     from .patches import Flash, GroupedQuery, RopeScaling
     from .plan import Plan, plan
+    from .publish import Published, push_to_hub
     from .report import Report
     from .verify import Verification, verify
 
@@ -62,6 +64,7 @@ __all__ = [
     "Anatomy",
     "AttnPatchError",
     "CalibrationError",
+    "Comparison",
     "EvaluationError",
     "Flash",
     "GroupedQuery",
@@ -69,6 +72,7 @@ __all__ = [
     "Patch",
     "PatchConflict",
     "Plan",
+    "Published",
     "Report",
     "RopeScaling",
     "Rotary",
@@ -77,6 +81,7 @@ __all__ = [
     "UnsupportedArchitecture",
     "Verification",
     "apply",
+    "compare",
     "describe",
     "from_spec",
     "load",
@@ -85,6 +90,7 @@ __all__ = [
     "patch_rope_scaling",
     "patched",
     "plan",
+    "push_to_hub",
     "verify",
 ]
 
@@ -93,9 +99,11 @@ _DEFINES = {
     "anatomy": ("Anatomy", "Rotary", "Site", "describe"),
     "api": ("apply", "patched"),
     "checkpoint": ("load",),
+    "compare": ("Comparison", "compare"),
     "patch": ("Patch", "from_spec"),
     "patches": ("Flash", "GroupedQuery", "RopeScaling"),
     "plan": ("Plan", "plan"),
+    "publish": ("Published", "push_to_hub"),
     "report": ("Report",),
     "verify": ("Verification", "verify"),
 }

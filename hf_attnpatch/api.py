@@ -94,6 +94,7 @@ def _bookkeeping(
         base_model_type=before.base_model_type if before else config.model_type,
         stock=stock,
         versions={"hf_attnpatch": _version(), "transformers": transformers.__version__},
+        commands=before.commands if before else (),
     )
     yield SetConfig("", record.FIELD, after.to_dict())
     kind: Any = type(config)

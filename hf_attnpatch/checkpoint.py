@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.utils import cached_file
 
 from .errors import AttnPatchError
+from .publishing.hub import Hub
 
 # A class that several of these know (GPT-2's language model, say) is loaded by the first.
 _AUTO = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText")
+
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 
 def load(name: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
@@ -25,15 +29,33 @@ def load(name: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
         options: passed to ``from_pretrained``: ``dtype``, ``device_map``, ``revision``, ``attn_implementation`` ...
 
     Raises:
-        AttnPatchError: no name, the record is damaged or of a newer release, or no Auto class knows the architecture.
+        AttnPatchError: no name, the record is damaged or of a newer release, no Auto class knows the architecture, or
+            the connection to the Hub broke.
         OSError: transformers finds no such checkpoint.
     """
     if not isinstance(name, (str, os.PathLike)):
         raise AttnPatchError(f"load: name is a {type(name).__name__}; it must be a folder or the name of a repository.")
     hub = {key: options[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in options}
-    config = AutoConfig.from_pretrained(name, **hub)
-    model: PreTrainedModel = auto_class(config).from_pretrained(name, **options)
+    with Hub(hub.get("token")).downloading(str(name)):
+        config = AutoConfig.from_pretrained(name, **hub)
+        model: PreTrainedModel = auto_class(config).from_pretrained(name, **options)
     return model
+
+
+def tokenizer_of(name: str, **options: Any) -> Any | None:
+    """Return the tokenizer of a checkpoint, or None where it has none.
+
+    Args:
+        name: folder or hub repository.
+        options: passed to ``from_pretrained``.
+    """
+    for file in _TOKENIZER_FILES:
+        try:
+            cached_file(name, file)
+        except OSError:  # no such file there
+            continue
+        return AutoTokenizer.from_pretrained(name, **options)
+    return None
 
 
 def auto_class(config: PretrainedConfig) -> Any:

@@ -1,4 +1,4 @@
-"""``attnpatch describe | plan | apply | verify | demo``: the verbs of the package on checkpoints.
+"""``attnpatch describe | plan | apply | verify | push | demo``: the verbs of the package on checkpoints.
 
 torch and transformers are imported by the commands, not by this file: ``attnpatch --help`` must be quick.
 """
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from . import cli_models, cli_specs, cli_text
+from . import cli_models, cli_publish, cli_specs, cli_text
 from .cli_options import Device, Dtype, Length, Model, Patches, PlanFile, Sequences, Text, Trust, clear_errors
 
 app = typer.Typer(
@@ -56,6 +56,7 @@ def plan(
 
 @app.command()
 def apply(
+    context: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Argument(help="Folder for the patched checkpoint.", show_default=False)],
     patch: Patches = [],  # noqa: B006 - typer copies it
@@ -73,6 +74,8 @@ def apply(
     with clear_errors():
         import hf_attnpatch as ap
 
+        from . import record
+
         patches = cli_specs.patches(plan_file, patch)
         source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         patches = cli_text.with_text(patches, calibration, source, sequences, length)
@@ -82,6 +85,7 @@ def apply(
             if damage is not None:
                 cli_text.draw(report, damage)
             loaded.save_pretrained(folder)
+            record.note_command(folder, cli_specs.spelled(context))
             tokenizer = source.tokenizer()
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
@@ -108,6 +112,9 @@ def demo(output: Annotated[Path, typer.Option(help="Folder for tables and figure
         from .demo import run
 
         run(output)
+
+
+app.command()(cli_publish.push)
 
 
 def main() -> None:

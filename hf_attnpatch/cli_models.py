@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 EMBEDDED = "embedded"
-_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,15 +79,10 @@ class Source:
 
     def tokenizer(self) -> Any | None:
         """Return the tokenizer, or None where the checkpoint has none."""
-        from transformers import AutoTokenizer
-        from transformers.utils import cached_file
+        from .checkpoint import tokenizer_of
 
-        for file in _TOKENIZER_FILES:
-            with contextlib.suppress(OSError):
-                cached_file(self.location, file)
-                with _explained(self.name):
-                    return AutoTokenizer.from_pretrained(self.location, trust_remote_code=self.trust_remote_code)
-        return None
+        with _explained(self.name):
+            return tokenizer_of(self.location, trust_remote_code=self.trust_remote_code)
 
     def _check_dtype(self) -> None:
         import torch

@@ -36,5 +36,7 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
     except (AttnPatchError, OSError) as error:
-        typer.secho(f"attnpatch: {' '.join(str(error).split())}", fg=typer.colors.RED, err=True)
+        from .publishing.hub import Hub
+
+        typer.secho(f"attnpatch: {Hub().hide(' '.join(str(error).split()))}", fg=typer.colors.RED, err=True)
         raise typer.Exit(1) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 if TYPE_CHECKING:
+    import typer
+
     from .patch import Patch
 
 _COMMA = re.compile(r",(?![^\[]*\])")  # a comma that stands in no list
@@ -66,6 +69,21 @@ def read_plan(path: Path) -> Iterator[Mapping[str, Any]]:
         if not isinstance(spec, Mapping) or "patch" not in spec:
             raise AttnPatchError(f"{path}: entry {i} is {spec!r}; wanted a mapping with a `patch:` and its fields.")
         yield spec
+
+
+def spelled(context: typer.Context) -> str:
+    """Return the command line that a command was called with: its arguments, then the options off their default."""
+    words, options = ["attnpatch", str(context.info_name)], []
+    for parameter in context.command.params:
+        value = context.params.get(str(parameter.name))
+        if parameter.param_type_name == "argument":
+            words.append(str(value))
+        elif value is True:
+            options.append(parameter.opts[0])
+        elif value not in (None, False, parameter.default, ()) and value != []:
+            each = value if isinstance(value, (list, tuple)) else [value]
+            options += [word for item in each for word in (parameter.opts[0], str(item))]
+    return shlex.join([*words, *options])
 
 
 def _yaml(text: str, where: str) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -25,6 +27,7 @@ class Record:
         base_model_type: transformers' model type underneath.
         stock: whether transformers alone loads the checkpoint.
         versions: of this package and of transformers when it was written.
+        commands: command lines that made the checkpoint, in order; empty where a script did.
     """
 
     patches: tuple[Mapping[str, Any], ...]
@@ -32,9 +35,11 @@ class Record:
     base_model_type: str
     stock: bool
     versions: Mapping[str, str] = field(default_factory=dict)
+    commands: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
+        commands = {"commands": list(self.commands)} if self.commands else {}
         return {
             "version": VERSION,
             "patches": [dict(p) for p in self.patches],
@@ -42,6 +47,7 @@ class Record:
             "base_model_type": self.base_model_type,
             "stock": self.stock,
             "versions": dict(self.versions),
+            **commands,
         }
 
     def restore(self) -> list[Patch]:
@@ -75,7 +81,26 @@ def parse(data: object) -> Record:
     for i, spec in enumerate(data["patches"]):
         if not isinstance(spec, Mapping):
             raise AttnPatchError(f"config.{FIELD}.patches[{i}] is {type(spec).__name__}; it must be a mapping.")
-    return Record(tuple(data["patches"]), *(data[name] for name in list(_SCHEMA)[1:]))
+    commands = data.get("commands", [])
+    if not isinstance(commands, list) or not all(isinstance(command, str) for command in commands):
+        raise AttnPatchError(f"config.{FIELD}.commands is {commands!r:.80}; it must be a list of strings.")
+    fields = {**{name: data[name] for name in _SCHEMA}, "patches": tuple(data["patches"])}
+    return Record(**fields, commands=tuple(commands))
+
+
+def note_command(folder: Path, command: str) -> None:
+    """Write the command line that made a saved checkpoint into the record of its config; without one, do nothing."""
+    data = json.loads((folder / "config.json").read_text("utf-8")).get(FIELD)
+    if data is not None:
+        found = parse(data)
+        rewrite(folder, replace(found, commands=(*found.commands, command)))
+
+
+def rewrite(folder: Path, record: Record) -> None:
+    """Put a record in the place of the one in a saved checkpoint's config."""
+    file = folder / "config.json"
+    config = {**json.loads(file.read_text("utf-8")), FIELD: record.to_dict()}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def read(config: PretrainedConfig) -> Record | None:

@@ -64,6 +64,8 @@ MAY_WRITE = {
     "evaluation/benchmarks.py": ("eval requires_grad_", "of what it has just built"),
     "evaluation/layers.py": ("register_forward_hook register_forward_pre_hook", "for the length of a forward"),
     "comparing/models.py": ("eval", "of a model that it has just loaded"),
+    "evaluation/layers.py": ("register_forward_hook register_forward_pre_hook", "for the length of a forward"),
+    "comparing/models.py": ("eval", "of a model that it has just loaded"),
     "cli_models.py": ("eval", "of a model that it has just built"),
     "embedded/__init__.py": ("eval", "of a model that it has just loaded"),
 }

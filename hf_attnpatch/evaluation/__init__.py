@@ -3,6 +3,7 @@
 from .cache import cache_bytes_per_token
 from .decoding import Decoding, DecodingAt, decoding
 from .fidelity import Fidelity, fidelity
+from .layers import LayerDifference, layer_difference
 from .losses import document_losses, mean_loss
 from .perplexity import LossByLength, perplexity
 from .positions import LossByPosition, loss_by_position
@@ -14,6 +15,7 @@ __all__ = [
     "DecodingAt",
     "Fidelity",
     "Interval",
+    "LayerDifference",
     "LossByLength",
     "LossByPosition",
     "Losses",
@@ -24,6 +26,7 @@ __all__ = [
     "difference",
     "document_losses",
     "fidelity",
+    "layer_difference",
     "loss_by_position",
     "mean_loss",
     "perplexity",

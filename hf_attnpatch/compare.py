@@ -1,0 +1,148 @@
+"""``compare``: what a patch cost and what it gained, as a folder to read, to show and to publish."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from . import embedded
+from .comparing import settings, style, texts
+from .comparing.digest import digest_of, model_digest
+from .comparing.models import Named, about, check_vocabulary, context, loaded, tokenizer_for
+from .comparing.parts import Pair, all_parts, why_not
+from .comparing.result import VERSION, Comparison
+from .comparing.store import Store
+from .comparing.tables import BOTH
+
+HELD_OUT = "the held-out text of hf_attnpatch (Python, prose, documentation)"
+
+
+def compare(
+    original: Named,
+    patched: Named,
+    out: str | Path = "outputs/compare",
+    *,
+    parts: Sequence[str] | None = None,
+    text: Sequence[str] | None = None,
+    text_name: str | None = None,
+    tokenizer: Any | None = None,
+    command: str | None = None,
+    say: Callable[[str], None] = print,
+    loading: Mapping[str, Any] | None = None,
+    **amounts: Any,
+) -> Comparison:
+    """Measure two models side by side and write a report: what a patch cost and what it gained.
+
+    Every part (the loss of one model, the damage by layer ...) is kept in ``out/parts`` as soon as it is finished,
+    under a digest of all that it depends on: weights, configs, text, settings. So the same command goes on where it was
+    interrupted, and another patched model in the same folder re-uses what is known of the original.
+
+    Args:
+        original: a causal language model, or a folder or Hub name of one.
+        patched: another with the same tokenizer.
+        out: folder for ``report.md``, ``report.html``, ``metrics.json``, figures and parts.
+        parts: of :data:`.comparing.settings.PARTS`; all by default.
+        text: whole documents; by default those that ship with this package.
+        text_name: of the text, for a reader.
+        tokenizer: of both models; by default that of their checkpoints.
+        command: that repeats this, for a reader.
+        say: is told of every part that begins or ends.
+        loading: options of ``from_pretrained`` for models given by name: ``dtype``, ``trust_remote_code`` ...
+        amounts: how much is measured: fields of :class:`.comparing.settings.Settings`.
+
+    Raises:
+        EvaluationError: the tokenizers differ, there is too little text, a setting cannot be right, or a loss is not
+            finite; finished parts are kept.
+        AttnPatchError: a model cannot be loaded.
+        MissingExtra: matplotlib is not installed.
+    """
+    pair = _pair(original, patched, loading or {}, tokenizer, (text, text_name), parts, amounts, say)
+    found, seconds = _measured(pair, Store(Path(out) / "parts"), say)
+    names = dict(zip(BOTH, (_name(original), _name(patched)), strict=True))
+    names["patched"] += " (patched)" if len(set(names.values())) == 1 else ""
+    models = {which: about(pair.models[which], pair.digests[which], names[which]) for which in BOTH}
+    measured = {"parts": found, "left_out": why_not(pair), "seconds": seconds}
+    what = {"settings": pair.settings.to_dict(), "text": pair.text.name, "command": command or _script(names)}
+    result = Comparison(Path(out), {"version": VERSION, **models, **what, "machine": _machine(), **measured})
+    result.save()
+    return result
+
+
+def _pair(
+    original: Named,
+    patched: Named,
+    loading: Mapping[str, Any],
+    tokenizer: Any | None,
+    text: tuple[Sequence[str] | None, str | None],
+    parts: Sequence[str] | None,
+    amounts: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> Pair:
+    """Load what is given by name, and check that it can be compared."""
+    style.need_matplotlib()  # before an hour of measuring, not after it
+    models = {w: loaded(m, loading, say) for w, m in zip(BOTH, (original, patched), strict=True)}
+    check_vocabulary(models["original"], models["patched"])
+    tokenizer = tokenizer_for(models, loading) if tokenizer is None else tokenizer
+    chosen = settings.choose(parts, [context(m) for m in models.values()], **amounts)
+    documents, name = (embedded.heldout(), HELD_OUT) if text[0] is None else (text[0], text[1] or "the given text")
+    cut = texts.read(documents, tokenizer, name=name, count=chosen.documents, length=chosen.lengths[-1])
+    digests = {which: model_digest(model) for which, model in models.items()}
+    return Pair(models, digests, tokenizer, cut, chosen)
+
+
+def _measured(pair: Pair, store: Store, say: Callable[[str], None]) -> tuple[dict[str, Any], dict[str, float]]:
+    """Measure what is not in the store; return results by part, and seconds by piece of work, also of earlier runs."""
+    left_out = why_not(pair)
+    todo = [part for part in all_parts(pair) if part.name not in left_out]
+    found: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    for number, part in enumerate(todo, 1):
+        key, head = digest_of({**part.depends, "part": part.title, "version": VERSION}), f"[{number}/{len(todo)}]"
+        kept = store.get(part.title, key)
+        if kept is None:
+            say(f"{head} {part.title} ...")
+            start = time.perf_counter()
+            result = part.measure()
+            kept = {"result": result, "seconds": time.perf_counter() - start}
+            store.put(part.title, key, kept)
+            say(f"{head} {part.title}: {kept['seconds']:.0f} s")
+        else:
+            say(f"{head} {part.title}: there already")
+        seconds[part.title] = kept["seconds"]
+        place = found.setdefault(part.name, {} if part.which else kept["result"])
+        if part.which:
+            place[part.which] = kept["result"]
+    return found, seconds
+
+
+def _name(model: Named) -> str:
+    """Return how a reader knows a model: a repository, or the last part of a path."""
+    name = model.config._name_or_path if isinstance(model, PreTrainedModel) else str(model)
+    return (Path(name).resolve().name if Path(name).exists() else name) or "a model in memory"
+
+
+def _script(names: Mapping[str, str]) -> str:
+    return f"attnpatch compare {shlex.quote(names['original'])} {shlex.quote(names['patched'])}"
+
+
+def _machine() -> dict[str, Any]:
+    from . import __version__
+
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hf_attnpatch": __version__,
+    }
+
+
+__all__ = ["Comparison", "compare"]

@@ -1,0 +1,1 @@
+"""What ``compare`` is made of: parts that are measured once and kept, tables, figures, pages."""

@@ -1,0 +1,134 @@
+"""The parts of a comparison: what each depends on, and how it is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..anatomy import describe
+from ..errors import UnsupportedArchitecture
+from ..evaluation import fidelity, layer_difference, perplexity
+from .digest import tokens_digest
+from .settings import Settings
+from .texts import Text
+
+SEQUENCE = 512  # tokens of a row for fidelity and layers: attention outputs of all layers are kept for one row
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is compared.
+
+    Attributes:
+        models: ``original`` and ``patched``.
+        digests: of each.
+        tokenizer: of both.
+        text: windows of token ids.
+        settings: how much of it.
+    """
+
+    models: dict[str, PreTrainedModel]
+    digests: dict[str, str]
+    tokenizer: Any
+    text: Text
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Part:
+    """One piece of work that is kept once it is finished.
+
+    Attributes:
+        name: such as ``loss``.
+        which: ``original``, ``patched``, or None for both together.
+        depends: settings that it depends on, with the digests of its models.
+        measure: does it.
+    """
+
+    name: str
+    which: str | None
+    depends: dict[str, Any]
+    measure: Callable[[], Any]
+
+    @property
+    def title(self) -> str:
+        """For the progress line, and its name on disk."""
+        return f"{self.name}, {self.which}" if self.which else self.name
+
+
+def all_parts(pair: Pair) -> Iterator[Part]:
+    """Yield what the settings ask for, in order."""
+    text = tokens_digest(pair.text.documents)
+    for name in pair.settings.parts:
+        settings, run, both = MEASURES[name]
+        depends = {"settings": settings(pair), "text": text}
+        for which in (None,) if both else ("original", "patched"):
+            digests = [pair.digests[w] for w in (("original", "patched") if which is None else (which,))]
+            yield Part(name, which, {**depends, "models": digests}, _bound(run, pair, which))
+
+
+def why_not(pair: Pair) -> dict[str, str]:
+    """Return the parts asked for that these two models do not have, with the reason."""
+    if "layers" not in pair.settings.parts:
+        return {}
+    try:
+        one, other = (_sites(pair.models[which]) for which in ("original", "patched"))
+    except UnsupportedArchitecture as error:
+        return {"layers": f"the attention modules cannot be read: {error}"}
+    if one != other:
+        return {"layers": f"the attention modules differ: {len(one)} and {len(other)}, under other names"}
+    return {}
+
+
+def _bound(run: Callable[[Pair, Any], Any], pair: Pair, which: str | None) -> Callable[[], Any]:
+    return lambda: run(pair, which)
+
+
+def _sites(model: PreTrainedModel) -> list[str]:
+    return [site.path for site in describe(model).sites if not site.cross]
+
+
+def _loss(pair: Pair, which: str) -> Any:
+    chosen, documents = pair.settings, {f"window {n}": ids for n, ids in enumerate(pair.text.documents)}
+    bos = getattr(pair.tokenizer, "bos_token_id", None) if _adds_bos(pair.tokenizer) else None
+    found = perplexity(pair.models[which], documents, lengths=chosen.lengths, targets=chosen.targets, bos_token_id=bos)
+    return found.to_dict()
+
+
+def _fidelity(pair: Pair, _: None) -> Any:
+    rows = _rows(pair, pair.settings.fidelity_tokens)
+    batch = {"input_ids": torch.stack(rows)}
+    found = fidelity(pair.models["original"], pair.models["patched"], [batch], continuation=pair.settings.continuation)
+    return found.to_dict()
+
+
+def _layers(pair: Pair, _: None) -> Any:
+    sequences = _rows(pair, pair.settings.layer_tokens)
+    original, patched = pair.models["original"], pair.models["patched"]
+    found = layer_difference(original, patched, sequences, paths=_sites(original))
+    return found.to_dict()
+
+
+def _rows(pair: Pair, tokens: int) -> list[Tensor]:
+    """Return the beginnings of windows, together about so many tokens."""
+    length = min(SEQUENCE, pair.settings.lengths[-1], tokens)
+    return pair.text.first(max(1, tokens // length), length)
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer begins every text with a token that the models were trained with."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
+
+
+# name -> the settings that it depends on, how it is measured, whether it takes both models together
+MEASURES: dict[str, tuple[Callable[[Pair], Any], Callable[[Pair, Any], Any], bool]] = {
+    "loss": (lambda p: [p.settings.lengths, p.settings.targets, _adds_bos(p.tokenizer)], _loss, False),
+    "fidelity": (lambda p: [p.settings.fidelity_tokens, p.settings.continuation, SEQUENCE], _fidelity, True),
+    "layers": (lambda p: [p.settings.layer_tokens, SEQUENCE], _layers, True),
+}

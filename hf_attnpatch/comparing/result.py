@@ -1,0 +1,124 @@
+"""What ``compare`` returns and keeps: metrics, tables, figures, pages in one folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+from transformers import PreTrainedModel
+
+from ..errors import AttnPatchError
+from ..publishing.card import Evaluation
+from . import figures, page, tables, text
+from .digest import model_digest
+from .store import write
+
+VERSION = 1
+METRICS = "metrics.json"
+_WANTED = {"version", "original", "patched", "settings", "text", "command", "machine", "parts", "left_out", "seconds"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished comparison of two models; ``str()`` is its summary.
+
+    Attributes:
+        folder: holds ``report.md``, ``report.html``, ``metrics.json`` and the figures.
+        metrics: what ``metrics.json`` says.
+    """
+
+    folder: Path
+    metrics: Mapping[str, Any]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Comparison:
+        """Read the folder that ``compare`` wrote.
+
+        Raises:
+            AttnPatchError: there is none, or it is damaged or of another version.
+        """
+        file = Path(folder) / METRICS
+        if not file.is_file():
+            raise AttnPatchError(f"{folder}: no comparison there (no {METRICS}); `attnpatch compare` writes one.")
+        try:
+            found = json.loads(file.read_text("utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise AttnPatchError(f"{file}: not JSON ({error}); run the comparison again.") from error
+        missing = sorted(_WANTED - set(found)) if isinstance(found, dict) else ["everything"]
+        if missing or found["version"] != VERSION:
+            problem = f"lacks {', '.join(missing)}" if missing else f"is of version {found['version']}"
+            raise AttnPatchError(f"{file}: {problem}; wanted version {VERSION}; run the comparison again.")
+        return cls(Path(folder), found)
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Hold a model to be the patched one of this comparison.
+
+        Raises:
+            AttnPatchError: its weights or its config are others.
+        """
+        found, wanted = model_digest(model), self.metrics["patched"]["digest"]
+        if found != wanted:
+            raise AttnPatchError(
+                f"{self.folder}: the report is not of this model (digest {found[:12]}, the report's is {wanted[:12]}); "
+                "compare this model, or give the report of it."
+            )
+
+    def save(self) -> None:
+        """Write the folder: metrics first, then what is made of them.
+
+        Raises:
+            MissingExtra: matplotlib is not installed.
+        """
+        write(self.folder / METRICS, json.dumps(self.metrics, indent=1) + "\n")
+        drawn = figures.draw(self.metrics)
+        for figure in drawn:
+            write(self.folder / figure.file, figure.drawn["light"])
+        report = text.render(self.metrics, drawn)
+        write(self.folder / "report.md", report)
+        write(self.folder / "report.html", page.render(report, drawn))
+
+    def for_card(self, folder: Path, path: str) -> Evaluation:
+        """Copy figures, report and metrics into a folder and return what a model card says of them.
+
+        Args:
+            folder: of this disk.
+            path: of that folder in the repository.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        drawn = figures.draw(self.metrics)
+        for figure in drawn:
+            write(folder / figure.file, figure.drawn["light"])
+        write(folder / "report.html", page.render(text.render(self.metrics, drawn), drawn))
+        write(folder / METRICS, json.dumps(self.metrics, indent=1) + "\n")
+        notes = [text.explain(self.metrics, part) for part in self.metrics["parts"] if part in text.WHAT]
+        found = [tables.summary(self.metrics), tables.loss_by_length(self.metrics) or ""]
+        return Evaluation(
+            table="\n\n".join(part for part in found if part),
+            figures={figure.alt: f"{path}/{figure.file}" for figure in drawn},
+            results=self._results(),
+            notes=" ".join([f"Compared with {self.metrics['original']['name']}.", *notes]),
+            command=str(self.metrics["command"]),
+        )
+
+    def _results(self) -> list[EvalResult]:
+        found = tables.losses(self.metrics)
+        if found is None:
+            return []
+        patched = found["patched"]
+        return [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="text",
+                dataset_name=f"{self.metrics['text']}, {length} tokens of context",
+                metric_type="perplexity",
+                metric_value=round(score.perplexity, 4),
+            )
+            for length, score in zip(patched.lengths, patched.scores, strict=True)
+        ]
+
+    def __str__(self) -> str:
+        return f"{tables.summary(self.metrics)}\n\nreport: {self.folder / 'report.html'}"

@@ -1,0 +1,65 @@
+"""The rows of the summary: one function for each measure, which gives nothing where it was not taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ..evaluation import difference
+from . import tables
+
+Metrics = Mapping[str, Any]
+Row = tuple[str, str, str, str]
+NONE = "-"
+
+
+def size(metrics: Metrics) -> Iterable[Row]:
+    """Parameters."""
+    yield _counts("parameters", *(metrics[which]["parameters"] for which in tables.BOTH))
+
+
+def cache(metrics: Metrics) -> Iterable[Row]:
+    """Cache."""
+    found = [metrics[which].get("cache_bytes_per_token") for which in tables.BOTH]
+    if None not in found:
+        yield _counts("cache, bytes/token", *found)
+
+
+def loss(metrics: Metrics) -> Iterable[Row]:
+    """Loss at the longest context."""
+    found = tables.losses(metrics)
+    if found is not None:
+        length = found["original"].lengths[-1]
+        before, after = (found[which][length] for which in tables.BOTH)
+        gap = difference(before, after)
+        change = f"{gap.value:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})"
+        yield f"loss at {length:,} tokens, nats/token", f"{before.nats:.4f}", f"{after.nats:.4f}", change
+        perplexities = before.perplexity, after.perplexity
+        yield f"perplexity at {length:,} tokens", *_plain(*perplexities, ".3f")
+
+
+def fidelity(metrics: Metrics) -> Iterable[Row]:
+    """Divergence and agreement."""
+    found = metrics["parts"].get("fidelity")
+    if found is not None:
+        yield "KL from the original, nats/token", "0", f"{found['kl']['nats']:.4f}", NONE
+        yield "same first choice", "100 %", f"{found['top1']['value']:.1%}", NONE
+
+
+def layers(metrics: Metrics) -> Iterable[Row]:
+    """The attention module that lost most."""
+    found = metrics["parts"].get("layers")
+    if found is not None:
+        worst = max(range(len(found["alone"])), key=lambda i: float(found["alone"][i]))
+        yield f"error of attention, worst module ({found['paths'][worst]})", "0", f"{found['alone'][worst]:.4f}", NONE
+
+
+ROWS: tuple[Callable[[Metrics], Iterable[Row]], ...] = (size, cache, loss, fidelity, layers)
+
+
+def _counts(name: str, before: float, after: float) -> Row:
+    return name, f"{before:,.0f}", f"{after:,.0f}", f"{after / before - 1:+.1%}" if before else NONE
+
+
+def _plain(before: float, after: float, form: str) -> tuple[str, str, str]:
+    return format(before, form), format(after, form), format(after - before, f"+{form}")

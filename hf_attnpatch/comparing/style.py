@@ -1,0 +1,63 @@
+"""How figures look: Okabe and Ito's colours with markers that differ too, on white or on dark."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..errors import missing_extra
+
+MODELS = {"original": ("#0072B2", "o", "-"), "patched": ("#D55E00", "s", "--")}
+ON_DARK = {"original": ("#56B4E9", "o", "-"), "patched": ("#E69F00", "s", "--")}  # the lighter ones of the eight
+HEAT = "cividis"  # in order of lightness too, for every kind of colour vision
+_INK = {"light": ("#ffffff", "#1f2328", "#d0d7de"), "dark": ("#0d1117", "#e6edf3", "#3d444d")}  # ground, text, grid
+THEMES = tuple(_INK)
+
+
+def marks(theme: str) -> Mapping[str, tuple[str, str, str]]:
+    """Colour, marker and line of each model."""
+    return MODELS if theme == "light" else ON_DARK
+
+
+def need_matplotlib() -> Any:
+    """Import it, with the backend that needs no screen.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise missing_extra("matplotlib", "plot", "drawing a comparison") from error
+    matplotlib.use("Agg", force=False)
+    return matplotlib
+
+
+@contextlib.contextmanager
+def drawing(theme: str) -> Iterator[Any]:
+    """Give pyplot in a theme.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    matplotlib = need_matplotlib()
+    from matplotlib import pyplot
+
+    ground, text, grid = _INK[theme]
+    look: dict[str, Any] = dict.fromkeys(
+        ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), text
+    )
+    look |= dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"), ground)
+    look |= {"grid.color": grid, "legend.edgecolor": grid, "legend.labelcolor": text, "font.size": 10}
+    with matplotlib.rc_context({**look, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}):
+        yield pyplot
+
+
+def png(pyplot: Any, figure: Any) -> bytes:
+    """Return a figure as PNG, the same bytes for the same figure, and forget it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    pyplot.close(figure)
+    return buffer.getvalue()

@@ -1,0 +1,89 @@
+"""The report of a comparison in words, as Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import tables
+from .figures import Figure
+from .tables import Metrics
+
+WHAT = {
+    "loss": "The same last {targets} tokens of {documents} windows of {text} are predicted under growing context, so "
+    "that a difference between lengths is the context's. Truncated: only the last {window} tokens are seen. Sliding: "
+    "the same, recomputed for every {stride} tokens. Intervals are 95 %, over windows; differences are paired.",
+    "fidelity": "On {tokens} tokens of the same text: divergence of the patched model's next-token distribution from "
+    "the original's, the share of tokens to which both give the same first choice, and of {continued} greedily decoded "
+    "tokens after each row the share before the first that differs.",
+    "layers": "Squared error of the output of each attention module over the variance of the original's, on "
+    "{tokens} tokens of the same text: on the inputs that the module has in the original, and inside its own model.",
+}
+
+
+def render(metrics: Metrics, figures: Sequence[Figure]) -> str:
+    """Return report.md."""
+    names = [metrics[which]["name"] for which in tables.BOTH]
+    parts = [f"# {names[1]} against {names[0]}", _models(metrics), "## In short", tables.summary(metrics)]
+    shown = {figure.title: figure for figure in figures}
+    for title, part, made in SECTIONS:
+        found = metrics["parts"].get(part)
+        if found is not None:
+            figure = shown.get(title)
+            drawn = [f"![{figure.alt}]({figure.file})"] if figure else []
+            parts += [f"## {title}", explain(metrics, part), *drawn, *filter(None, [made(metrics)])]
+    parts += [*_left_out(metrics), "## How this was measured", _how(metrics)]
+    return "\n\n".join(parts) + "\n"
+
+
+def explain(metrics: Metrics, part: str) -> str:
+    """Say what a part measured."""
+    return WHAT[part].format(**facts(metrics, part))
+
+
+def facts(metrics: Metrics, part: str) -> Mapping[str, Any]:
+    """Return the numbers in the explanation of a part."""
+    found = metrics["parts"][part]
+    if part == "loss":
+        one = found["original"]
+        count = len(one["truncated"]["losses"])
+        numbers = {key: f"{one[key]:,}" for key in ("targets", "window", "stride")}
+        return {**numbers, "documents": count, "text": metrics["text"]}
+    if part == "fidelity":
+        return {"tokens": f"{found['kl']['tokens']:,}", "continued": found["continued"]}
+    return {key: f"{value:,}" for key, value in found.items() if isinstance(value, int)}
+
+
+def _models(metrics: Metrics) -> str:
+    lines = []
+    for which in tables.BOTH:
+        model = metrics[which]
+        done = model["record"]["patches"] if model.get("record") else []
+        patches = "; ".join(json.dumps({k: v for k, v in spec.items() if v is not None}) for spec in done)
+        context = f"context {model['context'] or 'not declared'}"
+        said = f"`{model['name']}`, {model['architecture']}, {model['dtype']}, {context}"
+        lines.append(f"* **{which}**: {said}{f', patched: `{patches}`' if patches else ''}")
+    return "\n".join(lines)
+
+
+def _left_out(metrics: Metrics) -> list[str]:
+    lines = [f"* {part}: {why}" for part, why in metrics["left_out"].items()]
+    return ["## Not measured", "\n".join(lines)] if lines else []
+
+
+def _how(metrics: Metrics) -> str:
+    machine = ", ".join(f"{key} {value}" for key, value in metrics["machine"].items())
+    total = sum(metrics["seconds"].values())
+    digests = "\n".join(f"* {which}: `{metrics[which]['digest']}`" for which in tables.BOTH)
+    return (
+        f"```sh\n{metrics['command']}\n```\n\n{total / 60:.1f} minutes of measuring on: {machine}.\n\nDigests of the "
+        f"models, which `push` holds a report to:\n\n{digests}"
+    )
+
+
+SECTIONS: tuple[tuple[str, str, Any], ...] = (
+    ("Loss by context length", "loss", tables.loss_by_length),
+    ("Fidelity to the original", "fidelity", tables.fidelity),
+    ("Damage by layer", "layers", lambda _: None),
+)

@@ -1,0 +1,194 @@
+"""``push_to_hub``: a patched model with a card that says what was done, how to load it and what it is worth."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from transformers import PreTrainedModel
+
+from . import record
+from .checkpoint import auto_class, tokenizer_of
+from .comparing.result import Comparison
+from .errors import AttnPatchError
+from .publishing import card, origin
+from .publishing.hub import Head, Hub
+from .publishing.stale import stale_files
+from .report import Report
+
+Reports: TypeAlias = Report | Comparison | str | Path | Sequence[Report | Comparison | str | Path]
+FIGURES = "attnpatch"  # folder of the repository for figures and metrics
+_UNTOUCHED = {".gitattributes"}  # all that a new repository holds
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is on the Hub now.
+
+    Attributes:
+        repo_id: owner/name.
+        url: of the repository.
+        commit: that holds it; ``revision=`` of ``from_pretrained``.
+        files: that were sent.
+        notes: what the user may want to mend.
+    """
+
+    repo_id: str
+    url: str
+    commit: str
+    files: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join([f"published {self.url} at {self.commit[:12]}: {len(self.files)} files", *self.notes])
+
+
+def push_to_hub(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    report: Reports | None = None,
+    tokenizer: Any | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    command: str | None = None,
+    private: bool | None = None,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+    token: str | None = None,
+) -> Published:
+    """Publish a patched model: weights, tokenizer and a card, as one commit that is there whole or not at all.
+
+    The card names the base model, what was done to it, how to load it with and without this package, what ``compare``
+    measured, the command that made it, and the base model's licence.
+
+    Args:
+        model: patched by this package.
+        repo_id: ``owner/name``; made if it is not there.
+        report: what ``apply`` or ``compare`` returned for this model, the folder of ``compare``, or several of these.
+        tokenizer: by default the one of the checkpoint that the model was loaded from, if it has one.
+        base_model: repository of the base model, where the record names a folder of this machine.
+        license: identifier of the Hub, in the place of the one in the base model's card.
+        command: that made the model, in the place of what its record says.
+        private: of a repository that is made; by default as the Hub does. One that is there must agree.
+        overwrite: replace the model in a repository that holds files: weights, card, tokenizer, figures. Others stay.
+        max_shard_size: of a weights file; the largest piece that a broken upload loses.
+        token: by default the one that huggingface_hub finds. It stands in no error, log or file.
+
+    Raises:
+        AttnPatchError: the model is not patched, the report is of another model, no licence is known, the repository
+            holds files, or the Hub refuses or cannot be reached; then nothing was published.
+    """
+    found, hub = _checked(model, repo_id), Hub(token, _version())
+    head = _place(hub, repo_id, private, overwrite)
+    base = origin.find(hub, found.base_model, model.config, base_model=base_model, license=license)
+    tokenizer = tokenizer_of(model.config._name_or_path) if tokenizer is None else tokenizer
+    with tempfile.TemporaryDirectory(prefix="hf_attnpatch-") as temporary:
+        folder = Path(temporary)
+        found = _stage(model, tokenizer, folder, found, base, max_shard_size)
+        commands = [command] if command else found.commands
+        facts = card.Facts(repo_id, found, base, auto_class(model.config).__name__, commands)
+        card.render(_with_reports(facts, model, report, folder)).save(folder / "README.md")
+        _no_secret(hub, folder)
+        head = hub.create(repo_id, private) if head is None else head
+        commit, files = hub.commit(repo_id, folder, head, stale_files(head.files, folder), _message(found))
+    return Published(repo_id, f"{hub.api.endpoint}/{repo_id}", commit, files, _notes(base, tokenizer))
+
+
+def _checked(model: PreTrainedModel, repo_id: str) -> record.Record:
+    if not isinstance(model, PreTrainedModel):
+        raise AttnPatchError(f"push_to_hub: model is a {type(model).__name__}; it must be a transformers model.")
+    if not isinstance(repo_id, str) or not origin.REPOSITORY.fullmatch(repo_id) or "/" not in repo_id:
+        raise AttnPatchError(f"push_to_hub: {repo_id!r} is no repository; write it as user/name.")
+    found = record.read(model.config)
+    if found is None:
+        raise AttnPatchError(
+            f"push_to_hub: this {type(model).__name__} has no record of a patch in its config (choosing a kernel "
+            "leaves none); publish it with model.push_to_hub of transformers."
+        )
+    return found
+
+
+def _place(hub: Hub, repo_id: str, private: bool | None, overwrite: bool) -> Head | None:
+    """Return what is there; refuse where it is in the way."""
+    head = hub.look(repo_id)
+    if head is None:
+        return None
+    if private is not None and head.private != private:
+        is_, wanted = ("private", "public") if head.private else ("public", "private")
+        raise AttnPatchError(
+            f"{repo_id}: is there and {is_}, {wanted} was asked for; change it in its settings on the Hub, choose "
+            "another name, or leave private out."
+        )
+    held = [name for name in head.files if name not in _UNTOUCHED]
+    if held and not overwrite:
+        raise AttnPatchError(
+            f"{repo_id}: holds {len(held)} files already ({', '.join(held[:3])} ...); choose another name, or pass "
+            "overwrite=True (--overwrite) to replace the model in it."
+        )
+    return head
+
+
+def _stage(
+    model: PreTrainedModel, tokenizer: Any, folder: Path, found: record.Record, base: origin.Origin, max_shard_size: str
+) -> record.Record:
+    """Save everything but the card; the record names the base model as others know it."""
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    base.copy_licences(folder)
+    found = replace(found, base_model=base.shown)
+    record.rewrite(folder, found)
+    return found
+
+
+def _with_reports(facts: card.Facts, model: PreTrainedModel, report: Any, folder: Path) -> card.Facts:
+    """Add what reports say, after checking that they are of this model."""
+    for each in report if isinstance(report, (list, tuple)) else [] if report is None else [report]:
+        if isinstance(each, Report):
+            if json.dumps(each.record) != json.dumps(getattr(model.config, record.FIELD)):
+                raise AttnPatchError(
+                    "push_to_hub: the report of apply is of another model, or of before another patch."
+                )
+            facts = replace(facts, report=str(each))
+        elif isinstance(each, (Comparison, str, Path)):
+            found = each if isinstance(each, Comparison) else Comparison.load(each)
+            found.check_model(model)
+            facts = replace(facts, evaluation=found.for_card(folder / FIGURES, FIGURES))
+        else:
+            raise AttnPatchError(
+                f"push_to_hub: report is a {type(each).__name__}; it must be what apply or compare returned, or the "
+                "folder that compare wrote."
+            )
+    return facts
+
+
+def _no_secret(hub: Hub, folder: Path) -> None:
+    """Refuse to publish a token, which a command line may hold."""
+    for path in (folder / "README.md", folder / "config.json"):
+        text = path.read_text("utf-8")
+        if hub.hide(text) != text:
+            raise AttnPatchError(f"push_to_hub: {path.name} would publish a token; take it out of the command.")
+
+
+def _message(found: record.Record) -> str:
+    return f"Upload with hf_attnpatch: {', '.join(card.in_words(found))}"
+
+
+def _notes(base: origin.Origin, tokenizer: Any) -> tuple[str, ...]:
+    notes = []
+    if base.name is None:
+        notes.append(f"the card does not link its base model, the folder {base.shown}; base_model='owner/name' does")
+    if tokenizer is None:
+        notes.append("no tokenizer was published: the checkpoint that the model was loaded from has none")
+    return tuple(notes)
+
+
+def _version() -> str:
+    from . import __version__
+
+    return __version__

@@ -1,0 +1,189 @@
+"""The model card of a patched model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..errors import AttnPatchError
+from ..patch import REGISTRY, from_spec
+from ..record import Record
+from .origin import Origin
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``compare`` measured, for a card.
+
+    Attributes:
+        table: Markdown.
+        figures: what each shows -> its path in the repository.
+        results: single figures, for the metadata.
+        notes: what was measured and how, as Markdown.
+        command: that measures it again.
+    """
+
+    table: str
+    figures: Mapping[str, str]
+    results: Sequence[EvalResult]
+    notes: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that a card says.
+
+    Attributes:
+        repo_id: where the model is published.
+        record: what was done to it.
+        origin: what it was before.
+        auto_class: the class of transformers that loads it.
+        commands: that made it; empty where none is known.
+        report: the report of ``apply``, as text.
+        evaluation: from ``compare``.
+    """
+
+    repo_id: str
+    record: Record
+    origin: Origin
+    auto_class: str
+    commands: Sequence[str]
+    report: str | None = None
+    evaluation: Evaluation | None = None
+
+
+def render(facts: Facts) -> ModelCard:
+    """Return the card.
+
+    Raises:
+        AttnPatchError: its metadata is refused by huggingface_hub.
+    """
+    names = list(dict.fromkeys(str(spec.get("patch")) for spec in facts.record.patches))
+    base = {"base_model": facts.origin.name, "base_model_relation": "finetune"} if facts.origin.name else {}
+    results = facts.evaluation.results if facts.evaluation else ()
+    metadata: dict[str, Any] = {"pipeline_tag": _task(facts.auto_class), **facts.origin.card, **base}
+    try:
+        data = ModelCardData(
+            **metadata,
+            library_name="transformers",
+            tags=["hf_attnpatch", *names],
+            model_name=facts.repo_id.split("/")[-1],
+            eval_results=list(results) or None,
+        )
+    except (TypeError, ValueError) as error:
+        raise AttnPatchError(f"{facts.repo_id}: the card's metadata cannot be written: {error}") from error
+    sections = [_head(facts), _load(facts), _evaluation(facts), _made(facts), _record(facts), _licence(facts)]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def in_words(record: Record) -> list[str]:
+    """Return each patch as it would be written in a script, defaults left out."""
+    return [f"{spec['patch']}({_fields(spec, ', ')})" for spec in record.patches]
+
+
+def _head(facts: Facts) -> str:
+    name, base = facts.repo_id.split("/")[-1], facts.origin.shown
+    linked = f"[{base}](https://huggingface.co/{base})" if facts.origin.name else f"`{base}`"
+    done = "\n".join(f"* `{words}`" for words in in_words(facts.record))
+    what = f"{linked} with its attention or positions changed by hf_attnpatch, in this order:"
+    return f"# {name}\n\n{what}\n\n{done}"
+
+
+def _load(facts: Facts) -> str:
+    repo, auto = facts.repo_id, facts.auto_class
+    ours = f'import hf_attnpatch as ap\n\nmodel = ap.load("{repo}")'
+    plain = f'from transformers import {auto}, AutoTokenizer\n\nmodel = {auto}.from_pretrained("{repo}")'
+    plain += f'\ntokenizer = AutoTokenizer.from_pretrained("{repo}")'
+    trusting = plain.replace(
+        f'{auto}.from_pretrained("{repo}")', f'{auto}.from_pretrained("{repo}", trust_remote_code=True)'
+    )
+    if facts.record.stock:
+        return (
+            "## Load it\n\nTransformers expresses this structure itself, so nothing else is needed:\n\n"
+            f"```python\n{plain}\n```\n\nor, with the package (any task, the right class by itself):\n\n"
+            f"```python\n{ours}\n```"
+        )
+    return (
+        "## Load it\n\nStock transformers has no field for this structure. With the package (`pip install "
+        "hf_attnpatch`), the Auto classes know the checkpoint once it is imported, and so does\n\n"
+        f"```python\n{ours}\n```\n\n"
+        "Where the package is installed but your script does not import it, trust the loader in this repository, a "
+        f"few lines that only import the package:\n\n```python\n{trusting}\n```\n\n"
+        "Without the package it cannot be loaded: transformers refuses it, rather than loading it as something else."
+    )
+
+
+def _evaluation(facts: Facts) -> str:
+    if facts.evaluation is None:
+        return "## Evaluation\n\nNot measured for this checkpoint." + _how_to_measure(facts)
+    found = facts.evaluation
+    figures = "\n\n".join(f"![{what}]({path})" for what, path in found.figures.items())
+    again = f"Measured by\n\n```sh\n{found.command}\n```"
+    return "\n\n".join(part for part in ("## Evaluation", found.notes, found.table, figures, again) if part)
+
+
+def _how_to_measure(facts: Facts) -> str:
+    return (
+        f" `attnpatch compare {shlex.quote(facts.origin.shown)} {facts.repo_id}` does it." if facts.origin.name else ""
+    )
+
+
+def _made(facts: Facts) -> str:
+    if facts.commands:
+        lines = "\n".join(facts.commands)
+        return f"## How it was made\n\n```sh\n{lines}\n```" + _report(facts)
+    options = " ".join(f"--patch {shlex.quote(_spelled(spec))}" for spec in facts.record.patches)
+    source = shlex.quote(facts.origin.name or "BASE")
+    return (
+        "## How it was made\n\nBy a script. From its record, the command that makes the same structure; what was "
+        f"fitted on text or trained needs that text again:\n\n```sh\nattnpatch apply {source} OUT {options}\n```"
+        + _report(facts)
+    )
+
+
+def _report(facts: Facts) -> str:
+    if facts.report is None:
+        return ""
+    return f"\n\n<details><summary>Report of the patch</summary>\n\n```\n{facts.report}\n```\n\n</details>"
+
+
+def _record(facts: Facts) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in facts.record.versions.items())
+    text = json.dumps(facts.record.to_dict(), indent=2)
+    return f"## Record\n\nWhat `config.json` says under `attnpatch` (written by {versions}):\n\n```json\n{text}\n```"
+
+
+def _licence(facts: Facts) -> str:
+    card = facts.origin.card
+    named = card.get("license_name") or card["license"]
+    linked = f"[{named}]({card['license_link']})" if card.get("license_link") else f"`{named}`"
+    files = ", ".join(f"`{file.name}`" for file in facts.origin.files)
+    carried = f" Its licence files are carried over: {files}." if files else ""
+    return f"## Licence\n\n{linked}, as for {facts.origin.shown}, from which the weights are derived.{carried}"
+
+
+def _fields(spec: Mapping[str, Any], between: str) -> str:
+    """Return the fields of a recorded patch that are off their default."""
+    kept = {key: value for key, value in spec.items() if key not in ("patch", "stock")}
+    patch = from_spec({key: value for key, value in spec.items() if key != "stock"})
+    defaults = {f.name: f.default for f in dataclasses.fields(REGISTRY[patch.name])}
+    return between.join(f"{key}={json.dumps(value)}" for key, value in kept.items() if value != defaults.get(key))
+
+
+def _spelled(spec: Mapping[str, Any]) -> str:
+    return f"{spec['patch']}:{_fields(spec, ',')}".rstrip(":").replace('"', "")
+
+
+def _task(auto_class: str) -> str | None:
+    return {
+        "AutoModelForCausalLM": "text-generation",
+        "AutoModelForMaskedLM": "fill-mask",
+        "AutoModelForImageTextToText": "image-text-to-text",
+    }.get(auto_class)
