@@ -8,6 +8,7 @@ from .losses import document_losses, mean_loss
 from .perplexity import LossByLength, perplexity
 from .positions import LossByPosition, loss_by_position
 from .result import Result
+from .retrieval import Retrieval, retrieval
 from .score import Interval, Losses, Score, difference, summarise
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "LossByPosition",
     "Losses",
     "Result",
+    "Retrieval",
     "Score",
     "cache_bytes_per_token",
     "decoding",
@@ -30,5 +32,6 @@ __all__ = [
     "loss_by_position",
     "mean_loss",
     "perplexity",
+    "retrieval",
     "summarise",
 ]

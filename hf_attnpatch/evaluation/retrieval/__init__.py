@@ -1,0 +1,18 @@
+"""Finding what lies far back: passkey, needle, key-value retrieval, and RULER's tasks that need no download."""
+
+from .examples import DEPTHS, TASKS, Example, examples
+from .measure import Answer, Retrieval, retrieval
+from .task import Task, first_number, string_match_all
+
+__all__ = [
+    "DEPTHS",
+    "TASKS",
+    "Answer",
+    "Example",
+    "Retrieval",
+    "Task",
+    "examples",
+    "first_number",
+    "retrieval",
+    "string_match_all",
+]
