@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from .api import apply, patched
     from .checkpoint import load
     from .compare import Comparison, compare
+    from .diagnose import diagnose
+    from .diagnosis import Diagnosis
     from .patch import Patch, from_spec
     from .patches import Flash, GroupedQuery, RopeScaling
     from .plan import Plan, plan
@@ -65,6 +67,7 @@ __all__ = [
     "AttnPatchError",
     "CalibrationError",
     "Comparison",
+    "Diagnosis",
     "EvaluationError",
     "Flash",
     "GroupedQuery",
@@ -83,6 +86,7 @@ __all__ = [
     "apply",
     "compare",
     "describe",
+    "diagnose",
     "from_spec",
     "load",
     "patch_flash",
@@ -100,6 +104,8 @@ _DEFINES = {
     "api": ("apply", "patched"),
     "checkpoint": ("load",),
     "compare": ("Comparison", "compare"),
+    "diagnose": ("diagnose",),
+    "diagnosis": ("Diagnosis",),
     "patch": ("Patch", "from_spec"),
     "patches": ("Flash", "GroupedQuery", "RopeScaling"),
     "plan": ("Plan", "plan"),

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from .machine import MIB, Point
 from .operations import Phantom
-from .timing import best
+from .timing import typical
 
 Size = tuple[tuple[str, int], ...]
 
@@ -72,7 +72,7 @@ def _step_seconds(model: LlamaForCausalLM, device: torch.device) -> float:
         model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.crop(-1)
 
-    return best(step, seconds=0.1, repeats=5)
+    return typical(step, seconds=0, repeats=60)
 
 
 def fresh(device: torch.device) -> tuple[int, float]:
@@ -84,8 +84,8 @@ def fresh(device: torch.device) -> tuple[int, float]:
         return 0, 0.0
     size, fewer = 40 * MIB, 31 * MIB  # freeing the smaller one also settles glibc's moving thresholds
     buffer, small = torch.ones(size // 4), torch.ones(fewer // 4)
-    anew = best(lambda: torch.empty_like(buffer).fill_(1.0), repeats=5) / size
-    again = best(lambda: torch.empty_like(small).fill_(1.0), repeats=5) / fewer
+    anew = typical(lambda: torch.empty_like(buffer).fill_(1.0), repeats=5) / size
+    again = typical(lambda: torch.empty_like(small).fill_(1.0), repeats=5) / fewer
     return 32 * MIB, max(anew - again, 0.0)
 
 
@@ -152,8 +152,8 @@ def _attention_backward(size: Mapping[str, int], dtype: torch.dtype, device: tor
 def _rate(amount: int, run: Callable[..., object], inputs: Sequence[tuple[Tensor, ...]]) -> float:
     """Return amount per second of a call, on one input after the other so that each has left the caches meanwhile."""
     if len(inputs) == 1:
-        return amount / best(lambda: run(*inputs[0]))
+        return amount / typical(lambda: run(*inputs[0]))
     if len(inputs) * amount < 1e9:  # a walk through all of them is short
-        return len(inputs) * amount / best(lambda: [run(*each) for each in inputs])
+        return len(inputs) * amount / typical(lambda: [run(*each) for each in inputs])
     turns = cycle(inputs)
-    return amount / best(lambda: run(*next(turns)))
+    return amount / typical(lambda: run(*next(turns)))

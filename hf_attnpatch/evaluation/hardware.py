@@ -125,14 +125,24 @@ def _number(value: Any, where: str, least: float | None = None) -> float:
 # -- this machine -----------------------------------------------------------------------------------------------------
 
 
+def measured_here(passes: Sequence[Pass], device: torch.device, known: Machine | None = None) -> Machine:
+    """Measure the rates that some passes need.
+
+    Args:
+        passes: what is to be costed.
+        device: what is measured, with as many threads as torch now uses.
+        known: what was measured before; None begins anew.
+    """
+    machine = _bare(device) if known is None else known
+    wanted = unmeasured(machine, passes)
+    return machine.extended(measured(*point, device) for point in track(wanted, "measuring this machine"))
+
+
 def _this(passes: Sequence[Pass], device: torch.device, again: bool) -> Machine:
     file = _file(device)
-    machine = None if again or not file.is_file() else Machine.from_dict(json.loads(file.read_text("utf-8")))
-    machine = _bare(device) if machine is None else machine
-    wanted = unmeasured(machine, passes)
-    points = [measured(*point, device) for point in track(wanted, "measuring this machine")]
-    machine = machine.extended(points)
-    if points or not file.is_file():
+    known = None if again or not file.is_file() else Machine.from_dict(json.loads(file.read_text("utf-8")))
+    machine = measured_here(passes, device, known)
+    if machine != known:
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")
         part.write_text(json.dumps(machine.to_dict(), indent=1), "utf-8")

@@ -95,7 +95,8 @@ class Listener(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's b
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
             return _assumed(args[0], self.keys)
-        out = func(*args, **kwargs)
+        grouped = func is torch.ops.aten._grouped_mm.default  # torch's own rule of shapes for it knows bfloat16 only
+        out = _grouped(args[0], args[1], [*args[2:3], kwargs.get("offs")][0]) if grouped else func(*args, **kwargs)
         if func.namespace != "prim":
             self._note(func, args, kwargs, out)
         return out
@@ -143,6 +144,8 @@ class Listener(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's b
             size = min(_bytes(tensor), storage.nbytes())
             if name.startswith(("embedding", "index", "gather")):  # reads the rows that it returns
                 size = min(size, written)
+            if name == "_grouped_mm" and tensor.dim() == 3:  # reads one expert a token, at most all
+                size = size * min(len(given[0]), len(tensor)) // len(tensor)
             reads.append((size, self.touched - self.last[storage] if storage in self.last else -1))
         self.touched += sum(size for size, _ in reads) + written
         for tensor in (*given, *made):
@@ -173,6 +176,13 @@ def _assumed(tensor: Tensor, keys: int) -> bool | int | float:
     if tensor.dtype is torch.bool:
         return True
     return float(keys) if tensor.is_floating_point() else keys
+
+
+def _grouped(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    """Return what a product of groups of rows has the shape of: with a matrix for each, or for each its own matrix."""
+    if right.dim() == 3:
+        return left.new_empty(left.shape[0], right.shape[2])
+    return left.new_empty(len(offsets), left.shape[0], right.shape[1])
 
 
 def _bytes(tensor: Tensor) -> int:

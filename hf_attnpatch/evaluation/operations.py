@@ -16,19 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 
 from ..errors import EvaluationError
 from .listener import Listener, Pass
 from .memory import held_bytes
-
-_UNTRACED = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
 
 class Phantom:
@@ -44,7 +37,7 @@ class Phantom:
     def __init__(self, model: nn.Module) -> None:
         self.mode = FakeTensorMode()
         with self.mode:
-            self.model = without_data(model, "cpu")
+            self.model = without_data(model, "cpu", attributes=True)
         self.kind = type(model).__name__
         self.takes = set(inspect.signature(model.forward).parameters)
         if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in self.takes:
@@ -110,18 +103,26 @@ class Phantom:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except _UNTRACED as error:
+        except RuntimeError as error:
             what = " ".join(str(error).split())[:120]
             raise EvaluationError(
-                f"{self.kind} cannot be costed without running it: what it does next depends on the values of tensors "
-                f"({what}). Measure it instead: hf_attnpatch.evaluation.decoding(model, contexts=...)."
+                f"{self.kind} cannot be followed on tensors without data ({what}): what it does next depends on their "
+                "values, or torch does not know the shapes of one of its operations. Measure it instead: "
+                "hf_attnpatch.evaluation.decoding(model, contexts=...)."
             ) from error
 
 
-def without_data(model: nn.Module, device: str = "meta") -> Any:
-    """Return a deep copy in which every parameter and buffer is empty and on ``device``, tied ones still tied."""
+def without_data(model: nn.Module, device: str = "meta", *, attributes: bool = False) -> Any:
+    """Return a deep copy in which every parameter and buffer is empty and on ``device``, tied ones still tied.
+
+    Args:
+        model: not touched.
+        device: of the copy.
+        attributes: whether tensors that modules keep as plain attributes lose their data as well.
+    """
+    plain = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)] if attributes else []
     memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in (*model.parameters(), *model.buffers(), *plain):
         empty: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(model, memo)
