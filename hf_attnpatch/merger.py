@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from .errors import UnsupportedArchitecture
 from .frames import Frames
 from .functional import partition
 from .functional.alignment import aligned
+from .functional.energy import Energies, key_energies, value_energies
 from .functional.merging import Sharing, calibrated_keys, calibrated_values
 from .functional.partition import Group
 from .headweights import HeadWeights
@@ -55,7 +57,17 @@ class Merger:
 
     def lost(self, group: Group) -> float:
         """Share of a group's energy that a merge loses, keys and values together."""
-        return 2.0 - self._principal_keys(group).energy - self._principal_values(group).energy
+        keys, values = self._energies
+        return 2.0 - keys.share(group) - values.share(group)
+
+    @cached_property
+    def _energies(self) -> tuple[Energies, Energies]:
+        m, heads, dim = self.moments, self.site.num_kv_heads, self.site.v_head_dim
+        values = m.value.view(heads, dim, heads, dim)
+        return (
+            key_energies(self.frames.keys, m.key, m.mean, self._queries(tuple(range(heads)))),
+            value_energies(self.frames.values, values, self._output(tuple(range(heads)))),
+        )
 
     def keys(self, group: Group) -> Sharing:
         """Maps of keys and queries, in the scale of raw projections."""
@@ -80,17 +92,23 @@ class Merger:
 
     def _principal_keys(self, group: Group) -> Sharing:
         members, m = list(group), self.moments
-        repeats = self.site.num_heads // self.site.num_kv_heads
-        query = m.query[self.weights.query_heads(group)].view(len(group), repeats, *self.moments.query.shape[1:]).sum(1)
-        return calibrated_keys(self.frames.keys, m.key[members][:, :, members], m.mean[members], query)
+        keys = m.key[members][:, :, members]
+        return calibrated_keys(self.frames.keys, keys, m.mean[members], self._queries(group))
 
     def _principal_values(self, group: Group) -> Sharing:
-        members, dim = list(group), self.site.v_head_dim
-        heads = self.weights.query_heads(group)
-        columns = self.weights.output[:, heads]
-        gram = torch.einsum("xha,xhb->hab", columns, columns).view(len(group), -1, dim, dim).sum(1)
-        moments = self.moments.value.view(self.site.num_kv_heads, dim, self.site.num_kv_heads, dim)
-        return calibrated_values(self.frames.values, moments[members][:, :, members], gram)
+        members, heads, dim = list(group), self.site.num_kv_heads, self.site.v_head_dim
+        moments = self.moments.value.view(heads, dim, heads, dim)
+        return calibrated_values(self.frames.values, moments[members][:, :, members], self._output(group))
+
+    def _queries(self, group: Group) -> Tensor:
+        """E[q q^T] summed over the query heads of each member, (members, dim, dim)."""
+        found = self.moments.query[self.weights.query_heads(group)]
+        return found.view(len(group), -1, *found.shape[1:]).sum(1)
+
+    def _output(self, group: Group) -> Tensor:
+        """W^T W summed over the query heads of each member, (members, dim, dim)."""
+        columns, dim = self.weights.output[:, self.weights.query_heads(group)], self.site.v_head_dim
+        return torch.einsum("xha,xhb->hab", columns, columns).view(len(group), -1, dim, dim).sum(1)
 
     def _query_scale(self, group: Group) -> Tensor:
         repeats = self.site.num_heads // self.site.num_kv_heads

@@ -47,10 +47,10 @@ def calibrated_keys(frame: Frame, keys: Tensor, means: Tensor, queries: Tensor) 
         queries: E[q q^T] summed over the query heads of each member, (members, dim, dim).
     """
     dim = frame.dim
-    parts = [_planes(frame, keys, queries), _block(frame.block, dim, keys, means, queries), _kept(frame, keys, queries)]
-    kept, total = sum(p[2] for p in parts), sum(p[3] for p in parts)
+    parts = [_planes(frame, keys, queries), _block(frame.block, dim, keys, means, queries), kept(frame, keys, queries)]
+    energy, total = sum(p[2] for p in parts), sum(p[3] for p in parts)
     shared, reader = torch.stack([p[0] for p in parts]).sum(0), torch.stack([p[1] for p in parts]).sum(0)
-    return Sharing(shared, reader, kept / total if total else 1.0)
+    return Sharing(shared, reader, energy / total if total else 1.0)
 
 
 Part = tuple[Tensor, Tensor, float, float]  # shared, reader, energy kept, energy in all
@@ -88,11 +88,11 @@ def _block(
     flat = shared.permute(1, 0, 2).reshape(size, members * size)
     scale = _ratio(mean, (flat @ moments @ flat.t()).diagonal().sum()).sqrt()
     reader = top.transpose(1, 2) @ inverses
-    kept, total = float(values[-size:].sum()), float(values.sum())
-    return block_map(shared * scale, block, dim), block_map(reader / scale, block, dim), kept, total
+    energy, total = float(values[-size:].sum()), float(values.sum())
+    return block_map(shared * scale, block, dim), block_map(reader / scale, block, dim), energy, total
 
 
-def _kept(frame: Frame, states: Tensor, weights: Tensor) -> Part:
+def kept(frame: Frame, states: Tensor, weights: Tensor) -> Part:
     """The mean, on dimensions that allow nothing; each counts by its weight, (members, dim, dim), on the diagonal."""
     members, dim = states.shape[:2]
     eye = block_map(torch.eye(len(frame.fixed), dtype=states.dtype), frame.fixed, dim).expand(members, dim, dim)
@@ -117,8 +117,8 @@ def calibrated_values(frame: Frame, values: Tensor, output: Tensor) -> Sharing:
     """
     members, dim = output.shape[:2]
     if len(frame.fixed):
-        shared, reader, kept, total = _kept(frame, values, output)
-        return Sharing(shared, reader, kept / total if total else 1.0)
+        shared, reader, energy, total = kept(frame, values, output)
+        return Sharing(shared, reader, energy / total if total else 1.0)
     moments = values.reshape(members * dim, members * dim)
     weights, inverses = roots(output)
     big = _diagonal(weights)
@@ -126,8 +126,8 @@ def calibrated_values(frame: Frame, values: Tensor, output: Tensor) -> Sharing:
     top = vectors[:, -dim:].reshape(members, dim, dim)  # member, dimension, component
     flat = top.reshape(members * dim, dim).t() @ big
     scale = _ratio(moments.diagonal().sum() / members, (flat @ moments @ flat.t()).diagonal().sum()).sqrt()
-    kept, total = float(energies[-dim:].sum()), float(energies.sum())
-    return Sharing(scale * top.transpose(1, 2) @ weights, inverses @ top / scale, kept / total if total else 1.0)
+    energy, total = float(energies[-dim:].sum()), float(energies.sum())
+    return Sharing(scale * top.transpose(1, 2) @ weights, inverses @ top / scale, energy / total if total else 1.0)
 
 
 def refit(heads: Tensor, residual: Tensor, ridge: float = 1e-6) -> Tensor:
