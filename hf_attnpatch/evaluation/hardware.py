@@ -62,8 +62,10 @@ def machine_for(hardware: str, passes: Sequence[Pass], device: torch.device, *, 
             f"hardware {hardware!r}: neither a file nor in the table; choose auto, {', '.join(TABLE)} or a YAML file."
         )
     try:
-        found = yaml.safe_load(path.read_text("utf-8"))  # JSON is YAML
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text("utf-8")
+        # YAML reads numbers as JSON writes them, 1e-06, as text
+        found = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
         raise EvaluationError(f"hardware {path}: {' '.join(str(error).split())}; write it as YAML or JSON.") from error
     return from_mapping(found, f"hardware {path}")
 
