@@ -1,4 +1,4 @@
-"""``attnpatch describe | plan | apply | verify | diagnose | push | demo``: the verbs of the package on checkpoints.
+"""``attnpatch describe | plan | apply | verify | diagnose | compare | push | demo``: the verbs on checkpoints.
 
 torch and transformers are imported by the commands, not by this file: ``attnpatch --help`` must be quick.
 """
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from . import cli_diagnose, cli_models, cli_publish, cli_specs, cli_text
+from . import cli_compare, cli_diagnose, cli_models, cli_publish, cli_specs, cli_text
 from .cli_options import Device, Dtype, Length, Model, Patches, PlanFile, Sequences, Text, Trust, clear_errors
 
 app = typer.Typer(
@@ -114,6 +114,7 @@ def demo(output: Annotated[Path, typer.Option(help="Folder for tables and figure
         run(output)
 
 
+app.command()(cli_compare.compare)
 app.command()(cli_publish.push)
 app.command()(cli_diagnose.diagnose)
 

@@ -43,7 +43,7 @@ def with_text(patches: Sequence[Patch], file: Path | None, source: Source, seque
     return [dataclasses.replace(p, calibration=ids) if t else p for p, t in zip(patches, takes, strict=True)]  # type: ignore[call-arg]  # a patch with the field
 
 
-def read(file: Path) -> list[str]:
+def read(file: Path, option: str = "--calibration") -> list[str]:
     """Return the documents of a text file (one) or of JSON lines (one each).
 
     Raises:
@@ -52,7 +52,7 @@ def read(file: Path) -> list[str]:
     from .errors import AttnPatchError
 
     if not file.is_file():
-        raise AttnPatchError(f"--calibration {file}: no such file; wanted text, or JSON lines with a field text.")
+        raise AttnPatchError(f"{option} {file}: no such file; wanted text, or JSON lines with a field text.")
     try:
         text = file.read_text("utf-8")
         if file.suffix != ".jsonl":
@@ -60,7 +60,7 @@ def read(file: Path) -> list[str]:
         return [str(json.loads(line)["text"]) for line in text.splitlines() if line.strip()]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
-        raise AttnPatchError(f"--calibration {file}: {problem}; wanted UTF-8 text, or JSON lines with text.") from error
+        raise AttnPatchError(f"{option} {file}: {problem}; wanted UTF-8 text, or JSON lines with text.") from error
 
 
 def draw(report: Report, path: Path) -> None:

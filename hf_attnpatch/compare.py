@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import platform
+import json
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from transformers import PreTrainedModel
 
 from . import embedded
 from .comparing import settings, style, texts
 from .comparing.digest import digest_of, model_digest
 from .comparing.models import Named, about, check_vocabulary, context, loaded, tokenizer_for
-from .comparing.parts import Pair, all_parts, why_not
+from .comparing.parts import Pair, all_parts, machine, why_not
 from .comparing.result import VERSION, Comparison
 from .comparing.store import Store
 from .comparing.tables import BOTH
@@ -66,12 +64,12 @@ def compare(
     """
     pair = _pair(original, patched, loading or {}, tokenizer, (text, text_name), parts, amounts, say)
     found, seconds = _measured(pair, Store(Path(out) / "parts"), say)
-    names = dict(zip(BOTH, (_name(original), _name(patched)), strict=True))
-    names["patched"] += " (patched)" if len(set(names.values())) == 1 else ""
-    models = {which: about(pair.models[which], pair.digests[which], names[which]) for which in BOTH}
+    called = _names(original, patched)
+    models = {which: about(pair.models[which], pair.digests[which], called[which]) for which in BOTH}
     measured = {"parts": found, "left_out": why_not(pair), "seconds": seconds}
-    what = {"settings": pair.settings.to_dict(), "text": pair.text.name, "command": command or _script(names)}
-    result = Comparison(Path(out), {"version": VERSION, **models, **what, "machine": _machine(), **measured})
+    what = {"settings": pair.settings.to_dict(), "text": pair.text.name, "command": command or _script(called)}
+    metrics = {"version": VERSION, **models, **what, "machine": machine(), **measured}
+    result = Comparison(Path(out), json.loads(json.dumps(metrics)))  # as `load` will read it
     result.save()
     return result
 
@@ -129,20 +127,13 @@ def _name(model: Named) -> str:
     return (Path(name).resolve().name if Path(name).exists() else name) or "a model in memory"
 
 
+def _names(original: Named, patched: Named) -> dict[str, str]:
+    one, other = _name(original), _name(patched)
+    return {"original": one, "patched": f"{other} (patched)" if one == other else other}
+
+
 def _script(names: Mapping[str, str]) -> str:
     return f"attnpatch compare {shlex.quote(names['original'])} {shlex.quote(names['patched'])}"
-
-
-def _machine() -> dict[str, Any]:
-    from . import __version__
-
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "hf_attnpatch": __version__,
-    }
 
 
 __all__ = ["Comparison", "compare"]

@@ -110,7 +110,7 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         path, self.query = unquote(url.path), parse_qs(url.query)
         with self.hub.lock:
-            self.hub.log.append((self.command, path, dict(self.headers)))
+            self.hub.log.append((self.command, path, {key.lower(): value for key, value in self.headers.items()}))
             self.fault = next((f for f in self.hub.faults if f.hits(self.command, path)), None)
         if self.fault and self.fault.status:
             self._body()

@@ -66,12 +66,61 @@ def damage_by_layer(pyplot: Any, metrics: Metrics, theme: str) -> Any:
     ):
         colour, marker, line = colours[which]
         axes.plot(at, found[name], color=colour, marker=marker, linestyle=line, label=label)
-    largest = max(*found["alone"], *found["in_place"])
-    if largest > 0:
-        axes.set_yscale("symlog", linthresh=max(largest * 1e-4, 1e-12))
-    axes.set_ylim(bottom=0)
+    values = [*found["alone"], *found["in_place"]]
+    if min(values) > 0 and max(values) > 30 * min(values):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
     axes.set(xlabel="layer", ylabel="squared error over variance", title="Attention output, patched against original")
     axes.legend(fontsize=8)
+    return figure
+
+
+def retrieval_map(pyplot: Any, metrics: Metrics, theme: str) -> Any:
+    """Score by length and depth, a panel for each model; the numbers are written in."""
+    found = tables.retrievals(metrics)
+    assert found is not None
+    first = found["original"]
+    figure, panels = pyplot.subplots(
+        1, 2, figsize=(8, 1.8 + 0.45 * len(first.lengths)), layout="constrained", sharey=True
+    )
+    for axes, which in zip(panels, tables.BOTH, strict=True):
+        grid = found[which].grid()
+        image = axes.imshow(grid, cmap=style.HEAT, vmin=0, vmax=100, aspect="auto")
+        for row, scores in enumerate(grid):
+            for column, score in enumerate(scores):
+                ink = "black" if score > 55 else "white"
+                axes.text(column, row, f"{score:.0f}", ha="center", va="center", color=ink, fontsize=9)
+        depths = ["all" if depth is None else f"{depth:.0%}" for depth in first.depths]
+        axes.set_xticks(range(len(depths)), depths)
+        axes.set_yticks(range(len(first.lengths)), [f"{n:,}" for n in first.lengths])
+        axes.grid(visible=False)
+        axes.set(title=which, xlabel="depth of the needle")
+    panels[0].set_ylabel("prompt (tokens)")
+    figure.colorbar(image, ax=list(panels), label="score, of 100")
+    figure.suptitle(f"Retrieval: {first.task}")
+    return figure
+
+
+def speed_and_cache(pyplot: Any, metrics: Metrics, theme: str) -> Any:
+    """Decoding speed beside what the memory allows, and the cache, against context."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    for which, (colour, marker, line) in style.marks(theme).items():
+        rows = metrics["parts"]["decoding"][which]["rows"]
+        at = [row["context"] for row in rows]
+        look = {"color": colour, "marker": marker, "label": which}
+        left.plot(at, [row["decode_tokens_per_second"] for row in rows], linestyle=line, **look)
+        limit = [row["decode_limit"] for row in rows]
+        left.plot(at, limit, color=colour, linestyle=":", linewidth=1, label=f"{which}, limit of the memory")
+        right.plot(at, [row["cache_bytes"] / 1e6 for row in rows], linestyle=line, **look)
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(at, [f"{n:,}" for n in at])
+        axes.minorticks_off()
+        axes.set(xlabel="context (tokens)", ylim=(0, None))
+        axes.legend(fontsize=8)
+    left.set(ylabel="tokens per second", title="Decoding, one sequence")
+    right.set(ylabel="MB", title="Cache")
     return figure
 
 
@@ -90,6 +139,20 @@ FIGURES: tuple[tuple[str, str, str, str, Draw], ...] = (
         "Damage by layer",
         "error of the output of each attention module, on the original's inputs and in its own model",
         damage_by_layer,
+    ),
+    (
+        "retrieval",
+        "retrieval.png",
+        "Retrieval",
+        "score by length of the prompt and depth of the needle, a panel for each model",
+        retrieval_map,
+    ),
+    (
+        "decoding",
+        "speed_and_cache.png",
+        "Speed and cache",
+        "tokens per second while decoding and megabytes of cache of both models against the tokens of context",
+        speed_and_cache,
     ),
 )
 

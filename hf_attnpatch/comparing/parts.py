@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..anatomy import describe
 from ..errors import UnsupportedArchitecture
-from ..evaluation import fidelity, layer_difference, perplexity
-from .digest import tokens_digest
+from ..evaluation import decoding, fidelity, layer_difference, perplexity, retrieval
+from .digest import digest_of, tokens_digest
 from .settings import Settings
 from .texts import Text
 
@@ -68,8 +70,8 @@ def all_parts(pair: Pair) -> Iterator[Part]:
         settings, run, both = MEASURES[name]
         depends = {"settings": settings(pair), "text": text}
         for which in (None,) if both else ("original", "patched"):
-            digests = [pair.digests[w] for w in (("original", "patched") if which is None else (which,))]
-            yield Part(name, which, {**depends, "models": digests}, _bound(run, pair, which))
+            models = [_held(pair, w) for w in (("original", "patched") if which is None else (which,))]
+            yield Part(name, which, {**depends, "models": models}, _bound(run, pair, which))
 
 
 def why_not(pair: Pair) -> dict[str, str]:
@@ -83,6 +85,36 @@ def why_not(pair: Pair) -> dict[str, str]:
     if one != other:
         return {"layers": f"the attention modules differ: {len(one)} and {len(other)}, under other names"}
     return {}
+
+
+def machine() -> dict[str, Any]:
+    """Return where and with what is measured."""
+    from .. import __version__
+
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hf_attnpatch": __version__,
+    }
+
+
+def _held(pair: Pair, which: str) -> list[str]:
+    """Return a model's digest and how it is held: the same weights give other numbers in another dtype or kernel."""
+    model = pair.models[which]
+    versions = [torch.__version__, transformers.__version__]
+    return [
+        pair.digests[which],
+        str(model.dtype),
+        str(model.device.type),
+        str(model.config._attn_implementation),
+        *versions,
+    ]
+
+
+def _words(pair: Pair) -> str:
+    return digest_of(pair.tokenizer.get_vocab())
 
 
 def _bound(run: Callable[[Pair, Any], Any], pair: Pair, which: str | None) -> Callable[[], Any]:
@@ -114,6 +146,22 @@ def _layers(pair: Pair, _: None) -> Any:
     return found.to_dict()
 
 
+def _retrieval(pair: Pair, which: str) -> Any:
+    chosen = pair.settings
+    found = retrieval(
+        pair.models[which],
+        pair.tokenizer,
+        task=chosen.retrieval_task,
+        lengths=chosen.retrieval_lengths,
+        samples=chosen.retrieval_samples,
+    )
+    return found.to_dict()
+
+
+def _decoding(pair: Pair, which: str) -> Any:
+    return decoding(pair.models[which], pair.settings.contexts).to_dict()
+
+
 def _rows(pair: Pair, tokens: int) -> list[Tensor]:
     """Return the beginnings of windows, together about so many tokens."""
     length = min(SEQUENCE, pair.settings.lengths[-1], tokens)
@@ -131,4 +179,10 @@ MEASURES: dict[str, tuple[Callable[[Pair], Any], Callable[[Pair, Any], Any], boo
     "loss": (lambda p: [p.settings.lengths, p.settings.targets, _adds_bos(p.tokenizer)], _loss, False),
     "fidelity": (lambda p: [p.settings.fidelity_tokens, p.settings.continuation, SEQUENCE], _fidelity, True),
     "layers": (lambda p: [p.settings.layer_tokens, SEQUENCE], _layers, True),
+    "retrieval": (
+        lambda p: [p.settings.retrieval_task, p.settings.retrieval_lengths, p.settings.retrieval_samples, _words(p)],
+        _retrieval,
+        False,
+    ),
+    "decoding": (lambda p: [p.settings.contexts, machine()], _decoding, False),
 }

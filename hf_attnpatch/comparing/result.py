@@ -114,6 +114,7 @@ class Comparison:
                 task_type="text-generation",
                 dataset_type="text",
                 dataset_name=f"{self.metrics['text']}, {length} tokens of context",
+                dataset_config=f"{length}",  # what tells results of one metric apart
                 metric_type="perplexity",
                 metric_value=round(score.perplexity, 4),
             )

@@ -46,6 +46,24 @@ def fidelity(metrics: Metrics) -> Iterable[Row]:
         yield "same first choice", "100 %", f"{found['top1']['value']:.1%}", NONE
 
 
+def retrieval(metrics: Metrics) -> Iterable[Row]:
+    """Mean score."""
+    found = tables.retrievals(metrics)
+    if found is not None:
+        before, after = (found[which].score().value for which in tables.BOTH)
+        yield f"retrieval ({found['original'].task}), of 100", *_plain(before, after, ".1f")
+
+
+def decoding(metrics: Metrics) -> Iterable[Row]:
+    """Decoding at the longest context."""
+    found = metrics["parts"].get("decoding")
+    if found is not None:
+        before, after = (found[which]["rows"][-1] for which in tables.BOTH)
+        rates = [row["decode_tokens_per_second"] for row in (before, after)]
+        change = f"{rates[1] / rates[0] - 1:+.0%}"
+        yield f"decoding at {before['context']:,} tokens, tokens/s", f"{rates[0]:.1f}", f"{rates[1]:.1f}", change
+
+
 def layers(metrics: Metrics) -> Iterable[Row]:
     """The attention module that lost most."""
     found = metrics["parts"].get("layers")
@@ -54,7 +72,15 @@ def layers(metrics: Metrics) -> Iterable[Row]:
         yield f"error of attention, worst module ({found['paths'][worst]})", "0", f"{found['alone'][worst]:.4f}", NONE
 
 
-ROWS: tuple[Callable[[Metrics], Iterable[Row]], ...] = (size, cache, loss, fidelity, layers)
+ROWS: tuple[Callable[[Metrics], Iterable[Row]], ...] = (
+    size,
+    cache,
+    loss,
+    fidelity,
+    layers,
+    retrieval,
+    decoding,
+)
 
 
 def _counts(name: str, before: float, after: float) -> Row:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import EvaluationError
 
-PARTS = ("loss", "fidelity", "layers")
+PARTS = ("loss", "fidelity", "layers", "retrieval", "decoding")
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,23 @@ class Settings:
         fidelity_tokens: tokens of text, at most 512 in a row, on which distributions are compared.
         continuation: tokens decoded greedily after each of these rows.
         layer_tokens: tokens of text, at most 512 in a sequence, for the damage by layer.
+        retrieval_task: see :func:`hf_attnpatch.evaluation.retrieval`.
+        retrieval_lengths: of its prompts, in tokens.
+        retrieval_samples: prompts for each length and depth.
+        contexts: in tokens, at which decoding is timed.
     """
 
     parts: tuple[str, ...]
     lengths: tuple[int, ...]
-    documents: int = 8
+    documents: int = 6
     targets: int = 128
     fidelity_tokens: int = 4096
     continuation: int = 32
     layer_tokens: int = 2048
+    retrieval_task: str = "passkey"
+    retrieval_lengths: tuple[int, ...] = (256, 512, 1024)
+    retrieval_samples: int = 2
+    contexts: tuple[int, ...] = (512, 2048)
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.parts) - set(PARTS))
@@ -40,7 +48,7 @@ class Settings:
             raise EvaluationError(f"parts: no {', '.join(unknown) or 'part given'}; choose from {', '.join(PARTS)}.")
         if not self.lengths or min(self.lengths) < 2:
             raise EvaluationError(f"lengths: {self.lengths}; wanted numbers of tokens from 2 up.")
-        for name in ("documents", "targets", "fidelity_tokens", "layer_tokens"):
+        for name in ("documents", "targets", "fidelity_tokens", "layer_tokens", "retrieval_samples"):
             if getattr(self, name) < 1:
                 raise EvaluationError(f"{name}: {getattr(self, name)}; wanted 1 or more.")
         if self.targets >= min(self.lengths):
@@ -56,7 +64,7 @@ class Settings:
 
 def choose(
     parts: Sequence[str] | None,
-    contexts: Sequence[int | None],
+    declared: Sequence[int | None],
     *,
     lengths: Sequence[int] | None = None,
     **amounts: Any,
@@ -65,7 +73,7 @@ def choose(
 
     Args:
         parts: to measure; all by default.
-        contexts: that the models declare.
+        declared: context of each model, in tokens; None where its config says nothing.
         lengths: of context; by default powers of two up to the shorter declared context, at most 2,048, from an eighth
             of it.
         amounts: fields of :class:`Settings`; None leaves the default.
@@ -73,7 +81,7 @@ def choose(
     Raises:
         EvaluationError: a value that cannot be right.
     """
-    longest = min([2048, *(c for c in contexts if c)])
+    longest = min([2048, *(c for c in declared if c)])
     if lengths is None:
         lengths = [n for n in (2**power for power in range(4, 12)) if max(longest // 8, 16) <= n <= longest] or [
             longest
@@ -83,6 +91,9 @@ def choose(
     if unknown:
         known = ", ".join(field.name for field in dataclasses.fields(Settings))
         raise EvaluationError(f"compare: there is no setting {', '.join(unknown)}; choose from {known}.")
+    for name in ("retrieval_lengths", "contexts"):
+        fitting = tuple(n for n in getattr(Settings, name) if n <= longest)
+        given[name] = tuple(sorted(set(given.get(name) or fitting or (longest,))))
     chosen = tuple(sorted({int(n) for n in lengths}))
     given.setdefault("targets", max(1, min(Settings.targets, min(chosen, default=2) // 2)))
     return Settings(tuple(dict.fromkeys(PARTS if parts is None else parts)), chosen, **given)

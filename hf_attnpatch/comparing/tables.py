@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..evaluation import LossByLength, difference
+from ..evaluation import LossByLength, Retrieval, difference
 
 Metrics = Mapping[str, Any]
 BOTH = ("original", "patched")
@@ -55,6 +55,43 @@ def fidelity(metrics: Metrics) -> str | None:
             share = found[key]
             rows.append((name, f"{share['value']:.1%}", f"{share['low']:.1%} to {share['high']:.1%}"))
     return table(("", "patched against original", "95 % interval, over rows"), rows)
+
+
+def retrievals(metrics: Metrics) -> dict[str, Retrieval] | None:
+    """Return what both models found, or None where it was not measured."""
+    found = metrics["parts"].get("retrieval")
+    return None if found is None else {which: Retrieval.from_dict(found[which]) for which in BOTH}
+
+
+def retrieval(metrics: Metrics) -> str | None:
+    """Score by length of the prompt."""
+    found = retrievals(metrics)
+    if found is None:
+        return None
+    rows = []
+    for length in (*found["original"].lengths, None):
+        before, after = (found[which].score(length) for which in BOTH)
+        cells = [f"{s.value:.1f} ({s.low:.0f} to {s.high:.0f})" for s in (before, after)]
+        rows.append(("all" if length is None else f"{length:,} tokens", *cells, f"{after.value - before.value:+.1f}"))
+    return table(("prompt", "original, of 100", "patched, of 100", "change"), rows)
+
+
+def decoding(metrics: Metrics) -> str | None:
+    """Speed and cache by context."""
+    found = metrics["parts"].get("decoding")
+    if found is None:
+        return None
+    rows = []
+    for before, after in zip(found["original"]["rows"], found["patched"]["rows"], strict=True):
+        context = f"{before['context']:,} tokens"
+        for what, key, scale in (
+            ("prefill, tokens/s", "prefill_tokens_per_second", 1),
+            ("decoding, tokens/s", "decode_tokens_per_second", 1),
+            ("cache, MB", "cache_bytes", 1e6),
+        ):
+            one, other = before[key] / scale, after[key] / scale
+            rows.append((f"{context}: {what}", f"{one:,.1f}", f"{other:,.1f}", f"{other / one - 1:+.0%}"))
+    return table(("", "original", "patched", "change"), rows)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..publishing.card import in_words
+from ..record import parse
 from . import tables
 from .figures import Figure
 from .tables import Metrics
@@ -17,6 +18,10 @@ WHAT = {
     "fidelity": "On {tokens} tokens of the same text: divergence of the patched model's next-token distribution from "
     "the original's, the share of tokens to which both give the same first choice, and of {continued} greedily decoded "
     "tokens after each row the share before the first that differs.",
+    "retrieval": "{task}: {samples} prompts for each length and depth of the needle, scored by the published rule. "
+    "Intervals are 95 %, over prompts.",
+    "decoding": "One sequence, {dtype}, {threads} threads on {device}: prefill of the context, then token by token. "
+    "The limit is what the memory of this machine delivers if weights and cache are read once for each token.",
     "layers": "Squared error of the output of each attention module over the variance of the original's, on "
     "{tokens} tokens of the same text: on the inputs that the module has in the original, and inside its own model.",
 }
@@ -52,6 +57,8 @@ def facts(metrics: Metrics, part: str) -> Mapping[str, Any]:
         return {**numbers, "documents": count, "text": metrics["text"]}
     if part == "fidelity":
         return {"tokens": f"{found['kl']['tokens']:,}", "continued": found["continued"]}
+    if part in ("retrieval", "decoding"):
+        return dict(found["original"])
     return {key: f"{value:,}" for key, value in found.items() if isinstance(value, int)}
 
 
@@ -59,11 +66,11 @@ def _models(metrics: Metrics) -> str:
     lines = []
     for which in tables.BOTH:
         model = metrics[which]
-        done = model["record"]["patches"] if model.get("record") else []
-        patches = "; ".join(json.dumps({k: v for k, v in spec.items() if v is not None}) for spec in done)
+        done = in_words(parse(model["record"])) if model.get("record") else []
+        patches = ", ".join(f"`{words}`" for words in done)
         context = f"context {model['context'] or 'not declared'}"
         said = f"`{model['name']}`, {model['architecture']}, {model['dtype']}, {context}"
-        lines.append(f"* **{which}**: {said}{f', patched: `{patches}`' if patches else ''}")
+        lines.append(f"* **{which}**: {said}{f', patched: {patches}' if patches else ''}")
     return "\n".join(lines)
 
 
@@ -86,4 +93,6 @@ SECTIONS: tuple[tuple[str, str, Any], ...] = (
     ("Loss by context length", "loss", tables.loss_by_length),
     ("Fidelity to the original", "fidelity", tables.fidelity),
     ("Damage by layer", "layers", lambda _: None),
+    ("Retrieval", "retrieval", tables.retrieval),
+    ("Speed and cache", "decoding", tables.decoding),
 )

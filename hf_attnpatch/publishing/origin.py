@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, hf_hub_download
 from transformers import PretrainedConfig
 
@@ -107,7 +108,7 @@ def _metadata(text: str, where: str) -> dict[str, Any]:
     """
     try:
         found: dict[str, Any] = vars(ModelCard(text, ignore_metadata_errors=True).data)
-    except ValueError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise AttnPatchError(f"{where}: not a model card: {' '.join(str(error).split())[:200]}") from error
     return {key: found[key] for key in CARRIED if found.get(key)}
 
