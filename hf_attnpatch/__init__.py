@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from .diagnose import diagnose
     from .diagnosis import Diagnosis
     from .patch import Patch, from_spec
-    from .patches import Flash, GroupedQuery, RopeScaling
+    from .patches import Alibi, Flash, GroupedQuery, RopeScaling
     from .plan import Plan, plan
     from .publish import Published, push_to_hub
     from .report import Report
+    from .strength import set_alibi_strength
     from .verify import Verification, verify
 
 __version__ = "0.1.0.dev0"
@@ -55,6 +56,13 @@ def patch_rope_scaling(model: "PreTrainedModel", **fields: Any) -> "Report":
     return apply(model, from_spec({**fields, "patch": "rope_scaling"}))
 
 
+def patch_alibi(model: "PreTrainedModel", **fields: Any) -> "Report":
+    """Apply :class:`Alibi` with these fields."""
+    from . import apply, from_spec
+
+    return apply(model, from_spec({**fields, "patch": "alibi"}))
+
+
 def patch_flash(model: "PreTrainedModel", **fields: Any) -> "Report":
     """Apply :class:`Flash` with these fields."""
     from . import apply, from_spec
@@ -63,6 +71,7 @@ def patch_flash(model: "PreTrainedModel", **fields: Any) -> "Report":
 
 
 __all__ = [
+    "Alibi",
     "Anatomy",
     "AttnPatchError",
     "CalibrationError",
@@ -89,12 +98,14 @@ __all__ = [
     "diagnose",
     "from_spec",
     "load",
+    "patch_alibi",
     "patch_flash",
     "patch_grouped_query",
     "patch_rope_scaling",
     "patched",
     "plan",
     "push_to_hub",
+    "set_alibi_strength",
     "verify",
 ]
 
@@ -103,14 +114,15 @@ _DEFINES = {
     "anatomy": ("Anatomy", "Rotary", "Site", "describe"),
     "api": ("apply", "patched"),
     "checkpoint": ("load",),
-    "compare": ("Comparison", "compare"),
     "diagnose": ("diagnose",),
     "diagnosis": ("Diagnosis",),
+    "compare": ("Comparison", "compare"),
     "patch": ("Patch", "from_spec"),
-    "patches": ("Flash", "GroupedQuery", "RopeScaling"),
+    "patches": ("Alibi", "Flash", "GroupedQuery", "RopeScaling"),
     "plan": ("Plan", "plan"),
     "publish": ("Published", "push_to_hub"),
     "report": ("Report",),
+    "strength": ("set_alibi_strength",),
     "verify": ("Verification", "verify"),
 }
 _MODULE_OF = {name: module for module, names in _DEFINES.items() for name in names}

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .configs import config_path
 from .errors import UnsupportedArchitecture
+from .position_modules import alibi_of, turns_nothing
 from .sites import Site, read_sites
 
 
@@ -45,6 +46,7 @@ class Anatomy:
         rotary: modules computing rotary angles.
         tables: learned or fixed position tables: path and number of rows.
         alibi: whether scores are biased by distance.
+        biased: paths of the modules that this package gave such a bias.
         max_positions: the context length that the config declares, in tokens.
     """
 
@@ -56,6 +58,7 @@ class Anatomy:
     rotary: tuple[Rotary, ...]
     tables: Mapping[str, int]
     alibi: bool
+    biased: tuple[str, ...]
     max_positions: int | None
 
     @property
@@ -83,6 +86,7 @@ def describe(model: PreTrainedModel) -> Anatomy:
         raise UnsupportedArchitecture(_wrapper_message(model))
     text = model.config.get_text_config(decoder=True)
     sites, other, unread = read_sites(model)
+    biased = tuple(path for path, module in model.named_modules() if alibi_of(module) is not None)
     return Anatomy(
         model_type=str(text.model_type),
         architecture=type(model).__name__,
@@ -91,7 +95,8 @@ def describe(model: PreTrainedModel) -> Anatomy:
         unread=unread,
         rotary=tuple(_rotary(model)),
         tables=dict(_tables(model)),
-        alibi=_alibi(model),
+        alibi=bool(biased) or _alibi(model),
+        biased=biased,
         max_positions=getattr(text, "max_position_embeddings", None),
     )
 
@@ -119,7 +124,7 @@ def _wrapper_message(model: Any) -> str:
 def _rotary(model: PreTrainedModel) -> Iterator[Rotary]:
     for path, module in model.named_modules():
         names = {n for n, _ in module.named_buffers(recurse=False)}
-        if any(n.endswith("inv_freq") for n in names):
+        if any(n.endswith("inv_freq") for n in names) and not turns_nothing(module):
             kind: Any = getattr(module, "rope_type", "default")
             types = dict(kind) if isinstance(kind, Mapping) else str(kind)
             yield Rotary(path, type(module).__name__, types, config_path(model, getattr(module, "config", None)))

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, flash_attention_mask
 
+from . import alibi_attention, alibi_flash
 from .errors import missing_extra
-from .sight import present_key_mask
+from .position_modules import PREFIX
+from .sight import key_mask, present_key_mask
 
 # backend -> the class flag by which a transformers model says that it dispatches to it
 FLAG = {
@@ -62,6 +64,19 @@ def register_fused() -> None:
     name, and nobody gets these masks without the hooks that understand them.
     """
     AttentionMaskInterface.register(FUSED, present_key_mask)
+
+
+def register_alibi() -> None:
+    """Make the attention functions that add ALiBi known, each with the masks that it understands."""
+    flash = {name: (alibi_flash.flash(name), flash_attention_mask) for name in _PACKAGE}
+    pairs = {
+        "sdpa": (alibi_attention.sdpa, key_mask),
+        "eager": (alibi_attention.eager, eager_mask),
+        "flex_attention": (alibi_attention.flex, alibi_attention.flex_mask),
+        **flash,
+    }
+    for name, (attention, mask) in pairs.items():
+        register(PREFIX + name, attention, mask)
 
 
 def ranked(device: torch.device) -> tuple[str, ...]:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional.biased import HIDDEN, Sight, attend_with
+from .functional.biased import HIDDEN, Sight, attend, attend_with
+from .position_modules import AlibiBias
 
 Handler = Callable[..., Any]
 
@@ -82,12 +83,13 @@ class Keys(_Noted):
         data: (batch, kv heads, k, d).
         shadow: of what the forward believes to hold.
         sight: what queries see, as far as the mask was taken from the forward; None where the forward adds it itself.
-        causal: whether queries look back only.
+        distance: a bias by distance that counts in the place of the forward's own; None keeps that.
     """
 
     data: Tensor
     shadow: Tensor
     sight: Sight | None
+    distance: AlibiBias | None = None
 
     def _on_matmul(self, left: Any, right: Any) -> Scores:
         if isinstance(left, _Noted) or self.shadow.shape[-2] != self.data.shape[-1]:
@@ -227,6 +229,11 @@ def _attended(weights: Weights, values: Values) -> Tensor:
         bias = bias.masked_fill(hidden, 0.0).expand(-1, query.shape[1], -1, -1)[:, :, 0]
         keep = ~hidden[:, 0, 0].expand(key.shape[0], -1)
         sight = replace(sight, keep=keep if sight.keep is None else keep & sight.keep)
+    if scores.keys.distance is not None:
+        distance = scores.keys.distance.distance(query.shape[1], query.dtype)
+        if sight.mask is not None and sight.mask.dtype != torch.bool:  # the forward's own bias may be in it
+            sight = replace(sight, mask=sight.mask > HIDDEN / 2)
+        return attend(query, key.to(value.dtype), value, distance, sight, scores.scale, weights.dropped)
     return attend_with(query, key.to(value.dtype), value, bias, sight, scores.scale, weights.dropped)
 
 

@@ -15,9 +15,10 @@ from .anatomy import Anatomy
 from .backends import FUSED, register_fused
 from .configs import config_at
 from .deferred import Keys, Values
-from .edits import AddPreHook, Edit, SetAttention
+from .edits import AddPreHook, Edit, SetAttention, SetAttribute
 from .errors import AttnPatchError
 from .functional.biased import Sight
+from .position_modules import AlibiBias, alibi_of
 from .sight import read_sight
 
 _CACHES = ("layer_past", "past_key_values", "past_key_value")
@@ -41,6 +42,15 @@ def variants(model: PreTrainedModel, anatomy: Anatomy) -> list[tuple[Edit, ...]]
     return [(*_hooks(model, anatomy, bias), SetAttention("", FUSED, register_fused, True)) for bias in (None, *biases)]
 
 
+def rebiased(model: PreTrainedModel, anatomy: Anatomy, bias: AlibiBias) -> tuple[Edit, ...] | str:
+    """Return the edits that give such a model another bias by distance than its own, or why that cannot be."""
+    ways = variants(model, anatomy)
+    if isinstance(ways, str):
+        return ways
+    held = [SetAttribute(site.path, "alibi", bias) for site in anatomy.sites]
+    return (*held, *_hooks(model, anatomy, None), SetAttention("", FUSED, register_fused, True))
+
+
 def _hooks(model: PreTrainedModel, anatomy: Anatomy, unbiased: str | None) -> Iterator[Edit]:
     config = config_at(model, anatomy.sites[0].config)
     for site in anatomy.sites:
@@ -56,14 +66,14 @@ def _names(module: nn.Module) -> tuple[str, ...]:
 class DeferredCache:
     """What the attention module takes for its cache: stores as the cache does, and hands back notes."""
 
-    def __init__(self, cache: Any, sight: Callable[[int], Sight | None]):
-        self._cache, self._sight = cache, sight
+    def __init__(self, cache: Any, sight: Callable[[int], Sight | None], bias: AlibiBias | None):
+        self._cache, self._sight, self._bias = cache, sight, bias
 
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Keys, Values]:
         """Store them where there is a cache."""
         if self._cache is not None:
             key, value = self._cache.update(key, value, *args, **kwargs)
-        return Keys(key, key.to("meta"), self._sight(key.shape[2])), Values(value, value.to("meta"))
+        return Keys(key, key.to("meta"), self._sight(key.shape[2]), self._bias), Values(value, value.to("meta"))
 
     def get_seq_length(self, *args: Any) -> int:
         """As the cache; none has seen nothing."""
@@ -106,7 +116,7 @@ class Deferring:
         if isinstance(alibi, Tensor):
             named[str(self.unbiased)] = alibi.new_zeros(()).expand(alibi.shape)
         queries = named["hidden_states"].shape[1]
-        named[self.cache] = DeferredCache(named.get(self.cache), _Seen(mask, ours, queries))
+        named[self.cache] = DeferredCache(named.get(self.cache), _Seen(mask, ours, queries), alibi_of(module))
         return (), named
 
 

@@ -211,13 +211,15 @@ def __getattr__(name: str) -> Any:
 
 
 def _auto_models(base: type[PretrainedConfig]) -> dict[str, str]:
-    """Return Auto class name -> model class name for a config class."""
+    """Return Auto class name -> model class name for a config class; models that build another config are left out."""
     found = {}
     for auto in modeling_auto.__all__:
         mapping = getattr(getattr(modeling_auto, auto), "_model_mapping", None)
         if auto.startswith("AutoModel") and mapping is not None and base in mapping:
             model = mapping[base]
-            found[auto] = (model[0] if isinstance(model, tuple) else model).__name__
+            cls = model[0] if isinstance(model, tuple) else model
+            if cls.config_class.__name__ == base.__name__:  # the Auto classes give Qwen2's a class of another family
+                found[auto] = cls.__name__
     return found
 
 

@@ -29,6 +29,7 @@ class Proposal:
         sites: paths of the attention modules whose behaviour changes; the self-check counts their calls.
         notes: sentences for the report: what was chosen and why, what is left alone.
         stock: whether a checkpoint of the result loads in transformers without this package.
+        claims: what else is taken, beside what the edits touch; two patches with an equal claim are in conflict.
         preserves: whether the logits must stay what they were (up to rounding).
         patch: the patch with its open choices made (a default that depends on the model, "auto"); None if it had none.
         prepare: work that the edits need and a plan must not do (running the model over calibration text); called by
@@ -40,6 +41,7 @@ class Proposal:
     notes: tuple[str, ...] = ()
     stock: bool = True
     preserves: bool = False
+    claims: tuple[str, ...] = ()
     patch: Patch | None = None
     prepare: Callable[[PreTrainedModel], object] | None = None
 

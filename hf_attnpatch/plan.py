@@ -118,7 +118,8 @@ def _writable(model: PreTrainedModel) -> None:
 def _refuse_conflicts(steps: list[Step]) -> None:
     owner: dict[str, Step] = {}
     for step in steps:
-        for claim in (*(edit.claim for edit in step.proposal.edits), f"the patch {step.patch.name}"):
+        edits = (edit.claim for edit in step.proposal.edits)
+        for claim in (*edits, *step.proposal.claims, f"the patch {step.patch.name}"):
             first = owner.setdefault(claim, step)
             if first is not step:
                 raise PatchConflict(

@@ -131,6 +131,22 @@ def trial(
             inverses.pop().undo()
 
 
+def logits_under(model: PreTrainedModel, edits: Sequence[Edit], inputs: Inputs) -> Tensor:
+    """Return the logits that the model would have, and leave it as it was.
+
+    Raises:
+        AttnPatchError: an edit is refused, or the edited model does not run on these inputs.
+    """
+    inverses: list[Inverse] = []
+    try:
+        for edit in edits:
+            inverses.append(edit.run(model))
+        return trace(model, inputs).logits
+    finally:
+        while inverses:
+            inverses.pop().undo()
+
+
 def disagreement(reference: Tensor, found: Tensor) -> str | None:
     """Say how far two sets of logits are apart, or None if rounding explains it."""
     if reference.shape != found.shape:

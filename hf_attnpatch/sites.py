@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from .configs import config_path
+from .errors import UnsupportedArchitecture
 from .layouts import LAYOUTS, Layout, Rows, is_projection, weight_rows
 
 # What a module's own children and parameters are called where it keeps something else than keys and values.
@@ -66,6 +68,51 @@ class Site:
         """Return which output rows belong to which head, for this or another number of key-value heads."""
         kv = self.num_kv_heads if num_kv_heads is None else num_kv_heads
         return self.layout.packing(self.num_heads, kv, self.head_dim, self.v_head_dim)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A self-attention module that asks the registry for its attention function, whatever its projections are like.
+
+    Attributes:
+        path: as in ``named_modules``.
+        num_heads: query heads; None where they were not read.
+        causal: whether it looks back only; None where the module does not say.
+        config: dotted path of the config whose implementation it asks for.
+    """
+
+    path: str
+    num_heads: int | None
+    causal: bool | None
+    config: str
+
+
+def dispatching(
+    model: PreTrainedModel, sites: Iterable[Site], other: Mapping[str, str], unread: Mapping[str, str]
+) -> list[Place]:
+    """Return every self-attention module of the language model that dispatches.
+
+    Raises:
+        UnsupportedArchitecture: one does not dispatch, or one that does was not read.
+    """
+    places = []
+    for site in sites:
+        if site.cross or site.tower:
+            continue
+        if not site.dispatches:
+            raise UnsupportedArchitecture(
+                f"{site.path}: {site.kind} computes its scores by itself and dispatches to no attention function."
+            )
+        places.append(Place(site.path, site.num_heads, site.causal, site.config))
+    for path in [*other, *unread]:
+        module = model.get_submodule(path)
+        if _dispatches(type(module)) and not _in_tower(path):
+            if path in unread:
+                raise UnsupportedArchitecture(f"{path}: {unread[path]}")
+            places.append(Place(path, None, getattr(module, "is_causal", None), _owner(model, module)))
+    if not places:
+        raise UnsupportedArchitecture(f"{type(model).__name__}: no self-attention module was read.")
+    return places
 
 
 def read_sites(model: PreTrainedModel) -> tuple[tuple[Site, ...], dict[str, str], dict[str, str]]:

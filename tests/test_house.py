@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "configs.py": {"errors"},
     "layouts.py": {"errors", "runtime"},
     "sites.py": {"configs", "errors", "layouts"},
-    "anatomy.py": {"configs", "errors", "layouts", "sites", "report"},  # the report prints it
+    "anatomy.py": {"configs", "errors", "layouts", "position_modules", "sites", "report"},  # the report prints it
     "edits.py": {"configs", "errors"},
     "runtime.py": {"errors", "functional"},
     "patch.py": {"errors", "anatomy", "edits"},
@@ -33,7 +33,16 @@ MAY_IMPORT = {
     "patches/": {
         *("anatomy", "backends", "configs", "edits", "errors", "functional", "heads", "layouts", "patch", "probe"),
         *("rope_parameters", "runtime", "sites", "twin"),
-        *("calibration_text", "conversion", "damage", "group_size", "outcome", "regroup", "deferring"),
+        *(
+            "calibration_text",
+            "conversion",
+            "damage",
+            "group_size",
+            "outcome",
+            "regroup",
+            "deferring",
+            "position_modules",
+        ),
     },
     "evaluation/": {"embedded", "errors", "evaluation", "progress"},  # measures a model; knows nothing of patches
 }
@@ -56,14 +65,14 @@ MAY_WRITE = {
     "frames.py": ("register_forward_hook", "for the length of a trial; removed in any case"),
     "refine.py": ("requires_grad_ grad", "of its own copies of weights"),
     "functional/two_way.py": ("scale", "of autograd's context"),
+    "alibi_attention.py": ("query_offset", "of the mask that it has just made"),
+    "strength.py": ("strength", "of its own bias; a recipe drives it"),
     "patches/grouped_query.py": ("conversion", "what its own preparation found, for its own edits"),
     "evaluation/mode.py": ("eval training", "for the length of a measurement; restores the mode of every module"),
     "evaluation/logits.py": ("register_forward_pre_hook", "for the length of a call; removed in any case"),
     "evaluation/operations.py": ("eval train", "of its own copy, which has no data"),
     "evaluation/memory.py": ("bytes", "of the object that it gives to its caller"),
     "evaluation/benchmarks.py": ("eval requires_grad_", "of what it has just built"),
-    "evaluation/layers.py": ("register_forward_hook register_forward_pre_hook", "for the length of a forward"),
-    "comparing/models.py": ("eval", "of a model that it has just loaded"),
     "evaluation/layers.py": ("register_forward_hook register_forward_pre_hook", "for the length of a forward"),
     "comparing/models.py": ("eval", "of a model that it has just loaded"),
     "cli_models.py": ("eval", "of a model that it has just built"),

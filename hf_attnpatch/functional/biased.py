@@ -88,7 +88,7 @@ def attend_with(
     The other arguments are those of :func:`attend`.
     """
     key, value, sight = _filled(query, key, value, sight)
-    here = _positions(query, key, sight)
+    here = positions(query, key, sight)
     if bias is None:
         added = None if sight.keep is None else padding_columns(here, query.dtype, sight.keep)
         return _on_columns(query, key, value, added, sight, scale, dropout)
@@ -112,7 +112,7 @@ def _filled(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> tuple[Te
 def _columns(
     query: Tensor, key: Tensor, value: Tensor, distance: Distance, sight: Sight, scale: float, dropout: float
 ) -> Tensor:
-    here, keep = _positions(query, key, sight), sight.keep
+    here, keep = positions(query, key, sight), sight.keep
     if distance.rounded is None:
         slope = distance.slope.to(query.device)
         added = columns(slope, scale, here, key.shape[2], query.dtype, keep)
@@ -154,7 +154,7 @@ def _rows(
     query: Tensor, key: Tensor, value: Tensor, distance: Distance, sight: Sight, scale: float, dropout: float
 ) -> Tensor:
     """Some queries at a time, so that memory stays linear."""
-    here, pieces = _positions(query, key, sight), []
+    here, pieces = positions(query, key, sight), []
     step = max(1, _CHUNK // (query.shape[1] * key.shape[2] * here.shape[0]))
     for start in range(0, query.shape[2], step):
         part = slice(start, start + step)
@@ -163,7 +163,13 @@ def _rows(
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
 
 
-def bias_rows(distance: Distance, here: Tensor, key: Tensor, sight: Sight, part: slice) -> Tensor:
+def bias_rows(
+    distance: Distance,
+    here: Tensor,
+    key: Tensor,
+    sight: Sight,
+    part: slice = slice(None),  # noqa: B008 - a constant
+) -> Tensor:
     """Rows of the bias matrix with what a query does not see hidden, (batch or 1, heads, rows, k), fp64.
 
     Args:
@@ -199,7 +205,7 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, biases: Tensor, scale: flo
     )
 
 
-def _positions(query: Tensor, key: Tensor, sight: Sight) -> Tensor:
+def positions(query: Tensor, key: Tensor, sight: Sight) -> Tensor:
     """Return the key at whose place each query stands, (batch or 1, q): with a causal mask, the last that it sees."""
     if sight.mask is None or not sight.causal:
         first = key.shape[2] - query.shape[2]

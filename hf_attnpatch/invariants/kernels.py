@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..backends import Candidate, obstacle
 from ..edits import SetAttention
+from ..position_modules import PREFIX
 from ..probe import TOLERANCE
 from .subject import Answer, Subject, compare
 
@@ -28,7 +29,8 @@ def flex_agrees(subject: Subject) -> Answer:
 
 def _agrees(subject: Subject, name: str) -> Answer:
     model, present = subject.model, subject.model.config._attn_implementation
-    if name == present:
+    prefix = PREFIX if present.startswith(PREFIX) else ""  # a model with our bias asks for functions that know it
+    if prefix + name == present:
         return "it is the present one"
     head_dim = max((site.head_dim for site in subject.anatomy.sites), default=0)
     why = None if name == "eager" else obstacle(name, Candidate(model, model.dtype, head_dim, training=False))
@@ -36,7 +38,7 @@ def _agrees(subject: Subject, name: str) -> Answer:
         return why
     wanted = subject.logits()
     try:
-        found = _under(subject, name)
+        found = _under(subject, prefix + name)
         if found is None:
             return f"{type(model).__name__} chooses its attention when it is built"
     except (ImportError, NotImplementedError, ValueError) as error:

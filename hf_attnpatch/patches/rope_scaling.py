@@ -96,7 +96,7 @@ class RopeScaling(Patch):
         edits: list[Edit] = [change.edit() for change in changes]
         edits += [SetAttribute(*key, value) for key, value in found.attributes.items() if key[0] not in paths]
         edits += [ReplaceModule(path, _rebuild, f"rope: {self.kind}") for path in paths]
-        return Proposal(tuple(edits), tuple(paths), tuple(notes))
+        return Proposal(tuple(edits), tuple(paths), tuple(notes), claims=("the positions",))
 
     def _tried(
         self, model: PreTrainedModel, anatomy: Anatomy, owners: Mapping[str, list[str]]

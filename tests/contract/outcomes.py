@@ -20,6 +20,11 @@ WORDS = (
     "has tensors as long as the context",
     "cannot be built from the changed config",
     "no fused attention runs here",
+    "no fused kernel adds ALiBi here",
+    "computes its scores by itself and dispatches to no attention function",
+    "tells positions apart by something that was not recognised",
+    "takes no position_ids, so that its angles cannot be taken out",
+    "no self-attention module was read",
     "does not dispatch to it in this release of transformers",
     "does not support an attention implementation through torch's flex_attention",
     "Attention sinks cannot be run on CPU",
@@ -53,6 +58,10 @@ UPSTREAM_OF_A_KIND = {
 }
 # What a patch may turn from pass to "not applicable".
 MAY_STOP_APPLYING = {
+    "alibi": {
+        *("eager attention agrees", "sdpa agrees", "flex attention agrees"),
+        *("gradients reach the attention", "gradient checkpointing"),
+    },
     "flash": {
         *("eager attention agrees", "sdpa agrees", "flex attention agrees"),  # one of them is the present one now
         *("gradients reach the attention", "gradient checkpointing"),  # flex has no backward on CPU

@@ -1,0 +1,239 @@
+"""ALiBi in the place of whatever a model knew positions by."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..anatomy import Anatomy
+from ..backends import FLAG, Candidate, obstacle, ranked, register_alibi
+from ..configs import config_at
+from ..deferring import rebiased
+from ..edits import AddPreHook, Edit, ReplaceModule, SetAttention, SetAttribute
+from ..errors import AttnPatchError, UnsupportedArchitecture
+from ..patch import Patch, Proposal
+from ..position_modules import PREFIX, AlibiBias, AlibiGuard, NoPositions, ZeroAngles
+from ..probe import default_inputs, disagreement, logits_under, trial
+from ..sites import Place, dispatching
+
+BACKENDS = ("eager", *FLAG)
+_TOWERS = ("vision", "visual", "audio", "image", "speech")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alibi(Patch):
+    """Bias scores by -slope times distance (ALiBi, 2108.12409, section 3), and forget what told positions before.
+
+    Rotary modules are asked for position 0 only, position tables are taken out, and with them the length they ended
+    at. The bias goes through a fused kernel as a few more dimensions of queries and keys (or as ``alibi_slopes``, or as
+    flex attention's ``score_mod``), in linear memory. A model that was not trained so has to be: warm the slopes up
+    while fine-tuning (:func:`hf_attnpatch.set_alibi_strength`). Stock transformers cannot express the result, so its
+    checkpoints are of this package's model type. BLOOM, MPT and Falcon, which have ALiBi, may get other slopes or
+    clipped distances.
+
+    Args:
+        slopes: ``"paper"``, or one number for each query head.
+        backend: ``auto`` (the fastest that runs here and agrees with the reference on a probe), ``sdpa``,
+            ``flex_attention``, ``flash_attention_2``, ``_3``, ``_4``, or ``eager``, the dense reference.
+        exact: positions and slopes exact in every dtype; False rounds slope times position to the model's dtype, as
+            BLOOM does.
+        distance_clip: distances above it, in tokens, count as this one; None for none.
+        strength: factor on the slopes.
+        training: whether a backward pass is needed; None asks the model (``model.training``).
+
+    Raises:
+        UnsupportedArchitecture: positions are inside the attention modules, or no backend runs.
+        AttnPatchError: slopes that are not one for each head, or an argument out of range.
+    """
+
+    name: ClassVar[str] = "alibi"
+    transient: ClassVar[frozenset[str]] = frozenset({"training", "proved"})
+
+    slopes: str | tuple[float, ...] = "paper"
+    backend: str = "auto"
+    exact: bool = True
+    distance_clip: int | None = None
+    strength: float = 1.0
+    training: bool | None = None
+    proved: bool = False  # a checkpoint's own structure, which is not tried again while it is being loaded
+
+    def __post_init__(self) -> None:
+        if isinstance(self.slopes, Tensor):
+            self._normalise("slopes", tuple(float(s) for s in self.slopes.detach().double().flatten()))
+        elif not isinstance(self.slopes, str):
+            self._normalise("slopes", _numbers(self.slopes))
+        if isinstance(self.slopes, str) and self.slopes != "paper":
+            raise AttnPatchError(f"slopes {self.slopes!r} do not exist; choose 'paper', or give one for each head.")
+        if self.backend not in ("auto", *BACKENDS):
+            raise AttnPatchError(f"backend {self.backend!r} does not exist; choose from auto, {', '.join(BACKENDS)}.")
+        clip = self.distance_clip
+        if clip is not None and (not isinstance(clip, int) or isinstance(clip, bool) or clip < 1):
+            raise AttnPatchError(f"distance_clip is {clip!r}; it must be a number of tokens, at least 1, or None.")
+        if not isinstance(self.strength, (int, float)) or not 0 <= self.strength < float("inf"):
+            raise AttnPatchError(f"strength is {self.strength!r}; it must be a number, 0 or more.")
+
+    def structure(self) -> Patch:
+        """Return the patch without a probe: a model that is being loaded cannot run yet."""
+        return dataclasses.replace(self, proved=True)
+
+    def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
+        """Say what would be taken out and which kernel would add the bias; see :meth:`Patch.propose`."""
+        given = None if isinstance(self.slopes, str) else self.slopes
+        bias = AlibiBias(given, self.distance_clip, self.exact, float(self.strength))
+        if anatomy.biased:
+            raise UnsupportedArchitecture(
+                f"{anatomy.biased[0]}: has this package's ALiBi already; revert it first, or use set_alibi_strength."
+            )
+        if anatomy.sites and not any(site.dispatches for site in anatomy.sites):
+            return self._of_a_native(model, anatomy, bias)
+        places = dispatching(model, anatomy.sites, anatomy.other, anatomy.unread)
+        self._check_heads(places)
+        removal = [*_unturned(model, anatomy), *(_emptied(path) for path in anatomy.tables if not _tower(path))]
+        common = [*removal, *_biased(model, places, bias)]
+        name, notes = self._kernel(model, anatomy, common)
+        edits = (*common, _attention(name))
+        return Proposal(
+            edits, tuple(p.path for p in places), (*_removed(anatomy), *notes), stock=False, claims=("the positions",)
+        )
+
+    def _of_a_native(self, model: PreTrainedModel, anatomy: Anatomy, bias: AlibiBias) -> Proposal:
+        """BLOOM, MPT and Falcon: the bias they compute is left out, and this one counts."""
+        if self.backend not in ("auto", "sdpa"):
+            raise AttnPatchError(f"{anatomy.architecture}: its own forward stays, which takes backend='sdpa' only.")
+        if not anatomy.alibi:
+            raise UnsupportedArchitecture(
+                f"{anatomy.sites[0].path}: {anatomy.sites[0].kind} computes its scores by itself and dispatches to no "
+                "attention function, and has no ALiBi that another could take the place of."
+            )
+        self._check_heads([Place(s.path, s.num_heads, s.causal, s.config) for s in anatomy.sites])
+        edits = rebiased(model, anatomy, bias)
+        if isinstance(edits, str):
+            raise UnsupportedArchitecture(f"{anatomy.architecture}: {edits}.")
+        note = "the model's own ALiBi is left out; this one goes through torch's kernel inside the forwards that stay"
+        return Proposal(
+            edits, tuple(s.path for s in anatomy.sites), (note, self._what()), stock=False, claims=("the positions",)
+        )
+
+    def _check_heads(self, places: list[Place]) -> None:
+        for place in places if not isinstance(self.slopes, str) else ():
+            if place.num_heads is not None and place.num_heads != len(self.slopes):
+                raise AttnPatchError(
+                    f"{place.path}: {len(self.slopes)} slopes for {place.num_heads} query heads; give one for each."
+                )
+
+    def _kernel(self, model: PreTrainedModel, anatomy: Anatomy, common: list[Edit]) -> tuple[str, list[str]]:
+        """Return the backend, and what to say about it."""
+        if self.proved:
+            asked = model.config._attn_implementation.removeprefix(PREFIX)
+            return (self.backend if self.backend != "auto" else asked if asked in BACKENDS else "sdpa"), []
+        if self.backend == "eager":
+            _check_blind(model, anatomy, common)
+            return "eager", [f"{self._what()}; dense, with every score in memory"]
+        training = model.training if self.training is None else self.training
+        head_dim = max((s.head_dim for s in anatomy.sites), default=0)
+        request, inputs = Candidate(model, model.dtype, head_dim, training), default_inputs(model)
+        _check_blind(model, anatomy, common)
+        reference = logits_under(model, [*common, _attention("eager")], inputs)
+        reasons: list[str] = []
+        for name in ranked(model.device) if self.backend == "auto" else (self.backend,):
+            why = obstacle(name, request)
+            why = why or trial(model, [*common, _attention(name)], inputs, reference, training)
+            if why is None:
+                passed = f"; passed over {'; '.join(reasons)}" if reasons else ""
+                return name, [
+                    f"{self._what()}; {name} on {model.device.type}, equal to the reference on a probe{passed}"
+                ]
+            reasons.append(f"{name}: {why}")
+        raise UnsupportedArchitecture(
+            f"{anatomy.architecture}: no fused kernel adds ALiBi here: {'; '.join(reasons)}. backend='eager' computes "
+            "it densely."
+        )
+
+    def _what(self) -> str:
+        slopes = "the paper's slopes" if isinstance(self.slopes, str) else "given slopes"
+        clip = "" if self.distance_clip is None else f", distance at most {self.distance_clip}"
+        return f"biases by {slopes} times {self.strength:g}{clip}, {'exact' if self.exact else 'rounded'} positions"
+
+
+def _check_blind(model: PreTrainedModel, anatomy: Anatomy, common: Sequence[Edit]) -> None:
+    """Refuse a model that still tells positions apart: where all tokens are the same, so must their logits be.
+
+    A bias weighs what is the same everywhere, and changes nothing there. Modules with a state and attention sinks do
+    count tokens, so that the question does not arise where those are.
+    """
+    inputs = default_inputs(model)
+    if any("state" in why or "convolution" in why for why in anatomy.other.values()) or model.config.is_encoder_decoder:
+        return
+    same = {"input_ids": torch.full_like(inputs["input_ids"], int(inputs["input_ids"][0, 0]))}
+    logits = logits_under(model, [*common, _attention("eager")], same)
+    problem = disagreement(logits[:, :1].expand_as(logits), logits) if logits.dim() == 3 else None
+    if problem is not None and not _counts(model):
+        raise UnsupportedArchitecture(
+            f"{anatomy.architecture}: tells positions apart by something that was not recognised (equal tokens, and "
+            f"{problem}), which would stay beside ALiBi."
+        )
+
+
+def _counts(model: PreTrainedModel) -> bool:
+    """Whether a sink takes its share of attention, the smaller the more tokens there are."""
+    return any(name.endswith(("sinks", "attention_sink_bias")) for name, _ in model.named_parameters())
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    try:
+        found = tuple(float(v) for v in values)
+    except (TypeError, ValueError) as error:
+        raise AttnPatchError(f"slopes are {values!r}; give 'paper', or one number for each query head.") from error
+    if not found:
+        raise AttnPatchError("slopes are empty; give 'paper', or one number for each query head.")
+    return found
+
+
+def _tower(path: str) -> bool:
+    return any(word in path.lower() for word in _TOWERS)
+
+
+def _attention(name: str) -> SetAttention:
+    return SetAttention("", PREFIX + name, register_alibi)
+
+
+def _unturned(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Edit]:
+    """Ask rotary modules for position 0."""
+    for rotary in anatomy.rotary:
+        if _tower(rotary.path):
+            continue
+        names = list(inspect.signature(model.get_submodule(rotary.path).forward).parameters)
+        if "position_ids" not in names:
+            raise UnsupportedArchitecture(
+                f"{rotary.path}: {rotary.kind} takes no position_ids, so that its angles cannot be taken out."
+            )
+        yield AddPreHook(rotary.path, ZeroAngles(names.index("position_ids")), "every token at position 0")
+
+
+def _emptied(path: str) -> Edit:
+    return ReplaceModule(path, lambda _: NoPositions(), "no positions")
+
+
+def _biased(model: PreTrainedModel, places: list[Place], bias: AlibiBias) -> Iterator[Edit]:
+    for place in places:
+        yield SetAttribute(place.path, "alibi", bias)
+        config = config_at(model, place.config)
+        yield AddPreHook(place.path, AlibiGuard(config), "refuses to run without its bias")
+
+
+def _removed(anatomy: Anatomy) -> Iterator[str]:
+    rotary = [r.path for r in anatomy.rotary if not _tower(r.path)]
+    tables = [f"{path} ({rows} rows)" for path, rows in anatomy.tables.items() if not _tower(path)]
+    if rotary:
+        yield f"rotary angles taken out: {', '.join(rotary)}"
+    if tables:
+        yield f"position tables taken out: {', '.join(tables)}"
+    if not rotary and not tables:
+        yield "no positions were there to take out"
