@@ -3,6 +3,7 @@
 from .cache import cache_bytes_per_token
 from .decoding import Decoding, DecodingAt, decoding
 from .fidelity import Fidelity, fidelity
+from .harness import Metric, TaskScores, task_scores
 from .layers import LayerDifference, layer_difference
 from .losses import document_losses, mean_loss
 from .perplexity import LossByLength, perplexity
@@ -20,9 +21,11 @@ __all__ = [
     "LossByLength",
     "LossByPosition",
     "Losses",
+    "Metric",
     "Result",
     "Retrieval",
     "Score",
+    "TaskScores",
     "cache_bytes_per_token",
     "decoding",
     "difference",
@@ -34,4 +37,5 @@ __all__ = [
     "perplexity",
     "retrieval",
     "summarise",
+    "task_scores",
 ]

@@ -1,0 +1,199 @@
+"""Tasks through EleutherAI's lm-eval, with nothing cut off and no NaN counted as an answer."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import math
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+
+from ..errors import EvaluationError, missing_extra
+from .mode import measuring
+from .result import Result
+
+
+@dataclass(frozen=True)
+class Metric(Result):
+    """A figure of a task: its name in lm-eval, the filter of answers, the value and its standard error, where known."""
+
+    task: str
+    metric: str
+    filter: str
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class TaskScores(Result):
+    """What lm-eval found.
+
+    Attributes:
+        metrics: of every task and group.
+        examples: task -> examples measured.
+        max_length: tokens that any example was allowed; none was longer.
+        version: of lm-eval.
+    """
+
+    metrics: tuple[Metric, ...]
+    examples: dict[str, int]
+    max_length: int
+    version: str
+
+    def __str__(self) -> str:
+        lines = [f"lm-eval {self.version}, nothing truncated at {self.max_length:,} tokens"]
+        for row in self.metrics:
+            error = "" if row.stderr is None else f" +- {row.stderr:.4f}"
+            count = f" ({self.examples[row.task]:,} examples)" if row.task in self.examples else ""
+            name = row.metric if row.filter == "none" else f"{row.metric}, {row.filter}"
+            lines.append(f"  {row.task}  {name}  {row.value:.4f}{error}{count}")
+        return "\n".join(lines)
+
+
+def task_scores(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[str | Path],
+    *,
+    max_length: int | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch: int = 8,
+    seed: int = 1234,
+) -> TaskScores:
+    """Run tasks of lm-eval on a model object, patched or not.
+
+    lm-eval cuts longer examples on the left, at 2,048 tokens where it finds no other number. Here every example is
+    counted first, and one that does not fit is an error.
+
+    Args:
+        model: a causal language model of transformers; run in eval mode, put back as it was.
+        tokenizer: its tokenizer.
+        tasks: names of lm-eval, or YAML files of tasks; ``data_files`` in these are looked up beside the file.
+        max_length: tokens of an example and its answer, at most; what the model's config declares unless given.
+        limit: first examples of each task only.
+        num_fewshot: solved examples before each; the task's own number unless given.
+        batch: examples in a forward pass.
+        seed: of the choice of solved examples.
+
+    Raises:
+        MissingExtra: lm-eval is not installed.
+        EvaluationError: no such task, data that are missing, an example that is too long, or a figure or logits that
+            are NaN.
+    """
+    try:
+        import lm_eval  # its import takes seconds
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise missing_extra("lm_eval", "eval", "evaluating tasks") from error
+    from .harness_model import WholeExamples
+
+    length = max_length or getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not length or not tasks:
+        raise EvaluationError(
+            f"max_length={length}, tasks={list(tasks)}; give a number of tokens and at least one task."
+        )
+    manager = TaskManager(include_defaults=not all(_is_file(task) for task in tasks))
+    chosen = [_specified(task, manager.all_tasks) for task in tasks]
+    with measuring(model), _same_random_state(), _explained(tasks):
+        found = lm_eval.simple_evaluate(
+            model=WholeExamples(model, tokenizer, length, batch),
+            tasks=chosen,
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            log_samples=False,
+            fewshot_random_seed=seed,
+        )
+    return _scores(found, length, version("lm-eval"))
+
+
+def _is_file(task: str | Path) -> bool:
+    return str(task).endswith((".yaml", ".yml"))
+
+
+def _specified(task: str | Path, known: Iterable[str]) -> str | dict[str, Any]:
+    """Return what lm-eval takes for a task: a known name, a file, or the content of a file with its data found.
+
+    Raises:
+        EvaluationError: no such name or file.
+    """
+    if not _is_file(task):
+        if str(task) not in known:
+            near = difflib.get_close_matches(str(task), list(known), n=5)
+            hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
+            raise EvaluationError(f"task {task!r}: lm-eval has no such task; {hint} A local task ends in .yaml.")
+        return str(task)
+    path = Path(task)
+    if not path.is_file():
+        raise EvaluationError(f"task {task}: there is no such file; wanted a task of lm-eval in YAML.")
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except yaml.YAMLError:  # functions of its own, which only lm-eval can read
+        return str(path)
+    files = (content.get("dataset_kwargs") or {}).get("data_files") if isinstance(content, dict) else None
+    if files is None or "include" in content:
+        return str(path)
+    return {**content, "dataset_kwargs": {**content["dataset_kwargs"], "data_files": _beside(path.parent, files)}}
+
+
+def _beside(folder: Path, files: Any) -> Any:
+    """Return data files with those that lie in ``folder`` named in full."""
+    if isinstance(files, dict):
+        return {split: _beside(folder, names) for split, names in files.items()}
+    if isinstance(files, list):
+        return [_beside(folder, name) for name in files]
+    return str((folder / files).resolve()) if (folder / files).is_file() else files
+
+
+@contextlib.contextmanager
+def _same_random_state() -> Iterator[None]:
+    """Undo what lm-eval does to the generators of the whole process: it seeds all of them."""
+    before = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+
+
+@contextlib.contextmanager
+def _explained(tasks: Sequence[str | Path]) -> Iterator[None]:
+    """Say which tasks were being prepared when their data or settings were not usable."""
+    try:
+        yield
+    except EvaluationError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        names, problem = ", ".join(map(str, tasks)), " ".join(str(error).split())[:400]
+        raise EvaluationError(
+            f"tasks {names}: {type(error).__name__}: {problem}; look at the task's data and settings (a task of "
+            "lm-eval's own downloads its data the first time)."
+        ) from error
+
+
+def _scores(found: dict[str, Any], length: int, release: str) -> TaskScores:
+    rows = []
+    for task, values in found["results"].items():
+        for name, value in values.items():
+            metric, _, kept = name.partition(",")
+            if not kept or metric.endswith("_stderr") or isinstance(value, str):
+                continue
+            if math.isnan(float(value)):
+                raise EvaluationError(f"task {task}: its {metric} is NaN; look at its data and the model's logits.")
+            error = values.get(f"{metric}_stderr,{kept}")
+            rows.append(Metric(task, metric, kept, float(value), error if isinstance(error, float) else None))
+    counts = {task: int(samples["effective"]) for task, samples in found.get("n-samples", {}).items()}
+    if not rows:
+        raise EvaluationError(f"tasks {', '.join(found['results'])}: lm-eval reported no metric; look at metric_list.")
+    return TaskScores(tuple(rows), counts, length, release)
