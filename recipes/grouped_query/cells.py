@@ -20,8 +20,10 @@ FITTED = ("calibrated", "refined")
 SORTED = ("principal", *FITTED)  # by default similar heads share
 HEADS = {"embedded": (8, (4, 2, 1)), "smollm2": (3, (1,))}  # model -> present key-value heads, those to measure
 SEEDS = (1, 2)  # beside 0
-STARTS = ("refined", "mean")  # of uptraining
-RATES = {"refined": (2.5e-4, 5e-4, 1e-3), "mean": (1e-3, 2e-3)}  # tried for each start
+STARTS = ("refined", "mean", "procrustes", "calibrated", "first")  # of uptraining
+RATES = {"refined": (5e-4, 1.5e-3), "mean": (1.5e-3, 3e-3)}  # learning rates tried, from two starts
+TRIED = {start: "refined" if start in FITTED else "mean" for start in STARTS}  # whose trials decide
+SMOLLM2_RATE = 3e-4  # not tuned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +36,10 @@ class Scale:
         windows: of each evaluation document, for the embedded model; SmolLM2 gets one.
         documents: of each domain to measure on; None for all.
         refine_steps: of Adam for each layer.
-        steps: of uptraining, of `batch` blocks each; 130 of 8 are 5 % of the pretraining tokens.
+        steps: of uptraining, of `batch` blocks each; 520 of 2 are 5 % of the embedded model's pretraining tokens.
+        smollm2_steps: the same for SmolLM2, whose tokens cost 30 times as much.
         trial_steps: the same where learning rates are tried, on heads refined for a third of the steps.
-        batch: blocks in a step.
+        batch: blocks in a step; many small steps end lower than few large ones.
         evaluate: uptraining steps between evaluations.
     """
 
@@ -45,15 +48,25 @@ class Scale:
     windows: int = 4
     documents: int | None = None
     refine_steps: int = 150
-    steps: int = 130
-    trial_steps: int = 65
-    batch: int = 8
-    evaluate: int = 13
+    steps: int = 520
+    smollm2_steps: int = 64
+    trial_steps: int = 130
+    batch: int = 2
+    evaluate: int = 52
 
 
 FULL = Scale()
 QUICK = Scale(
-    sequences=8, block=128, windows=1, documents=2, refine_steps=2, steps=2, trial_steps=1, batch=2, evaluate=1
+    sequences=8,
+    block=128,
+    windows=1,
+    documents=2,
+    refine_steps=2,
+    steps=2,
+    smollm2_steps=2,
+    trial_steps=1,
+    batch=2,
+    evaluate=1,
 )
 
 
@@ -93,7 +106,7 @@ def all_cells(models: tuple[str, ...], scale: Scale, text: str) -> list[Cell]:
     if "embedded" in models:
         found += [*_conversions("embedded", scale), *_uptrainings(scale, text)]
     if "smollm2" in models:
-        found += _conversions("smollm2", scale)
+        found += [*_conversions("smollm2", scale), *_smollm2_uptrainings(scale, text)]
     if "embedded" in models:
         found += [*_domains(scale), *_seeds(scale)]
     return found
@@ -101,7 +114,7 @@ def all_cells(models: tuple[str, ...], scale: Scale, text: str) -> list[Cell]:
 
 def quick_cells(cells: list[Cell]) -> list[Cell]:
     """A few of each kind, all that the tables and figures need."""
-    patterns = ("embedded/original", "embedded/8-2/*", "uptraining/8-2/*", "uptraining/rates/*/*/0.002")
+    patterns = ("embedded/original", "embedded/8-2/*", "uptraining/8-2/*", "uptraining/rates/*/*/0.0015")
     slow = ("*/seed-2", "*/on-docs", "*/on-prose", "*-adjacent", "*/first", "*/mean_rescaled", "*/principal")
     return [c for c in cells if _matches(c, patterns) and not _matches(c, slow)]
 
@@ -178,22 +191,38 @@ def _seeds(scale: Scale) -> Iterator[Cell]:
                 yield _conversion("embedded", scale, kv, method, f"{method}/seed-{seed}", seed=seed)
 
 
-def _uptrainings(scale: Scale, text: str) -> Iterator[Cell]:
+def _uptraining(scale: Scale, text: str, **settings: Any) -> dict[str, Any]:
     base = {
+        "model": "embedded",
+        "loss": "layerwise_distillation",
         "data": {"source": text, "block": scale.block},
         "calibration": {"source": "embedded/uptrain", "sequences": scale.sequences, "block": scale.block},
+        "heldout": "embedded/evaluation",
         "windows": scale.windows,
         "documents": None if scale.documents is None else 3 * scale.documents,
         "refine_steps": scale.refine_steps,
+        "steps": scale.steps,
         "batch_size": scale.batch,
         "eval_every": scale.evaluate,
     }
+    return {**base, **settings}
+
+
+def _uptrainings(scale: Scale, text: str) -> Iterator[Cell]:
     for start, rates in RATES.items():
         for rate in rates:
             trial = {"num_kv_heads": 2, "method": start, "lr": rate, "steps": scale.trial_steps}
             trial |= {"heldout": "embedded/uptrain", "windows": 1, "refine_steps": max(1, scale.refine_steps // 3)}
-            yield Cell(f"uptraining/rates/8-2/{start}/{rate:g}", "uptrain", {**base, **trial})
+            yield Cell(f"uptraining/rates/8-2/{start}/{rate:g}", "uptrain", _uptraining(scale, text, **trial))
     for start in STARTS:
         for kv in HEADS["embedded"][1]:
-            run = {"num_kv_heads": kv, "method": start, "lr": None, "steps": scale.steps}
-            yield Cell(f"uptraining/8-{kv}/{start}", "uptrain", {**base, **run, "heldout": "embedded/evaluation"})
+            run = {"num_kv_heads": kv, "method": start, "lr": None}
+            yield Cell(f"uptraining/8-{kv}/{start}", "uptrain", _uptraining(scale, text, **run))
+
+
+def _smollm2_uptrainings(scale: Scale, text: str) -> Iterator[Cell]:
+    """On the little text that takes minutes, not hours; windows and evaluations as few."""
+    few = {"model": SMOLLM2, "windows": 1, "steps": scale.smollm2_steps, "eval_every": max(1, scale.smollm2_steps // 4)}
+    for start in ("refined", "mean"):
+        run = {"num_kv_heads": 1, "method": start, "lr": SMOLLM2_RATE, **few}
+        yield Cell(f"uptraining/3-1/{start}", "uptrain", _uptraining(scale, text, **run))

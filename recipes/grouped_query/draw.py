@@ -13,7 +13,13 @@ from recipes.grouped_query.render import METHODS, caption, excess, ratio
 from recipes.grouped_query.store import Store
 
 OURS, OTHERS = ("#0072B2", "o"), ("#777777", "s")
-START = {"refined": ("#0072B2", "o"), "mean": ("#D55E00", "s")}
+START = {
+    "refined": ("#0072B2", "o"),
+    "calibrated": ("#56B4E9", "^"),
+    "procrustes": ("#009E73", "D"),
+    "mean": ("#D55E00", "s"),
+    "first": ("#777777", "v"),
+}
 PLACE = {"mean": ("#D55E00", "s"), "procrustes": ("#009E73", "D")}
 GOAL = {4: 0.02, 1: 0.06}  # nats above the original after uptraining
 
@@ -61,26 +67,31 @@ def _methods(store: Store, model: str, kv: int) -> dict[str, Any]:
 
 def uptraining(store: Store) -> Any:
     """Excess loss against uptraining tokens, a panel for each number of heads."""
-    rows = {(kv, s): store.get(f"uptraining/8-{kv}/{s}") for kv in HEADS["embedded"][1] for s in STARTS}
-    counts = [kv for kv in HEADS["embedded"][1] if any(rows[kv, s] for s in STARTS)]
-    if not counts:
+    places = [(8, kv) for kv in HEADS["embedded"][1]] + [(3, 1)]
+    rows = {(*place, s): store.get("uptraining/{}-{}/{}".format(*place, s)) for place in places for s in STARTS}
+    there = [(present, kv) for present, kv in places if any(rows[present, kv, s] for s in STARTS)]
+    if not there:
         return None
-    figure, axes = _panels(len(counts), width=4.2, height=3.6, sharey=True)
-    for axis, kv in zip(axes, counts, strict=True):
+    figure, axes = _panels(len(there), width=4.2, height=3.6, sharey=True)
+    for axis, (present, kv) in zip(axes, there, strict=True):
         for start in STARTS:
-            row = rows[kv, start]
+            row = rows[present, kv, start]
             if row is not None:
                 _curve(axis, row, start)
-        if kv in GOAL:
+        if present == 8 and kv in GOAL:
             axis.axhline(GOAL[kv], color="#555555", linestyle="--", linewidth=1)
             axis.text(
                 0.02, GOAL[kv], f"target {GOAL[kv]}", transform=axis.get_yaxis_transform(), va="bottom", fontsize=8
             )
-        axis.set(yscale="log", xlabel="tokens (thousands)", title=f"8 to {kv}")
+        axis.set(
+            yscale="log",
+            xlabel="tokens (thousands)",
+            title=f"{'SmolLM2' if present == 3 else 'embedded'}, {present} to {kv}",
+        )
         _plain(axis.yaxis)
         axis.legend()
     axes[0].set_ylabel("nats above the original")
-    _finish(figure, axes, "y", "Embedded model, uptrained by distillation (attention only)")
+    _finish(figure, axes, "y", "Uptrained by distillation from the unconverted self (attention only)")
     return figure
 
 

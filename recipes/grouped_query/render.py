@@ -146,24 +146,26 @@ def _row(store: Store, place: str, method: str) -> list[str]:
 
 def _uptraining(store: Store) -> str:
     rows = []
-    for kv in HEADS["embedded"][1]:
+    for present, kv in ((8, 4), (8, 2), (8, 1), (3, 1)):
         for start in STARTS:
-            row = store.get(f"uptraining/8-{kv}/{start}")
+            row = store.get(f"uptraining/{present}-{kv}/{start}")
             if row is not None:
                 before, after = (Interval(**row["differences"][stage]) for stage in ("converted", "uptrained"))
                 loss, tokens = f"{row['scores']['uptrained']['nats']:.4f}", f"{row['trained_tokens']:,}"
                 figures = [signed(before), signed(after), loss, tokens, f"{row['spec']['lr']:g}"]
-                rows.append([f"8 to {kv}, from `{start}`", *figures])
+                model = "embedded" if row["spec"]["model"] == "embedded" else "SmolLM2"
+                rows.append([f"{model}, {present} to {kv}, from `{start}`", *figures])
     if not rows:
         return ""
-    first = next(store.rows[name] for name in store.rows if name.startswith("uptraining/8-"))
+    first = next(store.rows[name] for name in store.rows if name.startswith(("uptraining/8-", "uptraining/3-")))
     head = ["conversion", "excess before", "excess after", "loss after", "tokens", "lr"]
     return "\n".join(
         [
-            "## Embedded model, uptrained\n",
+            "## Uptrained\n",
             "`recipes/uptrain.py` with `configs/grouped_query_refined.yaml`: distillation from the unconverted self, "
-            f"attention only, on {_text(first['spec']['data']['source'])}. No evaluation document is in it. 532,480 "
-            "tokens are 5 % of pretraining.\n",
+            "logits and attention outputs half and half, attention only, on "
+            f"{_text(first['spec']['data']['source'])}. No evaluation document is in it. 532,480 tokens are 5 % of the "
+            "embedded model's pretraining; SmolLM2's are next to nothing.\n",
             "![excess loss against uptraining tokens](uptraining.png)\n",
             markdown(head, rows),
             "",
@@ -173,12 +175,12 @@ def _uptraining(store: Store) -> str:
 
 
 def _text(source: str) -> str:
-    return f"`{source}`, the text of pretraining" if source == CORPUS else f"`{source}`"
+    return f"`{source}`, the text of the embedded model's pretraining" if source == CORPUS else f"`{source}`"
 
 
 def _trials(store: Store) -> str:
     rows = []
-    for start in STARTS:
+    for start in RATES:
         tried = {rate: store.get(f"uptraining/rates/8-2/{start}/{rate:g}") for rate in RATES[start]}
         found = {rate: row["differences"]["uptrained"]["value"] for rate, row in tried.items() if row is not None}
         rows += [[f"`{start}`", f"{rate:g}", f"{value:+.4f}"] for rate, value in found.items()]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes import checkpoints
-from recipes.grouped_query.cells import RATES, Cell
+from recipes.grouped_query.cells import RATES, TRIED, Cell
 from recipes.grouped_query.store import Store, environment
 
 RECIPES = Path(__file__).resolve().parents[1]
@@ -49,7 +49,8 @@ class Runner:
 
     def rate(self, start: str) -> float | None:
         """The learning rate whose trial lost least; None while there is no trial."""
-        rows = {rate: self.store.get(f"uptraining/rates/8-2/{start}/{rate:g}") for rate in RATES[start]}
+        tried = TRIED[start]
+        rows = {rate: self.store.get(f"uptraining/rates/8-2/{tried}/{rate:g}") for rate in RATES[tried]}
         found = {rate: row["scores"]["uptrained"]["nats"] for rate, row in rows.items() if row is not None}
         return min(found, key=found.__getitem__) if found else None
 
@@ -119,10 +120,12 @@ def overrides(spec: Mapping[str, Any], output: Path, threads: int) -> list[str]:
         "block": spec["data"]["block"],
         "windows": spec["windows"],
         "documents": spec["documents"],
-        "batch": 8,
+        "batch": 8 if spec["model"] == "embedded" else 2,
         "during": 1000,
     }
     values = {
+        "model": spec["model"],
+        "loss": spec["loss"],
         "patches": [patch],
         "calibration": spec["calibration"] if fitted else None,
         "data": {"cache": "data/cache", **spec["data"]},
