@@ -32,11 +32,11 @@ class Settings:
 
     parts: tuple[str, ...]
     lengths: tuple[int, ...]
-    documents: int = 6
+    documents: int = 4
     targets: int = 128
-    fidelity_tokens: int = 4096
+    fidelity_tokens: int = 2048
     continuation: int = 32
-    layer_tokens: int = 2048
+    layer_tokens: int = 1024
     retrieval_task: str = "passkey"
     retrieval_lengths: tuple[int, ...] = (256, 512, 1024)
     retrieval_samples: int = 2
