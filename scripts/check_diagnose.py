@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "recipes/results/diagnose"
 WANTED = 0.25
 PHASES = ("prefill", "decode")
-STEPS, FILLS, ROUNDS = 16, 3, 2
+STEPS, FILLS = 16, 3
 LONG = 4096  # beyond, one round and one prefill
 
 Row = dict[str, Any]
@@ -98,14 +98,14 @@ def cases(chosen: argparse.Namespace) -> Iterator[Case]:
 # -- predicting and measuring -----------------------------------------------------------------------------------------
 
 
-def check(case: Case, quick: bool) -> Row:
-    """Predict, then measure, as often as there are rounds; the least of each."""
+def check(case: Case, quick: bool, rounds: int) -> Row:
+    """Predict, then measure, as often as there are rounds; medians of each."""
     model = models(quick)[case.model]()
     variants(model)[case.variant](model)
     passes = Phantom(model).decode(1, case.context)
-    rounds = [_round(model, passes, case.context) for _ in range(1 if case.context > LONG else ROUNDS)]
-    size = rounds[0].pop("cache bytes")[0]
-    pooled = {name: statistics.median(t for each in rounds for t in each[name]) for name in rounds[0]}
+    found = [_round(model, passes, case.context) for _ in range(1 if case.context > LONG else rounds)]
+    size = found[0].pop("cache bytes")[0]
+    pooled = {name: statistics.median(t for each in found for t in each[name]) for name in found[0]}
     return {**asdict(case), "predicted cache bytes": passes[0].cache_bytes, "cache bytes": size, **pooled}
 
 
@@ -173,8 +173,8 @@ def markdown(found: Row) -> str:
         "# Predicted against measured",
         "",
         f"`python scripts/check_diagnose.py` (`make check-diagnose`) wrote this. {found['machine']}, one thread, "
-        f"float32, batch 1; torch {found['torch']}, transformers {found['transformers']}; medians over {ROUNDS} "
-        f"rounds (one beyond {LONG} tokens), each of which measures the rates anew, predicts, and then runs the model.",
+        f"float32, batch 1; torch {found['torch']}, transformers {found['transformers']}; medians. In each of "
+        f"{found['rounds']} rounds (one beyond {LONG} tokens) rates are measured anew, then it is predicted, then run.",
         "",
         f"{within} of {len(rows)} are within {WANTED:.0%} (cache bytes: exact).",
         "",
@@ -237,6 +237,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--contexts", type=lambda text: [int(n) for n in text.split(",")])
     parser.add_argument("--gib", type=float, default=6, help="eager attention only where it needs less memory")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--resume", action="store_true", help="keep the rows that are in the JSON of --out")
     parser.add_argument("--quick", action="store_true", help="a tiny model, short contexts")
     chosen = parser.parse_args()
@@ -246,11 +247,11 @@ def main() -> None:
     file = chosen.out / "diagnose.json"
     found: Row = json.loads(file.read_text("utf-8")) if chosen.resume and file.is_file() else {"rows": []}
     found |= {"machine": processor(torch.device("cpu"))}
-    found |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    found |= {"rounds": chosen.rounds, "torch": torch.__version__, "transformers": transformers.__version__}
     done = {str(Case(row["model"], row["variant"], row["context"])) for row in found["rows"]}
     for case in sorted(cases(chosen), key=lambda each: each.context):
         if str(case) not in done:
-            found["rows"].append(check(case, chosen.quick))
+            found["rows"].append(check(case, chosen.quick, chosen.rounds))
             file.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
             row = found["rows"][-1]
             off = {p: f"{row[f'predicted {p}'] / row[p]:.2f}" for p in PHASES}

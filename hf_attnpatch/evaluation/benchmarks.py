@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from .listener import Pass
 from .machine import MIB, Point
 from .operations import Phantom
-from .timing import typical
+from .timing import WARM_UP, clock, median, typical
 
 Size = tuple[tuple[str, int], ...]
 
+_CONTEXT, _STEPS = 64, 60  # of the reference models
 _BLOCK = 4 * MIB  # of a working set that is walked through
 _LOOPS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "copy": Tensor.clone,
@@ -44,35 +47,40 @@ def measured(kind: str, dtype: str, size: Size, device: torch.device) -> Point:
     return Point(kind, dtype, size, kinds[kind](dict(size), getattr(torch, dtype), device))
 
 
-def overheads(device: torch.device) -> tuple[float, float]:
-    """Return seconds of a forward, and of each operation in it, where tensors are so small that nothing else counts.
+@dataclass(frozen=True)
+class Reference:
+    """A decoding step of a small random model: what it computes, and the seconds that it was seen to take."""
 
-    From the decoding steps of two Llamas that differ in their number of layers only.
+    step: Pass
+    seconds: float
+
+
+def references(device: torch.device) -> tuple[Reference, Reference]:
+    """Return the decoding steps of two Llamas that differ in their number of layers only.
+
+    What they take beyond their loops is dispatch and Python. Their weights are no model's, and as large as it takes to
+    push the code and the data of one operation out of the fast caches before the next, as happens in any real model.
     """
-    found = []
-    for layers in (2, 8):
-        shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 16}
-        model = LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=layers)).to(device).eval()
-        found.append((_count(model), _step_seconds(model, device)))
-    (few, short), (many, long) = found
-    each = (long - short) / (many - few)
-    return max(short - few * each, 0.0), each
+    return _reference(2, device), _reference(8, device)
 
 
-def _count(model: LlamaForCausalLM) -> int:
-    return len(Phantom(model).decode(1, 8)[1].operations)
+def _reference(layers: int, device: torch.device) -> Reference:
+    shape = {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6, "vocab_size": 512}
+    model = LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=layers)).to(device).eval()
+    return Reference(Phantom(model).decode(1, _CONTEXT)[1], _step_seconds(model, device))
 
 
 @torch.no_grad()
 def _step_seconds(model: LlamaForCausalLM, device: torch.device) -> float:
-    cache = model(torch.zeros(1, 8, dtype=torch.long, device=device), use_cache=True).past_key_values
+    cache = model(torch.zeros(1, _CONTEXT, dtype=torch.long, device=device), use_cache=True).past_key_values
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
-
-    def step() -> None:
+    found = []
+    for index in range(_STEPS):
+        begin = clock()
         model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        found += [clock() - begin] * (index >= WARM_UP)
         cache.crop(-1)
-
-    return typical(step, seconds=0, repeats=60)
+    return median(found)
 
 
 def fresh(device: torch.device) -> tuple[int, float]:
@@ -151,9 +159,12 @@ def _attention_backward(size: Mapping[str, int], dtype: torch.dtype, device: tor
 
 def _rate(amount: int, run: Callable[..., object], inputs: Sequence[tuple[Tensor, ...]]) -> float:
     """Return amount per second of a call, on one input after the other so that each has left the caches meanwhile."""
-    if len(inputs) == 1:
-        return amount / typical(lambda: run(*inputs[0]))
-    if len(inputs) * amount < 1e9:  # a walk through all of them is short
-        return len(inputs) * amount / typical(lambda: [run(*each) for each in inputs])
-    turns = cycle(inputs)
-    return amount / typical(lambda: run(*next(turns)))
+    if len(inputs) * amount > 1e9:  # a call is long enough to be timed by itself
+        turns = cycle(inputs)
+        return amount / typical(lambda: run(*next(turns)))
+
+    def walk() -> None:
+        for each in inputs:
+            run(*each)  # what it returns goes at once, as in a model: kept, it would be fresh memory every time
+
+    return len(inputs) * amount / typical(walk)

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import yaml
 
 from ..errors import EvaluationError
 from ..progress import track
-from .benchmarks import fresh, measured, overheads
+from .benchmarks import fresh, measured, references
 from .listener import Pass
 from .machine import BANDWIDTH, Machine, Point
-from .roofline import unmeasured
+from .roofline import cost, unmeasured
 
 _SHEET = (
     "NVIDIA H100 SXM5 data sheet (dense peak rates, so times are bounds from below; no launch overhead); attention: "
@@ -136,6 +137,10 @@ def measured_here(passes: Sequence[Pass], device: torch.device, known: Machine |
         known: what was measured before; None begins anew.
     """
     machine = _bare(device) if known is None else known
+    return _extended(machine, passes, device)
+
+
+def _extended(machine: Machine, passes: Sequence[Pass], device: torch.device) -> Machine:
     wanted = unmeasured(machine, passes)
     return machine.extended(measured(*point, device) for point in track(wanted, "measuring this machine"))
 
@@ -153,19 +158,25 @@ def _this(passes: Sequence[Pass], device: torch.device, again: bool) -> Machine:
 
 
 def _bare(device: torch.device) -> Machine:
-    call, each = overheads(device)
+    """Measure what belongs to no kernel: fresh pages, and what operations of reference models take beside loops."""
     fresh_bytes, fresh_seconds = fresh(device)
-    return Machine(
+    machine = Machine(
         name=processor(device),
         source=f"measured here with torch {torch.__version__}",
         threads=torch.get_num_threads(),
         memory_bytes=_capacity(device),
-        call_seconds=call,
-        operation_seconds=each,
+        call_seconds=0.0,
+        operation_seconds=0.0,
         fresh_bytes=fresh_bytes,
         fresh_seconds=fresh_seconds,
         points=(),
     )
+    few, many = references(device)
+    machine = _extended(machine, [few.step, many.step], device)
+    beside = [each.seconds - cost(machine, each.step).seconds for each in (few, many)]
+    counts = [len(each.step.operations) for each in (few, many)]
+    each = max((beside[1] - beside[0]) / (counts[1] - counts[0]), 0.0)
+    return replace(machine, call_seconds=max(beside[0] - counts[0] * each, 0.0), operation_seconds=each)
 
 
 def processor(device: torch.device) -> str:

@@ -99,13 +99,17 @@ class Machine(Result):
         arithmetic = op.flops / point.rate
         if point.size:
             return arithmetic  # measured as it is, memory included
-        moved = [(n, age) for n, age in op.reads] + [(op.written, op.written)]
+        moved = [(n, age) for n, age in op.reads] + [(op.written, 0)]
         return max(arithmetic, sum(n / self._nearest("copy", dtype, {"set": _set(n, age)}).rate for n, age in moved))
 
     def _streams(self, op: Operation) -> float:
-        moved = [*op.reads, (op.written, op.written)]
+        """Return what a loop takes; a rate counts what is read, from as far as it is, and as much written."""
         dtype = _floating(op.dtype)
-        return sum(n / self._nearest(op.kind, dtype, {"set": _set(n, age)}).rate for n, age in moved if n)
+        reading = sum(n / self._nearest(op.kind, dtype, {"set": _set(n, age)}).rate for n, age in op.reads if n)
+        read = sum(n for n, _ in op.reads)
+        alike = min(read, op.written)
+        more = (op.written - alike) / self._nearest(op.kind, dtype, {"set": _set(op.written, 0)}).rate
+        return reading + (reading * alike / read if read else 0.0) + more
 
     def _nearest(self, kind: str, dtype: str, size: Mapping[str, int]) -> Point:
         kinds = {"attention_backward": ("attention_backward", "attention")}.get(kind, (kind,))
@@ -129,7 +133,7 @@ def needs(op: Operation) -> Iterator[tuple[str, str, tuple[tuple[str, int], ...]
         if size["queries"] <= _FEW_ROWS:  # how long the cache takes to read is told apart from what is done with it
             yield from (("reduce", dtype, (("set", _set(n, age)),)) for n, age in op.reads)
     elif op.kind in STREAMS:
-        for n, age in (*op.reads, (op.written, op.written)):
+        for n, age in (*op.reads, (op.written, 0)):
             if n:
                 yield op.kind, dtype, (("set", _set(n, age)),)
 
@@ -158,7 +162,9 @@ def _attention_size(size: Mapping[str, int], op: Operation) -> dict[str, int]:
 
 
 def _set(own: int, age: int) -> int:
-    return min(max(_power(max(own, age)), SMALL), LARGE)
+    """Return the working set, walked through again and again, in which a tensor is met as late as here."""
+    half_octaves = round(2 * math.log2(max(own + age, 1)))
+    return min(max(round(2 ** (half_octaves / 2)), SMALL), LARGE)
 
 
 def _power(n: int) -> int:
