@@ -19,7 +19,7 @@ FAST := -n $(WORKERS) -m "not full and not slow"
 # the workers already fill the cores; a thread pool in each would only get in their way
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-all test-lowest lint format survey bench bench-decode check-diagnose downstream \
+.PHONY: demo test test-all test-lowest lint format survey bench bench-alibi bench-decode check-diagnose downstream \
 	results-grouped-query clean
 
 demo: $(VENV)/.installed
@@ -51,6 +51,9 @@ bench: $(VENV)/.installed bench-decode
 
 bench-decode: $(VENV)/.installed
 	$(BIN)/python scripts/bench_decode.py
+
+bench-alibi: $(VENV)/.installed
+	$(BIN)/python scripts/bench_alibi.py
 
 # predicted against measured: half an hour on an idle core
 check-diagnose: $(VENV)/.installed data/smollm2/config.json

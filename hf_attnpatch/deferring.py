@@ -116,7 +116,9 @@ class Deferring:
         if isinstance(alibi, Tensor):
             named[str(self.unbiased)] = alibi.new_zeros(()).expand(alibi.shape)
         queries = named["hidden_states"].shape[1]
-        named[self.cache] = DeferredCache(named.get(self.cache), _Seen(mask, ours, queries), alibi_of(module))
+        cache = named.get(self.cache)
+        cache = getattr(cache, "self_attention_cache", cache)  # of a pair, where cross-attention has the other
+        named[self.cache] = DeferredCache(cache, _Seen(mask, ours, queries), alibi_of(module))
         return (), named
 
 

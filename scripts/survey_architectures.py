@@ -102,12 +102,18 @@ def flash(model: PreTrainedModel) -> Answer:
     return patched(model, ap.Flash())
 
 
+def alibi(model: PreTrainedModel) -> Answer:
+    """ALiBi in the place of what told positions."""
+    return patched(model, ap.Alibi())
+
+
 CASES: Mapping[str, Callable[[PreTrainedModel], Answer]] = {
     "unpatched": unpatched,
     "grouped_query down": grouped_down,
     "grouped_query up": grouped_up,
     **{f"rope_scaling {kind}": rope(kind) for kind in ROPE_KINDS},
     "flash": flash,
+    "alibi": alibi,
 }
 
 
@@ -118,7 +124,8 @@ def _halving(model: PreTrainedModel) -> ap.Patch:
 
 def patched(model: PreTrainedModel, patch: ap.Patch) -> Answer:
     """Plans, applies, asks for every invariant and reverts; a refusal to plan is an answer, a later error is not."""
-    refusal = ap.UnsupportedArchitecture if isinstance(patch, ap.Flash) else ap.AttnPatchError  # flash runs the model
+    runs = isinstance(patch, (ap.Flash, ap.Alibi))  # the model, while they plan
+    refusal = ap.UnsupportedArchitecture if runs else ap.AttnPatchError
     try:
         plan = ap.plan(model, patch)
     except refusal as reason:
