@@ -1,4 +1,4 @@
-"""``attnpatch describe | plan | apply | verify | diagnose | compare | push | demo``: the verbs on checkpoints.
+"""``attnpatch describe | plan | apply | verify | eval | diagnose | compare | push | demo``: the verbs on checkpoints.
 
 torch and transformers are imported by the commands, not by this file: ``attnpatch --help`` must be quick.
 """
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from . import cli_compare, cli_diagnose, cli_models, cli_publish, cli_specs, cli_text
+from . import cli_compare, cli_diagnose, cli_eval, cli_models, cli_publish, cli_specs, cli_text
 from .cli_options import Device, Dtype, Length, Model, Patches, PlanFile, Sequences, Text, Trust, clear_errors
 
 app = typer.Typer(
@@ -117,6 +117,7 @@ def demo(output: Annotated[Path, typer.Option(help="Folder for tables and figure
 app.command()(cli_compare.compare)
 app.command()(cli_publish.push)
 app.command()(cli_diagnose.diagnose)
+app.command("eval")(cli_eval.evaluate)
 
 
 def main() -> None:

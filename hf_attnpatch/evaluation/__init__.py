@@ -9,7 +9,7 @@ from .losses import document_losses, mean_loss
 from .perplexity import LossByLength, perplexity
 from .positions import LossByPosition, loss_by_position
 from .result import Result
-from .retrieval import Retrieval, retrieval
+from .retrieval import Retrieval, find_task, retrieval
 from .score import Interval, Losses, Score, difference, summarise
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "difference",
     "document_losses",
     "fidelity",
+    "find_task",
     "layer_difference",
     "loss_by_position",
     "mean_loss",

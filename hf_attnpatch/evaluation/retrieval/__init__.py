@@ -1,6 +1,6 @@
 """Finding what lies far back: passkey, needle, key-value retrieval, and RULER's tasks that need no download."""
 
-from .examples import DEPTHS, TASKS, Example, examples
+from .examples import DEPTHS, TASKS, Example, examples, find_task
 from .measure import Answer, Retrieval, retrieval
 from .task import Task, first_number, string_match_all
 
@@ -12,6 +12,7 @@ __all__ = [
     "Retrieval",
     "Task",
     "examples",
+    "find_task",
     "first_number",
     "retrieval",
     "string_match_all",

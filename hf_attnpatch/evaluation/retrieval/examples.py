@@ -67,7 +67,7 @@ def examples(
     Raises:
         EvaluationError: no such task, a depth where there is none, or a length that the task does not fit in.
     """
-    kind = find(task)
+    kind = find_task(task)
     places = _depths(kind, depths)
     essay, room = essay_words(kind, text), kind.new_tokens if new_tokens is None else new_tokens
     encode = _encoder(tokenizer, chat)
@@ -86,7 +86,7 @@ def examples(
     return found
 
 
-def find(task: str) -> Task:
+def find_task(task: str) -> Task:
     """Return a task by name.
 
     Raises:

@@ -12,7 +12,7 @@ from torch import nn
 from ..result import Result
 from ..score import Interval, ratio
 from .answering import Answers
-from .examples import examples, find
+from .examples import examples, find_task
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def retrieval(
         EvaluationError: no such task, a depth where there is none, a length that the task does not fit in, a model
             without a cache, or logits that are not finite.
     """
-    kind = find(task)
+    kind = find_task(task)
     lengths = tuple(sorted(set(lengths)))
     drawn = examples(
         tokenizer,
