@@ -6,6 +6,7 @@ they compute.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +21,9 @@ from .functional.alibi import columns, extended
 from .position_modules import AlibiBias, alibi_of
 
 
+@functools.cache
 def flash(name: str) -> Callable[..., tuple[Tensor, None]]:
-    """Return the attention function for one generation of the library, ``flash_attention_2`` say."""
+    """Return the attention function for one generation of the library, ``flash_attention_2`` say: always the same."""
 
     def attention(
         module: nn.Module,

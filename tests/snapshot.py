@@ -9,6 +9,8 @@ from transformers import AttentionInterface, PretrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from hf_attnpatch import backends
+
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
 
 
@@ -35,7 +37,13 @@ def snapshot(model):
 
 
 def registries():
-    """Keys and functions of transformers' process-wide tables."""
+    """Keys and functions of transformers' process-wide tables.
+
+    Names of our own are added by the first patch that needs them and stay, since other models may use them; what was
+    registered once must not be registered anew.
+    """
+    backends.register_alibi()
+    backends.register_fused()
     return {
         "attention": dict(AttentionInterface._global_mapping),
         "masks": dict(AttentionMaskInterface._global_mapping),
