@@ -103,10 +103,17 @@ def check(case: Case, quick: bool, rounds: int) -> Row:
     model = models(quick)[case.model]()
     variants(model)[case.variant](model)
     passes = Phantom(model).decode(1, case.context)
-    found = [_round(model, passes, case.context) for _ in range(1 if case.context > LONG else rounds)]
+    rounds = 1 if case.context > LONG else rounds
+    found = [_round(model, passes, case.context) for _ in range(rounds)]
     size = found[0].pop("cache bytes")[0]
     pooled = {name: statistics.median(t for each in found for t in each[name]) for name in found[0]}
-    return {**asdict(case), "predicted cache bytes": passes[0].cache_bytes, "cache bytes": size, **pooled}
+    return {
+        **asdict(case),
+        "rounds": rounds,
+        "predicted cache bytes": passes[0].cache_bytes,
+        "cache bytes": size,
+        **pooled,
+    }
 
 
 def _round(model: PreTrainedModel, passes: Any, context: int) -> dict[str, list[Any]]:
@@ -168,15 +175,17 @@ def good(row: Row) -> bool:
 def markdown(found: Row) -> str:
     """The table, with what missed marked."""
     rows = list(ratios(found["rows"]))
-    within = sum(map(good, rows))
+    within, rounds = sum(map(good, rows)), sorted({row["rounds"] for row in found["rows"]})
     lines = [
         "# Predicted against measured",
         "",
         f"`python scripts/check_diagnose.py` (`make check-diagnose`) wrote this. {found['machine']}, one thread, "
-        f"float32, batch 1; torch {found['torch']}, transformers {found['transformers']}; medians. In each of "
-        f"{found['rounds']} rounds (one beyond {LONG} tokens) rates are measured anew, then it is predicted, then run.",
+        f"float32, batch 1; torch {found['torch']}, transformers {found['transformers']}; medians. In each of the "
+        f"{' or '.join(map(str, rounds))} rounds of a case rates are measured anew, then it is predicted, then run.",
         "",
         f"{within} of {len(rows)} are within {WANTED:.0%} (cache bytes: exact).",
+        "",
+        "Times of decoding move most on a busy machine: a step is short, and waits for memory that neighbours share.",
         "",
         "![predicted over measured](diagnose.png)",
         "",
@@ -247,7 +256,7 @@ def main() -> None:
     file = chosen.out / "diagnose.json"
     found: Row = json.loads(file.read_text("utf-8")) if chosen.resume and file.is_file() else {"rows": []}
     found |= {"machine": processor(torch.device("cpu"))}
-    found |= {"rounds": chosen.rounds, "torch": torch.__version__, "transformers": transformers.__version__}
+    found |= {"torch": torch.__version__, "transformers": transformers.__version__}
     done = {str(Case(row["model"], row["variant"], row["context"])) for row in found["rows"]}
     for case in sorted(cases(chosen), key=lambda each: each.context):
         if str(case) not in done:

@@ -11,13 +11,20 @@ import check_diagnose
 
 
 def row(variant, prefill, decode, predicted_prefill, predicted_decode, size=100):
-    name = {"model": "tiny", "variant": variant, "context": 32, "cache bytes": 100, "predicted cache bytes": size}
+    name = {
+        "model": "tiny",
+        "variant": variant,
+        "context": 32,
+        "rounds": 2,
+        "cache bytes": 100,
+        "predicted cache bytes": size,
+    }
     predicted = {"predicted prefill": predicted_prefill, "predicted decode": predicted_decode}
     return {**name, "prefill": prefill, "decode": decode, **predicted}
 
 
 ROWS = [row("as it is", 2, 4, 2.2, 3), row("1 key-value head", 2, 2, 2, 1), row("eager", 6, 8, 6.6, 12, size=99)]
-FOUND = {"rows": ROWS, "machine": "box", "rounds": 2, "torch": "2", "transformers": "5"}
+FOUND = {"rows": ROWS, "machine": "box", "torch": "2", "transformers": "5"}
 
 
 def test_gains_are_ratios_to_the_model_as_it_is():
