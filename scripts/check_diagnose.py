@@ -222,8 +222,8 @@ def figure(found: Row, file: Path) -> None:
         for place, name in enumerate(names):
             own = [row for row in rows if row["what"] == what and (row["model"], row["variant"]) == name]
             if own:
-                style = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
-                line = "-" if place < len(COLOURS) else "--"
+                style = {"color": (*COLOURS, "black")[place % 7], "marker": f"{MARKERS}X"[place % 7]}
+                line = "-" if place < 7 else "--"
                 points = [row["predicted"] / row["measured"] for row in own]
                 axis.plot([row["context"] for row in own], points, linestyle=line, label=", ".join(name), **style)
         axis.axhspan(1 - WANTED, 1 + WANTED, color="0.9", zorder=0)
