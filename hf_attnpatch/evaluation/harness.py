@@ -103,17 +103,11 @@ def task_scores(
             f"max_length={length}, tasks={list(tasks)}; give a number of tokens and at least one task."
         )
     manager = TaskManager(include_defaults=not all(_is_file(task) for task in tasks))
+    settings = {"limit": limit, "num_fewshot": num_fewshot, "fewshot_random_seed": seed, "log_samples": False}
     chosen = [_specified(task, manager.all_tasks) for task in tasks]
     with measuring(model), _same_random_state(), _explained(tasks):
-        found = lm_eval.simple_evaluate(
-            model=WholeExamples(model, tokenizer, length, batch),
-            tasks=chosen,
-            task_manager=manager,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            log_samples=False,
-            fewshot_random_seed=seed,
-        )
+        asked = WholeExamples(model, tokenizer, length, batch)
+        found = lm_eval.simple_evaluate(model=asked, tasks=chosen, task_manager=manager, **settings)
     return _scores(found, length, version("lm-eval"))
 
 

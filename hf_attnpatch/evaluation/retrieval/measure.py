@@ -129,21 +129,13 @@ def retrieval(
     """
     kind = find_task(task)
     lengths = tuple(sorted(set(lengths)))
-    drawn = examples(
-        tokenizer,
-        task=task,
-        lengths=lengths,
-        depths=depths,
-        samples=samples,
-        seed=seed,
-        text=text,
-        new_tokens=new_tokens,
-        chat=chat,
-    )
-    ask = Answers(model, tokenizer, kind, kind.new_tokens if new_tokens is None else new_tokens, batch_tokens)
-    answers = [
+    what = {"depths": depths, "samples": samples, "seed": seed, "text": text, "chat": chat}
+    room = kind.new_tokens if new_tokens is None else new_tokens
+    drawn = examples(tokenizer, task=task, lengths=lengths, new_tokens=room, **what)  # type: ignore[arg-type]
+    ask = Answers(model, tokenizer, kind, room, batch_tokens)
+    answers = tuple(
         Answer(e.length, e.depth, e.sample, e.answers, answer, kind.points(answer, e.answers))
         for e, answer in ask(drawn)
-    ]
+    )
     places = tuple(dict.fromkeys(e.depth for e in drawn))
-    return Retrieval(task, lengths, places, samples, seed, tuple(answers), ask.tokens, ask.reused)
+    return Retrieval(task, lengths, places, samples, seed, answers, ask.tokens, ask.reused)
