@@ -149,7 +149,7 @@ def test_a_report_is_data_too():
     assert report.changed
     assert report.stock
     assert report.checks["sites called"] == "2 of 2, as often as before"
-    assert report.plan.steps[0].patch == ap.GroupedQuery(num_kv_heads=2, method="first")
+    assert report.plan.steps[0].patch == ap.GroupedQuery(num_kv_heads=2, method="first", grouping="adjacent")
     assert [edit.rung for edit in report.plan.edits].count("module") == 4
     assert "(64, 64)" not in str(report)
     assert "out_features=32" in _text(report)

@@ -105,6 +105,7 @@ PATCHES = [
     ap.RopeScaling(kind="longrope", factor=4.0, long_factor=(1.0, 2.0), short_factor=(1.0, 1.0)),
     ap.RopeScaling(kind="linear", factor=2, layer_types=("full_attention",)),
     ap.Flash(backend="sdpa", training=False),
+    ap.Alibi(distance_clip=64),
 ]
 
 

@@ -45,6 +45,9 @@ PRIVATE = {
     "_hf_hook": lambda: _accelerate_keeps("_hf_hook"),
     "_scaled_dot_product_flash_attention_for_cpu": lambda: _schema("", "attn_mask", "is_causal"),
     "_scaled_dot_product_flash_attention_for_cpu_backward": lambda: _schema("_backward", "logsumexp", "out"),
+    "_grouped_mm": lambda: callable(torch.ops.aten._grouped_mm),
+    "_unsafe_view": lambda: callable(torch.ops.aten._unsafe_view),
+    "_local_scalar_dense": lambda: callable(torch.ops.aten._local_scalar_dense),
     "_old_forward": lambda: _accelerate_keeps("_old_forward"),
 }
 

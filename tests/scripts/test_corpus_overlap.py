@@ -13,6 +13,7 @@ import corpus_overlap
 import readme
 
 from hf_attnpatch import embedded
+from recipes import model_card
 
 
 def test_a_run_is_the_same_wherever_it_stands_and_at_token_borders_only():
@@ -46,4 +47,4 @@ def test_the_card_says_what_was_measured():
     rows = json.loads((embedded.path() / "overlap.json").read_text())
     assert [row["name"] for row in rows] == [*embedded.DOMAINS, "all"]
     card = (embedded.path() / "README.md").read_text("utf-8")
-    assert card == readme.with_part(card, "overlap", corpus_overlap.section(rows))
+    assert card == readme.with_part(card, "overlap", model_card.overlap(rows))
