@@ -226,6 +226,9 @@ def figure(found: dict[str, Any], path: Path) -> None:
         right.plot([r["length"] for r in mine], [max(r["MiB"], 1) for r in mine], marker="o", label=what)
     for axis, label in ((left, f"CPU seconds, {HEADS} heads of {WIDTH}, fp32"), (right, "peak MiB")):
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
+        lengths = sorted({int(x) for line in axis.lines for x in line.get_xdata()})
+        axis.set_xticks(lengths, [str(n) for n in lengths], fontsize=7)
+        axis.minorticks_off()
         axis.legend(fontsize=7)
     panels.savefig(path, dpi=130)
 
