@@ -34,7 +34,7 @@ def sdpa(
     **kwargs: Any,
 ) -> Output:
     """Torch's kernels, the bias as further dimensions."""
-    found, causal = alibi_of(module), _causal(module, is_causal)
+    found, causal = alibi_of(module), causal_of(module, is_causal)
     if found is None:
         mask = _written_out(attention_mask, causal, query, key)
         out: Output = sdpa_attention_forward(
@@ -44,7 +44,7 @@ def sdpa(
     _refuse(module, kwargs, "softcap", "s_aux", "position_bias", "cache")
     if attention_mask is None:
         _refuse(module, kwargs, "cu_seq_lens_q")  # only flash attention reads documents from there
-    distance, scale = found.distance(query.shape[1], query.dtype), _scale(query, scaling)
+    distance, scale = found.distance(query.shape[1], query.dtype), scale_of(query, scaling)
     sight = read_sight(attention_mask, causal, query.shape[2], key.shape[2])
     return attend(query, key, value, distance, sight, scale, dropout).transpose(1, 2).contiguous(), None
 
@@ -68,12 +68,12 @@ def eager(
     found, groups = alibi_of(module), query.shape[1] // key.shape[1]
     exact = torch.promote_types(query.dtype, torch.float32)
     keys, values = (t.repeat_interleave(groups, 1) for t in (key, value))
-    scores = _scale(query, scaling) * query.to(exact) @ keys.to(exact).transpose(-1, -2)
+    scores = scale_of(query, scaling) * query.to(exact) @ keys.to(exact).transpose(-1, -2)
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     scores = scores if position_bias is None else scores + position_bias
     mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
     if found is not None:
-        sight = Sight(_causal(module, is_causal), mask=mask)
+        sight = Sight(causal_of(module, is_causal), mask=mask)
         rows = bias_rows(found.distance(query.shape[1], query.dtype), positions(query, key, sight), key, sight)
         scores = scores + rows.to(exact)
     elif mask is not None:
@@ -109,7 +109,7 @@ def flex(
         raise AttnPatchError(f"{type(module).__name__}: flex_attention has the exact bias only; pass exact=True.")
     slope = found.distance(query.shape[1], query.dtype).slope.to(query.device, torch.float32)
     offset = getattr(attention_mask, "query_offset", key.shape[2] - query.shape[2])
-    causal, clip = _causal(module, is_causal), found.clip
+    causal, clip = causal_of(module, is_causal), found.clip
 
     def score_mod(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         score = score if softcap is None else softcap * torch.tanh(score / softcap)
@@ -137,11 +137,13 @@ def flex_mask(*args: Any, **kwargs: Any) -> Any:
     return mask
 
 
-def _causal(module: nn.Module, is_causal: bool | None) -> bool:
+def causal_of(module: nn.Module, is_causal: bool | None) -> bool:
+    """Return whether attention looks back only: what is passed, else what the module says, else yes."""
     return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
 
-def _scale(query: Tensor, scaling: float | None) -> float:
+def scale_of(query: Tensor, scaling: float | None) -> float:
+    """Return what scores are multiplied by, one over the root of the head's width unless given."""
     return query.shape[-1] ** -0.5 if scaling is None else float(scaling)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
+from .alibi_attention import causal_of, scale_of
 from .errors import AttnPatchError
 from .functional.alibi import columns, extended
 from .position_modules import AlibiBias, alibi_of
@@ -37,8 +38,7 @@ def flash(name: str) -> Callable[..., tuple[Tensor, None]]:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         found = alibi_of(module)
-        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        causal, scale = causal_of(module, is_causal), scale_of(query, scaling)
         packed = kwargs.get("cu_seq_lens_q") is not None or kwargs.get("position_ids") is not None
         if found is not None:
             _refuse(module, found, name, causal, attention_mask, kwargs)

@@ -12,13 +12,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from . import embedded
-from .comparing import settings, style, texts
+from .comparing import settings, texts
 from .comparing.digest import digest_of, model_digest
 from .comparing.models import Named, about, check_vocabulary, context, loaded, tokenizer_for
 from .comparing.parts import Pair, all_parts, machine, why_not
 from .comparing.result import VERSION, Comparison
 from .comparing.store import Store
 from .comparing.tables import BOTH
+from .plotting import import_pyplot
 
 HELD_OUT = "the held-out text of hf_attnpatch (Python, prose, documentation)"
 
@@ -85,7 +86,7 @@ def _pair(
     say: Callable[[str], None],
 ) -> Pair:
     """Load what is given by name, and check that it can be compared."""
-    style.need_matplotlib()  # before an hour of measuring, not after it
+    import_pyplot("drawing a comparison")  # before an hour of measuring, not after it
     models = {w: loaded(m, loading, say) for w, m in zip(BOTH, (original, patched), strict=True)}
     check_vocabulary(models["original"], models["patched"])
     tokenizer = tokenizer_for(models, loading) if tokenizer is None else tokenizer

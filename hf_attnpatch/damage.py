@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import missing_extra
+from .plotting import import_pyplot
 from .refine import Gap
 
 
@@ -91,13 +91,7 @@ class DamageReport:
         Raises:
             MissingExtra: matplotlib is not installed.
         """
-        try:
-            import matplotlib
-
-            matplotlib.use("Agg", force=False)
-            from matplotlib import pyplot
-        except ImportError as error:
-            raise missing_extra("matplotlib", "plot", "the damage figure") from error
+        pyplot = import_pyplot("the damage figure")
         figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
         at = range(len(self.layers))
         axes[0].plot(at, [x.key_energy for x in self.layers], "o-", color="#0072B2", label="keys")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_attnpatch.errors import missing_extra
+from hf_attnpatch.plotting import import_pyplot
 
 STAGES = {"original": ("#0072B2", "o"), "converted": ("#D55E00", "s"), "uptrained": ("#009E73", "D")}
 TRAINING = "#555555"
@@ -15,22 +15,6 @@ LOSS_NAMES = {
     "layerwise_distillation": "KL and output error,\nmean (per token)",
     "cross_entropy": "training loss\n(nats per token)",
 }
-
-
-def import_pyplot() -> Any:
-    """Imports matplotlib with the backend that needs no screen.
-
-    Raises:
-        MissingExtra: it is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise missing_extra("matplotlib", "plot", "drawing a figure") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def loss_curve(

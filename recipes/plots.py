@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hf_attnpatch.plotting import import_pyplot
+
 
 def loss_curve(
     records: Sequence[Mapping[str, float]], path: Path, *, title: str, levels: Mapping[str, float] | None = None
@@ -17,11 +19,7 @@ def loss_curve(
         title: above the figure.
         levels: name and loss of reference lines, such as a baseline.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(*_series(records, "loss"), color="#4477aa", linewidth=1, label="training")
     steps, values = _series(records, "heldout_loss")

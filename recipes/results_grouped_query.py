@@ -23,7 +23,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hf_attnpatch import embedded
-from recipes import figures, settings
+from hf_attnpatch.plotting import import_pyplot
+from recipes import settings
 from recipes.data import DataError, local_files
 from recipes.grouped_query import cells, draw, render
 from recipes.grouped_query.cells import CORPUS, SMOLLM2, Cell
@@ -66,7 +67,7 @@ def check(wanted: Sequence[Cell], text: str) -> None:
         SettingsError: something is missing; says what makes it.
         DataError: the uptraining text is missing.
     """
-    figures.import_pyplot()
+    import_pyplot()
     if any(cell.spec.get("model") == SMOLLM2 for cell in wanted) and not (Path(SMOLLM2) / "config.json").is_file():
         raise SettingsError(
             f"{SMOLLM2}: not there; run `python scripts/fetch_smollm2.py --out {SMOLLM2}`, or leave the model out with "

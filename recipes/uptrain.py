@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import hf_attnpatch as ap
 from hf_attnpatch.errors import AttnPatchError
 from hf_attnpatch.evaluation import mean_loss
-from recipes import calibration, figures, saving, settings, sharding, table, trainable
+from hf_attnpatch.plotting import import_pyplot
+from recipes import calibration, saving, settings, sharding, table, trainable
 from recipes import job as jobs
 from recipes.checkpoints import ResumeError
 from recipes.data import DataError, load_blocks
@@ -49,7 +50,7 @@ def start(job: Job, resume: bool) -> Run:
         ResumeError: `resume` is impossible, or was not asked for and there are checkpoints.
         DataError: a text is missing or empty.
     """
-    figures.import_pyplot()
+    import_pyplot()
     accelerator = new_accelerator(job.train)
     if job.processes not in (None, accelerator.num_processes):
         raise SettingsError(

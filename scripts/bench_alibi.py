@@ -19,7 +19,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 import hf_attnpatch as ap
+from hf_attnpatch.evaluation.hardware import processor
+from hf_attnpatch.evaluation.memory import peak_memory
 from hf_attnpatch.functional.alibi import bias, slopes
 from hf_attnpatch.functional.biased import Distance, Sight, attend
 
@@ -125,28 +128,21 @@ def peak(what: str, length: int) -> float:
         small = [t[:, :, :64] for t in states]
         run: Callable[[list[Tensor]], object] = lambda s: attend(*s, Distance(slopes(HEADS)), Sight(True), WIDTH**-0.5)  # noqa: E731
         run(small)
-        before = _fresh_peak()
-        run(states)
-        return _peak() - before
+        return _grows(lambda: run(states))
     model = build(what.removesuffix("-stock"), length, 1)
     if not what.endswith("-stock"):
         ap.patch_flash(model)
     model(torch.zeros(1, 64, dtype=torch.long), use_cache=False)
-    before = _fresh_peak()
-    model(torch.zeros(1, length, dtype=torch.long), use_cache=False)
-    return _peak() - before
+    return _grows(lambda: model(torch.zeros(1, length, dtype=torch.long), use_cache=False))
 
 
-def _fresh_peak() -> float:
-    """Forget the peak of this process so far (Linux), and return what it holds now."""
+def _grows(run: Callable[[], object]) -> float:
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    return _peak()
-
-
-def _peak() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    with peak_memory(torch.device("cpu")) as found:
+        run()
+    if found.more is None:
+        raise SystemExit("peak memory is read from /proc/self, which this system has not.")
+    return found.more / 2**20
 
 
 def measured_peak(what: str, length: int) -> Row:
@@ -233,6 +229,39 @@ def figure(found: dict[str, Any], path: Path) -> None:
     panels.savefig(path, dpi=130)
 
 
+def jobs(short: bool, rounds: int) -> dict[str, list[Callable[[], Row]]]:
+    """What to measure, by part of the results."""
+    peaks = {"attention": (8192, 32768), "bloom": (2048, 4096, 8192), "bloom-stock": (2048, 4096)}
+    peaks |= {"mpt": (2048, 4096, 8192), "mpt-stock": (2048, 4096)}
+    return {
+        "attention": [
+            partial(attention, n, d, rounds)
+            for n in ((256, 512) if short else (2048, 4096, 8192))
+            for d in (torch.float32, torch.bfloat16)
+        ],
+        "truth": [partial(truth, f, 128 if short else 4096) for f in ("bloom", "mpt")],
+        "prefill": [
+            partial(prefill, f, n, 1, rounds) for f in ("bloom", "mpt") for n in ((128,) if short else (4096, 8192))
+        ],
+        "memory": [
+            partial(measured_peak, what, n) for what, long in peaks.items() for n in ((256,) if short else long)
+        ],
+    }
+
+
+def measure(parts: Mapping[str, Sequence[Callable[[], Row]]], found: dict[str, Any], file: Path) -> None:
+    """Run the parts that are not found yet, and write after each."""
+    for part, runs in parts.items():
+        if part in found:
+            continue
+        found[part] = []
+        for run in runs:
+            found[part].append(run())
+            gc.collect()
+            print(json.dumps(found[part][-1]), flush=True)
+        file.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def main() -> None:
     """Measure, and write after each part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -247,51 +276,16 @@ def main() -> None:
     if given.peak:
         print(peak(given.peak[0], int(given.peak[1])))
         return
-    from hf_attnpatch.evaluation.hardware import processor
-
     found: dict[str, Any] = {
         "machine": processor(torch.device("cpu")),
         "threads": given.threads,
         "rounds": given.rounds,
     }
-    short = given.quick
-    jobs: dict[str, list[Callable[[], Row]]] = {
-        "attention": [
-            lambda n=n, d=d: attention(n, d, given.rounds)
-            for n in ((256, 512) if short else (2048, 4096, 8192))
-            for d in (torch.float32, torch.bfloat16)
-        ],
-        "truth": [lambda f=f: truth(f, 128 if short else 4096) for f in ("bloom", "mpt")],
-        "prefill": [
-            lambda f=f, n=n: prefill(f, n, 1, given.rounds)
-            for f in ("bloom", "mpt")
-            for n in ((128,) if short else (4096, 8192))
-        ],
-        "memory": [
-            lambda w=w, n=n: measured_peak(w, n)
-            for w, lengths in (
-                ("attention", (256,) if short else (8192, 32768)),
-                ("bloom", (256,) if short else (2048, 4096, 8192)),
-                ("bloom-stock", (256,) if short else (2048, 4096)),
-                ("mpt", (256,) if short else (2048, 4096, 8192)),
-                ("mpt-stock", (256,) if short else (2048, 4096)),
-            )
-            for n in lengths
-        ],
-    }
     given.out.mkdir(parents=True, exist_ok=True)
     file = given.out / "bench_alibi.json"
     if given.resume and file.is_file():
         found = {**json.loads(file.read_text()), **found}
-    for part, runs in jobs.items():
-        if part in found:
-            continue
-        found[part] = []
-        for run in runs:
-            found[part].append(run())
-            gc.collect()
-            print(json.dumps(found[part][-1]), flush=True)
-        file.write_text(json.dumps(found, indent=1) + "\n")
+    measure(jobs(given.quick, given.rounds), found, file)
     (given.out / "README.md").write_text(markdown(found) + "\n![time and memory](bench_alibi.png)\n")
     figure(found, given.out / "bench_alibi.png")
 

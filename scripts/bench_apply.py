@@ -31,6 +31,7 @@ from rich.progress import track
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import hf_attnpatch as ap
+from hf_attnpatch.evaluation.memory import peak_memory, resident
 
 OUT = Path(__file__).resolve().parents[1] / "recipes/results/apply"
 PATCH = ap.GroupedQuery(num_kv_heads=2, method="mean")
@@ -164,10 +165,11 @@ def apply_memory(build: Callable[[], PreTrainedModel], name: str) -> Row:
     model = build()
     before = [w.numel() * w.element_size() for w in replaced(model)]
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    start = resident("VmRSS")
-    report = ap.apply(model, PATCH)
-    peak, held = resident("VmHWM"), resident("VmRSS")
+    with peak_memory(torch.device("cpu")) as found:
+        report = ap.apply(model, PATCH)
+    assert found.before is not None, "memory is read from /proc/self: Linux only"
+    assert found.bytes is not None
+    start, peak, held = found.before / MIB, found.bytes / MIB, resident() / MIB
     new = [w.numel() * w.element_size() for w in replaced_by(model, report)]
     del report
     gc.collect()
@@ -175,7 +177,7 @@ def apply_memory(build: Callable[[], PreTrainedModel], name: str) -> Row:
     return {
         **{"what": name, "old weights MiB": sum(before) / MIB, "new weights MiB": sum(new) / MIB},
         **{"one layer's new MiB": layer, "peak extra MiB": peak - start, "held with report MiB": held - start},
-        **{"transient MiB": peak - held, "after report MiB": resident("VmRSS") - start},
+        **{"transient MiB": peak - held, "after report MiB": resident() / MIB - start},
     }
 
 
@@ -183,12 +185,6 @@ def replaced_by(model: PreTrainedModel, report: ap.Report) -> list[torch.Tensor]
     """The weights that a report's edits have put there."""
     paths = [edit.path for edit in report.plan.edits if edit.rung == "module"]
     return [p.detach() for path in paths for p in model.get_submodule(path).parameters()]
-
-
-def resident(field: str) -> float:
-    """A field of /proc/self/status in MiB."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) / 1024
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,33 +21,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hf_attnpatch.evaluation import perplexity
+from hf_attnpatch.evaluation.memory import peak_memory
 from recipes.sources import load_model
-
-
-def resident() -> float:
-    """Resident memory of this process in GB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1e6
-    raise OSError("/proc/self/status names no VmRSS; this needs Linux.")
-
-
-def peak(work: Callable[[], object]) -> float:
-    """Run ``work`` and return the most resident memory that was seen meanwhile, in GB."""
-    seen, done = [resident()], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            seen.append(resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        work()
-    finally:
-        done.set()
-        watcher.join()
-    return max(seen)
 
 
 def cpu(work: Callable[[], object]) -> float:
@@ -84,10 +58,13 @@ def main() -> None:
 
     with torch.no_grad():
         model(input_ids=ids[:, :16], use_cache=False)
-    base = resident()
-    print(f"{length} tokens, {targets} targets, {arguments.documents} documents; with the model: {base:.2f} GB")
-    extra = peak(ours) - base
-    print(f"perplexity: {extra:.2f} GB more at its peak")
+    with peak_memory(torch.device("cpu")) as peak:
+        ours()
+    if peak.before is None or peak.more is None:
+        raise SystemExit("memory is read from /proc/self, which this system has not.")
+    said = f"{length} tokens, {targets} targets, {arguments.documents} documents"
+    print(f"{said}; with the model: {peak.before / 1e9:.2f} GB")
+    print(f"perplexity: {peak.more / 1e9:.2f} GB more at its peak")
     work = {
         "perplexity": ours,
         "bare, logits of the targets": lambda: bare(targets),

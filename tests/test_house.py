@@ -71,7 +71,7 @@ MAY_WRITE = {
     "evaluation/mode.py": ("eval training", "for the length of a measurement; restores the mode of every module"),
     "evaluation/logits.py": ("register_forward_pre_hook", "for the length of a call; removed in any case"),
     "evaluation/operations.py": ("eval train", "of its own copy, which has no data"),
-    "evaluation/memory.py": ("bytes", "of the object that it gives to its caller"),
+    "evaluation/memory.py": ("bytes before", "of the object that it gives to its caller"),
     "evaluation/benchmarks.py": ("eval requires_grad_", "of what it has just built"),
     "evaluation/layers.py": ("register_forward_hook register_forward_pre_hook", "for the length of a forward"),
     "comparing/models.py": ("eval", "of a model that it has just loaded"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from ..anatomy import describe
 from ..errors import UnsupportedArchitecture
 from ..evaluation import decoding, fidelity, layer_difference, perplexity, retrieval
+from ..evaluation.hardware import processor
 from .digest import digest_of, tokens_digest
 from .settings import Settings
 from .texts import Text
@@ -92,7 +92,7 @@ def machine() -> dict[str, Any]:
     from .. import __version__
 
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(torch.device("cpu")),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

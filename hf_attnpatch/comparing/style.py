@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..errors import missing_extra
+from ..plotting import import_pyplot
 
 MODELS = {"original": ("#0072B2", "o", "-"), "patched": ("#D55E00", "s", "--")}
 ON_DARK = {"original": ("#56B4E9", "o", "-"), "patched": ("#E69F00", "s", "--")}  # the lighter ones of the eight
@@ -21,20 +21,6 @@ def marks(theme: str) -> Mapping[str, tuple[str, str, str]]:
     return MODELS if theme == "light" else ON_DARK
 
 
-def need_matplotlib() -> Any:
-    """Import it, with the backend that needs no screen.
-
-    Raises:
-        MissingExtra: it is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise missing_extra("matplotlib", "plot", "drawing a comparison") from error
-    matplotlib.use("Agg", force=False)
-    return matplotlib
-
-
 @contextlib.contextmanager
 def drawing(theme: str) -> Iterator[Any]:
     """Give pyplot in a theme.
@@ -42,16 +28,14 @@ def drawing(theme: str) -> Iterator[Any]:
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    matplotlib = need_matplotlib()
-    from matplotlib import pyplot
-
+    pyplot = import_pyplot("drawing a comparison")
     ground, text, grid = _INK[theme]
     look: dict[str, Any] = dict.fromkeys(
         ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), text
     )
     look |= dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"), ground)
     look |= {"grid.color": grid, "legend.edgecolor": grid, "legend.labelcolor": text, "font.size": 10}
-    with matplotlib.rc_context({**look, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}):
+    with pyplot.rc_context({**look, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}):
         yield pyplot
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import EvaluationError
+from .memory import held_bytes
 from .mode import device_of, measuring
 
 
@@ -34,5 +35,4 @@ def _cache_bytes(model: nn.Module, tokens: int) -> int:
     past: Any = model(input_ids=ids, use_cache=True).past_key_values
     if past is None:
         raise EvaluationError(f"{type(model).__name__} returned no past_key_values, so there is no cache to measure.")
-    layers = getattr(past, "layers", None) or [past]
-    return sum(t.numel() * t.element_size() for layer in layers for t in vars(layer).values() if isinstance(t, Tensor))
+    return held_bytes(past)

@@ -33,9 +33,20 @@ def weight_bytes(model: nn.Module, batch: int) -> int:
 
 
 class Peak:
-    """The most memory that was in use between start and stop: bytes, or None where this system does not say."""
+    """The most memory that was in use between start and stop; all None where this system does not say.
 
+    Attributes:
+        before: bytes in use at the start.
+        bytes: at the highest.
+    """
+
+    before: int | None = None
     bytes: int | None = None
+
+    @property
+    def more(self) -> int | None:
+        """Bytes at the highest, above those of the start."""
+        return None if self.bytes is None or self.before is None else self.bytes - self.before
 
 
 @contextlib.contextmanager
@@ -48,14 +59,27 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     peak = Peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        peak.before = torch.cuda.memory_allocated(device)
         yield peak
         peak.bytes = torch.cuda.max_memory_allocated(device)
         return
-    started = False
     with contextlib.suppress(OSError):  # no such file, or not allowed: the peak stays None
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes what is resident now: proc(5)
-        started = True
+        peak.before = resident()
     yield peak
-    if started:
-        status = Path("/proc/self/status").read_text()
-        peak.bytes = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    if peak.before is not None:
+        peak.bytes = _status("VmHWM")
+
+
+def resident() -> int:
+    """Return the bytes of this process that are in memory now, under Linux.
+
+    Raises:
+        OSError: this system does not say.
+    """
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

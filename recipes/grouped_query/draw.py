@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_attnpatch.embedded import DOMAINS
-from recipes.figures import import_pyplot
+from hf_attnpatch.plotting import import_pyplot
 from recipes.grouped_query.cells import HEADS, STARTS
 from recipes.grouped_query.render import METHODS, caption, excess, ratio
 from recipes.grouped_query.store import Store

@@ -18,6 +18,7 @@ import transformers
 
 import hf_attnpatch as ap
 from hf_attnpatch.evaluation import Score, summarise
+from hf_attnpatch.evaluation.hardware import processor
 from recipes.grouped_query.cells import Cell
 
 Row = Mapping[str, Any]
@@ -98,7 +99,7 @@ def environment(threads: int) -> dict[str, Any]:
     busy = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "cpu": cpu_name(),
+        "cpu": processor(torch.device("cpu")),
         "cores": os.cpu_count(),
         "threads": threads,
         "load": busy,
@@ -106,13 +107,6 @@ def environment(threads: int) -> dict[str, Any]:
         **versions,
         "code": code(),
     }
-
-
-def cpu_name() -> str:
-    """The processor as the system names it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def code() -> str:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 import hf_attnpatch as ap
 from hf_attnpatch.errors import AttnPatchError
 from hf_attnpatch.evaluation import cache_bytes_per_token, document_losses
+from hf_attnpatch.evaluation.memory import peak_memory
 from hf_attnpatch.patch import from_spec
 from recipes import calibration, settings
 from recipes.calibration import CalibrationConfig
@@ -77,32 +78,22 @@ def convert(model: PreTrainedModel, patch: ap.Patch, figure: str | None) -> dict
     with torch.no_grad():
         model(input_ids=torch.arange(16)[None])  # weights are mapped in when they are first read
     gc.collect()
-    before = reset_peak()
-    wall, cpu = time.perf_counter(), time.process_time()
-    report = ap.apply(model, patch)
-    took = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-    peak = None if before is None else (resident("VmHWM") - before) / MB
+    with peak_memory(torch.device("cpu")) as peak:
+        wall, cpu = time.perf_counter(), time.process_time()
+        report = ap.apply(model, patch)
+        took = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
     size = sum(each.numel() * each.element_size() for each in model.parameters()) / MB
     damage = None if report.damage is None else report.damage.to_dict()
     if figure and report.damage is not None:
         Path(figure).parent.mkdir(parents=True, exist_ok=True)
         report.damage.save_figure(figure)
-    return {**took, "model_mb": size, "peak_mb": peak, "stock": report.stock, "damage": damage}
-
-
-def reset_peak() -> int | None:
-    """Lets the peak of resident memory start again; returns the bytes resident now, None where that is unknown."""
-    switch = Path("/proc/self/clear_refs")
-    if not switch.exists():
-        return None
-    switch.write_text("5")
-    return resident("VmRSS")
-
-
-def resident(field: str) -> int:
-    """A field of /proc/self/status in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
+    return {
+        **took,
+        "model_mb": size,
+        "peak_mb": None if peak.more is None else peak.more / MB,
+        "stock": report.stock,
+        "damage": damage,
+    }
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_attnpatch.evaluation import difference, summarise
+from hf_attnpatch.evaluation.memory import peak_memory
 from recipes import results_grouped_query as command
 from recipes.grouped_query import cells, render, runner, targets
 from recipes.grouped_query.cells import FULL, QUICK, Cell
@@ -235,9 +236,9 @@ def test_what_is_missing_is_named_before_anything_runs(tmp_path, monkeypatch):
 def test_the_peak_is_of_what_was_needed_meanwhile():
     from recipes.grouped_query import worker
 
-    before = worker.reset_peak()
-    if before is None:
+    with peak_memory(torch.device("cpu")) as peak:
+        big = torch.ones(50_000_000)
+        del big
+    if peak.more is None:
         pytest.skip("no /proc/self/clear_refs here")
-    big = torch.ones(50_000_000)
-    del big
-    assert 180 < (worker.resident("VmHWM") - before) / worker.MB < 260
+    assert 180 < peak.more / worker.MB < 260
