@@ -106,3 +106,10 @@ def from_spec(spec: Mapping[str, Any]) -> Patch:
 
 
 __all__ = ["REGISTRY", "Patch", "Proposal", "from_spec"]
+
+
+def off_default(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a spec or of a patch in a record that are not at their default, to show what was chosen."""
+    fields = {key: value for key, value in spec.items() if key not in ("patch", "stock")}
+    defaults = {f.name: f.default for f in dataclasses.fields(from_spec({"patch": spec["patch"], **fields}))}
+    return {key: value for key, value in fields.items() if value != defaults[key]}

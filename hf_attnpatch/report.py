@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from rich.table import Table
 from .anatomy import Anatomy
 from .edits import Inverse
 from .errors import PatchConflict
+from .patch import off_default
 from .plan import Plan, Step
 
 if TYPE_CHECKING:
@@ -134,9 +134,8 @@ def _steps(plan: Plan) -> Iterable[RenderableType]:
 
 def _title(step: Step) -> str:
     """Return the patch as it would be written, fields at their default left out."""
-    fields = {f.name: f.default for f in dataclasses.fields(step.patch)}
-    set_ = {k: v for k, v in step.patch.to_record().items() if k != "patch" and v != fields.get(k, dataclasses.MISSING)}
-    return f"{step.patch.name}({', '.join(f'{k}={v}' for k, v in set_.items())})"
+    chosen = off_default(step.patch.to_record())
+    return f"{step.patch.name}({', '.join(f'{k}={v}' for k, v in chosen.items())})"
 
 
 def _step_table(step: Step) -> Table:

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hf_attnpatch.patch import off_default
+
 
 def show(metrics: Mapping[str, Any]) -> None:
     """Prints the table and below it what holds for the whole run; paths are not broken over lines."""
@@ -48,10 +50,8 @@ def render(metrics: Mapping[str, Any]) -> Table:
 
 def _title(metrics: Mapping[str, Any]) -> str:
     job = metrics["job"]
-    patches = " + ".join(
-        f"{patch['patch']}({', '.join(f'{key}={value}' for key, value in patch.items() if key != 'patch')})"
-        for patch in job["patches"]
-    )
+    fields = [", ".join(f"{key}={value}" for key, value in off_default(patch).items()) for patch in job["patches"]]
+    patches = " + ".join(f"{patch['patch']}({each})" for patch, each in zip(job["patches"], fields, strict=True))
     return f"{job['model']}: {patches}"
 
 

@@ -34,9 +34,11 @@ from hf_attnpatch.evaluation.hardware import processor
 from hf_attnpatch.evaluation.memory import peak_memory
 from hf_attnpatch.functional.alibi import bias, slopes
 from hf_attnpatch.functional.biased import Distance, Sight, attend
+from hf_attnpatch.plotting import import_pyplot
 
 HEADS, WIDTH = 8, 64
 OUT = Path(__file__).parents[1] / "recipes" / "results" / "alibi"
+STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "D"), ("#CC79A7", "^"), ("#E69F00", "v"))  # Okabe and Ito's
 Row = dict[str, Any]
 
 
@@ -208,18 +210,15 @@ def _both(row: Row, of: str, to: str) -> str:
 
 def figure(found: dict[str, Any], path: Path) -> None:
     """Seconds against length, and memory."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    panels, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    panels, (left, right) = import_pyplot().subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     rows = [row for row in found["attention"] if row["dtype"] == "float32"]
-    for name in rows[0]["seconds"]:
-        left.plot([r["length"] for r in rows], [r["seconds"][name]["cpu"] for r in rows], marker="o", label=name)
-    for what in dict.fromkeys(row["what"] for row in found["memory"]):
+    for name, (colour, marker) in zip(rows[0]["seconds"], STYLES, strict=False):
+        seconds = [r["seconds"][name]["cpu"] for r in rows]
+        left.plot([r["length"] for r in rows], seconds, marker=marker, color=colour, label=name)
+    for what, (colour, marker) in zip(dict.fromkeys(row["what"] for row in found["memory"]), STYLES, strict=False):
         mine = [row for row in found["memory"] if row["what"] == what]
-        right.plot([r["length"] for r in mine], [max(r["MiB"], 1) for r in mine], marker="o", label=what)
+        peaks = [max(r["MiB"], 1) for r in mine]
+        right.plot([r["length"] for r in mine], peaks, marker=marker, color=colour, label=what)
     for axis, label in ((left, f"CPU seconds, {HEADS} heads of {WIDTH}, fp32"), (right, "peak MiB")):
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
         lengths = sorted({int(x) for line in axis.lines for x in line.get_xdata()})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..errors import AttnPatchError
-from ..patch import REGISTRY, from_spec
+from ..patch import off_default
 from ..record import Record
 from .origin import Origin
 
@@ -171,10 +170,7 @@ def _licence(facts: Facts) -> str:
 
 def _fields(spec: Mapping[str, Any], between: str) -> str:
     """Return the fields of a recorded patch that are off their default."""
-    kept = {key: value for key, value in spec.items() if key not in ("patch", "stock")}
-    patch = from_spec({key: value for key, value in spec.items() if key != "stock"})
-    defaults = {f.name: f.default for f in dataclasses.fields(REGISTRY[patch.name])}
-    return between.join(f"{key}={json.dumps(value)}" for key, value in kept.items() if value != defaults.get(key))
+    return between.join(f"{key}={json.dumps(value)}" for key, value in off_default(spec).items())
 
 
 def _spelled(spec: Mapping[str, Any]) -> str:

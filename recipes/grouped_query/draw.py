@@ -41,9 +41,9 @@ def zero_shot(store: Store) -> Any:
     panels = [panel for panel in panels if panel[2]]
     if not panels:
         return None
-    figure, axes = _panels(len(panels), width=3.6, height=3.4, sharey=False)
-    names = [m for m in METHODS if any(m in found for _, _, found in panels)]
+    figure, axes = _panels(len(panels), width=4.2, height=3.4, sharey=False)
     for axis, (model, kv, found) in zip(axes, panels, strict=True):
+        names = list(found)
         for method, interval in found.items():
             at, (colour, marker) = names.index(method), OURS if method in METHODS[4:] else OTHERS
             reach = [[max(0.0, interval.value - interval.low)], [max(0.0, interval.high - interval.value)]]
@@ -126,7 +126,7 @@ def domains(store: Store) -> Any:
                         axis.errorbar([at + step + shift], [found.value], yerr=reach, label=label, **style)
         axis.set_xticks(range(len(DOMAINS)), [f"{domain}" for domain in DOMAINS])
         axis.set(title=f"8 to {kv}", xlabel="calibrated on", xlim=(-0.6, len(DOMAINS) - 0.4))
-        axis.set_ylim(bottom=0)
+    axes[0].set_ylim(bottom=0)  # shared, and only once all is drawn: setting it keeps the top where it is
     axes[0].set_ylabel("damage of refined, as a share")
     if axes[0].get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=4 if len(counts) > 1 else 2, fontsize=8)

@@ -127,6 +127,15 @@ def test_figures_are_drawn_of_what_is_there(store, tmp_path):
     assert not (tmp_path / "uptraining.png").exists()
 
 
+def test_no_point_is_outside_its_panel(store):
+    """The panels share an axis; the worst ratio is in the last one."""
+    row(store, "embedded/8-1/refined/on-prose", losses({"python": 0.9, "docs": 0.9, "prose": 0.05}))
+    figure = command.draw.domains(store)
+    drawn = [(y, axis.get_ylim()) for axis in figure.axes for line in axis.lines for y in line.get_ydata()]
+    assert max(y for y, _ in drawn) > 0.85
+    assert all(low <= y <= high for y, (low, high) in drawn)
+
+
 def test_a_store_survives_half_a_line_and_knows_other_settings(tmp_path):
     path, (cell, other) = tmp_path / "metrics.jsonl", (Cell("a", "convert", {"x": 1}), Cell("a", "convert", {"x": 2}))
     Store(path).add(cell, {"losses": {}}, {})
