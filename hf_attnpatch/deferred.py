@@ -39,6 +39,9 @@ class _Noted:
             raise NotImplementedError(f"{name} on {type(noted).__name__.lower()} of attention, which is computed fused")
         return method(noted, *args, **(kwargs or {}))
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{name} of {type(self).__name__.lower()} of attention, which is computed fused")
+
     @property
     def shape(self) -> torch.Size:
         return self.shadow.shape
