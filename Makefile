@@ -20,7 +20,7 @@ FAST := -n $(WORKERS) -m "not full and not slow"
 # the workers already fill the cores; a thread pool in each would only get in their way
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-all test-lowest lint format survey bench bench-alibi bench-decode check-diagnose downstream \
+.PHONY: demo test test-all test-lowest lint format survey bench bench-alibi bench-decode check-diagnose downstream peers \
 	results-grouped-query clean
 
 demo: $(VENV)/.installed
@@ -70,6 +70,10 @@ downstream: $(VENV)/.installed data/smollm2/config.json
 		--patch rope_scaling:kind=$$kind,factor=4 --overwrite || exit 1; done
 	$(BIN)/python scripts/check_downstream.py $(DOWN)/smollm2-1-kv-head $(DOWN_KINDS:%=$(DOWN)/smollm2-%) \
 		--control data/smollm2 --environments $(VENV)/downstream
+
+# the projects that patch models too, each in an environment of its own (5 GB below $(VENV)), on equal work
+peers: $(VENV)/.installed data/smollm2/config.json
+	$(BIN)/python scripts/compare_peers.py --environments $(VENV)/peers
 
 # hours on two cores; the same command goes on where it was stopped
 results-grouped-query: $(VENV)/.installed data/corpus/manifest.json data/smollm2/config.json

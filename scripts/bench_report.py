@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
+from hf_attnpatch.plotting import import_pyplot
+
 Row = dict[str, Any]
 
 NOTE = """\
@@ -32,11 +34,7 @@ def _text(value: object) -> str:
 
 def figure(found: Mapping[str, list[Row]], file: Path) -> None:
     """The ratios with their intervals, and `apply` by its parts beside twice the copy."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = import_pyplot()
     left, right = (figure := plt.figure(figsize=(11, 3.6), layout="constrained")).subplots(1, 2)
     for place, row in enumerate(found["forward"]):
         left.plot(row["interval"], [place, place], color="tab:blue")

@@ -34,6 +34,7 @@ from hf_attnpatch.evaluation.hardware import measured_here, processor
 from hf_attnpatch.evaluation.memory import held_bytes
 from hf_attnpatch.evaluation.operations import Phantom
 from hf_attnpatch.evaluation.roofline import cost
+from hf_attnpatch.plotting import import_pyplot
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "recipes/results/diagnose"
@@ -208,11 +209,7 @@ def _text(what: str, value: float) -> str:
 
 def figure(found: Row, file: Path) -> None:
     """Predicted over measured against context, a panel for each thing predicted."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = import_pyplot()
     rows = [row for row in ratios(found["rows"]) if row["what"] != "cache bytes"]
     panels = list(dict.fromkeys(row["what"] for row in rows))
     names = list(dict.fromkeys((row["model"], row["variant"]) for row in rows))

@@ -25,7 +25,8 @@ from typing import Any
 import downstream_table
 from downstream_checkpoints import Checkpoint, checkpoints, encoded
 from downstream_compare import AT_MOST, NEAR_TIE, compare
-from downstream_runtimes import RUNTIMES, Runtime, RuntimeFailed, chosen, install, is_installed, run
+from downstream_runtimes import RUNTIMES, chosen, warnings
+from environments import InstallFailed, Runtime, RuntimeFailed, install, is_installed, run
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -43,7 +44,8 @@ def taken(one: Checkpoint, request: Row, runtimes: Sequence[Runtime], given: arg
         bar(f"{one.label}: {runtime.name}{what}")
         with tempfile.TemporaryDirectory() as scratch:
             log = given.logs / f"{one.label}-{runtime.name}{what.replace(' ', '-')}.log"
-            return run(runtime, given.environments, {**request, "scratch": scratch, "forced": forced}, log)
+            found = run(runtime, given.environments, {**request, "scratch": scratch, "forced": forced}, log)
+            return {**found, "warnings": warnings(log)}
 
     try:
         reference = answer(RUNTIMES["transformers"], " reference", None)
@@ -62,6 +64,22 @@ def taken(one: Checkpoint, request: Row, runtimes: Sequence[Runtime], given: arg
         how = {"versions": found["versions"], "settings": found["settings"]}
         rows.append({**row, **kept, **how, "verdict": finding.verdict, "finding": finding.record()})
     return rows
+
+
+def provide(runtime: Runtime, environments: Path) -> None:
+    """Makes a runtime's environment.
+
+    Raises:
+        SystemExit: if a step fails; says which, what it wrote last, and how to go on without this runtime.
+    """
+    try:
+        install(runtime, environments)
+    except InstallFailed as failure:
+        others = ",".join(name for name in RUNTIMES if name != runtime.name)
+        raise SystemExit(
+            f"check_downstream: {failure}\nIt needs a package index, and wheels for this Python and machine. "
+            f"Try again, or leave the runtime out on purpose: --runtimes {others}"
+        ) from None
 
 
 def record(found: Sequence[tuple[Checkpoint, Any, list[list[int]], list[Row]]], given: argparse.Namespace) -> Row:
@@ -142,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         for runtime in missing:
             bar(f"installing {runtime.name}, minutes")
-            install(runtime, given.environments)
+            provide(runtime, given.environments)
         asked = {"new_tokens": given.new_tokens, "top": TOP, "threads": given.threads}
         rows = [
             taken(one, {"checkpoint": str(one.folder), "prompts": ids, **asked}, runtimes, given, bar)

@@ -9,6 +9,8 @@ from typing import Any
 from decode_rows import alone, arithmetic, bandwidth, contexts, steps
 from rich.table import Table
 
+from hf_attnpatch.plotting import import_pyplot
+
 Row = dict[str, Any]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by all eyes
@@ -46,11 +48,7 @@ def _text(value: object) -> str:
 
 def figure(found: Mapping[str, Any], file: Path) -> None:
     """Tokens per second of every path below its limit, the cache, and the speed-up that bytes alone would give."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = import_pyplot()
     rows = steps(found)
     names = list(dict.fromkeys(row["path"] for row in rows))
     lines = -(-(len(names) + 2) // 3)

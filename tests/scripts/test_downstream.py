@@ -18,6 +18,7 @@ import downstream_checkpoints
 import downstream_compare
 import downstream_runtimes
 import downstream_table
+import environments
 
 ROOT = check_downstream.ROOT
 
@@ -198,35 +199,35 @@ def test_the_patches_of_a_checkpoint_are_those_it_records(tmp_path):
 # -- environments ---------------------------------------------------------------------------------------------------
 
 # a step that fails without a package index
-BROKEN = downstream_runtimes.Runtime("broken", "run_vllm.py", (("install", "--no-index", "no-such-package"),))
+BROKEN = environments.Runtime("broken", "run_vllm.py", (("install", "--no-index", "no-such-package"),))
 # one that needs none
-EASY = downstream_runtimes.Runtime("easy", "run_transformers.py", (("list",),))
+EASY = environments.Runtime("easy", "run_transformers.py", (("list",),))
 
 
 def test_a_runtime_that_cannot_be_installed_is_an_error_that_says_how(tmp_path):
     with pytest.raises(SystemExit) as refused:
-        downstream_runtimes.install(BROKEN, tmp_path)
+        check_downstream.provide(BROKEN, tmp_path)
     said = str(refused.value)
     assert "broken could not be installed" in said
     assert "no-such-package` exited with 1" in said
     assert "No matching distribution" in said  # pip's own words
     assert "--runtimes transformers" in said
-    assert not downstream_runtimes.is_installed(BROKEN, tmp_path)
+    assert not environments.is_installed(BROKEN, tmp_path)
 
 
 def test_an_environment_is_made_once_and_again_for_other_steps(tmp_path):
-    assert not downstream_runtimes.is_installed(EASY, tmp_path)
-    downstream_runtimes.install(EASY, tmp_path)
-    assert downstream_runtimes.is_installed(EASY, tmp_path)
-    assert downstream_runtimes.python_of(EASY, tmp_path).is_file()
-    other = downstream_runtimes.Runtime("easy", "run_transformers.py", (("check",),))
-    assert not downstream_runtimes.is_installed(other, tmp_path)
+    assert not environments.is_installed(EASY, tmp_path)
+    environments.install(EASY, tmp_path)
+    assert environments.is_installed(EASY, tmp_path)
+    assert environments.python_of(EASY, tmp_path).is_file()
+    other = environments.Runtime("easy", "run_transformers.py", (("check",),))
+    assert not environments.is_installed(other, tmp_path)
 
 
 def test_a_worker_that_fails_shows_its_last_words(tmp_path):
     request = {"scratch": str(tmp_path), "threads": 1, "checkpoint": str(tmp_path / "none")}
-    with pytest.raises(downstream_runtimes.RuntimeFailed, match="exit status 1(.|\n)*none"):
-        downstream_runtimes.run(downstream_runtimes.RUNTIMES["transformers"], tmp_path, request, tmp_path / "log")
+    with pytest.raises(environments.RuntimeFailed, match="exit status 1(.|\n)*none"):
+        environments.run(downstream_runtimes.RUNTIMES["transformers"], tmp_path, request, tmp_path / "log")
 
 
 def test_the_converter_s_warnings_are_kept(tmp_path):
@@ -276,7 +277,7 @@ def test_a_checkpoint_with_other_weights_departs(converted, tmp_path):
 
     def asked(folder, forced):
         told = {**request, "checkpoint": str(folder), "forced": forced}
-        return downstream_runtimes.run(runtime, tmp_path, told, tmp_path / "log")
+        return environments.run(runtime, tmp_path, told, tmp_path / "log")
 
     reference = asked(embedded.path(), None)
     found = downstream_compare.compare(reference, asked(converted, reference["continuations"]))
@@ -286,7 +287,7 @@ def test_a_checkpoint_with_other_weights_departs(converted, tmp_path):
 
 def test_the_worker_does_not_see_this_package(tmp_path):
     """The assertion in the worker can fail: with the package in the process it does."""
-    worker = downstream_runtimes.WORKERS / "run_transformers.py"
+    worker = environments.WORKERS / "run_transformers.py"
     start = f"import sys, runpy, hf_attnpatch; sys.path.insert(0, {str(worker.parent)!r})"
     code = f"{start}; runpy.run_path({str(worker)!r}, run_name='__main__')"
     request = {"checkpoint": str(embedded.path()), "prompts": [[5, 6, 7]], "new_tokens": 2, "top": 5, "threads": 1}
