@@ -1,4 +1,4 @@
-"""Pretrains a small Llama from nothing: tokenizer, data, model, training.
+"""Pretrains a small model from nothing: tokenizer, data, model, training.
 
     python recipes/pretrain.py --config recipes/configs/pretrain_embedded.yaml
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -41,15 +41,22 @@ def load_tokenizer(config: TokenizerConfig, data: DataConfig) -> Any:
     return AutoTokenizer.from_pretrained(config.path)
 
 
-def new_model(values: dict[str, Any], tokenizer: Any, seed: int) -> LlamaForCausalLM:
-    """A Llama with random weights; matrices that write to the residual stream start smaller, as in GPT-2."""
+def new_model(values: dict[str, Any], tokenizer: Any, seed: int) -> PreTrainedModel:
+    """A model with random weights; matrices that write to the residual stream start smaller, as in GPT-2.
+
+    Args:
+        values: fields of the configuration, and `model_type`, transformers' name for its kind; without it, `llama`.
+        tokenizer: gives the size of the vocabulary and the special tokens.
+        seed: of the weights.
+    """
     torch.manual_seed(seed)
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **special, **values)
-    model = LlamaForCausalLM(config)
+    fields = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **special, **values}
+    config = AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
+            if name.endswith(("o_proj.weight", "down_proj.weight")):  # GPT-2's own are scaled already
                 parameter.mul_(1 / math.sqrt(2 * config.num_hidden_layers))
     return model
 

@@ -10,6 +10,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from worker import tiny
 
+from hf_attnpatch import embedded
 from recipes import evaluate_embedded, pretrain
 
 MODEL = {
@@ -56,6 +57,16 @@ def test_two_steps_save_a_model_that_loads_and_go_on(tmp_path, monkeypatch):
     assert model.config.vocab_size == len(tokenizer)
     text = "fox \u00e9\u4e16\x00 dog"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_the_kind_of_model_is_a_value_and_the_seed_is_its_weights():
+    tokenizer = embedded.load_tokenizer()
+    gpt2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    models = [pretrain.new_model(values, tokenizer, seed) for values, seed in ((gpt2, 0), (gpt2, 0), (gpt2, 1))]
+    assert models[0].transformer.wpe.weight.shape == (32, 16)
+    assert torch.equal(models[0].transformer.wpe.weight, models[1].transformer.wpe.weight)
+    assert not torch.equal(models[0].transformer.wpe.weight, models[2].transformer.wpe.weight)
+    assert pretrain.new_model(MODEL, tokenizer, 0).config.model_type == "llama"
 
 
 def test_missing_text_is_an_error_before_the_model_is_made(tmp_path, monkeypatch):
