@@ -2,74 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from .errors import AttnPatchError
 from .functional import rotary
+from .rope_fields import ALWAYS_CHANGE, KINDS, Scaling
 
-KINDS = ("linear", "dynamic", "yarn", "longrope", "llama3")
-STATIC = ("linear", "yarn", "llama3")  # the same angles at every length: any of them can be written as longrope
+_NATIVE = {"ntk": "default", "ntk_by_parts": "yarn"}  # kind -> the name under which transformers computes it
+_ENDLESS = 1e30  # divides a frequency to nothing: an angle of 1e-24 at position 1e6 turns no number of any dtype
 _SCHEME = frozenset(  # what describes a scaling; every other key belongs to the model and is kept
     "rope_type type factor attention_factor beta_fast beta_slow mscale mscale_all_dim truncate low_freq_factor "
     "high_freq_factor long_factor short_factor long_mscale short_mscale".split()
 )
-
-
-def check_number(name: str, value: object, at_least: float | None = None) -> None:
-    """Refuse what is not a finite number above 0 (or at least ``at_least``).
-
-    Raises:
-        AttnPatchError: says the field, what was found and what was wanted.
-    """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or (value <= 0 if at_least is None else value < at_least):  # type: ignore[operator]  # a number by now
-        wanted = "above 0" if at_least is None else f"of at least {at_least:g}"
-        raise AttnPatchError(f"{name} is {value!r}; it must be a finite number {wanted}.")
-
-
-def checked_factors(name: str, value: object, kind: str) -> tuple[float, ...] | None:
-    """Return per-frequency divisors as a tuple.
-
-    Raises:
-        AttnPatchError: not a list of finite numbers above 0, or given for another kind than ``longrope``.
-    """
-    if value is None:
-        return None
-    if kind != "longrope":
-        raise AttnPatchError(f"{name} belongs to kind='longrope'; kind={kind!r} would ignore it.")
-    if not isinstance(value, (list, tuple)):
-        raise AttnPatchError(f"{name} is {value!r}; it must be a list, one divisor for each rotated frequency.")
-    for i, each in enumerate(value):
-        check_number(f"{name}[{i}]", each)
-    return tuple(float(each) for each in value)
-
-
-class Scaling(Protocol):
-    """The fields of ``RopeScaling`` that say how to scale."""
-
-    @property
-    def kind(self) -> str: ...  # noqa: D102 - see RopeScaling
-    @property
-    def factor(self) -> float: ...  # noqa: D102 - see RopeScaling
-    @property
-    def beta_fast(self) -> float: ...  # noqa: D102 - see RopeScaling
-    @property
-    def beta_slow(self) -> float: ...  # noqa: D102 - see RopeScaling
-    @property
-    def low_freq_factor(self) -> float: ...  # noqa: D102 - see RopeScaling
-    @property
-    def high_freq_factor(self) -> float: ...  # noqa: D102 - see RopeScaling
-    @property
-    def long_factor(self) -> tuple[float, ...] | None: ...  # noqa: D102 - see RopeScaling
-    @property
-    def short_factor(self) -> tuple[float, ...] | None: ...  # noqa: D102 - see RopeScaling
-    @property
-    def attention_factor(self) -> float | None: ...  # noqa: D102 - see RopeScaling
 
 
 @dataclass(frozen=True)
@@ -101,10 +49,12 @@ def scaled(want: Scaling, old: Mapping[str, Any], window: Window, compose: bool 
     """
     present = old.get("rope_type", "default")
     kept = {key: value for key, value in old.items() if key not in _SCHEME}
+    if want.kind == "ntk" and len(window.frequencies) < 2:
+        raise AttnPatchError("kind='ntk' spreads a factor over frequencies; this model rotates only one.")
     if present == "proportional" and want.kind == "linear":  # its own factor does what linear does
         return {**old, "factor": float(old.get("factor") or 1.0) * float(want.factor)}
-    if not compose and (present == "default" or (present == want.kind and want.kind != "longrope")):
-        return {**kept, **_same_kind(want, old if present == want.kind else {}, window)}
+    if not compose and want.kind not in ALWAYS_CHANGE and (present == "default" or _multiplies(want.kind, old)):
+        return {**kept, **_same_kind(want, {} if present == "default" else old, kept, window)}
     if "dynamic" in (present, want.kind) or present not in ("default", *KINDS):
         raise AttnPatchError(
             f"rope_parameters: the model has {present!r} scaling, which {want.kind!r} cannot multiply; "
@@ -113,19 +63,31 @@ def scaled(want: Scaling, old: Mapping[str, Any], window: Window, compose: bool 
     return {**kept, **_composed(want, old, window)}
 
 
-def _same_kind(want: Scaling, old: Mapping[str, Any], window: Window) -> dict[str, Any]:
+def _multiplies(kind: str, old: Mapping[str, Any]) -> bool:
+    """Whether the present scaling of this name takes the wanted factor by multiplying its own."""
+    if kind in ("longrope", "ntk"):
+        return False
+    same = old.get("rope_type") == _NATIVE.get(kind, kind)
+    return same and (kind != "ntk_by_parts" or old.get("attention_factor") == 1.0)
+
+
+def _same_kind(want: Scaling, old: Mapping[str, Any], kept: Mapping[str, Any], window: Window) -> dict[str, Any]:
     """Return native parameters of the wanted kind, its factor multiplied by the one that is there."""
     factor = float(want.factor) * float(old.get("factor") or 1.0)
     trained = int(old.get("original_max_position_embeddings") or window.length)
-    new: dict[str, Any] = {"rope_type": want.kind, "factor": factor}
-    if want.kind == "yarn":
+    if want.kind == "ntk":
+        theta = rotary.ntk_theta(float(kept["rope_theta"]), want.factor, 2 * len(window.frequencies))
+        return {"rope_type": "default", "rope_theta": theta}
+    new: dict[str, Any] = {"rope_type": _NATIVE.get(want.kind, want.kind), "factor": factor}
+    if want.kind in ("yarn", "ntk_by_parts"):
         options = {
             k: v for k, v in old.items() if k in ("mscale", "mscale_all_dim", "truncate", "beta_fast", "beta_slow")
         }
-        new |= {"beta_fast": want.beta_fast, "beta_slow": want.beta_slow, **options}
-        new |= {"original_max_position_embeddings": trained}
-        if want.attention_factor is not None:
-            new["attention_factor"] = float(want.attention_factor)
+        new |= {"beta_fast": want.beta_fast, "beta_slow": want.beta_slow}
+        new |= {} if want.truncate else {"truncate": False}
+        new |= {**options, "original_max_position_embeddings": trained}
+        if want.kind == "ntk_by_parts" or want.attention_factor is not None:
+            new["attention_factor"] = float(want.attention_factor or 1.0)
     elif want.kind == "llama3":
         bands = {"low_freq_factor": want.low_freq_factor, "high_freq_factor": want.high_freq_factor}
         new |= {key: float(old.get(key, value)) for key, value in bands.items()}
@@ -141,21 +103,83 @@ def _composed(want: Scaling, old: Mapping[str, Any], window: Window) -> dict[str
     unscaled = rotary.default(theta, dim)
     if want.kind == "longrope":
         return {"rope_type": "longrope", **_longrope(want, window, unscaled, old)}
-    target = {
-        "linear": lambda f: rotary.linear(f, want.factor),
-        "yarn": lambda f: rotary.by_parts(f, want.factor, window.length, want.beta_fast, want.beta_slow),
-        "llama3": lambda f: rotary.llama3(f, want.factor, window.length, want.low_freq_factor, want.high_freq_factor),
-    }[want.kind](window.frequencies)
+    switches = old.get("rope_type") == "longrope"  # then what serves beyond its own window is scaled by itself
+    served = unscaled / unscaled.new_tensor(old["long_factor"]) if switches else window.frequencies
+    trained = int(old.get("original_max_position_embeddings") or window.length)
     attention = want.attention_factor or (rotary.yarn_attention(want.factor) if want.kind == "yarn" else 1.0)
-    factors = (unscaled / target).tolist()
     return {
         "rope_type": "longrope",
-        "short_factor": factors,
-        "long_factor": list(factors),
+        "short_factor": _divisors(unscaled, _target(want, window.frequencies, window.length, trained)),
+        "long_factor": _divisors(unscaled, _target(want, served, window.length, trained)),
         "factor": float(want.factor),
         "attention_factor": window.attention * attention,
-        "original_max_position_embeddings": window.length,
+        "original_max_position_embeddings": trained if switches else window.length,
     }
+
+
+def _target(want: Scaling, frequencies: Tensor, length: int, trained: int) -> Tensor:
+    """Return scaled frequencies.
+
+    Args:
+        want: a static kind.
+        frequencies: that a model has now.
+        length: the window that they serve now.
+        trained: the window that the model was trained on.
+    """
+    if want.kind == "resonance":
+        return rotary.resonance(frequencies, trained)
+    if want.kind == "clipped":
+        return rotary.clipped(frequencies, clip_count(want, len(frequencies)))
+    if want.kind == "llama3":
+        return rotary.llama3(frequencies, want.factor, length, want.low_freq_factor, want.high_freq_factor)
+    if want.kind in ("yarn", "ntk_by_parts"):
+        return rotary.by_parts(frequencies, want.factor, length, want.beta_fast, want.beta_slow)
+    return {"linear": rotary.linear, "ntk": rotary.ntk}[want.kind](frequencies, want.factor)
+
+
+def clip_count(want: Scaling, size: int) -> int:
+    """Return how many frequencies ``clipped`` tapers: the paper's 20 of 64 unless said otherwise.
+
+    Raises:
+        AttnPatchError: more than the model rotates.
+    """
+    count = max(2, round(size * 20 / 64)) if want.clip_frequencies is None else want.clip_frequencies
+    if count > size:
+        raise AttnPatchError(f"clip_frequencies is {count}; this model rotates {size} frequencies.")
+    return count
+
+
+def untruncated(parameters: Mapping[str, Any], dim: int) -> dict[str, Any]:
+    """Return ``yarn`` parameters with ``truncate=False`` as ``longrope``, for one of several layer types.
+
+    transformers 5.23 looks for ``truncate`` beside the layer types instead of in them, and so drops it.
+
+    Args:
+        parameters: of the layer type.
+        dim: twice the number of frequencies.
+    """
+    theta, factor = float(parameters["rope_theta"]), float(parameters["factor"])
+    trained = int(parameters["original_max_position_embeddings"])
+    turns = (float(parameters["beta_fast"]), float(parameters["beta_slow"]))
+    divisors = _divisors(rotary.default(theta, dim), rotary.yarn(theta, dim, factor, trained, *turns, truncate=False))
+    mscale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    attention = rotary.yarn_attention(factor)
+    if mscale and all_dim:
+        attention = rotary.yarn_attention(factor, mscale) / rotary.yarn_attention(factor, all_dim)
+    return {
+        **{key: value for key, value in parameters.items() if key not in _SCHEME},
+        "rope_type": "longrope",
+        "short_factor": divisors,
+        "long_factor": list(divisors),
+        "factor": factor,
+        "attention_factor": float(parameters.get("attention_factor") or attention),
+        "original_max_position_embeddings": trained,
+    }
+
+
+def _divisors(unscaled: Tensor, target: Tensor) -> list[float]:
+    found: list[float] = (unscaled / target).clamp(max=_ENDLESS).tolist()
+    return found
 
 
 def _longrope(want: Scaling, window: Window, unscaled: Tensor, old: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -168,13 +192,14 @@ def _longrope(want: Scaling, window: Window, unscaled: Tensor, old: Mapping[str,
             )
     present = unscaled / window.frequencies
     beyond = rotary.by_parts(window.frequencies, want.factor, window.length, want.beta_fast, want.beta_slow)
+    original = window.length
     if old and old.get("rope_type") == "longrope":  # a switch is there already: beyond it, multiply what is there
+        original = int(old["original_max_position_embeddings"])
         served = unscaled / unscaled.new_tensor(old["long_factor"])
         beyond = rotary.by_parts(served, want.factor, window.length, want.beta_fast, want.beta_slow)
     long = present.new_tensor(want.long_factor) * present if want.long_factor else unscaled / beyond
     short = present.new_tensor(want.short_factor) * present if want.short_factor else present
     attention = want.attention_factor or rotary.longrope_attention(want.factor, window.length)
-    original = int((old or {}).get("original_max_position_embeddings") or window.length)
     return {
         "short_factor": short.tolist(),
         "long_factor": long.tolist(),

@@ -16,6 +16,7 @@ import hf_attnpatch as ap
 _ATTENTION = "attn_implementation"
 WINDOW = 16  # of the rotary cases: shorter than the probe of 24 tokens, so that what switches by length does switch
 KINDS = ("linear", "dynamic", "yarn", "longrope", "llama3")
+WRITTEN = ("ntk", "ntk_by_parts", "resonance", "clipped")  # under a name of the above, or as another rope_theta
 METHODS = ("first", "mean", "mean_rescaled")
 TEXT = torch.randint(5, 99, (6, 48), generator=torch.Generator().manual_seed(0))  # no text, but tokens to calibrate on
 
@@ -47,8 +48,9 @@ class Case:
 
 def _rope(kind: str, factor: float) -> Case:
     name = f"rope_{kind}" if factor > 1 else f"rope_{kind}_by_1"
-    patch = ap.RopeScaling(kind=kind, factor=factor)
-    return Case(name, patch, {"max_position_embeddings": WINDOW}, identity=factor == 1, everywhere=name == "rope_yarn")
+    patch, window = ap.RopeScaling(kind=kind, factor=factor), {"max_position_embeddings": WINDOW}
+    everywhere, product = name == "rope_yarn", kind not in WRITTEN
+    return Case(name, patch, window, identity=factor == 1, everywhere=everywhere, product=product)
 
 
 CASES = (
@@ -73,7 +75,7 @@ CASES = (
         for m in ("calibrated", "refined")
     ),
     Case("grouped_up", ap.GroupedQuery(num_kv_heads=4), {"num_key_value_heads": 2}),
-    *(_rope(kind, 4.0) for kind in KINDS),
+    *(_rope(kind, 4.0) for kind in (*KINDS, *WRITTEN)),
     Case("alibi", ap.Alibi(), everywhere=True),
     Case("alibi_clipped", ap.Alibi(distance_clip=6, backend="sdpa"), product=False),
     Case("alibi_rounded", ap.Alibi(exact=False, backend="sdpa"), product=False),
@@ -84,7 +86,7 @@ CASES = (
 )
 IDENTITIES = (
     Case("grouped_as_before", ap.GroupedQuery(num_kv_heads=4), identity=True),
-    *(_rope(kind, 1.0) for kind in KINDS),
+    *(_rope(kind, 1.0) for kind in (*KINDS, "ntk", "ntk_by_parts")),
 )
 
 # What `grouped_up` needs where key-value heads have another name, or where fewer than all cannot be had (none).

@@ -29,10 +29,11 @@ MAY_IMPORT = {
     "probe.py": {"errors", "edits"},
     "twin.py": {"configs", "errors", "edits"},
     "heads.py": {"layouts", "sites"},
-    "rope_parameters.py": {"errors", "functional"},
+    "rope_fields.py": {"errors"},
+    "rope_parameters.py": {"errors", "functional", "rope_fields"},
     "patches/": {
         *("anatomy", "backends", "configs", "edits", "errors", "functional", "heads", "layouts", "patch", "probe"),
-        *("rope_parameters", "runtime", "sites", "twin"),
+        *("rope_fields", "rope_parameters", "runtime", "sites", "twin"),
         *(
             "calibration_text",
             "conversion",

@@ -218,7 +218,10 @@ def test_factor_one_touches_nothing_but_divisors_of_ones_own_do():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"kind": "ntk", "factor": 2}, "'ntk' does not exist; choose from: linear, dynamic, yarn, longrope, llama3"),
+        (
+            {"kind": "banana", "factor": 2},
+            "'banana' does not exist; choose from: linear, ntk, ntk_by_parts",
+        ),
         ({"kind": "yarn", "factor": 0.5}, "factor is 0.5; .* at least 1"),
         ({"kind": "yarn", "factor": -1}, "factor is -1"),
         ({"kind": "yarn", "factor": float("nan")}, "factor is nan"),

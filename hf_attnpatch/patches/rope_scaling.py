@@ -16,7 +16,8 @@ from ..configs import config_at
 from ..edits import Edit, ReplaceModule, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..patch import Patch, Proposal
-from ..rope_parameters import KINDS, STATIC, Window, check_number, checked_factors, scaled
+from ..rope_fields import KINDS, STATIC, changes_something, check_belonging, check_number, checked_factors
+from ..rope_parameters import Window, scaled, untruncated
 from ..twin import Change, Difference, difference
 
 _LOCAL = ("sliding", "local", "chunked")
@@ -32,9 +33,12 @@ class RopeScaling(Patch):
     In models with rotary parameters per layer type only the layers that see the whole context are scaled.
 
     Args:
-        kind: ``linear`` (2306.15595), ``dynamic`` (NTK by current length), ``yarn`` (2309.00071), ``longrope``
-            (2402.13753) or ``llama3``.
-        factor: new context over old, at least 1; 1 changes nothing.
+        kind: ``linear`` (2306.15595), ``ntk`` (another ``rope_theta``), ``ntk_by_parts`` (``yarn`` that leaves cos and
+            sin alone), ``yarn`` (2309.00071), ``llama3``, ``longrope`` (2402.13753), ``dynamic`` (NTK by the length so
+            far, as transformers computes it), ``resonance`` (2403.00071: wavelengths below the trained window rounded
+            to whole tokens) or ``clipped`` (2602.05258: the lowest frequencies tapered to zero). The last two stretch
+            nothing by themselves: put them on top of another kind.
+        factor: new context over old, at least 1; 1 changes nothing, ``resonance`` and ``clipped`` excepted.
         beta_fast: for ``yarn``: turns within the old window above which a frequency is kept.
         beta_slow: for ``yarn``: turns below which it is interpolated.
         low_freq_factor: for ``llama3``: wavelengths above old / low are divided.
@@ -42,6 +46,8 @@ class RopeScaling(Patch):
         long_factor: for ``longrope``: one divisor for each rotated frequency beyond the old window; None takes YaRN's.
         short_factor: for ``longrope``: the same within it; None takes 1.
         attention_factor: for ``yarn`` and ``longrope``: factor on cos and sin; None takes the paper's.
+        truncate: for ``yarn`` and ``ntk_by_parts``: whether the ramp begins and ends at whole frequencies.
+        clip_frequencies: for ``clipped``: how many are tapered; None takes the paper's share, 20 of 64.
         layer_types: for models with nested parameters: which to scale; None takes those that are not local.
 
     Raises:
@@ -60,6 +66,8 @@ class RopeScaling(Patch):
     long_factor: tuple[float, ...] | None = None
     short_factor: tuple[float, ...] | None = None
     attention_factor: float | None = None
+    truncate: bool = True
+    clip_frequencies: int | None = None
     layer_types: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -73,6 +81,7 @@ class RopeScaling(Patch):
                 raise AttnPatchError(f"{low} {getattr(self, low)} must be below {high} {getattr(self, high)}.")
         if self.attention_factor is not None:
             check_number("attention_factor", self.attention_factor)
+        check_belonging(self)
         for name in ("long_factor", "short_factor"):
             self._normalise(name, checked_factors(name, getattr(self, name), self.kind))
         if self.layer_types is not None:
@@ -84,7 +93,7 @@ class RopeScaling(Patch):
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Say which rotary modules would be rebuilt; see :meth:`Patch.propose`."""
         owners = self._owners(model, anatomy)
-        if self.factor == 1 and self.long_factor is None and self.short_factor is None:
+        if not changes_something(self):
             return Proposal((), (), ("a factor of 1 changes nothing",), preserves=True)
         changes, notes, found = self._tried(model, anatomy, owners)
         paths = [path for group in owners.values() for path in group]
@@ -154,6 +163,9 @@ class RopeScaling(Patch):
             before = old[key] if key else old
             now = Window(window, _frequencies(module, key), _attention_scaling(module, key))
             after = scaled(self, before, now, compose)
+            if key and after["rope_type"] == "yarn" and after.get("truncate") is False:
+                after = untruncated(after, 2 * len(now.frequencies))
+                notes.append("written as longrope: transformers drops truncate where parameters are nested")
             if before.get("rope_type", "default") not in ("default", after["rope_type"]):
                 notes.append(f"{before['rope_type']} times {self.kind}, written as {after['rope_type']}")
             new = {**new, key: after} if key else after
