@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .plan import Plan, plan
     from .publish import Published, push_to_hub
     from .report import Report
+    from .request_length import request
     from .strength import set_alibi_strength
     from .verify import Verification, verify
 
@@ -105,6 +106,7 @@ __all__ = [
     "patched",
     "plan",
     "push_to_hub",
+    "request",
     "set_alibi_strength",
     "verify",
 ]
@@ -122,6 +124,7 @@ _DEFINES = {
     "plan": ("Plan", "plan"),
     "publish": ("Published", "push_to_hub"),
     "report": ("Report",),
+    "request_length": ("request",),
     "strength": ("set_alibi_strength",),
     "verify": ("Verification", "verify"),
 }

@@ -189,6 +189,17 @@ class AddPreHook(Edit):
 
 
 @dataclass(frozen=True)
+class AddHook(AddPreHook):
+    """Register a forward hook (with keyword arguments) on a module: it may put another output in the place of its."""
+
+    def run(self, model: PreTrainedModel) -> Inverse:
+        """Register it."""
+        module = model.get_submodule(self.path)
+        handle = module.register_forward_hook(self.hook, with_kwargs=True, prepend=self.first)
+        return Inverse(self.claim, lambda: handle.id in module._forward_hooks, handle.remove)
+
+
+@dataclass(frozen=True)
 class SetAttention(Edit):
     """Choose the attention function for the whole model.
 

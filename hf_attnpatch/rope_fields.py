@@ -9,7 +9,7 @@ from .errors import AttnPatchError
 
 # the same angles at every length: any of them can be written as longrope
 STATIC = ("linear", "ntk", "ntk_by_parts", "yarn", "llama3", "resonance", "clipped")
-KINDS = (*STATIC, "longrope", "dynamic")
+KINDS = (*STATIC, "longrope", "dynamic", "dynamic_yarn")
 ALWAYS_CHANGE = ("resonance", "clipped")  # other angles even where the window is not to grow
 SHARPENED = ("yarn", "dynamic_yarn", "longrope")  # cos and sin take a factor of their own
 
@@ -65,6 +65,12 @@ class Scaling(Protocol):
     @property
     def attention_factor(self) -> float | None: ...  # noqa: D102 - see RopeScaling
     @property
+    def layer_types(self) -> tuple[str, ...] | None: ...  # noqa: D102 - see RopeScaling
+    @property
+    def per_request(self) -> bool: ...  # noqa: D102 - see RopeScaling
+    @property
+    def trained_length(self) -> int | None: ...  # noqa: D102 - see RopeScaling
+    @property
     def truncate(self) -> bool: ...  # noqa: D102 - see RopeScaling
     @property
     def clip_frequencies(self) -> int | None: ...  # noqa: D102 - see RopeScaling
@@ -84,11 +90,17 @@ def check_belonging(want: Scaling) -> None:
     ):
         if not idle and want.kind not in kinds:
             raise AttnPatchError(f"{name} belongs to kind={' or '.join(kinds)}; kind={want.kind!r} would ignore it.")
-    if want.truncate is not True and want.truncate is not False:
-        raise AttnPatchError(f"truncate is {want.truncate!r}; it must be True or False.")
-    count = want.clip_frequencies
-    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 2):
-        raise AttnPatchError(f"clip_frequencies is {count!r}; it must be a number of frequencies, at least 2.")
+    for name in ("truncate", "per_request"):
+        if getattr(want, name) not in (True, False) or not isinstance(getattr(want, name), bool):
+            raise AttnPatchError(f"{name} is {getattr(want, name)!r}; it must be True or False.")
+    if want.trained_length is not None and not want.per_request:
+        raise AttnPatchError(
+            "trained_length belongs to per_request=True; without, the config says what was trained on."
+        )
+    for name, least in (("clip_frequencies", 2), ("trained_length", 1)):
+        count = getattr(want, name)
+        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < least):
+            raise AttnPatchError(f"{name} is {count!r}; it must be a number, at least {least}.")
 
 
 def changes_something(want: Scaling) -> bool:

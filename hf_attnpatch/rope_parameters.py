@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -147,6 +148,35 @@ def clip_count(want: Scaling, size: int) -> int:
     if count > size:
         raise AttnPatchError(f"clip_frequencies is {count}; this model rotates {size} frequencies.")
     return count
+
+
+def taken_over(want: Any, old: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return a scaling that switches by length as one by request: the wanted one with the present one in it.
+
+    Args:
+        want: a ``RopeScaling``.
+        old: ``dynamic`` or ``longrope`` parameters.
+
+    Returns:
+        The scaling beyond the window, and the parameters within it.
+
+    Raises:
+        AttnPatchError: another kind is wanted, or ``longrope`` divisors are to be multiplied.
+    """
+    present = old["rope_type"]
+    kept = {key: value for key, value in old.items() if key not in _SCHEME}
+    if present == want.kind == "dynamic":
+        factor = float(want.factor) * float(old.get("factor") or 1.0)
+        return dataclasses.replace(want, factor=factor), {**kept, "rope_type": "default"}
+    if present == want.kind == "longrope" and want.factor == 1 and not want.long_factor and not want.short_factor:
+        ratios = tuple(long / short for long, short in zip(old["long_factor"], old["short_factor"], strict=True))
+        beyond = dataclasses.replace(want, long_factor=ratios, attention_factor=1.0)  # what is there has one already
+        return beyond, {**old, "long_factor": list(old["short_factor"])}
+    same = f"kind={present!r}" + (" and factor=1" if present == "longrope" else "")
+    raise AttnPatchError(
+        f"rope_parameters: the model has {present!r} scaling, which switches by length itself; per_request takes it "
+        f"over with {same} and nothing else."
+    )
 
 
 def untruncated(parameters: Mapping[str, Any], dim: int) -> dict[str, Any]:

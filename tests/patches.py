@@ -16,6 +16,7 @@ import hf_attnpatch as ap
 _ATTENTION = "attn_implementation"
 WINDOW = 16  # of the rotary cases: shorter than the probe of 24 tokens, so that what switches by length does switch
 KINDS = ("linear", "dynamic", "yarn", "longrope", "llama3")
+PER_REQUEST = ("yarn", "dynamic", "longrope")  # a factor for each request and row
 WRITTEN = ("ntk", "ntk_by_parts", "resonance", "clipped")  # under a name of the above, or as another rope_theta
 METHODS = ("first", "mean", "mean_rescaled")
 TEXT = torch.randint(5, 99, (6, 48), generator=torch.Generator().manual_seed(0))  # no text, but tokens to calibrate on
@@ -76,6 +77,16 @@ CASES = (
     ),
     Case("grouped_up", ap.GroupedQuery(num_kv_heads=4), {"num_key_value_heads": 2}),
     *(_rope(kind, 4.0) for kind in (*KINDS, *WRITTEN)),
+    *(
+        Case(
+            f"rope_{kind}_per_request",
+            ap.RopeScaling(kind=kind, factor=4.0, per_request=True),
+            {"max_position_embeddings": WINDOW},
+            everywhere=kind == "yarn",
+            product=kind == "yarn",
+        )
+        for kind in PER_REQUEST
+    ),
     Case("alibi", ap.Alibi(), everywhere=True),
     Case("alibi_clipped", ap.Alibi(distance_clip=6, backend="sdpa"), product=False),
     Case("alibi_rounded", ap.Alibi(exact=False, backend="sdpa"), product=False),

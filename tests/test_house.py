@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "rope_parameters.py": {"errors", "functional", "rope_fields"},
     "patches/": {
         *("anatomy", "backends", "configs", "edits", "errors", "functional", "heads", "layouts", "patch", "probe"),
-        *("rope_fields", "rope_parameters", "runtime", "sites", "twin"),
+        *("request_angles", "rope_config", "rope_fields", "rope_parameters", "rope_requests", "runtime", "sites", "twin"),
         *(
             "calibration_text",
             "conversion",
@@ -67,6 +67,7 @@ MAY_WRITE = {
     "refine.py": ("requires_grad_ grad", "of its own copies of weights"),
     "functional/two_way.py": ("scale", "of autograd's context"),
     "alibi_attention.py": ("query_offset", "of the mask that it has just made"),
+    "request_length.py": ("attnpatch_lengths", "a mark of its own on the cache of a request"),
     "strength.py": ("strength", "of its own bias; a recipe drives it"),
     "patches/grouped_query.py": ("conversion", "what its own preparation found, for its own edits"),
     "evaluation/mode.py": ("eval training", "for the length of a measurement; restores the mode of every module"),

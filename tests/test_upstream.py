@@ -4,6 +4,7 @@ A release that moves one of these fails this file first, and says which.
 """
 
 import ast
+import inspect
 import re
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import (
     DynamicCache,
     EncoderDecoderCache,
     LlamaConfig,
+    LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -40,6 +42,8 @@ PRIVATE = {
     "_modules": lambda: isinstance(nn.Linear(1, 1)._modules, dict),
     "_parameters": lambda: set(nn.Linear(1, 1)._parameters) == {"weight", "bias"},
     "_buffers": lambda: isinstance(nn.Linear(1, 1)._buffers, dict),
+    "_forward_hooks": lambda: isinstance(nn.Linear(1, 1)._forward_hooks, dict),
+    "_prepare_cache_for_generation": lambda: _cache_is_prepared_with_a_length(),
     "_forward_pre_hooks": lambda: isinstance(nn.Linear(1, 1)._forward_pre_hooks, dict),
     "_orig_mod": lambda: hasattr(torch.compile(nn.Linear(1, 1)), "_orig_mod"),
     "_hf_hook": lambda: _accelerate_keeps("_hf_hook"),
@@ -50,6 +54,11 @@ PRIVATE = {
     "_local_scalar_dense": lambda: callable(torch.ops.aten._local_scalar_dense),
     "_old_forward": lambda: _accelerate_keeps("_old_forward"),
 }
+
+
+def _cache_is_prepared_with_a_length():
+    names = list(inspect.signature(LlamaForCausalLM._prepare_cache_for_generation).parameters)
+    return names[1:3] == ["generation_config", "model_kwargs"] and names[-1] == "max_cache_length"
 
 
 def _schema(suffix, *names):

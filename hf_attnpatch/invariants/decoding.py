@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..request_length import request, requests_of
 from .subject import Answer, Subject, compare, left, logits_of, pad, unpadded
 
 _CACHES = ("past_key_values", "cache_params")
@@ -30,7 +32,8 @@ def decoded_after_padding(subject: Subject) -> Answer:
         return "it does not decode left-padded rows"
     wide = pad(subject, subject.inputs, 5)
     length = wide["input_ids"].shape[1]
-    found = _decode(subject, wide, [length // 2, *[1] * (length - length // 2)])
+    with _announced(subject):
+        found = _decode(subject, wide, [length // 2, *[1] * (length - length // 2)])
     if isinstance(found, str):
         return found
     return compare(subject, unpadded(subject, subject.inputs), found[:, 5:])
@@ -40,8 +43,16 @@ def _decoded(subject: Subject, sizes: Sequence[int]) -> Answer:
     if not subject.generates:
         return "it does not generate"
     wanted = subject.logits()
-    found = _decode(subject, subject.inputs, sizes)
+    with _announced(subject):
+        found = _decode(subject, subject.inputs, sizes)
     return found if isinstance(found, str) else compare(subject, wanted, found)
+
+
+def _announced(subject: Subject) -> contextlib.AbstractContextManager[None]:
+    """Say how long the rows will be, to a model whose angles follow from that."""
+    if requests_of(subject.model) is None:
+        return contextlib.nullcontext()
+    return request(subject.model, subject.tokens.shape[1])
 
 
 def _decode(subject: Subject, inputs: Mapping[str, Tensor], sizes: Sequence[int]) -> Tensor | str:

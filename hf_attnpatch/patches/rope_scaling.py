@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..configs import config_at
 from ..edits import Edit, ReplaceModule, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..patch import Patch, Proposal
+from ..request_angles import RequestAngles
+from ..rope_config import declared_window, head_dim, scaled_fields
 from ..rope_fields import KINDS, STATIC, changes_something, check_belonging, check_number, checked_factors
-from ..rope_parameters import Window, scaled, untruncated
+from ..rope_requests import request_proposal
 from ..twin import Change, Difference, difference
-
-_LOCAL = ("sliding", "local", "chunked")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,9 @@ class RopeScaling(Patch):
         kind: ``linear`` (2306.15595), ``ntk`` (another ``rope_theta``), ``ntk_by_parts`` (``yarn`` that leaves cos and
             sin alone), ``yarn`` (2309.00071), ``llama3``, ``longrope`` (2402.13753), ``dynamic`` (NTK by the length so
             far, as transformers computes it), ``resonance`` (2403.00071: wavelengths below the trained window rounded
-            to whole tokens) or ``clipped`` (2602.05258: the lowest frequencies tapered to zero). The last two stretch
-            nothing by themselves: put them on top of another kind.
+            to whole tokens), ``clipped`` (2602.05258: the lowest frequencies tapered to zero) or ``dynamic_yarn``
+            (``yarn`` with ``per_request``). Resonance and clipping stretch nothing by themselves: put them on top of
+            another kind.
         factor: new context over old, at least 1; 1 changes nothing, ``resonance`` and ``clipped`` excepted.
         beta_fast: for ``yarn``: turns within the old window above which a frequency is kept.
         beta_slow: for ``yarn``: turns below which it is interpolated.
@@ -49,6 +50,13 @@ class RopeScaling(Patch):
         truncate: for ``yarn`` and ``ntk_by_parts``: whether the ramp begins and ends at whole frequencies.
         clip_frequencies: for ``clipped``: how many are tapered; None takes the paper's share, 20 of 64.
         layer_types: for models with nested parameters: which to scale; None takes those that are not local.
+        per_request: choose a factor for each row of a batch when its request begins: 1 where prompt and
+            ``max_new_tokens`` fit into the trained window (then the row has the bits of the unscaled model), their
+            length over the window otherwise. It is kept while the text is decoded, see
+            :func:`hf_attnpatch.request`; ``factor`` is what the config declares, no limit. With ``dynamic``, that is
+            its formula with the final length; a model that comes with ``dynamic`` or ``longrope`` scaling is taken
+            over by the same kind and a factor of 1. Checkpoints are of this package's model type.
+        trained_length: for ``per_request``: the window in tokens; None takes what the config declares.
 
     Raises:
         UnsupportedArchitecture: no rotary module built from ``config.rope_parameters``.
@@ -56,6 +64,7 @@ class RopeScaling(Patch):
     """
 
     name: ClassVar[str] = "rope_scaling"
+    transient: ClassVar[frozenset[str]] = frozenset({"restored"})
 
     kind: str
     factor: float
@@ -69,11 +78,16 @@ class RopeScaling(Patch):
     truncate: bool = True
     clip_frequencies: int | None = None
     layer_types: tuple[str, ...] | None = None
+    per_request: bool = False
+    trained_length: int | None = None
+    restored: bool = False  # a checkpoint's own structure, whose config has been edited already
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise AttnPatchError(f"kind {self.kind!r} does not exist; choose from: {', '.join(KINDS)}.")
         check_number("factor", self.factor, at_least=1)
+        if self.kind == "dynamic_yarn":  # there is no other
+            self._normalise("per_request", True)
         for name in ("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"):
             check_number(name, getattr(self, name))
         for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
@@ -90,9 +104,15 @@ class RopeScaling(Patch):
                 raise AttnPatchError(f"layer_types is {self.layer_types!r}; give a list of names, or None.")
             self._normalise("layer_types", tuple(self.layer_types))
 
+    def structure(self) -> Patch:
+        """Return the patch for a model that is built from a config with the fields of this patch."""
+        return dataclasses.replace(self, restored=True)
+
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Say which rotary modules would be rebuilt; see :meth:`Patch.propose`."""
         owners = self._owners(model, anatomy)
+        if self.per_request and (self.restored or changes_something(self) or _switches(model, owners)):
+            return request_proposal(self, model, anatomy, owners)
         if not changes_something(self):
             return Proposal((), (), ("a factor of 1 changes nothing",), preserves=True)
         changes, notes, found = self._tried(model, anatomy, owners)
@@ -116,8 +136,9 @@ class RopeScaling(Patch):
             changes: list[Change] = []
             notes = [f"written as longrope: {why}" for why in refusals]
             for config, paths in owners.items():
-                fields, said = self._fields(config_at(model, config), model.get_submodule(paths[0]), compose)
-                fields |= _head_dim(model, anatomy, config)
+                old, module = config_at(model, config), model.get_submodule(paths[0])
+                fields, said = scaled_fields(self, old, module, declared_window(old), compose)
+                fields |= head_dim(model, anatomy, config)
                 changes += [Change(config, name, value) for name, value in fields.items()]
                 notes += [note for note in said if note not in notes]
             found = difference(model, changes)
@@ -136,6 +157,10 @@ class RopeScaling(Patch):
                     f"{rotary.path}: {anatomy.architecture} keeps a private copy of its config for each rotary base, "
                     "which one scaling in the model's config does not describe."
                 )
+            if _by_request(model.get_submodule(rotary.path)):
+                raise UnsupportedArchitecture(
+                    f"{rotary.path}: its angles are chosen per request already; revert that before another scaling."
+                )
             if rotary.config is None or not getattr(config_at(model, rotary.config), "rope_parameters", None):
                 continue
             needed = _required_arguments(type(model.get_submodule(rotary.path)))
@@ -151,77 +176,19 @@ class RopeScaling(Patch):
             )
         return owners
 
-    def _fields(self, config: PretrainedConfig, module: nn.Module, compose: bool) -> tuple[dict[str, Any], list[str]]:
-        """Return the fields to set in one config, and what to tell the user."""
-        old: Mapping[str, Any] = config.rope_parameters
-        nested = [key for key, value in old.items() if isinstance(value, Mapping)]
-        chosen = self._chosen(nested)
-        window, new = self._window(config), dict(old)
-        rest = ", ".join(k for k in nested if k not in chosen) or "nothing"
-        notes = [f"scales {', '.join(chosen)}; {rest} left alone"] if nested else []
-        for key in chosen or [""]:
-            before = old[key] if key else old
-            now = Window(window, _frequencies(module, key), _attention_scaling(module, key))
-            after = scaled(self, before, now, compose)
-            if key and after["rope_type"] == "yarn" and after.get("truncate") is False:
-                after = untruncated(after, 2 * len(now.frequencies))
-                notes.append("written as longrope: transformers drops truncate where parameters are nested")
-            if before.get("rope_type", "default") not in ("default", after["rope_type"]):
-                notes.append(f"{before['rope_type']} times {self.kind}, written as {after['rope_type']}")
-            new = {**new, key: after} if key else after
-        fields: dict[str, Any] = {"rope_parameters": new}
-        if self.kind == "dynamic":  # transformers measures its growth against max_position_embeddings
-            notes.append("transformers recomputes dynamic angles as the text grows: cached keys keep their old ones")
-            return fields, notes
-        fields["max_position_embeddings"] = round(window * self.factor)
-        if getattr(config, "original_max_position_embeddings", None) is not None:  # Phi-3: outside, with priority
-            fields["original_max_position_embeddings"] = new.get("original_max_position_embeddings", window)
-        return fields, notes
-
-    def _window(self, config: PretrainedConfig) -> int:
-        length = getattr(config, "max_position_embeddings", None)
-        if not isinstance(length, int):
-            raise UnsupportedArchitecture(
-                f"{type(config).__name__}: max_position_embeddings is {length!r}; a factor needs a length to multiply."
-            )
-        return length
-
-    def _chosen(self, nested: list[str]) -> list[str]:
-        if self.layer_types is None:
-            return [key for key in nested if not any(word in key for word in _LOCAL)] or nested
-        unknown = [key for key in self.layer_types if key not in nested]
-        if unknown:
-            there = ", ".join(nested) or "none"
-            raise AttnPatchError(f"layer type {unknown[0]!r} has no rotary parameters of its own; there are: {there}.")
-        return list(self.layer_types)
-
-
-def _head_dim(model: PreTrainedModel, anatomy: Anatomy, path: str) -> dict[str, int]:
-    """Return the head size where the config leaves it open: transformers' formulas read it, the modules derive it."""
-    config, sites = config_at(model, path), [s for s in anatomy.sites if s.config == path]
-    return {"head_dim": sites[0].head_dim} if sites and vars(config).get("head_dim", 0) is None else {}
-
 
 def _required_arguments(kind: type[nn.Module]) -> list[str]:
     parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
     return [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
-def _frequencies(module: nn.Module, layer_type: str) -> Tensor:
-    """Return the present angles per position in fp32, those of the original window where they switch by length."""
-    names = (
-        (f"{layer_type}_original_inv_freq", f"{layer_type}_inv_freq")
-        if layer_type
-        else ("original_inv_freq", "inv_freq")
-    )
-    found = next((getattr(module, n) for n in names if isinstance(getattr(module, n, None), Tensor)), None)
-    assert isinstance(found, Tensor)
-    return found.detach().to("cpu", torch.float32)
+def _by_request(module: nn.Module) -> bool:
+    return any(isinstance(hook, RequestAngles) for hook in module._forward_hooks.values())
 
 
-def _attention_scaling(module: nn.Module, layer_type: str) -> float:
-    name = f"{layer_type}_attention_scaling" if layer_type else "attention_scaling"
-    return float(getattr(module, name, 1.0))
+def _switches(model: PreTrainedModel, owners: Mapping[str, list[str]]) -> bool:
+    """Whether the present scaling goes by the length of a forward."""
+    return any(config_at(model, path).rope_parameters.get("rope_type") in ("dynamic", "longrope") for path in owners)
 
 
 def _rebuild(old: nn.Module) -> nn.Module:

@@ -18,6 +18,8 @@ WORDS = (
     "scaling, which 'dynamic' cannot multiply",
     "'proportional' scaling, which",
     "has tensors as long as the context",
+    "several configs with rotary parameters; per_request needs one",
+    "stands inside a layer, where the length of a request is not known",
     "cannot be built from the changed config",
     "no fused attention runs here",
     "no fused kernel adds ALiBi here",
