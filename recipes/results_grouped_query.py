@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hf_attnpatch import embedded
 from hf_attnpatch.plotting import import_pyplot
 from recipes import settings
+from recipes.comparison import running
+from recipes.comparison.cells import Cell, choose
 from recipes.data import DataError, local_files
 from recipes.grouped_query import cells, draw, render
-from recipes.grouped_query.cells import CORPUS, SMOLLM2, Cell
-from recipes.grouped_query.runner import CellFailed, Runner
+from recipes.grouped_query.cells import CORPUS, SMOLLM2
+from recipes.grouped_query.runner import Runner
 from recipes.grouped_query.store import Store
 from recipes.settings import SettingsError
 
@@ -102,23 +105,6 @@ def check_corpus() -> None:
         )
 
 
-def run(runner: Runner, wanted: Sequence[Cell], again: bool) -> list[str]:
-    """Runs the cells that are not there yet; returns the names of those that failed."""
-    failed = []
-    for number, waiting in enumerate(wanted, 1):
-        runner.store.reload()
-        cell = runner.ready(waiting)
-        if runner.store.has(cell) and not again:
-            continue
-        print(f"[{number}/{len(wanted)}] {cell.name}", flush=True)
-        try:
-            print(f"    {said(runner, cell.name, runner.run(cell))}", flush=True)
-        except CellFailed as error:
-            print(f"    FAILED: {error}", flush=True)
-            failed.append(cell.name)
-    return failed
-
-
 def said(runner: Runner, name: str, row: Mapping[str, Any]) -> str:
     """A finished cell in a line."""
     if "scores" in row:
@@ -141,7 +127,7 @@ def main() -> None:
     chosen = parse()
     every = cells.all_cells(chosen.models, cells.QUICK if chosen.quick else cells.FULL, chosen.text)
     every = cells.quick_cells(every) if chosen.quick else every
-    wanted = cells.choose(every, chosen.cells)
+    wanted = choose(every, chosen.cells)
     store = Store(chosen.out / "metrics.jsonl")
     runner = Runner(store, chosen.scratch, chosen.threads)
     if chosen.list:
@@ -151,7 +137,7 @@ def main() -> None:
     failed = []
     if not chosen.render:
         check(wanted, chosen.text)
-        failed = run(runner, wanted, chosen.again)
+        failed = running.run(runner, wanted, again=chosen.again, said=partial(said, runner))
     write(store, chosen, every)
     if failed:
         raise SystemExit(f"results_grouped_query: {len(failed)} cells failed: {', '.join(failed)}")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from fnmatch import fnmatch
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from hf_attnpatch.embedded import DOMAINS
-from recipes.settings import SettingsError
+from recipes.comparison.cells import Cell, matches
 
 SMOLLM2 = "data/smollm2"
 CORPUS = "data/corpus/train"
@@ -70,30 +66,6 @@ QUICK = Scale(
 )
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One measurement.
-
-    Attributes:
-        name: path-like, such as `embedded/8-2/refined`.
-        kind: `convert` or `uptrain`.
-        spec: everything it depends on, JSON-able.
-    """
-
-    name: str
-    kind: str
-    spec: Mapping[str, Any] = field(hash=False)
-
-    @property
-    def digest(self) -> str:
-        """Of what it depends on: a result with another one is of another cell."""
-        return hashlib.sha256(json.dumps([self.kind, self.spec], sort_keys=True).encode()).hexdigest()[:12]
-
-    def with_(self, **changes: Any) -> Cell:
-        """Returns the cell with some of its settings changed."""
-        return dataclasses.replace(self, spec={**self.spec, **changes})
-
-
 def all_cells(models: tuple[str, ...], scale: Scale, text: str) -> list[Cell]:
     """The cells in the order they are run: those that answer most first.
 
@@ -116,23 +88,7 @@ def quick_cells(cells: list[Cell]) -> list[Cell]:
     """A few of each kind, all that the tables and figures need."""
     patterns = ("embedded/original", "embedded/8-2/*", "uptraining/8-2/*", "uptraining/rates/*/*/0.0015")
     slow = ("*/seed-2", "*/on-docs", "*/on-prose", "*-adjacent", "*/first", "*/mean_rescaled", "*/principal")
-    return [c for c in cells if _matches(c, patterns) and not _matches(c, slow)]
-
-
-def choose(cells: list[Cell], patterns: list[str]) -> list[Cell]:
-    """The cells whose names match one of the patterns (`embedded/8-2/*`); all where there are none.
-
-    Raises:
-        SettingsError: a pattern matches nothing.
-    """
-    for pattern in patterns:
-        if not any(fnmatch(cell.name, pattern) for cell in cells):
-            raise SettingsError(f"--cells {pattern}: no such cell; --list shows all {len(cells)}.")
-    return [cell for cell in cells if not patterns or _matches(cell, tuple(patterns))]
-
-
-def _matches(cell: Cell, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch(cell.name, pattern) for pattern in patterns)
+    return [c for c in cells if matches(c, patterns) and not matches(c, slow)]
 
 
 def _convert(model: str, scale: Scale, name: str, **settings: Any) -> Cell:

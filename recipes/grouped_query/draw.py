@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_attnpatch.embedded import DOMAINS
 from hf_attnpatch.plotting import import_pyplot
+from recipes.comparison.figures import finish, panels, plain
 from recipes.grouped_query.cells import HEADS, STARTS
 from recipes.grouped_query.render import METHODS, caption, excess, ratio
 from recipes.grouped_query.store import Store
@@ -37,12 +37,12 @@ def everything(store: Store, folder: Path) -> None:
 def zero_shot(store: Store) -> Any:
     """Excess loss of each method, a panel for each number of heads; None where nothing was measured."""
     places = [(model, kv) for model, (_, counts) in HEADS.items() for kv in counts]
-    panels = [(model, kv, _methods(store, model, kv)) for model, kv in places]
-    panels = [panel for panel in panels if panel[2]]
-    if not panels:
+    shown = [(model, kv, _methods(store, model, kv)) for model, kv in places]
+    shown = [panel for panel in shown if panel[2]]
+    if not shown:
         return None
-    figure, axes = _panels(len(panels), width=4.2, height=3.4, sharey=False)
-    for axis, (model, kv, found) in zip(axes, panels, strict=True):
+    figure, axes = panels(len(shown), width=4.2, height=3.4, sharey=False)
+    for axis, (model, kv, found) in zip(axes, shown, strict=True):
         names = list(found)
         for method, interval in found.items():
             at, (colour, marker) = names.index(method), OURS if method in METHODS[4:] else OTHERS
@@ -53,10 +53,10 @@ def zero_shot(store: Store) -> Any:
         axis.set_yticks(range(len(names)), [caption(name) for name in names])
         axis.set(xscale="log", ylim=(len(names) - 0.5, -0.7), xlabel="nats above the original")
         axis.margins(x=0.15)
-        _plain(axis.xaxis)
+        plain(axis.xaxis)
         title = "embedded" if model == "embedded" else "SmolLM2-135M"
         axis.set_title(f"{title}, {HEADS[model][0]} to {kv}")
-    _finish(figure, axes, "x", "Conversion without training (round: this package's methods)")
+    finish(figure, axes, "x", "Conversion without training (round: this package's methods)")
     return figure
 
 
@@ -72,7 +72,7 @@ def uptraining(store: Store) -> Any:
     there = [(present, kv) for present, kv in places if any(rows[present, kv, s] for s in STARTS)]
     if not there:
         return None
-    figure, axes = _panels(len(there), width=4.2, height=3.6, sharey=True)
+    figure, axes = panels(len(there), width=4.2, height=3.6, sharey=True)
     for axis, (present, kv) in zip(axes, there, strict=True):
         for start in STARTS:
             row = rows[present, kv, start]
@@ -88,10 +88,10 @@ def uptraining(store: Store) -> Any:
             xlabel="tokens (thousands)",
             title=f"{'SmolLM2' if present == 3 else 'embedded'}, {present} to {kv}",
         )
-        _plain(axis.yaxis)
+        plain(axis.yaxis)
         axis.legend()
     axes[0].set_ylabel("nats above the original")
-    _finish(figure, axes, "y", "Uptrained by distillation from the unconverted self (attention only)")
+    finish(figure, axes, "y", "Uptrained by distillation from the unconverted self (attention only)")
     return figure
 
 
@@ -110,7 +110,7 @@ def domains(store: Store) -> Any:
     counts = [kv for kv in HEADS["embedded"][1] if any(store.get(f"embedded/8-{kv}/refined/on-{d}") for d in DOMAINS)]
     if not counts:
         return None
-    figure, axes = _panels(len(counts), width=3.8, height=3.4, sharey=True)
+    figure, axes = panels(len(counts), width=3.8, height=3.4, sharey=True)
     for axis, kv in zip(axes, counts, strict=True):
         place = f"embedded/8-{kv}"
         for shift, (worse, (colour, marker)) in zip((-0.08, 0.08), PLACE.items(), strict=True):
@@ -130,29 +130,5 @@ def domains(store: Store) -> Any:
     axes[0].set_ylabel("damage of refined, as a share")
     if axes[0].get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=4 if len(counts) > 1 else 2, fontsize=8)
-    _finish(figure, axes, "y", "Does a calibration hold on text of other domains?")
+    finish(figure, axes, "y", "Does a calibration hold on text of other domains?")
     return figure
-
-
-def _plain(axis: Any) -> None:
-    """Numbers such as 0.05 along a logarithmic axis, few enough to be read."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _panels(count: int, *, width: float, height: float, sharey: bool) -> tuple[Any, Sequence[Any]]:
-    figure, axes = import_pyplot().subplots(
-        1, count, figsize=(width * count + 1, height), sharey=sharey, squeeze=False, layout="constrained"
-    )
-    return figure, list(axes[0])
-
-
-def _finish(figure: Any, axes: Sequence[Any], grid: str, title: str) -> None:
-    for each in axes:
-        each.grid(axis=grid, alpha=0.3)
-        each.set_axisbelow(True)
-        each.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from hf_attnpatch.embedded import DOMAINS
 from hf_attnpatch.evaluation import Interval, difference
+from recipes.comparison.cells import Cell
+from recipes.comparison.tables import MISSING, conditions, markdown, number, write_page
 from recipes.grouped_query import targets
-from recipes.grouped_query.cells import CORPUS, DATA_FREE, FITTED, HEADS, RATES, SEEDS, SORTED, STARTS, Cell
+from recipes.grouped_query.cells import CORPUS, DATA_FREE, FITTED, HEADS, RATES, SEEDS, SORTED, STARTS
 from recipes.grouped_query.ratios import damage_ratio
 from recipes.grouped_query.store import Store
 
+CLOSING = " Weights and arithmetic in float32; uptraining under bfloat16 autocast."
 METHODS = (*DATA_FREE, *FITTED, *(f"{method}-adjacent" for method in SORTED))
-MISSING = "-"
 
 
 def write(store: Store, cells: Sequence[Cell], path: Path) -> None:
@@ -34,11 +34,9 @@ def write(store: Store, cells: Sequence[Cell], path: Path) -> None:
         _uptraining(store),
         _domains(store),
         _seeds(store),
-        _conditions(store),
+        "## Conditions\n\n" + conditions(store) + CLOSING if store.rows else "",
     ]
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text("\n\n".join(part.strip() for part in parts if part) + "\n", "utf-8")
-    os.replace(temporary, path)
+    write_page(path, parts)
 
 
 def excess(store: Store, name: str, domain: str | None = None) -> Interval | None:
@@ -56,12 +54,6 @@ def ratio(store: Store, better: str, worse: str, domains: Iterable[str | None] =
     return damage_ratio(*scores)  # type: ignore[arg-type]
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, numbers to the right."""
-    align = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, align, *rows))
-
-
 def signed(found: Interval | None) -> str:
     """An excess loss with its interval."""
     return MISSING if found is None else f"{found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
@@ -70,11 +62,6 @@ def signed(found: Interval | None) -> str:
 def share(found: Interval | None) -> str:
     """A ratio with its interval."""
     return MISSING if found is None else f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
-
-
-def number(value: float | None, form: str) -> str:
-    """A number, or that it is missing."""
-    return MISSING if value is None else format(value, form)
 
 
 def _about(store: Store, cells: Sequence[Cell]) -> str:
@@ -230,18 +217,3 @@ def _seeds(store: Store) -> str:
         return ""
     head = ["excess", *(f"seed {seed}" for seed in (0, *SEEDS))]
     return "## Seeds\n\n" + markdown(head, rows)
-
-
-def _conditions(store: Store) -> str:
-    places = [row["environment"] for row in store.rows.values()]
-    if not places:
-        return ""
-    say: Callable[[str], str] = lambda key: ", ".join(dict.fromkeys(str(place[key]) for place in places))  # noqa: E731
-    loads = [place["load"] for place in places if place["load"] is not None]
-    busy: Any = f", load average {min(loads)} to {max(loads)} when cells began" if loads else ""
-    versions = ", ".join(f"{name} {say(name)}" for name in ("python", "torch", "transformers", "hf_attnpatch"))
-    return (
-        f"## Conditions\n\n{say('cpu')}, {say('cores')} cores, {say('threads')} threads{busy}: where others were at "
-        f"work, wall seconds say little and CPU seconds more. {versions} (digest of its sources: {say('code')}), "
-        f"{say('date')}. Weights and arithmetic in float32; uptraining under bfloat16 autocast."
-    )

@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from recipes import checkpoints
-from recipes.grouped_query.cells import RATES, TRIED, Cell
-from recipes.grouped_query.store import Store, environment
+from recipes.comparison.cells import Cell
+from recipes.comparison.running import CellFailed
+from recipes.comparison.store import environment
+from recipes.grouped_query.cells import RATES, TRIED
+from recipes.grouped_query.store import Store
 
 RECIPES = Path(__file__).resolve().parents[1]
 CONFIG = RECIPES / "configs/grouped_query_refined.yaml"
 FIGURES = {"embedded/8-2/refined": "damage_embedded.png", "smollm2/3-1/refined": "damage_smollm2.png"}
-
-
-class CellFailed(RuntimeError):
-    """A cell's process ended with an error, which it has printed."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hf_attnpatch.embedded import DOMAINS
 from hf_attnpatch.evaluation import Interval
+from recipes.comparison.tables import markdown
 from recipes.grouped_query.store import Store
 
 
@@ -40,8 +41,6 @@ class Target:
 
 def table(store: Store) -> str:
     """All targets as Markdown."""
-    from recipes.grouped_query.render import markdown
-
     return markdown(["figure", "measured", "target", "met"], [target.row() for target in every(store)])
 
 

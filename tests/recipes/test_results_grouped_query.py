@@ -10,8 +10,11 @@ import torch
 from hf_attnpatch.evaluation import difference, summarise
 from hf_attnpatch.evaluation.memory import peak_memory
 from recipes import results_grouped_query as command
+from recipes.comparison import running
+from recipes.comparison.cells import Cell, choose
+from recipes.comparison.running import CellFailed
 from recipes.grouped_query import cells, render, runner, targets
-from recipes.grouped_query.cells import FULL, QUICK, Cell
+from recipes.grouped_query.cells import FULL, QUICK
 from recipes.grouped_query.ratios import damage_ratio
 from recipes.grouped_query.runner import Runner
 from recipes.grouped_query.store import Store
@@ -164,7 +167,7 @@ def test_the_rate_of_an_uptraining_is_the_best_of_its_trials(tmp_path):
     run = Runner(made, tmp_path, 1)
     cell = next(c for c in cells.all_cells(("embedded",), FULL, "text") if c.name == "uptraining/8-1/refined")
     assert run.ready(cell).spec["lr"] is None
-    with pytest.raises(runner.CellFailed, match="run --cells 'uptraining/rates"):
+    with pytest.raises(CellFailed, match="run --cells 'uptraining/rates"):
         run.run(cell)
     for rate, nats in ((5e-4, 3.0), (1.5e-3, 3.1)):
         made.add(
@@ -215,8 +218,8 @@ def test_the_command_measures_goes_on_and_renders(tmp_path, monkeypatch, capfd):
 def test_a_failed_cell_is_said_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runner.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1))
     run = Runner(Store(tmp_path / "metrics.jsonl"), tmp_path, 1)
-    wanted = cells.choose(cells.all_cells(("embedded",), QUICK, "embedded/uptrain"), ["embedded/8-2/*"])
-    assert command.run(run, wanted, again=False) == [cell.name for cell in wanted]
+    wanted = choose(cells.all_cells(("embedded",), QUICK, "embedded/uptrain"), ["embedded/8-2/*"])
+    assert running.run(run, wanted, again=False, said=str) == [cell.name for cell in wanted]
     assert capsys.readouterr().out.count("FAILED") == len(wanted)
 
 
@@ -236,7 +239,7 @@ def test_what_is_missing_is_named_before_anything_runs(tmp_path, monkeypatch):
         command.check(embedded, cells.CORPUS)
     command.check(embedded, "embedded/uptrain")
     with pytest.raises(SettingsError, match="nothing/\\*: no such cell"):
-        cells.choose(every, ["nothing/*"])
+        choose(every, ["nothing/*"])
     for flags, message in ((["--quick"], "--out"), (["--models", "gpt9"], "no gpt9; choose from embedded, smollm2")):
         with pytest.raises(SettingsError, match=message):
             command.parse(flags)

@@ -1,0 +1,1 @@
+"""What comparisons of many cells share: named cells, a store that a stopped run goes on from, tables, figures."""
