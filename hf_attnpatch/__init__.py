@@ -23,14 +23,23 @@ from .errors import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .anatomy import Anatomy, Rotary, Site, describe
+    from .anatomy import Anatomy, RotaryModule, Site, describe
     from .api import apply, patched
     from .checkpoint import load
     from .compare import Comparison, compare
     from .diagnose import diagnose
     from .diagnosis import Diagnosis
     from .patch import Patch, from_spec
-    from .patches import Alibi, Flash, GroupedQuery, RopeScaling
+    from .patches import (
+        Alibi,
+        Flash,
+        GroupedQuery,
+        NoPosition,
+        PositionTable,
+        RopeScaling,
+        Rotary,
+        Sinusoidal,
+    )
     from .plan import Plan, plan
     from .publish import Published, push_to_hub
     from .report import Report
@@ -71,6 +80,34 @@ def patch_flash(model: "PreTrainedModel", **fields: Any) -> "Report":
     return apply(model, from_spec({**fields, "patch": "flash"}))
 
 
+def patch_rotary(model: "PreTrainedModel", **fields: Any) -> "Report":
+    """Apply :class:`Rotary` with these fields."""
+    from . import apply, from_spec
+
+    return apply(model, from_spec({**fields, "patch": "rotary"}))
+
+
+def patch_sinusoidal(model: "PreTrainedModel", **fields: Any) -> "Report":
+    """Apply :class:`Sinusoidal` with these fields."""
+    from . import apply, from_spec
+
+    return apply(model, from_spec({**fields, "patch": "sinusoidal"}))
+
+
+def patch_no_position(model: "PreTrainedModel", **fields: Any) -> "Report":
+    """Apply :class:`NoPosition` with these fields."""
+    from . import apply, from_spec
+
+    return apply(model, from_spec({**fields, "patch": "no_position"}))
+
+
+def patch_position_table(model: "PreTrainedModel", **fields: Any) -> "Report":
+    """Apply :class:`PositionTable` with these fields."""
+    from . import apply, from_spec
+
+    return apply(model, from_spec({**fields, "patch": "position_table"}))
+
+
 __all__ = [
     "Alibi",
     "Anatomy",
@@ -82,14 +119,18 @@ __all__ = [
     "Flash",
     "GroupedQuery",
     "MissingExtra",
+    "NoPosition",
     "Patch",
     "PatchConflict",
     "Plan",
+    "PositionTable",
     "Published",
     "Report",
     "RopeScaling",
     "Rotary",
+    "RotaryModule",
     "SelfCheckFailed",
+    "Sinusoidal",
     "Site",
     "UnsupportedArchitecture",
     "Verification",
@@ -102,7 +143,11 @@ __all__ = [
     "patch_alibi",
     "patch_flash",
     "patch_grouped_query",
+    "patch_no_position",
+    "patch_position_table",
     "patch_rope_scaling",
+    "patch_rotary",
+    "patch_sinusoidal",
     "patched",
     "plan",
     "push_to_hub",
@@ -113,14 +158,23 @@ __all__ = [
 
 # module -> the public names that it defines
 _DEFINES = {
-    "anatomy": ("Anatomy", "Rotary", "Site", "describe"),
+    "anatomy": ("Anatomy", "RotaryModule", "Site", "describe"),
     "api": ("apply", "patched"),
     "checkpoint": ("load",),
     "diagnose": ("diagnose",),
     "diagnosis": ("Diagnosis",),
     "compare": ("Comparison", "compare"),
     "patch": ("Patch", "from_spec"),
-    "patches": ("Alibi", "Flash", "GroupedQuery", "RopeScaling"),
+    "patches": (
+        "Alibi",
+        "Flash",
+        "GroupedQuery",
+        "NoPosition",
+        "PositionTable",
+        "RopeScaling",
+        "Rotary",
+        "Sinusoidal",
+    ),
     "plan": ("Plan", "plan"),
     "publish": ("Published", "push_to_hub"),
     "report": ("Report",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,14 +11,16 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .added_positions import CHILD, LearnedPositions, SinusoidalPositions
 from .configs import config_path
 from .errors import UnsupportedArchitecture
-from .position_modules import alibi_of, turns_nothing
+from .position_modules import alibi_of, bias_left_out, turns_nothing
 from .sites import Site, read_sites
+from .turning import rotation_of
 
 
 @dataclass(frozen=True)
-class Rotary:
+class RotaryModule:
     """One module that computes rotary angles.
 
     Attributes:
@@ -48,6 +51,11 @@ class Anatomy:
         alibi: whether scores are biased by distance.
         biased: paths of the modules that this package gave such a bias.
         max_positions: the context length that the config declares, in tokens.
+        stilled: modules computing rotary angles that this package made turn nothing.
+        inner: paths of attention modules that rotate by a table of their own.
+        turned: paths of the modules that this package made rotate.
+        added: what this package adds to the embeddings: ``sinusoidal``, ``table`` or, for nothing, an empty string.
+        base: path of the language model proper, which gets token ids and holds all attention; None where not found.
     """
 
     model_type: str
@@ -55,16 +63,25 @@ class Anatomy:
     sites: tuple[Site, ...]
     other: Mapping[str, str]
     unread: Mapping[str, str]
-    rotary: tuple[Rotary, ...]
+    rotary: tuple[RotaryModule, ...]
     tables: Mapping[str, int]
     alibi: bool
     biased: tuple[str, ...]
     max_positions: int | None
+    stilled: tuple[RotaryModule, ...] = ()
+    inner: tuple[str, ...] = ()
+    turned: tuple[str, ...] = ()
+    added: str = ""
+    base: str | None = None
 
     @property
     def positions(self) -> str:
         """The position scheme in a word or two."""
-        found = [("rotary", self.rotary), ("table", self.tables), ("alibi", self.alibi)]
+        found = [
+            *(("rotary", self.rotary or self.turned), ("rotary inside the attention module", self.inner)),
+            *(("table", self.tables or self.added == "table"), ("sinusoidal", self.added == "sinusoidal")),
+            ("alibi", self.alibi),
+        ]
         return " + ".join(name for name, there in found if there) or "none or inside the attention module"
 
     def __str__(self) -> str:
@@ -87,17 +104,23 @@ def describe(model: PreTrainedModel) -> Anatomy:
     text = model.config.get_text_config(decoder=True)
     sites, other, unread = read_sites(model)
     biased = tuple(path for path, module in model.named_modules() if alibi_of(module) is not None)
+    rotary, base = list(_rotary(model)), _base(model, [*(s.path for s in sites), *other, *unread])
     return Anatomy(
         model_type=str(text.model_type),
         architecture=type(model).__name__,
         sites=sites,
         other=other,
         unread=unread,
-        rotary=tuple(_rotary(model)),
+        rotary=tuple(found for found, turns in rotary if turns),
         tables=dict(_tables(model)),
         alibi=bool(biased) or _alibi(model),
         biased=biased,
         max_positions=getattr(text, "max_position_embeddings", None),
+        stilled=tuple(found for found, turns in rotary if not turns),
+        inner=tuple(p for p, module in model.named_modules() if inner_table(module) and not turns_nothing(module)),
+        turned=tuple(path for path, module in model.named_modules() if rotation_of(module) is not None),
+        added="" if base is None else _added(model.get_submodule(base)),
+        base=base,
     )
 
 
@@ -121,13 +144,14 @@ def _wrapper_message(model: Any) -> str:
     return f"{kind} is not a transformers model but a wrapper or something else; {remedy}."
 
 
-def _rotary(model: PreTrainedModel) -> Iterator[Rotary]:
+def _rotary(model: PreTrainedModel) -> Iterator[tuple[RotaryModule, bool]]:
     for path, module in model.named_modules():
         names = {n for n, _ in module.named_buffers(recurse=False)}
-        if any(n.endswith("inv_freq") for n in names) and not turns_nothing(module):
+        if any(n.endswith("inv_freq") for n in names):
             kind: Any = getattr(module, "rope_type", "default")
             types = dict(kind) if isinstance(kind, Mapping) else str(kind)
-            yield Rotary(path, type(module).__name__, types, config_path(model, getattr(module, "config", None)))
+            config = config_path(model, getattr(module, "config", None))
+            yield RotaryModule(path, type(module).__name__, types, config), not turns_nothing(module)
 
 
 def _tables(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
@@ -140,7 +164,34 @@ def _tables(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
                 yield path, weights.shape[0]
 
 
+def inner_table(module: nn.Module) -> bool:
+    """Whether an attention module gathers angles by ``position_ids`` from a table that it keeps itself."""
+    table = getattr(module, "embed_positions", None)
+    takes = isinstance(table, Tensor) and "position_ids" in inspect.signature(module.forward).parameters
+    return takes and hasattr(module, "rotary_dim")
+
+
+def _base(model: PreTrainedModel, attention: list[str]) -> str | None:
+    """Return the path of the innermost model that takes token ids or embeddings, and all attention below it."""
+    found = None
+    for path, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and attention:
+            prefix = f"{path}." if path else ""
+            takes = {"input_ids", "inputs_embeds"} <= set(inspect.signature(module.forward).parameters)
+            if takes and all(each.startswith(prefix) for each in attention):
+                found = path
+    return found
+
+
+def _added(base: nn.Module) -> str:
+    child = base._modules.get(CHILD)
+    kinds = {SinusoidalPositions: "sinusoidal", LearnedPositions: "table"}
+    return next((name for kind, name in kinds.items() if isinstance(child, kind)), "")
+
+
 def _alibi(model: PreTrainedModel) -> bool:
+    if any(map(bias_left_out, model.modules())):
+        return False
     config = model.config.get_text_config(decoder=True)
     declared = getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False)
     return bool(declared) or any(
@@ -148,4 +199,4 @@ def _alibi(model: PreTrainedModel) -> bool:
     )
 
 
-__all__ = ["Anatomy", "Rotary", "Site", "describe"]
+__all__ = ["Anatomy", "RotaryModule", "Site", "describe", "inner_table"]

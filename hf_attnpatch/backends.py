@@ -9,9 +9,17 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, eager_mask, flash_attention_mask
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    eager_mask,
+    flash_attention_mask,
+    flex_attention_mask,
+    sdpa_mask,
+)
 
-from . import alibi_attention, alibi_flash
+from . import alibi_attention, alibi_flash, turning
 from .errors import missing_extra
 from .position_modules import PREFIX
 from .sight import key_mask, present_key_mask
@@ -77,6 +85,24 @@ def register_alibi() -> None:
     }
     for name, (attention, mask) in pairs.items():
         register(PREFIX + name, attention, mask)
+
+
+def register_rotary() -> None:
+    """Make the attention functions that rotate known; masks are those of the kernel that each calls."""
+    flash = {name: (alibi_flash.flash(name), flash_attention_mask) for name in _PACKAGE}
+    pairs = {
+        "sdpa": (sdpa_attention_forward, sdpa_mask),
+        "eager": (alibi_attention.eager, eager_mask),
+        "flex_attention": (flex_attention_forward, flex_attention_mask),
+        **flash,
+    }
+    for name, (attention, mask) in pairs.items():
+        register(turning.PREFIX + name, turning.turning(attention), mask)
+
+
+def kernel_of(implementation: str) -> str:
+    """Return the kernel that an attention implementation of this package calls, or the implementation itself."""
+    return implementation.removeprefix(PREFIX).removeprefix(turning.PREFIX)
 
 
 def ranked(device: torch.device) -> tuple[str, ...]:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .functional.biased import HIDDEN, Sight, attend, attend_with
-from .position_modules import AlibiBias
+from .position_modules import AlibiBias, NoBias
+from .turning import Turn
 
 Handler = Callable[..., Any]
 
@@ -49,6 +50,15 @@ class _Noted:
     @property
     def dtype(self) -> torch.dtype:
         return self.shadow.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._held.device
+
+    @property
+    def _held(self) -> Tensor:
+        """A tensor that this stands for, or is made of."""
+        raise NotImplementedError(f"{type(self).__name__} hold no tensor")
 
     def size(self, *dim: int) -> Any:
         return self.shadow.size(*dim)
@@ -86,13 +96,19 @@ class Keys(_Noted):
         data: (batch, kv heads, k, d).
         shadow: of what the forward believes to hold.
         sight: what queries see, as far as the mask was taken from the forward; None where the forward adds it itself.
-        distance: a bias by distance that counts in the place of the forward's own; None keeps that.
+        distance: a bias by distance that counts in the place of the forward's own; ``NoBias`` for none, None keeps it.
+        turn: the rotation of the queries; these keys have been rotated.
     """
 
     data: Tensor
     shadow: Tensor
     sight: Sight | None
-    distance: AlibiBias | None = None
+    distance: AlibiBias | NoBias | None = None
+    turn: Turn | None = None
+
+    @property
+    def _held(self) -> Tensor:
+        return self.data
 
     def _on_matmul(self, left: Any, right: Any) -> Scores:
         if isinstance(left, _Noted) or self.shadow.shape[-2] != self.data.shape[-1]:
@@ -129,6 +145,10 @@ class Values(_Noted):
     data: Tensor
     shadow: Tensor
 
+    @property
+    def _held(self) -> Tensor:
+        return self.data
+
 
 @dataclass(frozen=True)
 class Scores(_Noted):
@@ -149,6 +169,16 @@ class Scores(_Noted):
     scale: float
     bias: Tensor | None
     mask: Tensor | None
+
+    @property
+    def _held(self) -> Tensor:
+        return self.query
+
+    def _on_where(self, seen: Tensor, scores: Any, hidden: Any) -> Scores:
+        if scores is not self or not isinstance(hidden, Tensor) or hidden.numel() != 1:
+            raise NotImplementedError("scores chosen among others")
+        found: Scores = self.masked_fill(~seen, float(hidden))
+        return found
 
     def __mul__(self, factor: float) -> Scores:
         if isinstance(factor, Tensor) or factor <= 0:
@@ -208,6 +238,10 @@ class Weights(_Noted):
     shadow: Tensor
     dropped: float
 
+    @property
+    def _held(self) -> Tensor:
+        return self.scores.query
+
     def _on_dropout(self, weights: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Weights:
         return replace(self, dropped=p) if training and p > 0 else self
 
@@ -225,6 +259,8 @@ class Weights(_Noted):
 def _attended(weights: Weights, values: Values) -> Tensor:
     scores, key, value = weights.scores, weights.scores.keys.data, values.data
     query = scores.query.reshape(key.shape[0], -1, *scores.query.shape[-2:]).to(value.dtype)
+    if scores.keys.turn is not None:
+        query, _ = scores.keys.turn.both(query, key)
     sight = _sight(scores, query)
     bias = scores.bias
     if bias is not None:  # a mask may have come with it: Falcon writes both into one tensor
@@ -232,11 +268,14 @@ def _attended(weights: Weights, values: Values) -> Tensor:
         bias = bias.masked_fill(hidden, 0.0).expand(-1, query.shape[1], -1, -1)[:, :, 0]
         keep = ~hidden[:, 0, 0].expand(key.shape[0], -1)
         sight = replace(sight, keep=keep if sight.keep is None else keep & sight.keep)
-    if scores.keys.distance is not None:
-        distance = scores.keys.distance.distance(query.shape[1], query.dtype)
-        if sight.mask is not None and sight.mask.dtype != torch.bool:  # the forward's own bias may be in it
-            sight = replace(sight, mask=sight.mask > HIDDEN / 2)
+    own = scores.keys.distance
+    if own is not None and sight.mask is not None and sight.mask.dtype != torch.bool:  # the forward's bias may be in it
+        seen = sight.mask > HIDDEN / 2
+        sight = replace(sight, mask=seen if sight.keep is None else seen & sight.keep[:, None, None])
+    if isinstance(own, AlibiBias):
+        distance = own.distance(query.shape[1], query.dtype)
         return attend(query, key.to(value.dtype), value, distance, sight, scores.scale, weights.dropped)
+    bias = bias if own is None else None
     return attend_with(query, key.to(value.dtype), value, bias, sight, scores.scale, weights.dropped)
 
 

@@ -1,80 +1,35 @@
-"""The only code that writes to a model. Every edit returns its inverse.
-
-An edit is one write with a claim (what it touches). ``run`` performs it and returns an :class:`Inverse`, which knows
-whether the write still stands and how to take it back: the very objects that were there are put back.
-"""
+"""The only code that writes to a model. Every edit returns its inverse (:mod:`.edit`)."""
 
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from accelerate.hooks import add_hook_to_module
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .configs import all_configs, config_at
+from .edit import ABSENT as _ABSENT
+from .edit import Edit, Inverse
+from .edit import short as _short
+from .edit import swap as _swap
 from .errors import UnsupportedArchitecture
 
-_ABSENT = object()
-
-
-@dataclass(frozen=True)
-class Inverse:
-    """How to take one edit back.
-
-    Attributes:
-        claim: what the edit touched.
-        stands: whether the edit is still in place, that is, whether taking it back would undo it and nothing else.
-        undo: takes it back.
-    """
-
-    claim: str
-    stands: Callable[[], bool]
-    undo: Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Edit(ABC):
-    """One write to a model.
-
-    Attributes:
-        path: the module (or the config) it writes to, as in ``named_modules``; empty for the model itself.
-        rung: how deep this cuts: config, attribute, attention, weights, module, hook.
-    """
-
-    rung: ClassVar[str]
-    path: str
-
-    @property
-    @abstractmethod
-    def claim(self) -> str:
-        """What is touched; two patches with an equal claim are in conflict."""
-
-    @abstractmethod
-    def preview(self, model: PreTrainedModel) -> tuple[str, str]:
-        """Return what is there and what would be, as short texts."""
-
-    @abstractmethod
-    def run(self, model: PreTrainedModel) -> Inverse:
-        """Write, and return the way back."""
-
-
-def _swap(store: dict[str, Any], key: str, value: Any, claim: str) -> Inverse:
-    """Put ``value`` under ``key``, remembering the object, or the absence, that was there."""
-    old = store.get(key, _ABSENT)
-    store[key] = value
-
-    def undo() -> None:
-        if old is _ABSENT:
-            del store[key]
-        else:
-            store[key] = old
-
-    return Inverse(claim, lambda: store.get(key, _ABSENT) is value, undo)
+__all__ = [
+    "AddModule",
+    "AddPreHook",
+    "Edit",
+    "Inverse",
+    "ReplaceModule",
+    "SetAttention",
+    "SetAttribute",
+    "SetBuffer",
+    "SetConfig",
+    "SetConfigClass",
+]
 
 
 @dataclass(frozen=True)
@@ -161,6 +116,54 @@ class ReplaceModule(Edit):
         if hasattr(old, "_hf_hook"):  # accelerate moves the inputs of a dispatched model by these
             add_hook_to_module(new, _own_hook(old._hf_hook))
         return _swap(model.get_submodule(parent)._modules, name, new, self.claim)
+
+
+@dataclass(frozen=True)
+class AddModule(Edit):
+    """Give a module a child that it did not have; ``make`` builds it from the parent when the edit runs."""
+
+    rung = "module"
+    name: str
+    make: Callable[[nn.Module], nn.Module]
+    after: str
+
+    @property
+    def claim(self) -> str:
+        """The child's path."""
+        return f"{self.path}.{self.name}".lstrip(".")
+
+    def preview(self, model: PreTrainedModel) -> tuple[str, str]:
+        """What will stand there."""
+        return "-", self.after
+
+    def run(self, model: PreTrainedModel) -> Inverse:
+        """Put it behind the other children."""
+        parent = model.get_submodule(self.path)
+        return _swap(parent._modules, self.name, self.make(parent).train(parent.training), self.claim)
+
+
+@dataclass(frozen=True)
+class SetBuffer(Edit):
+    """Put another tensor in the place of a buffer; it is made from the old one when the edit runs."""
+
+    rung = "attribute"
+    name: str
+    make: Callable[[Tensor], Tensor]
+    after: str
+
+    @property
+    def claim(self) -> str:
+        """The buffer's dotted name."""
+        return f"{self.path}.{self.name}"
+
+    def preview(self, model: PreTrainedModel) -> tuple[str, str]:
+        """Old shape and new."""
+        return str(tuple(model.get_submodule(self.path).get_buffer(self.name).shape)), self.after
+
+    def run(self, model: PreTrainedModel) -> Inverse:
+        """Swap it in its module."""
+        module = model.get_submodule(self.path)
+        return _swap(module._buffers, self.name, self.make(module.get_buffer(self.name)), self.claim)
 
 
 @dataclass(frozen=True)
@@ -289,9 +292,3 @@ def _own_hook(hook: Any) -> Any:
     if getattr(own, "weights_map", None) is not None:
         own.weights_map = None  # made anew, in memory, when the hook is added
     return own
-
-
-def _short(value: Any) -> str:
-    """Return a value on one line of at most 60 characters."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -40,6 +40,13 @@ class AlibiBias:
         return Distance(slope * self.strength, self.clip, None if self.exact else dtype)
 
 
+class NoBias:
+    """Held as ``alibi`` by an attention module whose own bias by distance is to be left out."""
+
+    def __repr__(self) -> str:
+        return "no bias"
+
+
 class AlibiGuard:
     """Forward pre-hook: stops a model whose bias would be missing, because its attention function was exchanged.
 
@@ -53,14 +60,18 @@ class AlibiGuard:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Look, and change nothing."""
         found = self.config._attn_implementation
-        if not found.startswith(PREFIX):
+        if alibi_of(module) is not None and not found.startswith(PREFIX):  # a later patch may have taken it away
             raise AttnPatchError(
                 f"{type(module).__name__}: attention implementation {found!r} knows nothing of this model's ALiBi and "
                 f"would drop it; model.set_attn_implementation('{PREFIX}{found}') keeps it."
             )
 
 
-class ZeroAngles:
+class Still:
+    """What marks a module as turning nothing."""
+
+
+class ZeroAngles(Still):
     """Forward pre-hook of a rotary module: every token stands at position 0, which turns nothing.
 
     Args:
@@ -91,8 +102,13 @@ class NoPositions(nn.Module):
 
 
 def turns_nothing(module: nn.Module) -> bool:
-    """Whether a rotary module was set to zero angles."""
-    return any(isinstance(hook, ZeroAngles) for hook in module._forward_pre_hooks.values())
+    """Whether a module that rotates was set to zero angles."""
+    return any(isinstance(hook, Still) for hook in module._forward_pre_hooks.values())
+
+
+def bias_left_out(module: nn.Module) -> bool:
+    """Whether an attention module's own bias by distance was taken out."""
+    return isinstance(vars(module).get("alibi"), NoBias)
 
 
 def alibi_of(module: nn.Module) -> AlibiBias | None:

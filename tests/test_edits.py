@@ -9,11 +9,13 @@ from torch import nn
 import hf_attnpatch as ap
 from hf_attnpatch import foreign
 from hf_attnpatch.edits import (
+    AddModule,
     AddPreHook,
     Edit,
     ReplaceModule,
     SetAttention,
     SetAttribute,
+    SetBuffer,
     SetConfig,
     SetConfigClass,
 )
@@ -35,6 +37,8 @@ EDITS = {
     "an attribute that is there": SetAttribute("model.layers.0.self_attn", "num_key_value_groups", 2),
     "an attribute that is not": SetAttribute("model.layers.1.mlp", "note", "new"),
     "a module": ReplaceModule("model.layers.0.self_attn.k_proj", _wider, "a wider one"),
+    "a child that was not there": AddModule("model", "added", lambda base: nn.Linear(2, 2), "a small one"),
+    "a buffer": SetBuffer("model.rotary_emb", "inv_freq", lambda old: old + 1, "one more"),
     "a hook": AddPreHook("model.layers.0.self_attn", _Hook(), "does nothing"),
     "the attention function": SetAttention("", "eager"),
     "the class of the config": SetConfigClass("", foreign.config_class(type(tiny_model("llama").config))),

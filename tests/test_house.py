@@ -22,8 +22,12 @@ MAY_IMPORT = {
     "configs.py": {"errors"},
     "layouts.py": {"errors", "runtime"},
     "sites.py": {"configs", "errors", "layouts"},
-    "anatomy.py": {"configs", "errors", "layouts", "position_modules", "sites", "report"},  # the report prints it
-    "edits.py": {"configs", "errors"},
+    "anatomy.py": {
+        *("added_positions", "configs", "errors", "layouts", "position_modules", "sites", "turning"),
+        "report",  # which prints it
+    },
+    "edit.py": set(),
+    "edits.py": {"configs", "edit", "errors"},
     "runtime.py": {"errors", "functional"},
     "patch.py": {"errors", "anatomy", "edits"},
     "probe.py": {"errors", "edits"},
@@ -33,7 +37,8 @@ MAY_IMPORT = {
     "rope_parameters.py": {"errors", "functional", "rope_fields"},
     "patches/": {
         *("anatomy", "backends", "configs", "edits", "errors", "functional", "heads", "layouts", "patch", "probe"),
-        *("request_angles", "rope_config", "rope_fields", "rope_parameters", "rope_requests", "runtime", "sites", "twin"),
+        *("request_angles", "rope_config", "rope_fields", "rope_requests", "runtime", "sites", "twin"),
+        *("added_positions", "adding", "lengthening", "removal", "rotating", "turning"),
         *(
             "calibration_text",
             "conversion",
@@ -68,6 +73,7 @@ MAY_WRITE = {
     "functional/two_way.py": ("scale", "of autograd's context"),
     "alibi_attention.py": ("query_offset", "of the mask that it has just made"),
     "request_length.py": ("attnpatch_lengths", "a mark of its own on the cache of a request"),
+    "lengthening.py": ("requires_grad_", "of the table that it has just made"),
     "strength.py": ("strength", "of its own bias; a recipe drives it"),
     "patches/grouped_query.py": ("conversion", "what its own preparation found, for its own edits"),
     "evaluation/mode.py": ("eval training", "for the length of a measurement; restores the mode of every module"),

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..backends import FLAG, Candidate, obstacle, ranked, register_alibi
+from ..backends import FLAG, Candidate, kernel_of, obstacle, ranked, register_alibi
 from ..configs import config_at
 from ..deferring import rebiased
-from ..edits import AddPreHook, Edit, ReplaceModule, SetAttention, SetAttribute
+from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..patch import Patch, Proposal
-from ..position_modules import PREFIX, AlibiBias, AlibiGuard, NoPositions, ZeroAngles
-from ..probe import default_inputs, disagreement, logits_under, trial
+from ..position_modules import PREFIX, AlibiBias, AlibiGuard
+from ..probe import default_inputs, logits_under, trial
+from ..removal import BIAS, check_blind, check_followed, removal, removed
 from ..sites import Place, dispatching
 
 BACKENDS = ("eager", *FLAG)
-_TOWERS = ("vision", "visual", "audio", "image", "speech")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,31 +93,30 @@ class Alibi(Patch):
             return self._of_a_native(model, anatomy, bias)
         places = dispatching(model, anatomy.sites, anatomy.other, anatomy.unread)
         self._check_heads(places)
-        removal = [*_unturned(model, anatomy), *(_emptied(path) for path in anatomy.tables if not _tower(path))]
-        common = [*removal, *_biased(model, places, bias)]
+        common = [*removal(model, anatomy, own=BIAS), *_biased(model, places, bias)]
         name, notes = self._kernel(model, anatomy, common)
         edits = (*common, _attention(name))
         return Proposal(
-            edits, tuple(p.path for p in places), (*_removed(anatomy), *notes), stock=False, claims=("the positions",)
+            edits, tuple(p.path for p in places), (*removed(anatomy), *notes), stock=False, claims=("the positions",)
         )
 
     def _of_a_native(self, model: PreTrainedModel, anatomy: Anatomy, bias: AlibiBias) -> Proposal:
-        """BLOOM, MPT and Falcon: the bias they compute is left out, and this one counts."""
+        """BLOOM, MPT, Falcon, GPT-J, CodeGen: what told positions there is left out, and this one counts."""
         if self.backend not in ("auto", "sdpa"):
             raise AttnPatchError(f"{anatomy.architecture}: its own forward stays, which takes backend='sdpa' only.")
-        if not anatomy.alibi:
-            raise UnsupportedArchitecture(
-                f"{anatomy.sites[0].path}: {anatomy.sites[0].kind} computes its scores by itself and dispatches to no "
-                "attention function, and has no ALiBi that another could take the place of."
-            )
         self._check_heads([Place(s.path, s.num_heads, s.causal, s.config) for s in anatomy.sites])
         edits = rebiased(model, anatomy, bias)
         if isinstance(edits, str):
-            raise UnsupportedArchitecture(f"{anatomy.architecture}: {edits}.")
-        note = "the model's own ALiBi is left out; this one goes through torch's kernel inside the forwards that stay"
-        return Proposal(
-            edits, tuple(s.path for s in anatomy.sites), (note, self._what()), stock=False, claims=("the positions",)
-        )
+            raise UnsupportedArchitecture(
+                f"{anatomy.sites[0].path}: {anatomy.sites[0].kind} computes its scores by itself and dispatches to no "
+                f"attention function, and cannot be followed: {edits}."
+            )
+        edits = (*removal(model, anatomy, own=BIAS), *edits)
+        if not self.proved:
+            check_followed(model, anatomy, edits)
+            check_blind(model, anatomy, edits)
+        notes = (*removed(anatomy), f"{self._what()}, through torch's kernel inside the forwards that stay")
+        return Proposal(edits, tuple(s.path for s in anatomy.sites), notes, stock=False, claims=("the positions",))
 
     def _check_heads(self, places: list[Place]) -> None:
         for place in places if not isinstance(self.slopes, str) else ():
@@ -131,15 +128,15 @@ class Alibi(Patch):
     def _kernel(self, model: PreTrainedModel, anatomy: Anatomy, common: list[Edit]) -> tuple[str, list[str]]:
         """Return the backend, and what to say about it."""
         if self.proved:
-            asked = model.config._attn_implementation.removeprefix(PREFIX)
+            asked = kernel_of(model.config._attn_implementation)
             return (self.backend if self.backend != "auto" else asked if asked in BACKENDS else "sdpa"), []
         if self.backend == "eager":
-            _check_blind(model, anatomy, common)
+            check_blind(model, anatomy, [*common, _attention("eager")])
             return "eager", [f"{self._what()}; dense, with every score in memory"]
         training = model.training if self.training is None else self.training
         head_dim = max((s.head_dim for s in anatomy.sites), default=0)
         request, inputs = Candidate(model, model.dtype, head_dim, training), default_inputs(model)
-        _check_blind(model, anatomy, common)
+        check_blind(model, anatomy, [*common, _attention("eager")])
         reference = logits_under(model, [*common, _attention("eager")], inputs)
         reasons: list[str] = []
         for name in ranked(model.device) if self.backend == "auto" else (self.backend,):
@@ -162,30 +159,6 @@ class Alibi(Patch):
         return f"biases by {slopes} times {self.strength:g}{clip}, {'exact' if self.exact else 'rounded'} positions"
 
 
-def _check_blind(model: PreTrainedModel, anatomy: Anatomy, common: Sequence[Edit]) -> None:
-    """Refuse a model that still tells positions apart: where all tokens are the same, so must their logits be.
-
-    A bias weighs what is the same everywhere, and changes nothing there. Modules with a state and attention sinks do
-    count tokens, so that the question does not arise where those are.
-    """
-    inputs = default_inputs(model)
-    if any("state" in why or "convolution" in why for why in anatomy.other.values()) or model.config.is_encoder_decoder:
-        return
-    same = {"input_ids": torch.full_like(inputs["input_ids"], int(inputs["input_ids"][0, 0]))}
-    logits = logits_under(model, [*common, _attention("eager")], same)
-    problem = disagreement(logits[:, :1].expand_as(logits), logits) if logits.dim() == 3 else None
-    if problem is not None and not _counts(model):
-        raise UnsupportedArchitecture(
-            f"{anatomy.architecture}: tells positions apart by something that was not recognised (equal tokens, and "
-            f"{problem}), which would stay beside ALiBi."
-        )
-
-
-def _counts(model: PreTrainedModel) -> bool:
-    """Whether a sink takes its share of attention, the smaller the more tokens there are."""
-    return any(name.endswith(("sinks", "attention_sink_bias")) for name, _ in model.named_parameters())
-
-
 def _numbers(values: Any) -> tuple[float, ...]:
     try:
         found = tuple(float(v) for v in values)
@@ -196,29 +169,8 @@ def _numbers(values: Any) -> tuple[float, ...]:
     return found
 
 
-def _tower(path: str) -> bool:
-    return any(word in path.lower() for word in _TOWERS)
-
-
 def _attention(name: str) -> SetAttention:
     return SetAttention("", PREFIX + name, register_alibi)
-
-
-def _unturned(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Edit]:
-    """Ask rotary modules for position 0."""
-    for rotary in anatomy.rotary:
-        if _tower(rotary.path):
-            continue
-        names = list(inspect.signature(model.get_submodule(rotary.path).forward).parameters)
-        if "position_ids" not in names:
-            raise UnsupportedArchitecture(
-                f"{rotary.path}: {rotary.kind} takes no position_ids, so that its angles cannot be taken out."
-            )
-        yield AddPreHook(rotary.path, ZeroAngles(names.index("position_ids")), "every token at position 0")
-
-
-def _emptied(path: str) -> Edit:
-    return ReplaceModule(path, lambda _: NoPositions(), "no positions")
 
 
 def _biased(model: PreTrainedModel, places: list[Place], bias: AlibiBias) -> Iterator[Edit]:
@@ -226,14 +178,3 @@ def _biased(model: PreTrainedModel, places: list[Place], bias: AlibiBias) -> Ite
         yield SetAttribute(place.path, "alibi", bias)
         config = config_at(model, place.config)
         yield AddPreHook(place.path, AlibiGuard(config), "refuses to run without its bias")
-
-
-def _removed(anatomy: Anatomy) -> Iterator[str]:
-    rotary = [r.path for r in anatomy.rotary if not _tower(r.path)]
-    tables = [f"{path} ({rows} rows)" for path, rows in anatomy.tables.items() if not _tower(path)]
-    if rotary:
-        yield f"rotary angles taken out: {', '.join(rotary)}"
-    if tables:
-        yield f"position tables taken out: {', '.join(tables)}"
-    if not rotary and not tables:
-        yield "no positions were there to take out"

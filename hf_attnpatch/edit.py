@@ -1,0 +1,78 @@
+"""What an edit is: one write with a claim (what it touches).
+
+``run`` performs it and returns an :class:`Inverse`, which knows whether the write still stands and how to take it back:
+the very objects that were there are put back.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """How to take one edit back.
+
+    Attributes:
+        claim: what the edit touched.
+        stands: whether the edit is still in place, that is, whether taking it back would undo it and nothing else.
+        undo: takes it back.
+    """
+
+    claim: str
+    stands: Callable[[], bool]
+    undo: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Edit(ABC):
+    """One write to a model.
+
+    Attributes:
+        path: the module (or the config) it writes to, as in ``named_modules``; empty for the model itself.
+        rung: how deep this cuts: config, attribute, attention, weights, module, hook.
+    """
+
+    rung: ClassVar[str]
+    path: str
+
+    @property
+    @abstractmethod
+    def claim(self) -> str:
+        """What is touched; two patches with an equal claim are in conflict."""
+
+    @abstractmethod
+    def preview(self, model: PreTrainedModel) -> tuple[str, str]:
+        """Return what is there and what would be, as short texts."""
+
+    @abstractmethod
+    def run(self, model: PreTrainedModel) -> Inverse:
+        """Write, and return the way back."""
+
+
+def swap(store: dict[str, Any], key: str, value: Any, claim: str) -> Inverse:
+    """Put ``value`` under ``key``, remembering the object, or the absence, that was there."""
+    old = store.get(key, ABSENT)
+    store[key] = value
+
+    def undo() -> None:
+        if old is ABSENT:
+            del store[key]
+        else:
+            store[key] = old
+
+    return Inverse(claim, lambda: store.get(key, ABSENT) is value, undo)
+
+
+def short(value: Any) -> str:
+    """Return a value on one line of at most 60 characters."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."

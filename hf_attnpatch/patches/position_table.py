@@ -1,0 +1,130 @@
+"""Learned position tables: longer ones where there are some, new ones where there are none."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..added_positions import CHILD, LearnedPositions
+from ..adding import adding, check_adding
+from ..anatomy import Anatomy
+from ..edits import ReplaceModule
+from ..errors import AttnPatchError
+from ..functional.tables import METHODS, lengthened
+from ..functional.turning import sinusoid
+from ..lengthening import learned, longer, positions
+from ..patch import Patch, Proposal
+from ..removal import ADDED, check_blind, removal, removed
+
+INITS = ("zeros", "sinusoidal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionTable(Patch):
+    """Give a model a learned position table of ``length`` tokens.
+
+    Where it has one, its rows are kept and more are made from them, the config's maximum and the buffers beside the
+    table (BERT's position and segment ids, GPT-Neo's masks) grow with it, rows before position 0 (OPT, RoBERTa) stay,
+    and stock transformers loads the result. Where it has none (rotary, ALiBi, fixed sinusoid, nothing), whatever it
+    knew positions by is taken out, and a new trainable table is added to the token embeddings; positions are
+    ``position_ids`` where they are passed, otherwise tokens counted by the attention mask. Such checkpoints hold the
+    table and are of this package's model type.
+
+    Args:
+        length: positions, in tokens; not below what the table has.
+        method: for a table that is there: ``tile`` (Longformer, 2004.05150), ``interpolate`` (trained positions at
+            equal distances, ends on ends: every row changes) or ``hierarchical`` (Su, 2020, alpha 0.4: up to the square
+            of the old length). None takes ``hierarchical``; it and ``tile`` change nothing within the old length.
+        init: for a new table: ``zeros``, with which the model begins as one without positions, or ``sinusoidal``, the
+            rows of ``patch_sinusoidal``. None takes ``zeros``.
+
+    Raises:
+        AttnPatchError: a length below the trained one, beyond the square, or an option for the other case.
+        UnsupportedArchitecture: something else in the model is as long as the table, or old positions stay.
+    """
+
+    name: ClassVar[str] = "position_table"
+    transient: ClassVar[frozenset[str]] = frozenset({"proved"})
+
+    length: int
+    method: str | None = None
+    init: str | None = None
+    proved: bool = False  # a checkpoint's own structure, which is not tried again while it is being loaded
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.length, int) or isinstance(self.length, bool) or self.length < 1:
+            raise AttnPatchError(f"length is {self.length!r}; it must be a number of tokens, at least 1.")
+        if self.method not in (None, *METHODS):
+            raise AttnPatchError(f"method {self.method!r} does not exist; choose from: {', '.join(METHODS)}.")
+        if self.init not in (None, *INITS):
+            raise AttnPatchError(f"init {self.init!r} does not exist; choose from: {', '.join(INITS)}.")
+
+    def structure(self) -> Patch:
+        """Return the patch without a probe: a model that is being loaded cannot run yet."""
+        return dataclasses.replace(self, proved=True)
+
+    def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
+        """Say which table would be made; see :meth:`Patch.propose`."""
+        tables = learned(model, anatomy)
+        if tables or anatomy.added == "table":
+            return self._longer(model, anatomy, tables)
+        if self.method is not None:
+            raise AttnPatchError(
+                f"{anatomy.architecture}: has no learned position table to {self.method} (positions here are: "
+                f"{anatomy.positions}); leave method out for a new one."
+            )
+        away = removal(model, anatomy, own=ADDED)
+        edits = (*away, *adding(model, anatomy, self._make, f"a table of {self.length} positions, {self._init}"))
+        if not self.proved:
+            blind = removal(model, anatomy)
+            check_blind(model, anatomy, blind)
+            check_adding(model, anatomy, away, blind)
+        sites = tuple(s.path for s in anatomy.sites if not s.cross and not s.tower)
+        notes = (*removed(anatomy), f"a new trainable table of {self.length} positions, {self._init}")
+        return Proposal(edits, sites, notes, stock=False, claims=("the positions",))
+
+    def _longer(self, model: PreTrainedModel, anatomy: Anatomy, tables: list[str]) -> Proposal:
+        own = f"{anatomy.base}.{CHILD}".lstrip(".")
+        trained = positions(model, anatomy, tables) if tables else len(model.get_submodule(own).get_parameter("weight"))
+        method = self.method or "hierarchical"
+        if self.init is not None:
+            raise AttnPatchError(f"{anatomy.architecture}: init is for a new table, and it has one; choose a method.")
+        if self.length < trained:
+            raise AttnPatchError(
+                f"length {self.length} is below the {trained} positions that {(tables or [own])[0]} has."
+            )
+        if self.length == trained:
+            return Proposal((), (), (f"the table has {trained} positions already",), preserves=True)
+        if method == "hierarchical" and self.length > trained**2:
+            raise AttnPatchError(
+                f"length {self.length} is beyond {trained**2}, the square of {trained}; tile the table."
+            )
+        new = ReplaceModule(
+            own, lambda old: _lengthened(old, self.length, method), f"{self.length} positions, {method}"
+        )
+        edits = longer(model, anatomy, tables, self.length, method) if tables else (new,)
+        sites = tuple(s.path for s in anatomy.sites if not s.cross and not s.tower)
+        note = f"{trained} positions become {self.length}, {method}"
+        kept, claims = method != "interpolate", ("the positions",)
+        return Proposal(edits, sites, (note,), stock=bool(tables), preserves=kept, claims=claims)
+
+    @property
+    def _init(self) -> str:
+        return self.init or "zeros"
+
+    def _make(self, base: nn.Module) -> nn.Module:
+        embeddings = base.get_input_embeddings().weight  # type: ignore[operator]  # a model of transformers
+        rows = embeddings.new_zeros(self.length, embeddings.shape[1])
+        if self._init == "sinusoidal":
+            places = torch.arange(self.length, device=embeddings.device)
+            rows = sinusoid(places, embeddings.shape[1]).to(embeddings.dtype)
+        return LearnedPositions(rows)
+
+
+def _lengthened(old: nn.Module, length: int, method: str) -> nn.Module:
+    return LearnedPositions(lengthened(old.get_parameter("weight").detach(), length, method))

@@ -1,0 +1,173 @@
+"""Rotary positions in models that had others, and another base or kind in models that had those."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
+
+from ..anatomy import Anatomy, inner_table
+from ..errors import AttnPatchError, UnsupportedArchitecture
+from ..patch import Patch, Proposal
+from ..removal import check_blind, check_effect, removal, removed
+from ..rope_fields import check_number
+from ..rotating import attention_rotated, ignores_positions, rebased
+from ..turning import KINDS, Rotation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotary(Patch):
+    """Rotate queries and keys by their positions (RoFormer, 2104.09864), and forget what told positions before.
+
+    Where the model has rotary modules built from its config they get another base and kind, config and modules
+    together, and stock transformers loads the result. Elsewhere keys are rotated on their way into the cache, once, at
+    their own position, and queries in a registered attention function that then calls the kernel that was there; in
+    families that compute attention by themselves (BLOOM, MPT, Falcon, GPT-J, CodeGen) torch's fused kernel takes their
+    place. Positions are the ``position_ids`` that reach attention, otherwise places in the cache: only differences
+    count, so left padding changes nothing. Such checkpoints are of this package's model type; the model has to be
+    fine-tuned.
+
+    Args:
+        theta: base of the frequencies.
+        kind: ``default``, ``linear``, ``yarn`` or ``llama3`` with its usual numbers; replaces a scaling that is there.
+            For other kinds, or to multiply a scaling, use ``patch_rope_scaling`` on top (rotary models only).
+        factor: of the kind, new context over old, at least 1.
+        partial: share of each head that is rotated; None for what the model does, or all.
+        interleaved: whether neighbouring dimensions are rotated together; None for what the model does, or halves, as
+            in Llama.
+        layer_types: for models with rotary parameters for each layer type: which get the base; None takes those that
+            see the whole context.
+        counted: found out, and remembered by checkpoints: whether ``position_ids`` do not reach attention (GPT-Neo), so
+            that tokens are counted and other positions refused.
+
+    Raises:
+        UnsupportedArchitecture: the old positions cannot be taken out, or attention is out of reach.
+        AttnPatchError: an argument out of range, or one that the model's own rotary modules fix.
+    """
+
+    name: ClassVar[str] = "rotary"
+    transient: ClassVar[frozenset[str]] = frozenset({"proved"})
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    partial: float | None = None
+    interleaved: bool | None = None
+    layer_types: tuple[str, ...] | None = None
+    counted: bool | None = None
+    proved: bool = False  # a checkpoint's own structure, which is not tried again while it is being loaded
+
+    def __post_init__(self) -> None:
+        check_number("theta", self.theta, at_least=1)
+        check_number("factor", self.factor, at_least=1)
+        if self.kind not in KINDS:
+            raise AttnPatchError(f"kind {self.kind!r} does not exist; choose from: {', '.join(KINDS)}.")
+        if self.kind == "default" and self.factor != 1:
+            raise AttnPatchError(f"factor {self.factor:g} belongs to kind='linear', 'yarn' or 'llama3'.")
+        if self.partial is not None:
+            check_number("partial", self.partial)
+            if self.partial > 1:
+                raise AttnPatchError(f"partial is {self.partial:g}; it is a share of each head, at most 1.")
+        if self.layer_types is not None:
+            if isinstance(self.layer_types, str) or not all(isinstance(each, str) for each in self.layer_types):
+                raise AttnPatchError(f"layer_types is {self.layer_types!r}; give a list of names, or None.")
+            self._normalise("layer_types", tuple(self.layer_types))
+
+    def structure(self) -> Patch:
+        """Return the patch without a probe: a model that is being loaded cannot run yet."""
+        return dataclasses.replace(self, proved=True)
+
+    def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
+        """Say what would be taken out and what would rotate; see :meth:`Patch.propose`."""
+        if anatomy.rotary or anatomy.stilled:
+            return self._native(model, anatomy)
+        if self.layer_types is not None:
+            raise AttnPatchError(
+                f"{anatomy.architecture}: layer_types are for models with rotary modules of their own."
+            )
+        rotation = self._rotation(model, anatomy)
+        counted = bool(self.counted)
+        edits = attention_rotated(model, anatomy, rotation, counted)
+        if not self.proved:
+            check_blind(model, anatomy, removal(model, anatomy))
+            counted = ignores_positions(model, anatomy, edits)
+            edits = attention_rotated(model, anatomy, rotation, True) if counted else edits
+        sites = tuple(s.path for s in anatomy.sites if not s.cross and not s.tower)
+        pairs = "neighbours" if rotation.interleaved else "halves"
+        heads = anatomy.sites[0].head_dim
+        what = f"rotates {rotation.rotary_dim} of {heads} dimensions ({pairs}), theta {self.theta:g}, {self._kind()}"
+        notes = (*removed(anatomy), what, *(("positions are counted; others than from 0 up are refused",) * counted))
+        chosen = dataclasses.replace(self, counted=counted)
+        return Proposal(edits, sites, notes, stock=False, claims=("the positions",), patch=chosen)
+
+    def _native(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
+        """The model's own rotary modules, built again; what else tells positions goes."""
+        if self.interleaved is not None:
+            raise AttnPatchError(
+                f"{anatomy.architecture}: its own modules fix which dimensions are paired; leave None."
+            )
+        own_alibi = anatomy.alibi and not anatomy.biased  # Falcon's, which the config switches off
+        others = dataclasses.replace(anatomy, rotary=(), alibi=anatomy.alibi and not own_alibi)
+        away = removal(model, others)
+        edits, notes = rebased(model, anatomy, self._parameters, self.layer_types, self.partial)
+        if not edits and not away:
+            return Proposal((), (), ("the model rotates so already",), preserves=True)
+        stock = not away and not anatomy.stilled
+        sites = tuple(s.path for s in anatomy.sites if not s.cross and not s.tower)
+        gone = removed(others) if away else ("its bias by distance is switched off",) * own_alibi
+        said = (*gone, f"theta {self.theta:g}, {self._kind()}", *notes)
+        if not self.proved and (away or own_alibi):
+            check_effect(model, anatomy, (*away, *edits))
+        return Proposal((*away, *edits), sites, said, stock=stock, claims=("the positions",))
+
+    def _parameters(self, old: Mapping[str, Any], trained: int | None) -> dict[str, Any]:
+        """Return transformers' dictionary for the wanted base and kind; what describes the model itself is kept."""
+        new: dict[str, Any] = {"rope_type": self.kind, "rope_theta": float(self.theta)}
+        if "partial_rotary_factor" in old:
+            new["partial_rotary_factor"] = old["partial_rotary_factor"]
+        if self.kind == "default":
+            return new
+        if trained is None:
+            raise AttnPatchError(
+                f"kind={self.kind!r} needs a context length to multiply, and the config declares none."
+            )
+        numbers = {
+            "linear": {},
+            "yarn": {"beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": trained},
+            "llama3": {
+                **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+                "original_max_position_embeddings": trained,
+            },
+        }
+        return {**new, "factor": float(self.factor), **numbers[self.kind]}
+
+    def _rotation(self, model: PreTrainedModel, anatomy: Anatomy) -> Rotation:
+        """Return how the heads would be rotated."""
+        heads = {site.head_dim for site in anatomy.sites if not site.cross and not site.tower}
+        if len(heads) != 1:
+            raise UnsupportedArchitecture(
+                f"{anatomy.architecture}: heads of {', '.join(map(str, sorted(heads))) or 'no known'} dimensions; "
+                "one rotation needs heads of one size."
+            )
+        width, inner = heads.pop(), [m for s in anatomy.sites if inner_table(m := model.get_submodule(s.path))]
+        own = (getattr(inner[0], "rotary_dim", None) or width) / width if inner else 1.0
+        rotary_dim = int(width * (own if self.partial is None else self.partial))
+        if rotary_dim < 2 or rotary_dim % 2:
+            raise AttnPatchError(
+                f"partial {self.partial:g} of a head of {width} is {rotary_dim} dimensions; it must be an even number."
+                if self.partial is not None
+                else f"{anatomy.architecture}: heads of {width} dimensions, which do not make pairs; choose partial."
+            )
+        if self.kind != "default" and not anatomy.max_positions:
+            raise AttnPatchError(
+                f"kind={self.kind!r} needs a context length to multiply, and the config declares none."
+            )
+        pairs = bool(inner) if self.interleaved is None else self.interleaved
+        scaling = (self.kind, float(self.factor), anatomy.max_positions or 0)
+        return Rotation(float(self.theta), rotary_dim, pairs, *scaling)
+
+    def _kind(self) -> str:
+        return self.kind if self.kind == "default" else f"{self.kind} by {self.factor:g}"

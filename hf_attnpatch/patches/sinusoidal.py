@@ -1,0 +1,82 @@
+"""The sinusoid of Attention Is All You Need in the place of whatever a model knew positions by."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..added_positions import SinusoidalPositions
+from ..adding import adding, check_adding
+from ..anatomy import Anatomy
+from ..errors import AttnPatchError
+from ..patch import Patch, Proposal
+from ..removal import ADDED, check_blind, removal, removed
+from ..rope_fields import check_number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sinusoidal(Patch):
+    """Add the sinusoid of Attention Is All You Need (1706.03762, section 3.5) to the token embeddings.
+
+    PE(p, 2i) = sin(p / theta^(2i/d)) and PE(p, 2i+1) the cosine, sines and cosines alternating as in the paper,
+    computed for whatever positions come: no table, no longest length. Positions are ``position_ids`` where they are
+    passed, otherwise tokens counted by the attention mask, so that left padding changes nothing. Added to what the
+    token embedding gives, before anything else the model does to it (Gemma's factor, BERT's norm). What told positions
+    before is taken out. A model that was not trained so has to be fine-tuned: the sinusoid is as large as the paper's
+    embeddings, which are scaled by the root of the width, and most models' are far smaller; ``amplitude`` starts it
+    small, ``embedding_scale="paper"`` does as the paper does. Stock transformers cannot express the result, so its
+    checkpoints are of this package's model type.
+
+    Args:
+        theta: base of the wavelengths.
+        amplitude: factor on the sinusoid.
+        embedding_scale: factor on the token embeddings, or ``"paper"`` for the root of their width.
+
+    Raises:
+        UnsupportedArchitecture: the old positions cannot be taken out, or the model needs token ids beside embeddings.
+        AttnPatchError: an argument out of range.
+    """
+
+    name: ClassVar[str] = "sinusoidal"
+    transient: ClassVar[frozenset[str]] = frozenset({"proved"})
+
+    theta: float = 10000.0
+    amplitude: float = 1.0
+    embedding_scale: float | str = 1.0
+    proved: bool = False  # a checkpoint's own structure, which is not tried again while it is being loaded
+
+    def __post_init__(self) -> None:
+        check_number("theta", self.theta)
+        check_number("amplitude", self.amplitude, at_least=0)
+        if isinstance(self.embedding_scale, str):
+            if self.embedding_scale != "paper":
+                raise AttnPatchError(f"embedding_scale is {self.embedding_scale!r}; give a number above 0, or 'paper'.")
+        else:
+            check_number("embedding_scale", self.embedding_scale)
+
+    def structure(self) -> Patch:
+        """Return the patch without a probe: a model that is being loaded cannot run yet."""
+        return dataclasses.replace(self, proved=True)
+
+    def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
+        """Say what would be taken out and added; see :meth:`Patch.propose`."""
+        away = removal(model, anatomy, own=ADDED)
+        edits = (*away, *adding(model, anatomy, self._make, f"sinusoid, amplitude {self.amplitude:g}"))
+        if not self.proved:
+            blind = removal(model, anatomy)
+            check_blind(model, anatomy, blind)
+            check_adding(model, anatomy, away, blind)
+        sites = tuple(s.path for s in anatomy.sites if not s.cross and not s.tower)
+        notes = (
+            *removed(anatomy),
+            f"adds {self.amplitude:g} times the sinusoid to the token embeddings, at any length",
+        )
+        return Proposal(edits, sites, notes, stock=False, claims=("the positions",))
+
+    def _make(self, _: nn.Module) -> nn.Module:
+        scale = None if isinstance(self.embedding_scale, str) else float(self.embedding_scale)
+        return SinusoidalPositions(float(self.theta), float(self.amplitude), scale)
