@@ -38,12 +38,14 @@ if TYPE_CHECKING:
         PositionTable,
         RopeScaling,
         Rotary,
+        SegmentRecurrence,
         Sinusoidal,
     )
     from .plan import Plan, plan
     from .publish import Published, push_to_hub
     from .report import Report
     from .request_length import request
+    from .streams import Stream, stream
     from .strength import set_alibi_strength
     from .verify import Verification, verify
 
@@ -108,6 +110,13 @@ def patch_position_table(model: "PreTrainedModel", **fields: Any) -> "Report":
     return apply(model, from_spec({**fields, "patch": "position_table"}))
 
 
+def patch_segment_recurrence(model: "PreTrainedModel", **fields: Any) -> "Report":
+    """Apply :class:`SegmentRecurrence` with these fields."""
+    from . import apply, from_spec
+
+    return apply(model, from_spec({**fields, "patch": "segment_recurrence"}))
+
+
 __all__ = [
     "Alibi",
     "Anatomy",
@@ -129,9 +138,11 @@ __all__ = [
     "RopeScaling",
     "Rotary",
     "RotaryModule",
+    "SegmentRecurrence",
     "SelfCheckFailed",
     "Sinusoidal",
     "Site",
+    "Stream",
     "UnsupportedArchitecture",
     "Verification",
     "apply",
@@ -147,12 +158,14 @@ __all__ = [
     "patch_position_table",
     "patch_rope_scaling",
     "patch_rotary",
+    "patch_segment_recurrence",
     "patch_sinusoidal",
     "patched",
     "plan",
     "push_to_hub",
     "request",
     "set_alibi_strength",
+    "stream",
     "verify",
 ]
 
@@ -173,12 +186,14 @@ _DEFINES = {
         "PositionTable",
         "RopeScaling",
         "Rotary",
+        "SegmentRecurrence",
         "Sinusoidal",
     ),
     "plan": ("Plan", "plan"),
     "publish": ("Published", "push_to_hub"),
     "report": ("Report",),
     "request_length": ("request",),
+    "streams": ("Stream", "stream"),
     "strength": ("set_alibi_strength",),
     "verify": ("Verification", "verify"),
 }

@@ -48,6 +48,9 @@ MAY_IMPORT = {
             "regroup",
             "deferring",
             "position_modules",
+            "recurrence_attention",
+            "recurrence_modules",
+            "recurrence_survey",
         ),
     },
     "evaluation/": {"embedded", "errors", "evaluation", "progress"},  # measures a model; knows nothing of patches
@@ -56,6 +59,10 @@ MAY_IMPORT = {
 # who else may write to a module, a config or a process-wide table, what, and why
 MAY_WRITE = {
     "edits.py": ("*", "the only room whose trade it is"),
+    "recurrence_attention.py": ("register", "through backends.register, its own names"),
+    "recurrence_survey.py": ("register", "through backends.register, its own name"),
+    "streams.py": ("load_state_dict", "of its own memory"),
+    "recurrence_memory.py": ("keys values", "of a layer that it has just made"),
     "__init__.py": ("register __class__ __setattr__", "calls foreign.register; the class of its own module"),
     "backends.py": ("register", "the only writer of transformers' attention and mask tables"),
     "foreign.py": ("register", "teaches the Auto classes our own model type"),

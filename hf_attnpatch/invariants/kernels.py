@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import Candidate, obstacle
+from ..backends import FLAG, Candidate, obstacle
 from ..edits import SetAttention
-from ..position_modules import PREFIX
 from ..probe import TOLERANCE
 from .subject import Answer, Subject, compare
 
@@ -29,7 +28,8 @@ def flex_agrees(subject: Subject) -> Answer:
 
 def _agrees(subject: Subject, name: str) -> Answer:
     model, present = subject.model, subject.model.config._attn_implementation
-    prefix = PREFIX if present.startswith(PREFIX) else ""  # a model with our bias asks for functions that know it
+    kernel = next((known for known in ("eager", *FLAG) if present.endswith(known)), "")
+    prefix = present.removesuffix(kernel)  # a model with a patch in its attention asks for functions that know it
     if prefix + name == present:
         return "it is the present one"
     head_dim = max((site.head_dim for site in subject.anatomy.sites), default=0)

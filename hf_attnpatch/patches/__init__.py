@@ -7,6 +7,7 @@ from .no_position import NoPosition
 from .position_table import PositionTable
 from .rope_scaling import RopeScaling
 from .rotary import Rotary
+from .segment_recurrence import SegmentRecurrence
 from .sinusoidal import Sinusoidal
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "PositionTable",
     "RopeScaling",
     "Rotary",
+    "SegmentRecurrence",
     "Sinusoidal",
 ]

@@ -1,0 +1,85 @@
+"""Segment-level recurrence (Transformer-XL, 1901.02860, section 3.2) as arithmetic on token numbers.
+
+A row of tokens is cut into segments. A query sees its own segment up to itself and the last ``memory`` tokens before
+the segment begins, so that a layer's mask is a function of two token numbers. Everything else (a cache, padding, rows
+that stand elsewhere in their documents) is a matter of which numbers the queries and keys at hand have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NOBODY = -1  # the number of what is no token: padding, and places in a memory that hold nothing yet
+
+
+@dataclass(frozen=True)
+class Segments:
+    """How rows are cut.
+
+    Attributes:
+        length: of a segment in tokens.
+        memory: tokens before its segment that a query sees.
+    """
+
+    length: int
+    memory: int
+
+    def start(self, number: Tensor) -> Tensor:
+        """Return the number of the first token of each token's segment, shape as given."""
+        return number.div(self.length, rounding_mode="floor") * self.length
+
+    def visible(self, query: Tensor, key: Tensor) -> Tensor:
+        """Say who sees whom.
+
+        Args:
+            query: token numbers, (batch or 1, q), int64.
+            key: token numbers, (batch or 1, k), int64; nobody sees :data:`NOBODY`.
+
+        Returns:
+            (batch or 1, q, k), bool.
+        """
+        oldest = (self.start(query) - self.memory).clamp(min=0)
+        return (key[:, None] >= oldest[..., None]) & (key[:, None] <= query[..., None])
+
+    def mask(self, tokens: int) -> Tensor:
+        """The mask of a whole text at once, (tokens, tokens), bool: blocks, each with a window before it."""
+        number = torch.arange(tokens)[None]
+        return self.visible(number, number)[0]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Neighbouring queries of one call that attend together.
+
+    Attributes:
+        start: first query, a column of the call.
+        stop: one after the last.
+        low: first key, a column of memory and call side by side; the last is that of the last query.
+    """
+
+    start: int
+    stop: int
+    low: int
+
+
+def pieces(segments: Segments, held: int, tokens: int, phase: int | None) -> list[Piece]:
+    """Cut a call into pieces.
+
+    Args:
+        segments: how rows are cut.
+        held: columns of memory before the call.
+        tokens: columns of the call.
+        phase: tokens of the present segment that every row has read already; None where rows differ, and then a piece
+            may lie across the border of two segments.
+    """
+    found, start = [], 0
+    while start < tokens:
+        inside = 0 if phase is None else (phase + start) % segments.length
+        stop = min(tokens, start + segments.length - inside)
+        back = (segments.length - 1 if phase is None else inside) + segments.memory
+        found.append(Piece(start, stop, max(0, held + start - back)))
+        start = stop
+    return found

@@ -1,0 +1,190 @@
+"""Segment-level recurrence on an ordinary decoder: Transformer-XL without its position scheme."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from transformers import PreTrainedModel
+
+from ..anatomy import Anatomy
+from ..backends import FLAG
+from ..configs import config_at
+from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
+from ..errors import AttnPatchError, UnsupportedArchitecture
+from ..functional.segments import Segments
+from ..patch import Patch, Proposal
+from ..position_modules import PREFIX as ALIBI
+from ..recurrence_attention import base, key, register_recurrent
+from ..recurrence_modules import Recalling, Recurrent, recalling_of
+from ..recurrence_survey import STATIC, Way, ways
+from ..sites import Place, dispatching
+
+KERNELS = ("eager", *FLAG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentRecurrence(Patch):
+    """Read in segments, each with the keys and values of the last tokens before it, detached (1901.02860, section 3.2).
+
+    A token sees its own segment up to itself and ``memory_length`` tokens before the segment, in every layer, so that
+    what reaches it lies up to depth times memory back; the cost of a token and the memory are constant at any length.
+    A call longer than a segment is read so; between calls nothing is carried, unless the caller decodes with the cache
+    that the model returned (as ``generate`` does), or opened a stream (:func:`hf_attnpatch.stream`). Gradients end at
+    the border of a segment. The attention kernel stays the one that the model uses, ALiBi of this package included.
+
+    Without memory and within one segment the model is bit for bit what it was. Stock transformers cannot express
+    the patch, so that checkpoints are of this package's model type; the weights are untouched.
+
+    Args:
+        segment_length: in tokens.
+        memory_length: tokens before the segment; 0 for none.
+        positions: ``bounded``: they begin anew with each segment, and keys in memory are turned back by the segments
+            that have passed since, which is exact for rotary angles; a learned table is read from its first row in
+            every segment, so that a memory's tokens bear the positions that they had. ``running``: they count on,
+            as long as the model can.
+
+    Raises:
+        UnsupportedArchitecture: a layer keeps something else than keys and values, sees a window only, or turns its
+            keys in an unknown way; or the model has an encoder.
+        AttnPatchError: an argument is out of range, or the table has fewer rows than a segment tokens.
+    """
+
+    name: ClassVar[str] = "segment_recurrence"
+    transient: ClassVar[frozenset[str]] = frozenset()
+
+    segment_length: int
+    memory_length: int
+    positions: str = "bounded"
+    turning: Mapping[str, Way | None] | None = None  # a checkpoint's own, which is not found again while it is loaded
+
+    def __post_init__(self) -> None:
+        for name, least in (("segment_length", 1), ("memory_length", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise AttnPatchError(f"{name} is {value!r}; it must be a number of tokens, at least {least}.")
+        if self.positions not in ("bounded", "running"):
+            raise AttnPatchError(f"positions {self.positions!r} do not exist; choose from bounded, running.")
+
+    def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
+        """Say where the memory would be and what would be turned; see :meth:`Patch.propose`."""
+        if model.config.is_encoder_decoder or any(site.cross or site.tower for site in anatomy.sites):
+            raise UnsupportedArchitecture(
+                f"{anatomy.architecture}: a memory is of one text; this model reads another, too."
+            )
+        other = next(iter({**anatomy.other, **anatomy.unread}.items()), None)
+        if other is not None:
+            raise UnsupportedArchitecture(
+                f"{other[0]}: {other[1]}, which a memory of keys and values does not carry on."
+            )
+        places = dispatching(model, anatomy.sites, {}, {})
+        decoder = _decoder(model, places)
+        self._check(model, anatomy, places, decoder)
+        kernel = _kernel(model)
+        turning = self._turning(model, anatomy, places)
+        edits = tuple(self._edits(model, anatomy, places, decoder, turning))
+        chosen = dataclasses.replace(self, turning=turning)
+        return Proposal(
+            (*edits, SetAttention("", key(kernel), register_recurrent)),
+            tuple(place.path for place in places),
+            tuple(self._notes(kernel, turning)),
+            stock=False,
+            claims=("the memory",),
+            patch=chosen,
+        )
+
+    def _edits(
+        self,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        places: list[Place],
+        decoder: str,
+        turning: Mapping[str, Way | None],
+    ) -> Iterator[Edit]:
+        for number, place in enumerate(places):
+            way = turning.get(place.path)
+            rotary = () if way is None else (model.get_submodule(way[0]), *way[1:])
+            yield SetAttribute(place.path, "recurrence", Recurrent(number, *(rotary or (None,))))
+        hook = Recalling(
+            tuple(inspect.signature(model.get_submodule(decoder).forward).parameters),
+            config_at(model, places[0].config),
+            Segments(self.segment_length, self.memory_length),
+            self.positions == "bounded",
+            len(places),
+            anatomy.max_positions if anatomy.tables else None,
+        )
+        yield AddPreHook(decoder, hook, "hands its attention modules their memory")
+
+    def _check(self, model: PreTrainedModel, anatomy: Anatomy, places: list[Place], decoder: str) -> None:
+        names = inspect.signature(model.get_submodule(decoder).forward).parameters
+        absent = next((name for name in ("position_ids", "past_key_values") if name not in names), None)
+        if absent is not None:
+            raise UnsupportedArchitecture(f"{decoder}: its forward takes no {absent}, by which it is told what is new.")
+        windowed = [getattr(config_at(model, p.config), "sliding_window", None) for p in places]
+        types = set(getattr(config_at(model, places[0].config), "layer_types", None) or ["full_attention"])
+        if types != {"full_attention"} or any(
+            getattr(model.get_submodule(p.path), "sliding_window", w) for p, w in zip(places, windowed, strict=True)
+        ):
+            raise UnsupportedArchitecture(
+                f"{anatomy.architecture}: has layers that see a window or a chunk only ({', '.join(sorted(types))}), "
+                "which has its own idea of what is let go."
+            )
+        if anatomy.tables and (anatomy.max_positions or 0) < self.segment_length:
+            raise AttnPatchError(
+                f"segment_length {self.segment_length}: the model's table has {anatomy.max_positions} positions; "
+                "choose at most as many."
+            )
+        for rotary in anatomy.rotary:
+            kinds = rotary.rope_type.values() if isinstance(rotary.rope_type, Mapping) else [rotary.rope_type]
+            moving = next((kind for kind in kinds if kind not in STATIC), None)
+            if moving is not None and (
+                self.positions == "running" or self.segment_length > (anatomy.max_positions or 0)
+            ):
+                raise UnsupportedArchitecture(
+                    f"{rotary.path}: {moving!r} angles depend on the length of the text; positions='bounded' and "
+                    f"segments of at most {anatomy.max_positions} tokens keep them still."
+                )
+
+    def _turning(self, model: PreTrainedModel, anatomy: Anatomy, places: list[Place]) -> dict[str, Way | None]:
+        paths = [place.path for place in places]
+        if self.turning is not None:  # of a checkpoint, where tuples are lists
+            given = ((path, self.turning[path]) for path in paths if self.turning.get(path) is not None)
+            return {path: (str(w[0]), str(w[1]), bool(w[2]), int(w[3])) for path, w in given if w is not None}
+        found = ways(model, anatomy, paths) if self.positions == "bounded" else {}
+        return {path: way for path, way in found.items() if way is not None}
+
+    def _notes(self, kernel: str, turning: Mapping[str, Way | None]) -> Iterator[str]:
+        yield (
+            f"segments of {self.segment_length} tokens, each with {self.memory_length} before it, through {kernel}; a "
+            f"token costs as much as with {self.segment_length + self.memory_length} at most"
+        )
+        if turning:
+            how = sorted({("neighbours" if way[2] else "halves") for way in turning.values() if way is not None})
+            yield f"positions begin anew in each segment; keys in memory are turned back ({', '.join(how)})"
+        yield "what a text was before a call is carried where a stream is open or a cache is passed, and nowhere else"
+
+
+def _kernel(model: PreTrainedModel) -> str:
+    held = next((path for path, module in model.named_modules() if recalling_of(module) is not None), None)
+    if held is not None:
+        raise UnsupportedArchitecture(f"{held or type(model).__name__}: has a memory already; revert it first.")
+    found = str(model.config._attn_implementation)
+    found = base(found) or found  # asked for under its new name, where a checkpoint is loaded
+    if found.removeprefix(ALIBI) not in KERNELS:
+        raise UnsupportedArchitecture(
+            f"{type(model).__name__}: attention {found!r} is of another patch or kernel; a memory goes on top of "
+            f"{', '.join(KERNELS)}, and of these with this package's ALiBi."
+        )
+    return found
+
+
+def _decoder(model: PreTrainedModel, places: list[Place]) -> str:
+    """Return the module that makes the masks: the one that holds the list of layers."""
+    parts = places[0].path.split(".")
+    cut = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if cut is None or cut == 0:
+        raise UnsupportedArchitecture(f"{places[0].path}: is in no list of layers.")
+    return ".".join(parts[: cut - 1])
