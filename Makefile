@@ -21,7 +21,7 @@ FAST := -n $(WORKERS) -m "not full and not slow"
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: demo test test-all test-lowest lint format survey bench bench-alibi bench-decode check-diagnose downstream peers \
-	results-grouped-query clean
+	results-grouped-query results-extend-context results-switch-positions clean
 
 demo: $(VENV)/.installed
 	$(BIN)/attnpatch demo --output outputs/demo
@@ -78,6 +78,17 @@ peers: $(VENV)/.installed data/smollm2/config.json
 # hours on two cores; the same command goes on where it was stopped
 results-grouped-query: $(VENV)/.installed data/corpus/manifest.json data/smollm2/config.json
 	$(BIN)/python recipes/results_grouped_query.py
+
+# an hour of one core, for each of the two; the same command goes on where it was stopped
+results-extend-context: $(VENV)/.installed data/corpus/manifest.json
+	$(BIN)/python recipes/extend_context.py
+
+results-switch-positions: $(VENV)/.installed data/corpus/manifest.json outputs/pretrain_learned/model/config.json
+	$(BIN)/python recipes/switch_positions.py
+
+outputs/pretrain_learned/model/config.json: | $(VENV)/.installed data/corpus/manifest.json
+	$(BIN)/python recipes/pretrain.py --config recipes/configs/pretrain_learned.yaml \
+		$$(ls -d outputs/pretrain_learned/checkpoints/step_* >/dev/null 2>&1 && echo --resume)
 
 data/corpus/manifest.json: | $(VENV)/.installed
 	$(BIN)/python scripts/build_corpus.py

@@ -21,6 +21,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from recipes.skipping import check as check_skip
+from recipes.skipping import skipped_positions
+
+UNREAD = ("cache", "source", "block", "skip_to", "skip_chunks")  # of the settings: the tokens do not depend on them
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
 
 
@@ -42,6 +46,8 @@ class DataConfig:
         streaming: reads a dataset as a stream; needs `max_tokens`.
         max_tokens: stops reading after so many tokens.
         cache: folder of the tokenised cache.
+        skip_to: gives blocks positions with gaps, up to this many (PoSE); without, positions follow from the order.
+        skip_chunks: how many pieces of a block stay contiguous then.
     """
 
     source: str
@@ -53,6 +59,8 @@ class DataConfig:
     streaming: bool = False
     max_tokens: int | None = None
     cache: str = "outputs/cache"
+    skip_to: int | None = None
+    skip_chunks: int = 2
 
 
 class Blocks:
@@ -62,11 +70,14 @@ class Blocks:
         tokens: token ids, shape (number of tokens,), any unsigned integer type.
         block: tokens per block; a last incomplete block is left out.
         fingerprint: digest of everything the tokens depend on.
+        skip: positions and chunks of position skipping, if any.
     """
 
-    def __init__(self, tokens: npt.NDArray[Any], block: int, fingerprint: str) -> None:
-        self.block = block
-        self.fingerprint = fingerprint
+    def __init__(
+        self, tokens: npt.NDArray[Any], block: int, fingerprint: str, skip: tuple[int, int] | None = None
+    ) -> None:
+        self.block, self.skip = block, skip
+        self.fingerprint = fingerprint if skip is None else f"{fingerprint} skip {skip[0]} {skip[1]}"
         self.tokens = tokens[: len(tokens) // block * block].reshape(-1, block)
 
     def __len__(self) -> int:
@@ -74,7 +85,11 @@ class Blocks:
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         ids = torch.from_numpy(self.tokens[index].astype(np.int64))  # block
-        return {"input_ids": ids, "labels": ids.clone()}
+        item = {"input_ids": ids, "labels": ids.clone()}
+        if self.skip is not None:  # without a mask, transformers takes a gap for the beginning of another text
+            positions = skipped_positions(self.block, *self.skip, index)
+            item |= {"position_ids": positions, "attention_mask": torch.ones_like(ids)}
+        return item
 
 
 def local_files(source: str) -> list[Path] | None:
@@ -174,7 +189,7 @@ def _dataset_texts(config: DataConfig) -> Iterator[str]:
 def fingerprint(config: DataConfig, tokenizer: Any) -> str:
     """Digest of what the tokens depend on: the texts' bytes (a dataset's own fingerprint), tokenizer, settings."""
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
-    settings = {key: value for key, value in asdict(config).items() if key not in ("cache", "source", "block")}
+    settings = {key: value for key, value in asdict(config).items() if key not in UNREAD}
     digest.update(json.dumps([settings, tokenizer.eos_token_id], sort_keys=True).encode())
     files = local_files(config.source)
     if files is None:
@@ -224,9 +239,13 @@ def load_blocks(config: DataConfig, tokenizer: Any) -> Blocks:
 
     Raises:
         DataError: the source is missing or empty, or shorter than one block.
+        SettingsError: positions that cannot be skipped so.
     """
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no eos token to put between documents; set tokenizer.eos_token.")
+    skip = None if config.skip_to is None else (config.skip_to, config.skip_chunks)
+    if skip is not None:
+        check_skip(config.block, *skip)
     digest = fingerprint(config, tokenizer)
     path = Path(config.cache) / f"{digest}.{'u16' if len(tokenizer) <= 2**16 else 'u32'}"
     if not path.exists():
@@ -238,4 +257,4 @@ def load_blocks(config: DataConfig, tokenizer: Any) -> Blocks:
             f"{config.source}: found {len(tokens)} tokens, wanted at least one block of {config.block}; give more text "
             "or lower data.block."
         )
-    return Blocks(tokens, config.block, digest)
+    return Blocks(tokens, config.block, digest, skip)

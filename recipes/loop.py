@@ -29,7 +29,7 @@ from torch import nn
 from recipes import checkpoints
 from recipes.checkpoints import Progress, ResumeError
 from recipes.log import Log
-from recipes.schedule import TrainConfig, indices, learning_rate
+from recipes.schedule import TrainConfig, learning_rate, order
 
 Batch = dict[str, torch.Tensor]
 Loss = Callable[[nn.Module, Batch], tuple[torch.Tensor, torch.Tensor]]
@@ -62,12 +62,11 @@ def next_token_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch
 
 def batches(config: TrainConfig, data: Dataset, step: int, accelerator: Accelerator) -> list[Batch]:
     """This process's share of optimizer step `step`, as the passes it is accumulated over."""
-    chosen = indices(config, len(data), step)[accelerator.process_index :: accelerator.num_processes]
+    chosen = order(config, data, step)[accelerator.process_index :: accelerator.num_processes]
     size = len(chosen) // config.accumulation
     examples = [data[index] for index in chosen]
     parts = [examples[start : start + size] for start in range(0, len(examples), size)]
-    device = accelerator.device
-    return [{key: torch.stack([each[key] for each in part]).to(device) for key in part[0]} for part in parts]
+    return [{k: torch.stack([each[k] for each in part]).to(accelerator.device) for k in part[0]} for part in parts]
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -143,6 +142,7 @@ def train(
     evaluate: Evaluate | None = None,
     resume: bool = False,
     also: Mapping[str, Any] | None = None,
+    before_step: Callable[[int], None] = lambda _: None,
 ) -> list[dict[str, float]]:
     """Trains `model` in place.
 
@@ -155,6 +155,7 @@ def train(
         evaluate: called every `eval_every` steps in eval mode without gradients; what it returns is logged.
         resume: goes on from the newest checkpoint in `config.output`.
         also: further settings that a resumed run must share with the run it resumes, JSON-able.
+        before_step: called before each optimizer step with its number from 0: a schedule of more than learning rates.
 
     Returns:
         The log: one record a line of `log.jsonl` with step, loss (nats a token, mean since the line before), lr, tokens
@@ -175,7 +176,7 @@ def train(
     settings = identity(config, data, also)
     progress = checkpoints.restore(accelerator, folder, settings) if resume else Progress()
     log = Log(accelerator, config.output, progress.step, asdict(config), config.trackers)
-    run(accelerator, prepared, optimizer, data, loss, config, progress, log, evaluate, settings)
+    run(accelerator, prepared, optimizer, data, loss, config, progress, log, evaluate, settings, before_step)
     log.close()
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)  # takes autocast off the caller's model again
     return log.records
@@ -192,12 +193,14 @@ def run(
     log: Log,
     evaluate: Evaluate | None,
     settings: dict[str, Any],
+    before_step: Callable[[int], None],
 ) -> None:
     """The loop itself: from `progress` to `config.steps`, on a prepared model and optimizer."""
     bar, task = progress_bar(accelerator, config.steps, progress.step)
     model.train()
     while progress.step < config.steps:
         started = time.perf_counter()
+        before_step(progress.step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, progress.step)
         parts = batches(config, data, progress.step, accelerator)
@@ -211,8 +214,7 @@ def run(
             bar.update(task, description=f"loss {log.records[-1]['loss']:.4f}")
             progress = replace(progress, window_loss=0.0, window_tokens=0)
         if due(config.save_every, progress.step, last):
-            folder = Path(config.output) / "checkpoints"
-            checkpoints.save(accelerator, folder, progress, settings, config.keep)
+            checkpoints.save(accelerator, Path(config.output) / "checkpoints", progress, settings, config.keep)
     bar.stop()
 
 

@@ -1,0 +1,96 @@
+"""Figures of both studies. Colours are Okabe and Ito's, with a marker and a line style each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_attnpatch.plotting import import_pyplot
+from recipes.comparison.figures import finish, panels
+from recipes.comparison.store import Store
+from recipes.positions.page import TRAINED, score
+
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777")
+Groups = Mapping[str, Sequence[str]]  # panel -> cells
+MARKERS = "osD^vP*X<>hdp8H"
+
+
+def style(number: int) -> dict[str, Any]:
+    """Line number `number` of a figure: colours repeat after eight, markers and line styles then differ."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3],
+        "markersize": 5,
+        "linewidth": 1.3,
+    }
+
+
+def label(name: str) -> str:
+    """A cell's name in a legend."""
+    return name.replace(TRAINED, ", trained")
+
+
+def by_length(store: Store, groups: Groups, lengths: Sequence[int], path: Path, title: str) -> None:
+    """Loss of the same targets against context, a panel for each group of cells; no file where nothing is measured."""
+    found = {group: _measured(store, names, lengths) for group, names in groups.items()}
+    found = {group: each for group, each in found.items() if each}
+    if not found:
+        return
+    figure, axes = panels(len(found), width=5.5, height=4.4, sharey=False)
+    for axis, (group, cells) in zip(axes, found.items(), strict=True):
+        for number, (name, pairs) in enumerate(cells.items()):
+            axis.plot([n for n, _ in pairs], [nats for _, nats in pairs], label=label(name), **style(number))
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
+        axis.set(xlabel="tokens of context", ylabel="nats per token, same targets", title=group)
+        axis.legend(fontsize=7)
+    _save(figure, axes, title, path)
+
+
+def _measured(store: Store, names: Sequence[str], lengths: Sequence[int]) -> dict[str, list[tuple[int, float]]]:
+    found = {name: [(n, score(store, name, n)) for n in lengths] for name in names}
+    kept = {name: [(n, each.nats) for n, each in pairs if each is not None] for name, pairs in found.items()}
+    return {name: pairs for name, pairs in kept.items() if pairs}
+
+
+def by_position(store: Store, groups: Groups, trained: int, path: Path, title: str) -> None:
+    """Loss against position in one pass of the longest length; a line marks the trained context."""
+    found = {group: [n for n in names if (store.get(n) or {}).get("positions")] for group, names in groups.items()}
+    found = {group: names for group, names in found.items() if names}
+    if not found:
+        return
+    figure, axes = panels(len(found), width=5.5, height=4.4, sharey=False)
+    for axis, (group, names) in zip(axes, found.items(), strict=True):
+        for number, name in enumerate(names):
+            rows = store.rows[name]["positions"]
+            middle = [(a + b) / 2 for a, b in zip(rows["edges"], rows["edges"][1:], strict=False)]
+            axis.plot(middle, rows["nats"], label=label(name), **style(number))
+        axis.axvline(trained, color="#555555", linewidth=1, linestyle=":")
+        axis.set(xlabel=f"position (dotted: trained context, {trained})", ylabel="nats per token", title=group)
+        axis.legend(fontsize=7)
+    _save(figure, axes, title, path)
+
+
+def curves(store: Store, groups: Groups, path: Path, title: str) -> None:
+    """Training losses against tokens."""
+    found = {group: [n for n in names if (store.get(n) or {}).get("training")] for group, names in groups.items()}
+    found = {group: names for group, names in found.items() if names}
+    if not found:
+        return
+    figure, axes = panels(len(found), width=5.5, height=4.0, sharey=False)
+    for axis, (group, names) in zip(axes, found.items(), strict=True):
+        for number, name in enumerate(names):
+            pairs = store.rows[name]["training"]["curve"]
+            axis.plot([n / 1e3 for n, _ in pairs], [v for _, v in pairs], label=label(name), **style(number))
+        axis.set(xlabel="tokens trained on (thousands)", ylabel="training loss (nats per token)", title=group)
+        axis.legend(fontsize=7)
+    _save(figure, axes, title, path)
+
+
+def _save(figure: Any, axes: Sequence[Any], title: str, path: Path) -> None:
+    finish(figure, axes, "both", title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    import_pyplot().close(figure)

@@ -1,0 +1,132 @@
+"""The page of `extend_context.py`: what was asked, methods without training, after one, passkeys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hf_attnpatch.evaluation import Interval, Score
+from recipes.comparison.store import Store
+from recipes.comparison.tables import markdown, write_page
+from recipes.positions import draw, page
+from recipes.positions.page import TRAINED
+from recipes.positions.study import Study
+
+ORIGINAL = "original"
+STATIC = ("yarn", "ntk")  # what the best method is held against, beside the truncated window
+ALLOWED = 0.05  # nats above the loss within context
+
+
+def write(study: Study, store: Store, out: Path) -> None:
+    """Writes README.md and the figures."""
+    untrained = [cell.name for cell in study.cells if cell.kind == "measure"]
+    trained = [cell.name for cell in study.cells if cell.kind == "train"]
+    longest = study.lengths[-1]
+    order = sorted(untrained, key=lambda name: _nats(page.score(store, name, longest)))
+    with_base = {"without training": order, "after a short training": [ORIGINAL, *trained]}
+    _figures(study, store, out, with_base)
+    write_page(
+        out / "README.md",
+        [
+            f"# {study.title}\n",
+            "\n".join(f"* {line}" for line in _about(study, store)),
+            "## What was asked\n\n" + asked(study, store),
+            f"## Without training, best at {longest:,} first\n\n" + _table(study, store, order),
+            _pictures(out, longest),
+            _trained(study, store, trained),
+            page.passkeys(study, store, ORIGINAL),
+            page.refusals(store, [cell.name for cell in study.cells]),
+            page.closing(store),
+        ],
+    )
+
+
+def _figures(study: Study, store: Store, out: Path, groups: dict[str, list[str]]) -> None:
+    draw.by_length(store, groups, study.lengths, out / "length.png", "Loss by context")
+    draw.by_position(store, groups, study.lengths[0], out / "position.png", "Loss by position")
+
+
+def _pictures(out: Path, longest: int) -> str:
+    """The figures that there are."""
+    said = {
+        "length": "",
+        "position": f"\n\nAll tokens of one pass over the last {longest:,}, which are other ones at each position.",
+    }
+    return "\n\n".join(f"![{n}]({n}.png){text}" for n, text in said.items() if (out / f"{n}.png").is_file())
+
+
+def _about(study: Study, store: Store) -> list[str]:
+    first = study.lengths[0]
+    return [
+        *page.about(study, store, "python recipes/extend_context.py"),
+        f"`truncated`: the unpatched model on the last {first:,} tokens, in one pass; `sliding`: windows of {first:,} "
+        "that move on with the targets, which costs as many passes.",
+    ]
+
+
+def _nats(found: Score | None) -> float:
+    return float("inf") if found is None else found.nats
+
+
+def best(study: Study, store: Store) -> str | None:
+    """The method without training that loses least at the longest length."""
+    names = [cell.name for cell in study.cells if cell.kind == "measure" and cell.name != ORIGINAL]
+    found = [name for name in names if page.score(store, name, study.lengths[-1])]
+    return min(found, key=lambda name: _nats(page.score(store, name, study.lengths[-1])), default=None)
+
+
+def asked(study: Study, store: Store) -> str:
+    """What the best method must show, with paired intervals."""
+    name, first, last = best(study, store), study.lengths[0], study.lengths[-1]
+    if name is None:
+        return "Not measured yet."
+    found = page.score(store, name, last)
+    within = page.score(store, ORIGINAL, first)
+    rows = [_row(f"unpatched at {first:,}, its trained context", page.above(within, found), ALLOWED)]
+    rows += [_row(f"`{each}` at {last:,}", page.above(page.score(store, each, last), found), 0) for each in STATIC]
+    rows.append(_row(f"truncated to the last {first:,}", page.above(within, found), 0))
+    rows.append(_row(f"sliding window of {first:,} (not asked)", page.above(page.sliding(store, ORIGINAL), found), 0))
+    head = ["compared with", f"`{name}` at {last:,}, nats above", "wanted", "met"]
+    said = (
+        f"Of the methods without training `{name}` loses least at {last:,} tokens, {page.loss(found)} nats. It was "
+        "chosen on these documents.\n\n"
+    )
+    return said + markdown(head, rows)
+
+
+def _row(against: str, found: Interval | None, limit: float) -> list[str]:
+    wanted = f"at most {limit:+.2f}" if limit else "below 0"
+    if found is None:
+        return [against, "-", wanted, "not measured"]
+    met = found.value <= limit if limit else found.value < 0
+    sure = found.high <= limit if limit else found.high < 0
+    return [against, page.signed(found), wanted, ("yes" if sure else "yes, interval beyond it") if met else "**no**"]
+
+
+def _table(study: Study, store: Store, names: list[str]) -> str:
+    first, last = study.lengths[0], study.lengths[-1]
+    within = page.score(store, ORIGINAL, first)
+    rows = []
+    for name in names:
+        if store.get(name):
+            over = page.signed(page.above(within, page.score(store, name, last)))
+            rows.append([page.dash(name), *page.losses(store, name, study.lengths), over])
+    slid = page.sliding(store, ORIGINAL)
+    dashes = ["-"] * (len(study.lengths) - 1)
+    rows.append(["truncated", *dashes, page.loss(within), "0"])
+    rows.append(["sliding", *dashes, page.loss(slid), page.signed(page.above(within, slid))])
+    head = ["method", *(f"{n:,}" for n in study.lengths), f"{last:,}, above unpatched at {first:,}"]
+    return markdown(head, rows)
+
+
+def _trained(study: Study, store: Store, names: list[str]) -> str:
+    done = [name for name in names if store.get(name)]
+    if not done:
+        return ""
+    bases = [base for base in dict.fromkeys(name.partition(TRAINED)[0] for name in done)]
+    shown = [each for base in bases for each in (base, *(n for n in done if n.partition(TRAINED)[0] == base))]
+    return (
+        "## After a short training\n\n"
+        + page.training_line(study, store)
+        + f" `skipping`: blocks of the trained context whose positions have gaps up to {study.lengths[-1]:,} (PoSE); "
+        f"the others saw blocks of {study.lengths[-1]:,}.\n\n" + _table(study, store, shown)
+    )

@@ -1,0 +1,132 @@
+"""What the pages of both studies are made of: scores by cell and length, and tables of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hf_attnpatch.evaluation import Interval, Score, difference, summarise
+from recipes.comparison.store import Store
+from recipes.comparison.tables import MISSING, conditions, markdown
+from recipes.positions.study import Study
+
+TRAINED = "/trained"
+CLOSING = " Weights and measurements in float32; training under bfloat16 autocast."
+
+
+def score(store: Store, name: str, length: int) -> Score | None:
+    """The loss of a cell at a length; None where it was refused or not measured."""
+    row = store.get(name)
+    found = (row or {}).get("lengths", {}).get(str(length), {})
+    return summarise({k: tuple(v) for k, v in found["losses"].items()}) if "losses" in found else None
+
+
+def sliding(store: Store, name: str) -> Score | None:
+    """The loss of the window that moves on with the targets."""
+    found = (store.get(name) or {}).get("baselines")
+    return None if found is None else summarise({k: tuple(v) for k, v in found["sliding"]["losses"].items()})
+
+
+def above(reference: Score | None, found: Score | None) -> Interval | None:
+    """How much more is lost than by a reference, paired by document; None where one was not measured."""
+    return None if reference is None or found is None else difference(reference, found)
+
+
+def loss(found: Score | None) -> str:
+    """A loss with its interval."""
+    return MISSING if found is None else f"{found.nats:.3f} ({found.low:.3f} to {found.high:.3f})"
+
+
+def signed(found: Interval | None) -> str:
+    """A difference with its interval."""
+    return MISSING if found is None else f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+
+
+def losses(store: Store, name: str, lengths: Sequence[int]) -> list[str]:
+    """A cell's losses at all lengths, for a row of a table."""
+    row = store.get(name) or {}
+    if "refused" in row:
+        return ["refused"] * len(lengths)
+    refused = {n for n in lengths if "refused" in row.get("lengths", {}).get(str(n), {})}
+    return ["refused" if n in refused else loss(score(store, name, n)) for n in lengths]
+
+
+def refusals(store: Store, names: Sequence[str]) -> str:
+    """Why cells, or some of their lengths, were refused."""
+    lines = []
+    for name in names:
+        row = store.get(name) or {}
+        found = {length: each["refused"] for length, each in row.get("lengths", {}).items() if "refused" in each}
+        lines += [f"* `{name}`: {row['refused']}"] if "refused" in row else []
+        lines += [f"* `{name}` at {' and '.join(found)} tokens: {next(iter(found.values()))}"] if found else []
+    return "## Refused\n\n" + "\n".join(lines) if lines else ""
+
+
+def passkeys(study: Study, store: Store, reference: str) -> str:
+    """Points of 100 by length and depth."""
+    rows = [store.get(cell.name) for cell in study.cells]
+    asked = [row for row in rows if row is not None and row.get("passkey")]
+    if not asked:
+        return ""
+    spec = asked[0]["spec"]["measure"]["passkey"]
+    depths = ", ".join(f"{depth:g}" for depth in spec["depths"])
+    table = [[f"`{row['cell']}`", *(_points(row["passkey"], n) for n in study.lengths)] for row in asked]
+    found = [points for row in asked for each in row["passkey"].values() for points in each.get("points", [])]
+    within = [row["passkey"][str(study.lengths[0])].get("points", []) for row in asked if row["cell"] == reference]
+    text = f"Points of 100 for keys at depths {depths}; {spec['samples']} prompts for each length and depth."
+    if not any(found):
+        text += " **No model finds one key at any length or depth**"
+        text += (
+            ", the unpatched one within its context no more than the others: it is too small for the task, which so "
+            "says nothing about the methods."
+            if within
+            else "."
+        )
+    return f"## Passkey\n\n{text}\n\n" + markdown(["", *(f"{n:,}" for n in study.lengths)], table)
+
+
+def _points(found: dict[str, dict[str, list[float]]], length: int) -> str:
+    points = found.get(str(length), {}).get("points")
+    return "refused" if points is None else " / ".join(f"{each:.0f}" for each in points)
+
+
+def about(study: Study, store: Store, command: str) -> list[str]:
+    """What both pages say first: how it is measured, on what, and what is missing."""
+    measure = study.cells[0].spec["measure"]
+    count = next((row["documents"] for row in store.rows.values() if "documents" in row), None)
+    lines = [
+        f"`{command}` measures all this and writes it; `metrics.jsonl` has every figure, a line for each cell.",
+        f"Losses are nats per token on the last {measure['targets'] + 1} tokens of {count} held-out documents "
+        f"(`{measure['text']}`), which no model was trained on: the same targets at every length, with more and more "
+        "text before them. Intervals are 95 %, resampling documents; differences are paired by document, and much "
+        "narrower than the intervals of the losses suggest.",
+    ]
+    missing = [f"`{cell.name}`" for cell in study.cells if not store.has(cell)]
+    if missing:
+        lines.append(f"**{len(missing)} of {len(study.cells)} cells are not measured yet**: {', '.join(missing)}.")
+    return lines
+
+
+def closing(store: Store) -> str:
+    """Where it was measured."""
+    return "## Conditions\n\n" + conditions(store) + CLOSING if store.rows else ""
+
+
+def training_line(study: Study, store: Store) -> str:
+    """What the trainings had in common, as they were."""
+    rows = [store.get(cell.name) for cell in study.cells if cell.kind == "train"]
+    done = [row for row in rows if row is not None and "training" in row]
+    if not done:
+        return ""
+    train, data = done[0]["spec"]["train"], done[0]["spec"]["data"]
+    tokens = sorted({row["training"]["tokens"] for row in done})
+    return (
+        f"All parameters, {train['steps']} steps, {' or '.join(f'{n:,}' for n in tokens)} tokens of "
+        f"`{data['source']}`, AdamW at {train['lr']:g} with {train['warmup']} steps of warm-up and cosine decay; one "
+        "setting for all and no choice by held-out text, so another one may do better."
+    )
+
+
+def dash(text: str) -> str:
+    """A cell's name in words: `yarn/trained, skipping` -> `yarn`, trained, skipping."""
+    base, _, trained = text.partition(TRAINED)
+    return f"`{base}`" + (f", trained{trained}" if TRAINED in text else "")

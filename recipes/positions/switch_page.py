@@ -1,0 +1,67 @@
+"""The page of `switch_positions.py`: each model before, directly after the switch, and after a training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from recipes.comparison.store import Store
+from recipes.comparison.tables import markdown, write_page
+from recipes.positions import draw, page
+from recipes.positions.study import STRENGTH, Study
+
+ORIGINAL = "original"
+
+
+def write(study: Study, store: Store, out: Path) -> None:
+    """Writes README.md and the figures."""
+    groups: dict[str, list[str]] = {}
+    for cell in study.cells:
+        groups.setdefault(cell.name.partition("/")[0], []).append(cell.name)
+    draw.by_length(store, groups, study.lengths, out / "length.png", "Loss by context, the same targets")
+    draw.by_position(store, groups, study.lengths[0], out / "position.png", "Loss by position")
+    draw.curves(store, groups, out / "training.png", "After the switch")
+    figures = [f"![{name}]({name}.png)" for name in ("length", "position", "training")]
+    there = [each for each in figures if (out / each.partition("(")[2][:-1]).is_file()]
+    write_page(
+        out / "README.md",
+        [
+            f"# {study.title}\n",
+            "\n".join(f"* {line}" for line in _about(study, store)),
+            *(_group(study, store, group, names) for group, names in groups.items()),
+            "\n\n".join(there),
+            page.passkeys(study, store, f"{next(iter(groups))}/{ORIGINAL}"),
+            page.refusals(store, [cell.name for cell in study.cells]),
+            page.closing(store),
+        ],
+    )
+
+
+def _about(study: Study, store: Store) -> list[str]:
+    found = [*page.about(study, store, "python recipes/switch_positions.py"), page.training_line(study, store)]
+    warm = {cell.spec[STRENGTH] for cell in study.cells if cell.spec.get(STRENGTH)}
+    if warm:
+        shares = ", ".join(f"{share:.0%}" for share in sorted(warm))
+        found.append(
+            f"`warm`: the slopes of ALiBi rise from 0 to their full size over the first {shares} of the steps."
+        )
+    found.append(
+        "`original`, trained, had the same training with the positions it came with: what a switch costs is the "
+        "distance to it, not to the original."
+    )
+    return [line for line in found if line]
+
+
+def _group(study: Study, store: Store, group: str, names: list[str]) -> str:
+    done = [name for name in names if store.get(name)]
+    if not done:
+        return f"## {group}\n\nNot measured yet."
+    first = study.lengths[0]
+    original, kept = (page.score(store, f"{group}/{each}", first) for each in (ORIGINAL, f"{ORIGINAL}{page.TRAINED}"))
+    rows = []
+    for name in done:
+        found = page.score(store, name, first)
+        over = [page.signed(page.above(reference, found)) for reference in (original, kept)]
+        rows.append([page.dash(name.partition("/")[2]), *page.losses(store, name, study.lengths), *over])
+    head = ["positions", *(f"{n:,}" for n in study.lengths), f"above the original, {first:,}"]
+    head.append(f"above the original trained as long, {first:,}")
+    return f"## From {group}\n\n" + markdown(head, rows)
