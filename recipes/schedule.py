@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -78,3 +78,9 @@ def indices(config: TrainConfig, length: int, step: int) -> list[int]:
             permutations[epoch] = torch.randperm(length, generator=generator)
         chosen.append(int(permutations[epoch][position % length]))
     return chosen
+
+
+def order(config: TrainConfig, data: Any, step: int) -> list[int]:
+    """Which examples a step sees: data whose rows go on from batch to batch (`lanes.Lanes`) says so itself."""
+    own = getattr(data, "order", None)
+    return indices(config, len(data), step) if own is None else list(own(step))
