@@ -20,8 +20,8 @@ FAST := -n $(WORKERS) -m "not full and not slow"
 # the workers already fill the cores; a thread pool in each would only get in their way
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-all test-lowest lint format survey bench bench-alibi bench-decode check-diagnose downstream peers \
-	results-grouped-query results-extend-context results-switch-positions clean
+.PHONY: demo test test-all test-lowest lint format survey bench bench-alibi bench-decode bench-extend check-diagnose \
+	downstream peers results-grouped-query results-extend-context results-switch-positions clean
 
 demo: $(VENV)/.installed
 	$(BIN)/attnpatch demo --output outputs/demo
@@ -55,6 +55,10 @@ bench-decode: $(VENV)/.installed
 
 bench-alibi: $(VENV)/.installed
 	$(BIN)/python scripts/bench_alibi.py
+
+# training-free context extension against plain attention
+bench-extend: $(VENV)/.installed
+	$(BIN)/python scripts/bench_extend.py
 
 # predicted against measured: half an hour on an idle core
 check-diagnose: $(VENV)/.installed data/smollm2/config.json

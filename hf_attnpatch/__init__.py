@@ -32,13 +32,18 @@ if TYPE_CHECKING:
     from .patch import Patch, from_spec
     from .patches import (
         Alibi,
+        AttentionSinks,
+        DualChunk,
         Flash,
         GroupedQuery,
+        JetLong,
         NoPosition,
         PositionTable,
+        ReRope,
         RopeScaling,
         Rotary,
         SegmentRecurrence,
+        SelfExtend,
         Sinusoidal,
     )
     from .plan import Plan, plan
@@ -117,16 +122,54 @@ def patch_segment_recurrence(model: "PreTrainedModel", **fields: Any) -> "Report
     return apply(model, from_spec({**fields, "patch": "segment_recurrence"}))
 
 
+def patch_self_extend(model: "PreTrainedModel", **fields: Any) -> "Report":
+    """Apply :class:`SelfExtend` with these fields."""
+    from . import apply, from_spec
+
+    return apply(model, from_spec({**fields, "patch": "self_extend"}))
+
+
+def patch_dual_chunk(model: "PreTrainedModel", **fields: Any) -> "Report":
+    """Apply :class:`DualChunk` with these fields."""
+    from . import apply, from_spec
+
+    return apply(model, from_spec({**fields, "patch": "dual_chunk"}))
+
+
+def patch_re_rope(model: "PreTrainedModel", **fields: Any) -> "Report":
+    """Apply :class:`ReRope` with these fields."""
+    from . import apply, from_spec
+
+    return apply(model, from_spec({**fields, "patch": "re_rope"}))
+
+
+def patch_jet_long(model: "PreTrainedModel", **fields: Any) -> "Report":
+    """Apply :class:`JetLong` with these fields."""
+    from . import apply, from_spec
+
+    return apply(model, from_spec({**fields, "patch": "jet_long"}))
+
+
+def patch_attention_sinks(model: "PreTrainedModel", **fields: Any) -> "Report":
+    """Apply :class:`AttentionSinks` with these fields."""
+    from . import apply, from_spec
+
+    return apply(model, from_spec({**fields, "patch": "attention_sinks"}))
+
+
 __all__ = [
     "Alibi",
     "Anatomy",
+    "AttentionSinks",
     "AttnPatchError",
     "CalibrationError",
     "Comparison",
     "Diagnosis",
+    "DualChunk",
     "EvaluationError",
     "Flash",
     "GroupedQuery",
+    "JetLong",
     "MissingExtra",
     "NoPosition",
     "Patch",
@@ -134,12 +177,14 @@ __all__ = [
     "Plan",
     "PositionTable",
     "Published",
+    "ReRope",
     "Report",
     "RopeScaling",
     "Rotary",
     "RotaryModule",
     "SegmentRecurrence",
     "SelfCheckFailed",
+    "SelfExtend",
     "Sinusoidal",
     "Site",
     "Stream",
@@ -152,13 +197,18 @@ __all__ = [
     "from_spec",
     "load",
     "patch_alibi",
+    "patch_attention_sinks",
+    "patch_dual_chunk",
     "patch_flash",
     "patch_grouped_query",
+    "patch_jet_long",
     "patch_no_position",
     "patch_position_table",
+    "patch_re_rope",
     "patch_rope_scaling",
     "patch_rotary",
     "patch_segment_recurrence",
+    "patch_self_extend",
     "patch_sinusoidal",
     "patched",
     "plan",
@@ -180,13 +230,18 @@ _DEFINES = {
     "patch": ("Patch", "from_spec"),
     "patches": (
         "Alibi",
+        "AttentionSinks",
+        "DualChunk",
         "Flash",
         "GroupedQuery",
+        "JetLong",
         "NoPosition",
         "PositionTable",
+        "ReRope",
         "RopeScaling",
         "Rotary",
         "SegmentRecurrence",
+        "SelfExtend",
         "Sinusoidal",
     ),
     "plan": ("Plan", "plan"),

@@ -12,6 +12,7 @@ from .anatomy import Anatomy, describe
 from .edits import Edit
 from .errors import AttnPatchError, PatchConflict, UnsupportedArchitecture
 from .patch import Patch, Proposal
+from .span_modules import span_of
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,20 @@ def plan(model: PreTrainedModel, *patches: Patch) -> Plan:
     steps = []
     for patch in patches:
         proposal = patch.propose(model, anatomy)
+        _refuse_stacked(model, patch, proposal)
         steps.append(Step(proposal.patch or patch, proposal, tuple(edit.preview(model) for edit in proposal.edits)))
     _refuse_conflicts(steps)
     return Plan(anatomy, tuple(steps))
+
+
+def _refuse_stacked(model: PreTrainedModel, patch: Patch, proposal: Proposal) -> None:
+    """Refuse to change positions beneath attention that was patched to see them at other distances."""
+    held = next((path for path, module in model.named_modules() if span_of(module) is not None), None)
+    if held is not None and "the positions" in proposal.claims:
+        raise PatchConflict(
+            f"{held}: sees distances by an earlier patch, on whose positions it was built; {patch.name} would change "
+            f"those beneath it. Revert that one, apply {patch.name}, and then extend the context again."
+        )
 
 
 def _not_a_patch(found: object) -> str:

@@ -130,15 +130,16 @@ def peak(what: str, length: int) -> float:
         small = [t[:, :, :64] for t in states]
         run: Callable[[list[Tensor]], object] = lambda s: attend(*s, Distance(slopes(HEADS)), Sight(True), WIDTH**-0.5)  # noqa: E731
         run(small)
-        return _grows(lambda: run(states))
+        return grows(lambda: run(states))
     model = build(what.removesuffix("-stock"), length, 1)
     if not what.endswith("-stock"):
         ap.patch_flash(model)
     model(torch.zeros(1, 64, dtype=torch.long), use_cache=False)
-    return _grows(lambda: model(torch.zeros(1, length, dtype=torch.long), use_cache=False))
+    return grows(lambda: model(torch.zeros(1, length, dtype=torch.long), use_cache=False))
 
 
-def _grows(run: Callable[[], object]) -> float:
+def grows(run: Callable[[], object]) -> float:
+    """MiB by which this process's peak grows."""
     gc.collect()
     with peak_memory(torch.device("cpu")) as found:
         run()

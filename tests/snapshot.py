@@ -9,7 +9,7 @@ from transformers import AttentionInterface, PretrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_attnpatch import backends
+from hf_attnpatch import backends, span_backends
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
 
@@ -44,6 +44,7 @@ def registries():
     """
     backends.register_alibi()
     backends.register_fused()
+    span_backends.register_spans()
     return {
         "attention": dict(AttentionInterface._global_mapping),
         "masks": dict(AttentionMaskInterface._global_mapping),

@@ -51,6 +51,7 @@ MAY_IMPORT = {
             "recurrence_attention",
             "recurrence_modules",
             "recurrence_survey",
+            "span_patch",
         ),
     },
     "evaluation/": {"embedded", "errors", "evaluation", "progress"},  # measures a model; knows nothing of patches
@@ -65,6 +66,7 @@ MAY_WRITE = {
     "recurrence_memory.py": ("keys values", "of a layer that it has just made"),
     "__init__.py": ("register __class__ __setattr__", "calls foreign.register; the class of its own module"),
     "backends.py": ("register", "the only writer of transformers' attention and mask tables"),
+    "span_backends.py": ("register", "through backends.py"),
     "foreign.py": ("register", "teaches the Auto classes our own model type"),
     "probe.py": ("training eval register_forward_hook", "modes and counting hooks, restored at once"),
     "verify.py": ("clear update grad copy_ eval", "puts back what probing leaves behind"),
@@ -77,6 +79,7 @@ MAY_WRITE = {
     "replay.py": ("register_forward_hook register_forward_pre_hook", "for the length of a call; removed in any case"),
     "frames.py": ("register_forward_hook", "for the length of a trial; removed in any case"),
     "refine.py": ("requires_grad_ grad", "of its own copies of weights"),
+    "functional/pieces.py": ("step scale gap count", "of autograd's context"),
     "functional/two_way.py": ("scale", "of autograd's context"),
     "alibi_attention.py": ("query_offset", "of the mask that it has just made"),
     "request_length.py": ("attnpatch_lengths", "a mark of its own on the cache of a request"),

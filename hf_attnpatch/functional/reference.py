@@ -39,6 +39,51 @@ def attention(
     return rows @ values, rows
 
 
+def rotated(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    distance: Tensor,
+    frequencies: Tensor,
+    *,
+    scale: float,
+    mask: Tensor,
+    interleaved: bool = False,
+    first: int = 0,
+) -> Tensor:
+    """Attention of unrotated states, each pair of them turned by its own distance times each frequency.
+
+    Args:
+        query: (batch, heads, q, d).
+        key: (batch, kv heads, k, d).
+        value: (batch, kv heads, k, d_v).
+        distance: (q, k), any real numbers.
+        frequencies: (planes,), radians per position.
+        scale: on the inner products.
+        mask: (q, k), bool, True where a query sees a key.
+        interleaved: whether a plane is two neighbouring dimensions rather than two that are ``planes`` apart.
+        first: the dimension at which the turned ones begin.
+
+    Returns:
+        (batch, heads, q, d_v), fp64.
+    """
+    planes, groups = len(frequencies), query.shape[1] // key.shape[1]
+    keys, values = (t.double().repeat_interleave(groups, 1) for t in (key, value))
+    queries, last = query.double(), first + 2 * planes
+
+    def plane(states: Tensor) -> Tensor:
+        mine = states[..., first:last]
+        parts = (mine[..., ::2], mine[..., 1::2]) if interleaved else mine.chunk(2, -1)
+        return torch.complex(*parts)
+
+    angles = distance.double()[..., None] * frequencies.double()
+    turn = torch.polar(torch.ones_like(angles), angles)
+    scores = torch.einsum("bhqp,bhkp,qkp->bhqk", plane(queries), plane(keys).conj(), turn).real
+    for left, right in ((queries[..., :first], keys[..., :first]), (queries[..., last:], keys[..., last:])):
+        scores = scores + left @ right.transpose(-1, -2)
+    return (scale * scores).masked_fill(~mask, -torch.inf).softmax(-1) @ values
+
+
 def causal(queries: int, keys: int) -> Tensor:
     """The causal mask, (queries, keys), bool: the last query sees every key."""
     here = torch.arange(queries)[:, None] + keys - queries

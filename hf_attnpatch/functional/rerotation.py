@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_BLOCK = 256  # states that are turned at once
 Table = tuple[Tensor, Tensor]  # cosines and sines, (..., n, planes)
 
 
@@ -53,8 +54,8 @@ class Turning:
         """
         cos, sin = (t if t.dim() == 2 else t[:, None] for t in table)
         planes, exact = cos.shape[-1], cos.dtype
-        sizes = [self.first, 2 * planes, states.shape[-1] - self.first - 2 * planes]
-        before, mine, after = states.split(sizes, -1)  # type: ignore[no-untyped-call]
+        last = self.first + 2 * planes
+        before, mine, after = states[..., : self.first], states[..., self.first : last], states[..., last:]
         if self.interleaved:
             one, two = mine[..., ::2].to(exact), mine[..., 1::2].to(exact)
         else:
@@ -63,3 +64,28 @@ class Turning:
         whole = torch.stack(turned, -1).flatten(-2) if self.interleaved else torch.cat(turned, -1)
         whole = whole.to(states.dtype)
         return torch.cat([before, whole, after], -1) if states.shape[-1] > 2 * planes else whole
+
+    def turn_first(self, states: Tensor, table: Table) -> Tensor:
+        """Turn as many of the first states as the table has, and leave those behind them; see :meth:`turn`.
+
+        Without gradients, some at a time, so that they are still in the processor's cache for the second half of it.
+        """
+        count, planes, last = table[0].shape[-2], table[0].shape[-1], self.first + 2 * table[0].shape[-1]
+        if torch.is_grad_enabled() or states.dtype != table[0].dtype:
+            return torch.cat([self.turn(states[:, :, :count], table), states[:, :, count:]], 2)
+        out = torch.empty(states.shape, dtype=states.dtype, device=states.device)
+        out[:, :, count:] = states[:, :, count:]
+        halves = (slice(self.first, last, 2), slice(self.first + 1, last, 2))
+        if not self.interleaved:
+            halves = (slice(self.first, self.first + planes), slice(self.first + planes, last))
+        for start in range(0, count, _BLOCK):
+            here = slice(start, min(start + _BLOCK, count))
+            cos, sin = (t[here] if t.dim() == 2 else t[:, None, here] for t in table)
+            one, two = (states[:, :, here, half] for half in halves)
+            new_one, new_two = (out[:, :, here, half] for half in halves)
+            torch.mul(one, cos, out=new_one).addcmul_(two, sin, value=-1)
+            torch.mul(two, cos, out=new_two).addcmul_(one, sin)
+            for rest in (slice(0, self.first), slice(last, states.shape[-1])):
+                if rest.start < rest.stop:
+                    out[:, :, here, rest] = states[:, :, here, rest]
+        return out

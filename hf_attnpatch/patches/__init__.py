@@ -1,23 +1,33 @@
 """One file per method: reads the anatomy, yields edits, touches nothing."""
 
 from .alibi import Alibi
+from .attention_sinks import AttentionSinks
+from .dual_chunk import DualChunk
 from .flash import Flash
 from .grouped_query import GroupedQuery
+from .jet_long import JetLong
 from .no_position import NoPosition
 from .position_table import PositionTable
+from .re_rope import ReRope
 from .rope_scaling import RopeScaling
 from .rotary import Rotary
 from .segment_recurrence import SegmentRecurrence
+from .self_extend import SelfExtend
 from .sinusoidal import Sinusoidal
 
 __all__ = [
     "Alibi",
+    "AttentionSinks",
+    "DualChunk",
     "Flash",
     "GroupedQuery",
+    "JetLong",
     "NoPosition",
     "PositionTable",
+    "ReRope",
     "RopeScaling",
     "Rotary",
     "SegmentRecurrence",
+    "SelfExtend",
     "Sinusoidal",
 ]

@@ -21,6 +21,10 @@ WORDS = (
     "several configs with rotary parameters; per_request needs one",
     "stands inside a layer, where the length of a request is not known",
     "cannot be built from the changed config",
+    "distances are changed by turning rotary states further",
+    "no layer looks back at everything",
+    "flash calls cannot be merged here",
+    "its keys turn with position in none of the ways that are known",
     "no fused attention runs here",
     "no fused kernel adds ALiBi here",
     "computes its scores by itself and dispatches to no attention function",
@@ -47,6 +51,7 @@ WORDS = (
     "shares its weights with",
     "matches no row",
     "has no output projection that could be turned",
+    "does not run on the probe",
     "cannot be run twice on the same inputs",
     "does not run, or its attention cannot be run again",
     "reads a row of ids for each codebook",
@@ -64,7 +69,9 @@ UPSTREAM_OF_A_KIND = {
     "rope_longrope": _SWITCHES,
 }
 # What a patch may turn from pass to "not applicable".
+_KERNELS = {"eager attention agrees", "sdpa agrees", "flex attention agrees"}
 MAY_STOP_APPLYING = {
+    **dict.fromkeys(("self_extend", "dual_chunk", "re_rope", "jet_long", "attention_sinks"), _KERNELS),
     "alibi": {
         *("eager attention agrees", "sdpa agrees", "flex attention agrees"),
         *("gradients reach the attention", "gradient checkpointing"),

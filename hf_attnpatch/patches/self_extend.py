@@ -1,0 +1,89 @@
+"""Self-Extend: far positions shared by several tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
+
+from ..anatomy import Anatomy
+from ..errors import AttnPatchError
+from ..functional.spans import Grouped
+from ..patch import Patch, Proposal
+from ..span_patch import check_fields, spanned, target_length, trained_length, within
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfExtend(Patch):
+    """Read longer texts without training: beyond a window, ``group`` tokens share a position (2401.01325, section 3).
+
+    A token sees the ``window`` tokens before it at their distance, and those further back at i // G - j // G + w -
+    w // G, so that no distance is one that the model has not seen. Flash calls over disjoint pieces are merged by
+    log-sum-exp: linear memory, and about the time of plain attention. Queries before ``start`` attend as they always
+    did, so that inputs within the trained length have the same logits, bit for bit; the paper has ``start=0``.
+    Positions are counted from a row's first token that is not padding. Keys stay in the cache as the model turned them.
+    Stock transformers cannot express it: checkpoints are of this package's model type.
+
+    Args:
+        window: tokens that are seen at their distance; None for half of the trained length.
+        group: tokens that share a position beyond it; None for as few as reach ``target``.
+        target: length to reach, in tokens; None for four times the trained length.
+        start: first query that is treated so; None for the trained length.
+        trained: tokens that the model handles by itself; None reads the config.
+        backend: ``sdpa``, merged flash calls; ``eager``, dense, with attention weights; ``auto`` is the former.
+        found: what reading the model found; filled in.
+
+    Raises:
+        UnsupportedArchitecture: no rotary layer looks back at everything, or its rotation is not known.
+        AttnPatchError: lengths that do not fit each other.
+    """
+
+    name: ClassVar[str] = "self_extend"
+
+    window: int | None = None
+    group: int | None = None
+    target: int | None = None
+    start: int | None = None
+    trained: int | None = None
+    backend: str = "auto"
+    found: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        lengths = {"window": self.window, "group": self.group, "target": self.target, "start": self.start}
+        check_fields(self, self.backend, trained=self.trained, **lengths)
+
+    def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
+        """Say which modules would see which distances; see :meth:`Patch.propose`."""
+        trained = trained_length(self, anatomy)
+        target = target_length(self, self.target, trained)
+        window = trained // 2 if self.window is None else self.window
+        within(self, trained, window=window)
+        group = _reaching(target, window, trained) if self.group is None else self.group
+        reach = _most(target, window, group)
+        if self.target is not None and reach >= trained:
+            raise AttnPatchError(
+                f"self_extend: at {target} tokens, window {window} and group {group} make distances up to {reach}, and "
+                f"the model knows {trained}; take a larger group or a smaller window."
+            )
+        start = trained if self.start is None else self.start
+        chosen = dataclasses.replace(self, window=window, group=group, target=self.target, start=start, trained=trained)
+        span = Grouped(window, group, max(window, start))
+        note = f"beyond {window} tokens, {group} share a position: distances below {trained} up to "
+        longest = (trained - window - 1 + window // group) * group
+        return spanned(chosen, model, anatomy, span, Grouped(3, 2, 4), [f"{note}{longest} tokens"])
+
+
+def _most(length: int, window: int, group: int) -> int:
+    return (length - 1) // group + window - window // group
+
+
+def _reaching(target: int, window: int, trained: int) -> int:
+    group = next((g for g in range(2, target + 1) if _most(target, window, g) < trained), None)
+    if group is None:
+        raise AttnPatchError(
+            f"self_extend: no group reaches {target} tokens with a window of {window}; take a smaller."
+        )
+    return group
