@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from .publish import Published, push_to_hub
     from .report import Report
     from .request_length import request
+    from .rope_search import RopeSearch, search_rope
     from .streams import Stream, stream
     from .strength import set_alibi_strength
     from .verify import Verification, verify
@@ -180,6 +181,7 @@ __all__ = [
     "ReRope",
     "Report",
     "RopeScaling",
+    "RopeSearch",
     "Rotary",
     "RotaryModule",
     "SegmentRecurrence",
@@ -214,6 +216,7 @@ __all__ = [
     "plan",
     "push_to_hub",
     "request",
+    "search_rope",
     "set_alibi_strength",
     "stream",
     "verify",
@@ -248,6 +251,7 @@ _DEFINES = {
     "publish": ("Published", "push_to_hub"),
     "report": ("Report",),
     "request_length": ("request",),
+    "rope_search": ("RopeSearch", "search_rope"),
     "streams": ("Stream", "stream"),
     "strength": ("set_alibi_strength",),
     "verify": ("Verification", "verify"),

@@ -1,4 +1,4 @@
-"""``attnpatch describe | plan | apply | verify | eval | diagnose | compare | push | demo``: the verbs on checkpoints.
+"""``attnpatch describe | plan | apply | verify | eval | diagnose | compare | push | search-rope | demo``: the verbs.
 
 torch and transformers are imported by the commands, not by this file: ``attnpatch --help`` must be quick.
 """
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from . import cli_compare, cli_diagnose, cli_eval, cli_models, cli_publish, cli_specs, cli_text
+from . import cli_compare, cli_diagnose, cli_eval, cli_models, cli_publish, cli_search, cli_specs, cli_text
 from .cli_options import Device, Dtype, Length, Model, Patches, PlanFile, Sequences, Text, Trust, clear_errors
 
 app = typer.Typer(
@@ -118,6 +118,7 @@ app.command()(cli_compare.compare)
 app.command()(cli_publish.push)
 app.command()(cli_diagnose.diagnose)
 app.command("eval")(cli_eval.evaluate)
+app.command("search-rope")(cli_search.search_rope)
 
 
 def main() -> None:

@@ -214,14 +214,14 @@ def _past(cache: Any) -> int:
 def _lengths(named: Mapping[str, Any], past: int) -> Lengths:
     """Return how long the text of each row is by now."""
     inputs = next(named[name] for name in ("input_ids", "inputs_embeds") if isinstance(named.get(name), Tensor))
-    rows, positions, mask = inputs.shape[0], named.get("position_ids"), named.get("attention_mask")
+    rows, positions, mask = int(inputs.shape[0]), named.get("position_ids"), named.get("attention_mask")
     if isinstance(positions, Tensor):
         last = positions.amax(-1)
         last = last.amax(0) if last.dim() > 1 else last  # several axes
         return _spread(tuple(int(n) + 1 for n in last.view(-1).tolist()), rows)
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return tuple(int(n) for n in mask.ne(0).sum(-1).tolist())
-    return (past + inputs.shape[1],) * rows
+    return (past + int(inputs.shape[1]),) * rows
 
 
 def _listed(lengths: Lengths) -> str:

@@ -102,8 +102,8 @@ def _base(patch: Any, config: PretrainedConfig) -> _Base:
     for name, each in old.items():
         if isinstance(each, Mapping) and each.get("rope_type") in _SWITCHING:
             raise UnsupportedArchitecture(
-                f"rope_parameters: {name} has {each['rope_type']!r} scaling, which switches by length itself; per_request "
-                "takes that over only where all layers have one."
+                f"rope_parameters: {name} has {each['rope_type']!r} scaling, which switches by length itself; "
+                "per_request takes that over only where all layers have one."
             )
     if old.get("rope_type") not in _SWITCHING:
         return _Base(patch, declared_window(config), dict(old), False)

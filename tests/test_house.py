@@ -82,6 +82,8 @@ MAY_WRITE = {
     "functional/pieces.py": ("step scale gap count", "of autograd's context"),
     "functional/two_way.py": ("scale", "of autograd's context"),
     "alibi_attention.py": ("query_offset", "of the mask that it has just made"),
+    "rope_search_course.py": ("settings", "of its own search"),
+    "rope_search_state.py": ("losses population iteration settled settings began", "of a state just made"),
     "request_length.py": ("attnpatch_lengths", "a mark of its own on the cache of a request"),
     "lengthening.py": ("requires_grad_", "of the table that it has just made"),
     "strength.py": ("strength", "of its own bias; a recipe drives it"),
