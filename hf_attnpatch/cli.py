@@ -77,9 +77,11 @@ def apply(
         from . import record
 
         patches = cli_specs.patches(plan_file, patch)
+        if damage is not None:
+            cli_text.check_figure(damage)
         source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         patches = cli_text.with_text(patches, calibration, source, sequences, length)
-        with cli_models.replacing(out, overwrite) as folder:
+        with cli_models.replacing(out, overwrite, model) as folder:
             loaded = source.model()
             report = ap.apply(loaded, *patches)
             if damage is not None:

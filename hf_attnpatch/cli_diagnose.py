@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from . import cli_models
-from .cli_options import Device, Dtype, Model, Trust, clear_errors
+from .cli_options import Device, Dtype, Model, Trust, check_file, clear_errors
+from .comparing.store import write
 
 
 def diagnose(
@@ -34,6 +35,7 @@ def diagnose(
     On the CPU no weights are loaded, unless a fused kernel must be proved on them.
     """
     with clear_errors():
+        check_file(json_file, "--json")
         import hf_attnpatch as ap
 
         source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -44,5 +46,5 @@ def diagnose(
             loaded, context=context, batch=batch, hardware=hardware, training=training, measure_again=measure_again
         )
         if json_file is not None:
-            json_file.write_text(json.dumps(found.to_dict(), indent=1) + "\n", "utf-8")
+            write(json_file, json.dumps(found.to_dict(), indent=1) + "\n")
     typer.echo(found)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .cli_models import Source
-from .cli_options import Device, Dtype, Model, Trust, clear_errors
+from .cli_options import Device, Dtype, Model, Trust, check_file, clear_errors
+from .comparing.store import write
 
 if TYPE_CHECKING:
     from .evaluation import Result
@@ -89,12 +90,13 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint: perplexity by context, retrieval, fidelity, decoding, tasks of lm-eval."""
     with clear_errors():
+        check_file(out, "--out")
         names = _names(suite, tasks)
         options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         source = Source(name=model, **options)  # type: ignore[arg-type]  # three options by name
         loaded, tokenizer = source.model(), _tokenizer(source)
         work = Work(
-            lengths=_numbers(lengths, int, "--lengths") or _usual(loaded),
+            lengths=_numbers(lengths, int, "--lengths", least=2) or _usual(loaded),
             depths=_numbers(depths, float, "--depths"),
             tasks=tuple(_words(tasks)),
             **{"targets": targets, "documents": documents, "text": text, "original": original},  # type: ignore[arg-type]
@@ -106,8 +108,7 @@ def evaluate(
             typer.echo(f"{result}\n")
             found[name] = result.to_dict()
             if out is not None:  # after each: a later one that fails takes nothing away
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps({"model": model, "results": found}, indent=1) + "\n", "utf-8")
+                write(out, json.dumps({"model": model, "results": found}, indent=1) + "\n")
 
 
 def _measured(name: str, model: Any, tokenizer: Any, work: Work, options: dict[str, Any]) -> Result:
@@ -225,11 +226,11 @@ def _words(text: str | None) -> list[str]:
     return [] if text is None else [word.strip() for word in text.split(",") if word.strip()]
 
 
-def _numbers(text: str | None, kind: Callable[[str], Any], option: str) -> Any:
+def _numbers(text: str | None, kind: Callable[[str], Any], option: str, least: int = 0) -> Any:
     """Return the numbers of an option, or None where it is not given.
 
     Raises:
-        AttnPatchError: one is no number of this kind, or they are not positive.
+        AttnPatchError: one is no number of this kind, or below ``least``.
     """
     from .errors import AttnPatchError
 
@@ -237,6 +238,6 @@ def _numbers(text: str | None, kind: Callable[[str], Any], option: str) -> Any:
         found: Sequence[Any] = tuple(kind(word) for word in _words(text))
     except ValueError as error:
         raise AttnPatchError(f"{option} {text}: {error}; wanted numbers with commas between.") from error
-    if text is not None and (not found or any(number < 0 or number != number for number in found)):
-        raise AttnPatchError(f"{option} {text}: wanted numbers from 0 up, with commas between.")
+    if text is not None and (not found or any(not number >= least for number in found)):
+        raise AttnPatchError(f"{option} {text}: wanted numbers from {least} up, with commas between.")
     return found or None

@@ -94,12 +94,13 @@ class Source:
 
 
 @contextlib.contextmanager
-def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
+def replacing(target: Path, overwrite: bool, model: str = "") -> Iterator[Path]:
     """Give an empty folder beside ``target`` that takes its name once everything is written, or vanishes.
 
     Args:
         target: where the folder is wanted; must not exist, or be empty.
         overwrite: whether a folder that is there may be replaced.
+        model: where it is made from; a folder that this lies in is never replaced.
 
     Raises:
         AttnPatchError: something is in the way.
@@ -109,6 +110,8 @@ def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
     target = Path(os.path.abspath(target))
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
         raise AttnPatchError(f"{target} is not empty; choose another OUT, or add --overwrite to replace a folder.")
+    if model and Path(model).exists() and target.resolve() in Path(model).resolve().parents:
+        raise AttnPatchError(f"{target} holds MODEL, {model}, which replacing it would delete; choose another OUT.")
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -129,12 +132,26 @@ def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Turn what transformers says about a checkpoint it cannot load into one line."""
+    """Turn what transformers says about a checkpoint it cannot load into one line; a bug keeps its traceback."""
     from .errors import AttnPatchError
 
     try:
         yield
     except AttnPatchError:
         raise
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise AttnPatchError(f"{name}: cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+    except Exception as error:
+        if _is_about_the_checkpoint(error):
+            said = " ".join(str(error).split())[:400]
+            kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+            raise AttnPatchError(f"{name}: cannot be loaded: {kind}{said}") from error
+        raise
+
+
+def _is_about_the_checkpoint(error: Exception) -> bool:
+    """Tell a damaged file, a config that cannot be, a missing device or package from a mistake in code."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    plain = type(error) is Exception  # what the tokenizers library raises for a file that it cannot read
+    kinds = (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError, ArithmeticError, AssertionError)
+    return plain or isinstance(error, (*kinds, SafetensorError, StrictDataclassError))

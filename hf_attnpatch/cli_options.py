@@ -28,6 +28,22 @@ Device = Annotated[str, typer.Option(help="Where the model is loaded: cpu, cuda,
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that the checkpoint carries run.")]
 
 
+def check_file(path: Path | None, option: str) -> None:
+    """Refuse a file that could not be written, before the work whose outcome it is to hold.
+
+    Raises:
+        AttnPatchError: a folder has its name, or a file that of one of its folders.
+    """
+    from .errors import AttnPatchError
+
+    if path is None:
+        return
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not there.is_dir():
+        found = f"{path} is a folder" if path.is_dir() else f"{there} is no folder"
+        raise AttnPatchError(f"{option} {path}: {found}; wanted the name of a file.")
+
+
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
     """Show what a user can mend in one line, with exit code 1; anything else is a bug and keeps its traceback."""

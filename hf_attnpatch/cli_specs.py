@@ -62,7 +62,13 @@ def read_plan(path: Path) -> Iterator[Mapping[str, Any]]:
     """
     from .errors import AttnPatchError
 
-    found = _yaml(path.read_text("utf-8"), str(path))
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise AttnPatchError(
+            f"{path}: not UTF-8 text ({error}); wanted YAML, a list such as `- patch: flash`."
+        ) from error
+    found = _yaml(text, str(path))
     if not isinstance(found, list) or not found:
         raise AttnPatchError(f"{path}: found {type(found).__name__}; wanted a list such as `- patch: flash`.")
     for i, spec in enumerate(found):

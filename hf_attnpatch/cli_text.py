@@ -57,10 +57,35 @@ def read(file: Path, option: str = "--calibration") -> list[str]:
         text = file.read_text("utf-8")
         if file.suffix != ".jsonl":
             return [text]
-        return [str(json.loads(line)["text"]) for line in text.splitlines() if line.strip()]
+        # by newlines alone: JSON may hold other separators of lines, as they are, inside a text
+        return [_document(json.loads(line)) for line in text.split("\n") if line.strip()]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise AttnPatchError(f"{option} {file}: {problem}; wanted UTF-8 text, or JSON lines with text.") from error
+
+
+def _document(row: Any) -> str:
+    text = row["text"]
+    if not isinstance(text, str):
+        raise TypeError(f"a text is {text!r:.40}")
+    return text
+
+
+def check_figure(path: Path) -> None:
+    """Refuse a figure that could not be written, before the work that it would show.
+
+    Raises:
+        AttnPatchError: no folder to write it in, or an ending that names no format of matplotlib.
+        MissingExtra: matplotlib is not installed.
+    """
+    from .errors import AttnPatchError
+    from .plotting import import_pyplot
+
+    known = import_pyplot("--damage").FigureCanvasBase.get_supported_filetypes()
+    if not path.parent.is_dir() or path.is_dir():
+        raise AttnPatchError(f"--damage {path}: wanted a file in a folder that is there; make the folder first.")
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise AttnPatchError(f"--damage {path}: no format of matplotlib; let it end in .png, .pdf or .svg.")
 
 
 def draw(report: Report, path: Path) -> None:
@@ -82,7 +107,8 @@ def _windows(documents: Sequence[str], tokenizer: Any, sequences: int, length: i
 
     from .errors import AttnPatchError
 
-    ids = torch.cat([torch.tensor(tokenizer(d, verbose=False)["input_ids"], dtype=torch.int64) for d in documents])
+    tokens = [torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64) for text in documents]
+    ids = torch.cat([torch.empty(0, dtype=torch.int64), *tokens])  # a file may hold no document at all
     found = len(ids) // length
     if found < sequences:
         raise AttnPatchError(

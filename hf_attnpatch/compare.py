@@ -19,6 +19,7 @@ from .comparing.parts import Pair, all_parts, machine, why_not
 from .comparing.result import VERSION, Comparison
 from .comparing.store import Store
 from .comparing.tables import BOTH
+from .errors import AttnPatchError
 from .plotting import import_pyplot
 
 HELD_OUT = "the held-out text of hf_attnpatch (Python, prose, documentation)"
@@ -63,7 +64,7 @@ def compare(
         AttnPatchError: a model cannot be loaded.
         MissingExtra: matplotlib is not installed.
     """
-    pair = _pair(original, patched, loading or {}, tokenizer, (text, text_name), parts, amounts, say)
+    pair = _pair(original, patched, Path(out), loading or {}, tokenizer, (text, text_name), parts, amounts, say)
     found, seconds = _measured(pair, Store(Path(out) / "parts"), say)
     called = _names(original, patched)
     models = {which: about(pair.models[which], pair.digests[which], called[which]) for which in BOTH}
@@ -78,6 +79,7 @@ def compare(
 def _pair(
     original: Named,
     patched: Named,
+    out: Path,
     loading: Mapping[str, Any],
     tokenizer: Any | None,
     text: tuple[Sequence[str] | None, str | None],
@@ -86,7 +88,10 @@ def _pair(
     say: Callable[[str], None],
 ) -> Pair:
     """Load what is given by name, and check that it can be compared."""
-    import_pyplot("drawing a comparison")  # before an hour of measuring, not after it
+    import_pyplot("drawing a comparison")  # before an hour of measuring, not after it; so is the folder
+    if out.exists() and not out.is_dir():
+        raise AttnPatchError(f"compare: {out} is a file; wanted a folder for the report.")
+    out.mkdir(parents=True, exist_ok=True)
     models = {w: loaded(m, loading, say) for w, m in zip(BOTH, (original, patched), strict=True)}
     check_vocabulary(models["original"], models["patched"])
     tokenizer = tokenizer_for(models, loading) if tokenizer is None else tokenizer
