@@ -9,6 +9,8 @@ from architectures import tiny_model
 from transformers import AutoModelForCausalLM
 
 import hf_attnpatch as ap
+from hf_attnpatch import evaluation
+from hf_attnpatch.comparing.digest import model_digest
 from hf_attnpatch.probe import default_inputs
 
 CPU = torch.device("cpu")
@@ -132,3 +134,22 @@ def test_weights_that_are_nowhere_are_an_error():
 def tiny_model_on_meta():
     reference = tiny_model("llama")
     return type(reference)(reference.config)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_is_measured_where_it_is(way, tmp_path):
+    plain, model = tiny_model("llama"), way(tiny_model("llama"), tmp_path)
+    text = [list(range(5, 29)), list(range(60, 36, -1))]
+    wanted, found = (evaluation.perplexity(each, text, lengths=(8, 16), targets=4) for each in (plain, model))
+    assert [s.nats for s in found.scores] == pytest.approx([s.nats for s in wanted.scores], abs=1e-6)
+    same = evaluation.fidelity(plain, model, [{"input_ids": torch.tensor(text)}], continuation=4)
+    assert same.kl.nats == pytest.approx(0, abs=1e-6)
+    assert same.continuation.value == 1
+    assert model_digest(model) == model_digest(plain)
+
+
+def test_a_digest_of_weights_that_are_not_there_is_an_error():
+    with torch.device("meta"):
+        model = tiny_model_on_meta()
+    with pytest.raises(ap.AttnPatchError, match="has no data"):
+        model_digest(model)

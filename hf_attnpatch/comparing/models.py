@@ -65,9 +65,17 @@ def about(model: PreTrainedModel, digest: str, name: str) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "context": context(model),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "cache_bytes_per_token": cache_bytes_per_token(model),
+        "cache_bytes_per_token": _cache(model),
         "record": found.to_dict() if found else None,
     }
+
+
+def _cache(model: PreTrainedModel) -> float | None:
+    """Return the bytes of cache for a token, or None for a model that keeps no keys and values."""
+    try:
+        return cache_bytes_per_token(model)
+    except EvaluationError:
+        return None
 
 
 def check_vocabulary(original: PreTrainedModel, patched: PreTrainedModel) -> None:

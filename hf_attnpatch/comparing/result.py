@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,7 @@ class Comparison:
                 metric_value=round(score.perplexity, 4),
             )
             for length, score in zip(patched.lengths, patched.scores, strict=True)
+            if math.isfinite(score.perplexity)  # the Hub reads numbers only
         ]
 
     def __str__(self) -> str:

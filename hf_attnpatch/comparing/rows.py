@@ -88,4 +88,5 @@ def _counts(name: str, before: float, after: float) -> Row:
 
 
 def _plain(before: float, after: float, form: str) -> tuple[str, str, str]:
-    return format(before, form), format(after, form), format(after - before, f"+{form}")
+    change = after - before  # no number where both are infinite
+    return format(before, form), format(after, form), NONE if change != change else format(change, f"+{form}")

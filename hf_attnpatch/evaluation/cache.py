@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import EvaluationError
+from .logits import forward
 from .memory import held_bytes
 from .mode import device_of, measuring
 
@@ -32,7 +33,7 @@ def cache_bytes_per_token(model: nn.Module, *, length: int = 16) -> float:
 
 def _cache_bytes(model: nn.Module, tokens: int) -> int:
     ids = torch.arange(tokens, device=device_of(model))[None] % 7  # 1, tokens
-    past: Any = model(input_ids=ids, use_cache=True).past_key_values
+    past: Any = getattr(forward(model, input_ids=ids, use_cache=True), "past_key_values", None)
     if past is None:
         raise EvaluationError(f"{type(model).__name__} returned no past_key_values, so there is no cache to measure.")
     return held_bytes(past)

@@ -70,6 +70,8 @@ def fidelity(
     Raises:
         EvaluationError: no rows, an empty row, other vocabularies, no cache, or logits that are not finite.
     """
+    if not isinstance(continuation, int) or isinstance(continuation, bool) or continuation < 0:
+        raise EvaluationError(f"continuation={continuation!r}; wanted a number of tokens, or 0 for none.")
     rows = _rows(batches)
     parts = _parts(rows, batch_tokens)
     kl: Losses = {}
@@ -94,6 +96,9 @@ def _rows(batches: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Return the rows without padding, shape (tokens,), by name."""
     rows: dict[str, Tensor] = {}
     for number, batch in enumerate(batches):
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            found = f"the fields {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+            raise EvaluationError(f"batch {number}: found {found}; wanted a mapping with input_ids, (batch, length).")
         ids = torch.as_tensor(batch["input_ids"])
         mask = torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids)))
         if ids.dim() != 2 or mask.shape != ids.shape:

@@ -84,7 +84,7 @@ def from_mapping(found: Any, where: str) -> Machine:
     if not isinstance(found, Mapping):
         raise EvaluationError(f"{where}: found a {type(found).__name__}; wanted a mapping with name and rates.")
     if "points" in found:
-        return Machine.from_dict(dict(found))
+        return _as_written(found, where)
     unknown = sorted(map(str, set(found) - {"name", "source", "rates", *_NUMBERS}))
     if unknown or not isinstance(found.get("name"), str) or not isinstance(found.get("rates"), Mapping):
         problem = f"no field {unknown[0]!r}" if unknown else "a name (text) and rates (a mapping) must be there"
@@ -102,6 +102,18 @@ def from_mapping(found: Any, where: str) -> Machine:
         fresh_seconds=numbers["fresh_seconds"],
         points=points,
     )
+
+
+def _as_written(found: Any, where: str) -> Machine:
+    """Return a machine from what ``auto`` wrote.
+
+    Raises:
+        EvaluationError: it is damaged, or of another version.
+    """
+    try:
+        return Machine.from_dict(dict(found))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise EvaluationError(f"{where}: not a table of rates ({error}); delete it, and measure again.") from error
 
 
 def _points(dtype: str, rates: Any, where: str) -> list[Point]:
@@ -147,14 +159,28 @@ def _extended(machine: Machine, passes: Sequence[Pass], device: torch.device) ->
 
 def _this(passes: Sequence[Pass], device: torch.device, again: bool) -> Machine:
     file = _file(device)
-    known = None if again or not file.is_file() else Machine.from_dict(json.loads(file.read_text("utf-8")))
+    known = None if again or not file.is_file() else _kept(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)  # before minutes of measuring, not after them
+    except OSError as error:
+        raise EvaluationError(
+            f"hardware auto: what is measured is kept in {file.parent}, which cannot be made ({error}); let "
+            "XDG_CACHE_HOME name a folder that can be written."
+        ) from error
     machine = measured_here(passes, device, known)
     if machine != known:
-        file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")
         part.write_text(json.dumps(machine.to_dict(), indent=1), "utf-8")
         part.replace(file)
     return machine
+
+
+def _kept(file: Path) -> Machine:
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise EvaluationError(f"{file}: not JSON ({error}); delete it, and measure again.") from error
+    return _as_written(found, str(file))
 
 
 def _bare(device: torch.device) -> Machine:

@@ -88,15 +88,27 @@ def forward(model: nn.Module, **inputs: Any) -> Any:
     """Run the model.
 
     Raises:
-        EvaluationError: it has no positions for so many tokens.
+        EvaluationError: it has no positions for so many tokens, or none of these tokens.
     """
     try:
         return model(**inputs)
-    except IndexError as error:  # a table of positions, looked up beyond its end
+    except IndexError as error:  # a table of tokens or of positions, looked up beyond its end
+        _check_tokens(model, inputs["input_ids"], error)
         limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         raise EvaluationError(
             f"{type(model).__name__}: {tuple(inputs['input_ids'].shape)[1]} tokens were given, and its config says "
             f"max_position_embeddings={limit} ({error}); measure shorter lengths, or give it more positions first."
+        ) from error
+
+
+def _check_tokens(model: nn.Module, ids: Tensor, error: IndexError) -> None:
+    getter = getattr(model, "get_input_embeddings", None)
+    words = getattr(getter() if getter is not None else None, "weight", None)
+    low, high = int(ids.min()), int(ids.max())
+    if isinstance(words, Tensor) and not 0 <= low <= high < len(words):
+        raise EvaluationError(
+            f"{type(model).__name__}: token ids from {low} to {high}, and it knows {len(words)} tokens; tokenize with "
+            "this model's own tokenizer."
         ) from error
 
 

@@ -24,5 +24,5 @@ def measuring(*models: nn.Module) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the inputs of a model belong."""
-    return next(model.parameters()).device
+    """Where the inputs of a model belong; Accelerate's hooks move them on where weights are offloaded."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))

@@ -7,6 +7,7 @@ same documents are compared pairwise: most of the spread is between texts and ca
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Hashable
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from ..errors import EvaluationError
 from .result import Result
 
 Losses = dict[Hashable, tuple[float, int]]
+_LARGEST = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Score(Result):
 
     @property
     def perplexity(self) -> float:
-        """The exponential of the mean loss."""
-        return math.exp(self.nats)
+        """The exponential of the mean loss; infinite beyond what a float holds."""
+        return math.exp(self.nats) if self.nats < _LARGEST else math.inf
 
 
 def summarise(losses: Losses, *, resamples: int = 2000) -> Score:

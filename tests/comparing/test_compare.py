@@ -238,3 +238,14 @@ def test_the_command_line_says_how_far_it_is(pair, tmp_path):
         refused = CliRunner().invoke(app, ["compare", *arguments, *out[:2]])
         assert refused.exit_code == 1
         assert message in refused.stderr.splitlines()[-1]
+
+
+def test_models_without_a_cache_are_compared_by_what_they_have(tmp_path):
+    """A state-space model keeps no keys and values; its losses are measured all the same."""
+    models = [tiny_model("mamba", seed=seed, vocab_size=4096) for seed in (0, 1)]
+    amounts = {"lengths": [32, 64], "targets": 8, "documents": 2}
+    tokenizer = embedded.load_tokenizer()
+    found = ap.compare(*models, tmp_path, parts=["loss"], tokenizer=tokenizer, say=lambda _: None, **amounts)
+    assert found.metrics["original"]["cache_bytes_per_token"] is None
+    assert "bytes/token" not in str(found)
+    assert "loss at 64 tokens" in str(found)

@@ -1,15 +1,18 @@
 """The report in a browser: it renders, light and dark, and asks nothing of anybody."""
 
 import base64
+import copy
 import io
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from comparing import chromium
-from comparing.metrics import METRICS
+from comparing.metrics import METRICS, WORSE, answers, loss
 
 from hf_attnpatch.comparing import figures, page, style, text
+from hf_attnpatch.comparing.result import Comparison
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +122,17 @@ def test_a_browser_finds_every_figure_whole_and_no_script(browser, html, tmp_pat
     assert "example.com" not in "".join(re.findall(r"<img[^>]*>", body))
     for data in re.findall(r'src="data:image/png;base64,([^"]+)"', body):
         assert base64.b64decode(data).startswith(b"\x89PNG")
+
+
+def test_extreme_figures_are_shown():
+    """Losses beyond what an exponential holds, nothing lost at all, nothing found."""
+    metrics = copy.deepcopy(METRICS)
+    lost = {**WORSE, "nats": 1e4, "low": 1e-9, "high": 1e30, "losses": [["a", [3.2e5, 32]], ["b", [3.2e5, 32]]]}
+    metrics["parts"]["loss"]["patched"] = loss(lost)
+    metrics["parts"]["layers"] |= {"alone": [0.0, 1e30], "in_place": [1e-30, 5.0]}
+    metrics["parts"]["retrieval"]["patched"] = answers(0.0)
+    drawn = figures.draw(metrics)
+    assert len(drawn) == 4
+    assert "| inf | +inf |" in text.render(metrics, drawn)
+    results = Comparison(Path("unused"), metrics)._results()
+    assert results == []  # the Hub reads numbers only

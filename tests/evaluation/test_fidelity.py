@@ -142,3 +142,15 @@ def test_greedy_decoding_is_transformers_own(name):
 def test_decoding_beyond_a_table_of_positions_is_an_error():
     with pytest.raises(EvaluationError, match="max_position_embeddings=64"):
         evaluation.fidelity(gpt2(), gpt2(), [batch(60)], continuation=8)
+
+
+@pytest.mark.parametrize("continuation", [-1, 1.5, True, None])
+def test_a_continuation_that_is_no_count(continuation):
+    with pytest.raises(EvaluationError, match="wanted a number of tokens"):
+        evaluation.fidelity(llama(), llama(), [batch(4)], continuation=continuation)
+
+
+@pytest.mark.parametrize(("given", "found"), [({"ids": [[1]]}, "fields ids"), ([[1, 2]], "list"), ("text", "str")])
+def test_a_batch_without_ids_is_named(given, found):
+    with pytest.raises(EvaluationError, match=f"batch 0: found .*{found}.*wanted a mapping with input_ids"):
+        evaluation.fidelity(llama(), llama(), [given])

@@ -8,6 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from hf_attnpatch import evaluation
+from hf_attnpatch.evaluation import summarise
 
 
 def llama(kv_heads=4, dtype=torch.float32):
@@ -117,3 +118,10 @@ def test_a_model_without_a_cache_is_an_error():
 
     with pytest.raises(ValueError, match="no past_key_values"):
         evaluation.cache_bytes_per_token(Bare(1, 1))
+
+
+def test_a_perplexity_beyond_floats_is_infinite():
+    """A broken patch may lose more than 709 nats a token; its report is still wanted."""
+    found = summarise({"a": (3000.0, 2), "b": (2000.0, 2)})
+    assert (found.nats, found.perplexity) == (1250.0, math.inf)
+    assert summarise({"a": (709.0, 1)}).perplexity == math.exp(709.0)

@@ -197,3 +197,29 @@ def test_every_kind_can_be_measured(passes, monkeypatch):
         2 * 4 * 8 * 16 * (2**16 // 512)
     )  # in a second
     assert Machine.from_dict(json.loads(json.dumps(box().to_dict()))) == box()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"points": []}'])
+def test_a_damaged_table_is_named(passes, tmp_path, monkeypatch, text):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(hardware, "measured_here", lambda *_: pytest.fail("it was measured"))
+    file = hardware._file(CPU)
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    with pytest.raises(ap.EvaluationError, match=rf"{file.name}.*delete it, and measure again"):
+        hardware.machine_for("auto", passes, CPU)
+
+
+@pytest.mark.parametrize("points", [5, [5], [{}], [[["matmul", 1]]]])
+def test_a_file_with_points_that_are_none_is_an_error(tmp_path, points):
+    (tmp_path / "box.json").write_text(json.dumps({**box().to_dict(), "points": points}))
+    with pytest.raises(ap.EvaluationError, match=r"box\.json: not a table of rates"):
+        hardware.machine_for(str(tmp_path / "box.json"), [], CPU)
+
+
+def test_a_table_that_cannot_be_kept_costs_no_measuring(passes, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(hardware, "measured_here", lambda *_: pytest.fail("it was measured"))
+    with pytest.raises(ap.EvaluationError, match="let XDG_CACHE_HOME name a folder"):
+        hardware.machine_for("auto", passes, CPU)

@@ -192,3 +192,10 @@ def test_results_survive_json(measure):
     assert f"{found.scores[0].nats:.4f}" in str(found)
     with pytest.raises(EvaluationError, match="found the fields"):
         type(found).from_dict({"lengths": [1]})
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_tokens_that_the_model_does_not_know_are_named(build):
+    """Not taken for too many positions, which is the other table that ends."""
+    with pytest.raises(EvaluationError, match=r"token ids from 3 to 40, and it knows 40 tokens; tokenize with"):
+        evaluation.perplexity(build(), [[3, 4, 40, 5]], lengths=(4,), targets=2)

@@ -223,3 +223,9 @@ def test_words_are_distinct_and_plain():
     assert len(set(words.NOUNS)) == len(words.NOUNS)
     assert len(words.ADJECTIVES) * len(words.NOUNS) > 40_000
     assert all(word.isalpha() and word.islower() for word in [*words.ADJECTIVES, *words.NOUNS])
+
+
+def test_a_tokenizer_that_drops_text_is_an_error():
+    """More and more text would be tried for ever."""
+    with pytest.raises(EvaluationError, match="the tokenizer drops text"):
+        examples(lambda text, **_: {"input_ids": [1, 2, 3]}, task="passkey", lengths=(400,))

@@ -171,7 +171,11 @@ def _filled(size: Callable[[str], int], filler: str, piece: str, room: int) -> s
 
 
 def _most(size: Callable[[int], int], room: int, limit: int | None = None) -> int:
-    """Return a count that fits in ``room`` while the next one does not, by interpolation between counts tried."""
+    """Return a count that fits in ``room`` while the next one does not, by interpolation between counts tried.
+
+    Raises:
+        EvaluationError: no count is too large.
+    """
     low, used, high, step = 0, size(0), (None if limit is None else limit + 1), 8
     each = 0.0
     while high is None or high - low > 1:
@@ -182,6 +186,10 @@ def _most(size: Callable[[int], int], room: int, limit: int | None = None) -> in
         if tokens > room:
             high = guess
             each = each and (tokens - used) / (guess - low)  # the estimate was too low
+        elif limit is None and guess > max(room, 64):  # it would go on for ever
+            raise EvaluationError(
+                f"{guess} pieces of haystack are {tokens} tokens: the tokenizer drops text; give the model's own."
+            )
         else:
             each = (tokens - used) / (guess - low) if tokens > used else 0.0
             low, used, step = guess, tokens, step * 2
