@@ -43,6 +43,11 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
     sites = tuple(dict.fromkeys(path for step in steps.steps for path in step.proposal.sites))
     inputs = (default_inputs(model) if given is None else given) if self_check else None
     before = None if inputs is None else trace(model, inputs, sites)
+    if before is not None and not before.logits.isfinite().all():
+        raise AttnPatchError(
+            f"{type(model).__name__}: its logits on the probe are not finite before anything is patched; look at its "
+            "weights and dtype, or pass probe={...} with inputs that it was made for."
+        )
     findings = {s.patch.name: s.proposal.prepare(model) for s in steps.steps if s.proposal.prepare is not None}
     inverses: list[Inverse] = []
     try:

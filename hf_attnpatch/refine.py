@@ -61,7 +61,8 @@ def target(socket: Socket, original: HeadWeights, call: Call) -> Target:
         output = original.project(streams.heads.float())
         p = rows(streams.probabilities, call)
         entropy = None if p is None else -(p * (p + EPSILON).log()).sum()
-    return Target(call, output, output.var(), p, entropy)
+    variance = output.var().clamp_min(torch.finfo(output.dtype).tiny)  # a pruned layer puts out nothing
+    return Target(call, output, variance, p, entropy)
 
 
 def rows(probabilities: Tensor | None, call: Call) -> Tensor | None:

@@ -147,6 +147,15 @@ def test_a_repository_may_say_its_revision_and_function(backend: str) -> None:
     assert ap.Flash(backend=backend).backend == backend
 
 
+def test_a_model_that_is_broken_already_is_not_the_patchs_fault() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    with pytest.raises(ap.AttnPatchError, match="not finite before anything is patched"):
+        ap.patch_rope_scaling(model, kind="linear", factor=2.0)
+    assert ap.describe(model).rotary[0].rope_type == "default"
+
+
 def test_weights_that_are_not_there_cannot_be_patched() -> None:
     with pytest.raises(ap.UnsupportedArchitecture, match="no data"):
         ap.apply(tiny_model("llama").to("meta"), ap.GroupedQuery(num_kv_heads=2))

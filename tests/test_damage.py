@@ -157,3 +157,16 @@ def test_where_attention_weights_cannot_be_had_they_are_none_and_no_number():
     assert (
         json.loads(json.dumps(damage.to_dict(), allow_nan=False))["layers"][0]["gaps"]["refined"]["attention"] is None
     )
+
+
+def test_a_pruned_layer_puts_out_nothing_and_loses_nothing():
+    """Its error is 0 of no variance: a number all the same, and no reason to stop."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+    options = {"method": "refined", "calibration": tokens(), "refine_steps": 4}
+    damage = ap.patch_grouped_query(model, num_kv_heads=2, **options).damage
+    found = json.loads(json.dumps(damage.to_dict(), allow_nan=False))["layers"]
+    assert [gap["output"] for gap in found[0]["gaps"].values()] == [0, 0, 0]
+    assert found[1]["gaps"]["refined"]["output"] > 0
+    assert all(weight.isfinite().all() for weight in model.parameters())
