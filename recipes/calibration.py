@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -27,6 +27,8 @@ class CalibrationConfig(DataConfig):
         sequences: how many blocks of `block` tokens.
         seed: which.
     """
+
+    section: ClassVar[str] = "calibration"
 
     sequences: int = 64
     seed: int = 0

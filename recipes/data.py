@@ -15,12 +15,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from recipes.settings import at_least
 from recipes.skipping import check as check_skip
 from recipes.skipping import skipped_positions
 
@@ -50,6 +51,8 @@ class DataConfig:
         skip_chunks: how many pieces of a block stay contiguous then.
     """
 
+    section: ClassVar[str] = "data"  # of the file, for errors
+
     source: str
     block: int = 512
     field: str = "text"
@@ -61,6 +64,10 @@ class DataConfig:
     cache: str = "outputs/cache"
     skip_to: int | None = None
     skip_chunks: int = 2
+
+    def __post_init__(self) -> None:
+        at_least(2, self.section, block=self.block)  # of fewer tokens, none is predicted
+        at_least(1, self.section, max_tokens=self.max_tokens)
 
 
 class Blocks:
@@ -122,20 +129,32 @@ def rows(path: Path, field: str) -> Iterator[str]:
     """The documents of one file: a line of JSONL each, otherwise the whole file.
 
     Raises:
-        DataError: a JSONL line is no JSON or lacks `field`.
+        DataError: the file is not UTF-8, or a JSONL line is no JSON or lacks `field`.
     """
-    if path.suffix != ".jsonl":
-        yield path.read_text("utf-8")
-        return
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)[field]
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
-                    raise DataError(
-                        f"{path}:{number}: wanted a JSON object with the key '{field}': {error!r}"
-                    ) from error
+    try:
+        if path.suffix != ".jsonl":
+            yield path.read_text("utf-8")
+            return
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _row(line, field, f"{path}:{number}")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error}); convert it, or take it out of the source.") from error
+
+
+def _row(line: str, field: str, where: str) -> str:
+    try:
+        text = json.loads(line)[field]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"{where}: wanted a JSON object with the key '{field}': {error!r}") from error
+    return _checked(text, field, where)
+
+
+def _checked(text: object, field: str, where: str) -> str:
+    if not isinstance(text, str):
+        raise DataError(f"{where}: '{field}' is {text!r:.40}; wanted a text. Take the row out, or set data.field.")
+    return text
 
 
 def open_dataset(config: DataConfig) -> Iterable[dict[str, Any]]:
@@ -183,7 +202,7 @@ def _dataset_texts(config: DataConfig) -> Iterator[str]:
     for row in open_dataset(config):
         if config.field not in row:
             raise DataError(f"{config.source}: rows have {sorted(row)}, no '{config.field}'; set data.field.")
-        yield row[config.field]
+        yield _checked(row[config.field], config.field, config.source)
 
 
 def fingerprint(config: DataConfig, tokenizer: Any) -> str:

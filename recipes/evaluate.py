@@ -20,10 +20,13 @@ from accelerate.utils import gather_object
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from hf_attnpatch.errors import AttnPatchError
 from hf_attnpatch.evaluation import Losses, Score, cache_bytes_per_token, document_losses, mean_loss, summarise
 from recipes import job as jobs
+from recipes import settings
 from recipes.data import DataError, documents
 from recipes.job import HeldoutConfig
+from recipes.settings import SettingsError
 from recipes.sources import load_model, load_tokenizer, resolve
 
 Window = dict[str, Any]
@@ -87,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    settings.clearly(main, AttnPatchError, SettingsError, DataError)

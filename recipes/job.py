@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from hf_attnpatch import Patch, from_spec
 from recipes import settings
@@ -35,10 +35,17 @@ class HeldoutConfig(DataConfig):
         during: documents measured during training, every `train.eval_every` steps.
     """
 
+    section: ClassVar[str] = "heldout"
+
     documents: int | None = None
     windows: int = 4
     batch: int = 8
     during: int = 6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = {"windows": self.windows, "batch": self.batch, "during": self.during}
+        settings.at_least(1, self.section, **counts, documents=self.documents)
 
 
 @dataclass(frozen=True, kw_only=True)

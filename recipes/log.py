@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,24 @@ from typing import Any
 from accelerate import Accelerator
 
 Record = dict[str, float]
+
+
+class LossError(ValueError):
+    """A training has come to a loss that is not finite; the message says what to do."""
+
+
+def check_loss(sums: list[float]) -> list[float]:
+    """Returns the sums of a step, of which the first is the loss, before anything is learned from it.
+
+    Raises:
+        LossError: it is not finite.
+    """
+    if not math.isfinite(sums[0]):
+        raise LossError(
+            f"the loss of a step is {sums[0]}; this step changed nothing. Look at the last lines of log.jsonl, "
+            "lower train.lr, or give train.warmup more steps."
+        )
+    return sums
 
 
 class Log:
@@ -29,7 +48,8 @@ class Log:
     ) -> None:
         self.accelerator, self.trackers = accelerator, trackers
         self.path = Path(folder) / "log.jsonl"
-        lines = self.path.read_text().splitlines() if step and self.path.exists() else []
+        text = self.path.read_text() if step and self.path.exists() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()  # a run that was stopped may leave half a line at the end
         self.records: list[Record] = [each for each in map(json.loads, lines) if each["step"] <= step]
         if accelerator.is_main_process:
             temporary = self.path.with_suffix(".tmp")

@@ -28,7 +28,7 @@ from torch import nn
 
 from recipes import checkpoints
 from recipes.checkpoints import Progress, ResumeError
-from recipes.log import Log
+from recipes.log import Log, check_loss
 from recipes.schedule import TrainConfig, learning_rate, order
 
 Batch = dict[str, torch.Tensor]
@@ -98,7 +98,7 @@ def optimizer_step(
         The sum of the losses over all processes in nats, and the number of tokens.
 
     Raises:
-        ValueError: no token in the whole batch counts.
+        ValueError: no token in the whole batch counts; ``LossError`` where the loss is not finite.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     for number, part in enumerate(parts, 1):
@@ -106,7 +106,7 @@ def optimizer_step(
             total, count = loss(model, part)
             accelerator.backward(total / config.batch_size)
         sums += torch.stack([total.detach().double(), count.double()])
-    value, tokens = accelerator.reduce(sums, reduction="sum").tolist()
+    value, tokens = check_loss(accelerator.reduce(sums, reduction="sum").tolist())
     if tokens == 0:
         raise ValueError("a whole batch without a token to learn from: every label is -100; check the data's labels.")
     parameters = [each for each in model.parameters() if each.grad is not None]

@@ -20,9 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recipes import settings
-from recipes.data import Blocks, DataConfig, documents, load_blocks
+from recipes.checkpoints import ResumeError
+from recipes.data import Blocks, DataConfig, DataError, documents, load_blocks
+from recipes.log import LossError
 from recipes.loop import Evaluate, new_accelerator, next_token_loss, train
 from recipes.schedule import TrainConfig
+from recipes.settings import SettingsError
 from recipes.tokenizer import train_tokenizer
 
 
@@ -101,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    settings.clearly(main, SettingsError, DataError, ResumeError, LossError)

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import torch
 
+from recipes.settings import at_least
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -54,6 +56,11 @@ class TrainConfig:
     save_every: int = 0
     keep: int = 2
     trackers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        once = {"steps": self.steps, "batch_size": self.batch_size, "accumulation": self.accumulation}
+        at_least(1, "train", **once, log_every=self.log_every, keep=self.keep)
+        at_least(0, "train", warmup=self.warmup, eval_every=self.eval_every, save_every=self.save_every)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -33,7 +33,11 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise SettingsError(f"{path}: no such configuration; the ones that ship are in recipes/configs/.")
-    values = yaml.safe_load(Path(path).read_text("utf-8"))
+    try:
+        text = Path(path).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: not UTF-8 text ({error}); write it as YAML.") from error
+    values = _yaml(text, str(path))
     if not isinstance(values, dict):
         raise SettingsError(f"{path}: expected a mapping of sections, found {type(values).__name__}.")
     for override in overrides:
@@ -46,8 +50,26 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
                 raise SettingsError(f"--set {override}: {parent} is {target!r}, no section; set it as a whole.")
-        target[leaf] = yaml.safe_load(value)
+        target[leaf] = _yaml(value, f"--set {override}")
     return values
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{where}: {' '.join(str(error).split())}; write it as YAML.") from error
+
+
+def at_least(least: int, section: str, **values: int | None) -> None:
+    """Refuses numbers that are too small; None is a number that was left open.
+
+    Raises:
+        SettingsError: names the first of them.
+    """
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise SettingsError(f"{section}.{name}: {value}; wanted {least} or more.")
 
 
 def build(kind: type[T], values: dict[str, Any] | None, section: str) -> T:

@@ -36,6 +36,7 @@ from recipes.data import DataError, load_blocks
 from recipes.distill import Distillation, LayerwiseDistillation
 from recipes.evaluate import heldout_windows
 from recipes.job import Job
+from recipes.log import LossError
 from recipes.loop import Batch, Evaluate, Loss, new_accelerator, next_token_loss, prepare_folder, train
 from recipes.run import Run, share_cores, write
 from recipes.settings import SettingsError
@@ -175,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    settings.clearly(main, AttnPatchError, SettingsError, DataError, ResumeError)
+    settings.clearly(main, AttnPatchError, SettingsError, DataError, ResumeError, LossError)

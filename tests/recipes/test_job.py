@@ -54,6 +54,11 @@ def test_missing_and_empty_text_are_errors_before_a_model_is_loaded(folder, monk
             "a clock stops",
         ),
         ({"processes": "two"}, "processes: expected a whole number, found 'two'"),
+        ({"train": {"log_every": 0}}, "train.log_every: 0; wanted 1 or more"),
+        ({"train": {"warmup": -1}}, "train.warmup: -1; wanted 0 or more"),
+        ({"data": {"source": "x", "block": 1}}, "data.block: 1; wanted 2 or more"),
+        ({"heldout": {"source": "x", "block": 1}}, "heldout.block: 1; wanted 2 or more"),
+        ({"heldout": {"source": "x", "during": 0}}, "heldout.during: 0; wanted 1 or more"),
     ],
 )
 def test_a_wrong_configuration_is_named(folder, changes, message):
@@ -79,3 +84,15 @@ def test_every_shipped_configuration_can_be_read():
     assert paths
     for path in paths:
         assert jobs.read(path).patches
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"train: [1", "write it as YAML"), (b"\xff\xfe", "not UTF-8")])
+def test_a_file_that_is_no_yaml_is_named(tmp_path, content, message):
+    (tmp_path / "job.yaml").write_bytes(content)
+    with pytest.raises(jobs.SettingsError, match=message):
+        jobs.read(tmp_path / "job.yaml")
+
+
+def test_an_override_that_is_no_yaml_is_named(folder):
+    with pytest.raises(jobs.SettingsError, match=r"--set train.steps=\[1: .*write it as YAML"):
+        jobs.read(written(folder), ["train.steps=[1"])

@@ -73,6 +73,9 @@ def test_the_cache_is_used_and_follows_the_content(tmp_path, tokenizer):
         ("{tmp}/short.txt", "wanted at least one block of 16"),
         ("{tmp}/broken.jsonl", "broken.jsonl:2: wanted a JSON object with the key 'text'"),
         ("{tmp}/other.jsonl", "other.jsonl:1: wanted a JSON object with the key 'text'"),
+        ("{tmp}/null.jsonl", "null.jsonl:2: 'text' is None; wanted a text"),
+        ("{tmp}/latin.txt", "latin.txt: not UTF-8 text"),
+        ("{tmp}/latin.jsonl", "latin.jsonl: not UTF-8 text"),
     ],
 )
 def test_errors_say_what_was_found_and_wanted(tmp_path, tokenizer, source, message, monkeypatch):
@@ -83,6 +86,9 @@ def test_errors_say_what_was_found_and_wanted(tmp_path, tokenizer, source, messa
     (tmp_path / "blank.txt").write_text(" \n")
     (tmp_path / "short.txt").write_text("fox")
     (tmp_path / "broken.jsonl").write_text('{"text": "fox"}\n{"text": \n')
+    (tmp_path / "null.jsonl").write_text('{"text": "fox"}\n{"text": null}\n')
+    for name in ("latin.txt", "latin.jsonl"):
+        (tmp_path / name).write_bytes('{"text": "\xe9"}\n'.encode("latin-1"))
     jsonl(tmp_path / "other.jsonl", key="content")
     with pytest.raises(DataError, match=message):
         load_blocks(config(source.replace("{tmp}", str(tmp_path)), tmp_path), tokenizer)

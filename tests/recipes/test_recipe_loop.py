@@ -6,6 +6,7 @@ from worker import Rows, settings, tiny
 
 from recipes import loop
 from recipes.checkpoints import ResumeError
+from recipes.log import LossError
 from recipes.schedule import indices, learning_rate
 
 
@@ -121,3 +122,33 @@ def test_settings_that_cannot_work_are_refused(tmp_path):
     rows.kept.zero_()
     with pytest.raises(ValueError, match="every label is -100"):
         loop.train(tiny(), rows, loop.next_token_loss, settings(tmp_path))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_changes_nothing(tmp_path):
+    def loss(model, batch):
+        total, count = loop.next_token_loss(model, batch)
+        return total * float("nan"), count
+
+    model = tiny()
+    with pytest.raises(LossError, match=r"loss of a step is nan.*lower train.lr"):
+        loop.train(model, Rows(), loss, settings(tmp_path, save_every=1))
+    assert difference(model, tiny()) == 0
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_half_a_line_of_the_log_is_dropped(tmp_path):
+    """The machine may stop in the middle of a line; the run goes on from its checkpoint all the same."""
+    loop.train(tiny(), Rows(), loop.next_token_loss, settings(tmp_path, steps=2, save_every=2))
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    config = settings(tmp_path, steps=4, save_every=2)
+    log = loop.train(tiny(), Rows(), loop.next_token_loss, config, resume=True)
+    assert [record["step"] for record in log] == [1, 2, 3, 4]
+    assert (tmp_path / "log.jsonl").read_text().count("\n") == 4
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size", "accumulation", "log_every", "keep"])
+def test_counts_of_nothing_are_refused(tmp_path, name):
+    """`log_every: 0` ended in an IndexError once everything had been trained."""
+    with pytest.raises(ValueError, match=f"train.{name}: 0; wanted 1 or more"):
+        settings(tmp_path, **{name: 0})
