@@ -41,7 +41,9 @@ def adding(
     return (AddModule(anatomy.base, CHILD, make, after), hook)
 
 
-def check_adding(model: PreTrainedModel, anatomy: Anatomy, away: Sequence[Edit], blind: Sequence[Edit]) -> None:
+def check_adding(
+    model: PreTrainedModel, anatomy: Anatomy, away: Sequence[Edit], blind: Sequence[Edit], whole: Sequence[Edit]
+) -> None:
     """Refuse a model that needs the ids themselves beside their embeddings.
 
     Args:
@@ -49,6 +51,7 @@ def check_adding(model: PreTrainedModel, anatomy: Anatomy, away: Sequence[Edit],
         anatomy: its.
         away: edits that take the old positions out, but for what is added already.
         blind: edits that take out that, too.
+        whole: edits that take the old positions out and add the new ones.
 
     Raises:
         UnsupportedArchitecture: embeddings to which nothing is added give other logits than the ids.
@@ -58,6 +61,7 @@ def check_adding(model: PreTrainedModel, anatomy: Anatomy, away: Sequence[Edit],
     try:
         found = logits_under(model, [*away, *nothing], inputs)
         problem = disagreement(logits_under(model, blind, inputs), found)
+        logits_under(model, whole, inputs)  # some look their ids up again, by the very embeddings
     except AttnPatchError as error:
         problem = str(error.__cause__ or error)
     if problem is not None:

@@ -83,7 +83,14 @@ def check_blind(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit])
     if any("state" in why or "convolution" in why for why in anatomy.other.values()) or model.config.is_encoder_decoder:
         return
     same = {"input_ids": torch.full_like(inputs["input_ids"], int(inputs["input_ids"][0, 0]))}
-    logits = logits_under(model, edits, same)
+    try:
+        logits = logits_under(model, edits, same)
+    except AttnPatchError as error:
+        cause = " ".join(str(error.__cause__ or error).split())[:200]
+        raise UnsupportedArchitecture(
+            f"{anatomy.architecture}: does not run without the positions that it has ({cause}): they are used in a way "
+            "that was not recognised."
+        ) from error
     problem = disagreement(logits[:, :1].expand_as(logits), logits) if logits.dim() == 3 else None
     if problem is not None and not _counts(model):
         raise UnsupportedArchitecture(

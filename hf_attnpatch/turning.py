@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from .errors import AttnPatchError
@@ -57,13 +58,15 @@ class Rotation:
         if self.kind == "linear":
             return rotary.linear(plain, self.factor)
         if self.kind == "yarn":
-            return rotary.by_parts(plain, self.factor, self.trained)
+            return rotary.yarn(self.theta, self.rotary_dim, self.factor, self.trained)
         return rotary.llama3(plain, self.factor, self.trained) if self.kind == "llama3" else plain
 
     def angles(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine at these positions, on their device."""
         attention = rotary.yarn_attention(self.factor) if self.kind == "yarn" else 1.0
-        return angles(_frequencies(self, places.device), places, attention)
+        watched = _get_current_dispatch_mode() is not None  # tensors without data must not meet those that are kept
+        frequencies = self.frequencies() if watched else _frequencies(self, places.device)
+        return angles(frequencies, places, attention)
 
 
 @functools.lru_cache(maxsize=64)

@@ -43,6 +43,7 @@ def registries():
     registered once must not be registered anew.
     """
     backends.register_alibi()
+    backends.register_rotary()
     backends.register_fused()
     span_backends.register_spans()
     return {

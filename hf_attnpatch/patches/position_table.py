@@ -83,7 +83,7 @@ class PositionTable(Patch):
         if not self.proved:
             blind = removal(model, anatomy)
             check_blind(model, anatomy, blind)
-            check_adding(model, anatomy, away, blind)
+            check_adding(model, anatomy, away, blind, edits)
         sites = tuple(s.path for s in anatomy.sites if not s.cross and not s.tower)
         notes = (*removed(anatomy), f"a new trainable table of {self.length} positions, {self._init}")
         return Proposal(edits, sites, notes, stock=False, claims=("the positions",))

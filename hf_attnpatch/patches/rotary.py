@@ -17,6 +17,12 @@ from ..rope_fields import check_number
 from ..rotating import attention_rotated, ignores_positions, rebased
 from ..turning import KINDS, Rotation
 
+_TRAINED = "original_max_position_embeddings"  # other parameters of a family (Ministral's) may refer to it
+_SCHEME = frozenset(  # what describes a base and a scaling
+    "rope_type type rope_theta factor attention_factor beta_fast beta_slow mscale mscale_all_dim truncate "
+    "low_freq_factor high_freq_factor long_factor short_factor long_mscale short_mscale".split()
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rotary(Patch):
@@ -125,9 +131,9 @@ class Rotary(Patch):
 
     def _parameters(self, old: Mapping[str, Any], trained: int | None) -> dict[str, Any]:
         """Return transformers' dictionary for the wanted base and kind; what describes the model itself is kept."""
-        new: dict[str, Any] = {"rope_type": self.kind, "rope_theta": float(self.theta)}
-        if "partial_rotary_factor" in old:
-            new["partial_rotary_factor"] = old["partial_rotary_factor"]
+        own = {key: value for key, value in old.items() if key not in (*_SCHEME, "partial_rotary_factor", _TRAINED)}
+        kept = {key: old[key] for key in ("partial_rotary_factor", *((_TRAINED,) if own else ())) if key in old}
+        new: dict[str, Any] = {**own, **kept, "rope_type": self.kind, "rope_theta": float(self.theta)}
         if self.kind == "default":
             return new
         if trained is None:
@@ -136,10 +142,10 @@ class Rotary(Patch):
             )
         numbers = {
             "linear": {},
-            "yarn": {"beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": trained},
+            "yarn": {"beta_fast": 32.0, "beta_slow": 1.0, _TRAINED: trained},
             "llama3": {
                 **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
-                "original_max_position_embeddings": trained,
+                _TRAINED: trained,
             },
         }
         return {**new, "factor": float(self.factor), **numbers[self.kind]}

@@ -69,7 +69,7 @@ class Sinusoidal(Patch):
         if not self.proved:
             blind = removal(model, anatomy)
             check_blind(model, anatomy, blind)
-            check_adding(model, anatomy, away, blind)
+            check_adding(model, anatomy, away, blind, edits)
         sites = tuple(s.path for s in anatomy.sites if not s.cross and not s.tower)
         notes = (
             *removed(anatomy),
