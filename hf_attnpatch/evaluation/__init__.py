@@ -8,6 +8,7 @@ from .layers import LayerDifference, layer_difference
 from .losses import document_losses, mean_loss
 from .perplexity import LossByLength, perplexity
 from .positions import LossByPosition, loss_by_position
+from .recurrence import document_tokens, recurrence
 from .result import Result
 from .retrieval import Retrieval, find_task, retrieval
 from .score import Interval, Losses, Score, difference, summarise
@@ -30,12 +31,14 @@ __all__ = [
     "decoding",
     "difference",
     "document_losses",
+    "document_tokens",
     "fidelity",
     "find_task",
     "layer_difference",
     "loss_by_position",
     "mean_loss",
     "perplexity",
+    "recurrence",
     "retrieval",
     "summarise",
     "task_scores",
