@@ -101,6 +101,7 @@ CASES = (
     Case("re_rope", ap.ReRope(window=5, leak=0.2, trained=10), product=False),
     Case("jet_long", ap.JetLong(window=3, trained=8), product=False),
     Case("attention_sinks", ap.AttentionSinks(num_sinks=2, window=6), product=False),
+    Case("recurrence", ap.SegmentRecurrence(segment_length=8, memory_length=6), product=False),
     Case("flash_auto", ap.Flash(), {_ATTENTION: "eager"}, everywhere=True),
     Case("flash_sdpa", ap.Flash(backend="sdpa"), {_ATTENTION: "eager"}, product=False),
     Case("flash_flex", ap.Flash(backend="flex_attention")),

@@ -38,6 +38,7 @@ WORDS = (
     "no fused attention runs here",
     "no fused kernel adds ALiBi here",
     "computes its scores by itself and dispatches to no attention function",
+    "has layers that see a window or a chunk only",
     "its own forward stays, which takes backend='sdpa' only",
     "is no self-attention with a cache that computes its scores by itself",
     "no attention module was read",
