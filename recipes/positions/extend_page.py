@@ -13,6 +13,7 @@ from recipes.positions.study import Study
 
 ORIGINAL = "original"
 STATIC = ("yarn", "ntk")  # what the best method is held against, beside the truncated window
+WINDOWED = ("attention_sinks",)  # these see no more than a window
 ALLOWED = 0.05  # nats above the loss within context
 
 
@@ -22,8 +23,9 @@ def write(study: Study, store: Store, out: Path) -> None:
     trained = [cell.name for cell in study.cells if cell.kind == "train"]
     longest = study.lengths[-1]
     order = sorted(untrained, key=lambda name: _nats(page.score(store, name, longest)))
-    with_base = {"without training": order, "after a short training": [ORIGINAL, *trained]}
-    _figures(study, store, out, with_base)
+    methods = [name for name in order if name != ORIGINAL]
+    groups = {"without training": [ORIGINAL, *methods], "after a short training": [ORIGINAL, *trained]}
+    _figures(study, store, out, groups)
     write_page(
         out / "README.md",
         [
@@ -67,30 +69,50 @@ def _nats(found: Score | None) -> float:
     return float("inf") if found is None else found.nats
 
 
-def best(study: Study, store: Store) -> str | None:
-    """The method without training that loses least at the longest length."""
-    names = [cell.name for cell in study.cells if cell.kind == "measure" and cell.name != ORIGINAL]
+def best(study: Study, store: Store, *, whole: bool = False) -> str | None:
+    """The method without training that loses least at the longest length.
+
+    Args:
+        study: the cells.
+        store: what is measured of them.
+        whole: leaves out those that see no more than a window.
+    """
+    left_out = {ORIGINAL, *(WINDOWED if whole else ())}
+    names = [cell.name for cell in study.cells if cell.kind == "measure" and cell.name not in left_out]
     found = [name for name in names if page.score(store, name, study.lengths[-1])]
     return min(found, key=lambda name: _nats(page.score(store, name, study.lengths[-1])), default=None)
 
 
 def asked(study: Study, store: Store) -> str:
     """What the best method must show, with paired intervals."""
-    name, first, last = best(study, store), study.lengths[0], study.lengths[-1]
+    name, whole = best(study, store), best(study, store, whole=True)
     if name is None:
         return "Not measured yet."
-    found = page.score(store, name, last)
-    within = page.score(store, ORIGINAL, first)
+    last = study.lengths[-1]
+    said = (
+        f"Of the methods without training `{name}` loses least at {last:,} tokens, "
+        f"{page.loss(page.score(store, name, last))} nats. It was chosen on these documents."
+    )
+    parts = [said, _held(study, store, name)]
+    if name in WINDOWED and whole is not None:
+        parts.append(
+            "Its layers see a window: it reads on without end and is not meant to gain from what lies further back. Of "
+            f"the methods that see the whole context `{whole}` loses least, "
+            f"{page.loss(page.score(store, whole, last))} nats."
+        )
+        parts.append(_held(study, store, whole))
+    return "\n\n".join(parts)
+
+
+def _held(study: Study, store: Store, name: str) -> str:
+    """A method held against what it must beat."""
+    first, last = study.lengths[0], study.lengths[-1]
+    found, within = page.score(store, name, last), page.score(store, ORIGINAL, first)
     rows = [_row(f"unpatched at {first:,}, its trained context", page.above(within, found), ALLOWED)]
     rows += [_row(f"`{each}` at {last:,}", page.above(page.score(store, each, last), found), 0) for each in STATIC]
     rows.append(_row(f"truncated to the last {first:,}", page.above(within, found), 0))
     rows.append(_row(f"sliding window of {first:,} (not asked)", page.above(page.sliding(store, ORIGINAL), found), 0))
-    head = ["compared with", f"`{name}` at {last:,}, nats above", "wanted", "met"]
-    said = (
-        f"Of the methods without training `{name}` loses least at {last:,} tokens, {page.loss(found)} nats. It was "
-        "chosen on these documents.\n\n"
-    )
-    return said + markdown(head, rows)
+    return markdown(["compared with", f"`{name}` at {last:,}, nats above", "wanted", "met"], rows)
 
 
 def _row(against: str, found: Interval | None, limit: float) -> list[str]:

@@ -172,7 +172,7 @@ def add(store, cell, by_length, **more):
 
 
 def test_the_page_says_what_was_asked_and_whether_it_holds(folder):
-    names = ("original", "yarn", "ntk", "good", "gone")
+    names = ("original", "yarn", "ntk", "good", "gone", "attention_sinks")
     made = study.read(written(folder, [{"name": name} for name in names]), [])
     store, cells = Store(folder / "results/metrics.jsonl"), {cell.name: cell for cell in made.cells}
     passkey = {"16": {"points": [0.0]}, "32": {"points": [0.0]}, "64": {"refused": "no"}}
@@ -190,6 +190,9 @@ def test_the_page_says_what_was_asked_and_whether_it_holds(folder):
     add(store, cells["good"], [scored([2, 4]), scored([2, 4]), scored([2.1, 3.95])])
     assert "| yes, interval beyond it |" in extend_page.asked(made, store)
     assert page.losses(store, "gone", (16, 64))[1] == "refused"
+    add(store, cells["attention_sinks"], [scored([2, 4]), scored([2, 4]), scored([1.9, 3.9])])
+    text = extend_page.asked(made, store)  # a window is no longer context, so the best of the others is held as well
+    assert text.index("`attention_sinks` at 64, nats above") < text.index("`good` at 64, nats above")
 
 
 def test_passkeys_that_nobody_finds_are_said_to_say_nothing(folder):
