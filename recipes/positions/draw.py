@@ -32,8 +32,19 @@ def label(name: str) -> str:
     return name.replace(TRAINED, ", trained")
 
 
-def by_length(store: Store, groups: Groups, lengths: Sequence[int], path: Path, title: str) -> None:
-    """Loss of the same targets against context, a panel for each group of cells; no file where nothing is measured."""
+def by_length(
+    store: Store, groups: Groups, lengths: Sequence[int], path: Path, title: str, *, above: float | None = None
+) -> None:
+    """Loss of the same targets against context, a panel for each group of cells; no file where nothing is measured.
+
+    Args:
+        store: the results.
+        groups: panel -> cells.
+        lengths: tokens of context.
+        path: where the PNG goes.
+        title: above the figure.
+        above: a loss to draw the differences from, small and large ones to be told apart; None draws the losses.
+    """
     found = {group: _measured(store, names, lengths) for group, names in groups.items()}
     found = {group: each for group, each in found.items() if each}
     if not found:
@@ -41,11 +52,15 @@ def by_length(store: Store, groups: Groups, lengths: Sequence[int], path: Path, 
     figure, axes = panels(len(found), width=5.5, height=4.4, sharey=False)
     for axis, (group, cells) in zip(axes, found.items(), strict=True):
         for number, (name, pairs) in enumerate(cells.items()):
-            axis.plot([n for n, _ in pairs], [nats for _, nats in pairs], label=label(name), **style(number))
+            axis.plot(
+                [n for n, _ in pairs], [nats - (above or 0) for _, nats in pairs], label=label(name), **style(number)
+            )
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
         axis.set(xlabel="tokens of context", ylabel="nats per token, same targets", title=group)
-        axis.legend(fontsize=7)
+        if above is not None:
+            _differences(axis, lengths[0])
+        _legend(axis)
     _save(figure, axes, title, path)
 
 
@@ -69,7 +84,7 @@ def by_position(store: Store, groups: Groups, trained: int, path: Path, title: s
             axis.plot(middle, rows["nats"], label=label(name), **style(number))
         axis.axvline(trained, color="#555555", linewidth=1, linestyle=":")
         axis.set(xlabel=f"position (dotted: trained context, {trained})", ylabel="nats per token", title=group)
-        axis.legend(fontsize=7)
+        _legend(axis)
     _save(figure, axes, title, path)
 
 
@@ -85,8 +100,25 @@ def curves(store: Store, groups: Groups, path: Path, title: str) -> None:
             pairs = store.rows[name]["training"]["curve"]
             axis.plot([n / 1e3 for n, _ in pairs], [v for _, v in pairs], label=label(name), **style(number))
         axis.set(xlabel="tokens trained on (thousands)", ylabel="training loss (nats per token)", title=group)
-        axis.legend(fontsize=7)
+        _legend(axis)
     _save(figure, axes, title, path)
+
+
+def _differences(axis: Any, trained: int) -> None:
+    """An axis that shows hundredths around 0 as well as whole nats."""
+    axis.set_yscale("symlog", linthresh=0.1)
+    ticks = [-0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 1, 2, 5]
+    low, high = axis.get_ylim()
+    shown = [tick for tick in ticks if low <= tick <= high]
+    axis.set_yticks(shown, [f"{tick:+g}" if tick else "0" for tick in shown])
+    axis.set_yticks([], minor=True)
+    axis.set_ylabel(f"nats above the unpatched model at {trained}, same targets")
+
+
+def _legend(axis: Any) -> None:
+    """Beside the panel where it would cover it."""
+    many = len(axis.get_legend_handles_labels()[0]) > 7
+    axis.legend(fontsize=7, **({"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if many else {}))
 
 
 def _save(figure: Any, axes: Sequence[Any], title: str, path: Path) -> None:

@@ -43,7 +43,9 @@ def write(study: Study, store: Store, out: Path) -> None:
 
 
 def _figures(study: Study, store: Store, out: Path, groups: dict[str, list[str]]) -> None:
-    draw.by_length(store, groups, study.lengths, out / "length.png", "Loss by context")
+    within = page.score(store, ORIGINAL, study.lengths[0])
+    above = None if within is None else within.nats
+    draw.by_length(store, groups, study.lengths, out / "length.png", "Loss by context", above=above)
     draw.by_position(store, groups, study.lengths[0], out / "position.png", "Loss by position")
 
 

@@ -72,7 +72,7 @@ def passkeys(study: Study, store: Store, reference: str) -> str:
     table = [[f"`{row['cell']}`", *(_points(row["passkey"], n) for n in study.lengths)] for row in asked]
     found = [points for row in asked for each in row["passkey"].values() for points in each.get("points", [])]
     within = [row["passkey"][str(study.lengths[0])].get("points", []) for row in asked if row["cell"] == reference]
-    text = f"Points of 100 for keys at depths {depths}; {spec['samples']} prompts for each length and depth."
+    text = f"Points of 100 for keys at depths {depths}; prompts for each length and depth: {spec['samples']}."
     if not any(found):
         text += " **No model finds one key at any length or depth**"
         text += (
@@ -121,8 +121,8 @@ def training_line(study: Study, store: Store) -> str:
     tokens = sorted({row["training"]["tokens"] for row in done})
     return (
         f"All parameters, {train['steps']} steps, {' or '.join(f'{n:,}' for n in tokens)} tokens of "
-        f"`{data['source']}`, AdamW at {train['lr']:g} with {train['warmup']} steps of warm-up and cosine decay; one "
-        "setting for all and no choice by held-out text, so another one may do better."
+        f"`{data['source']}`, AdamW at {train['lr']:g} with {train['warmup']} steps of warm-up and cosine decay: one "
+        f"setting for all. {study.note}"
     )
 
 

@@ -88,12 +88,14 @@ class Study:
         output: folder of the results.
         cells: in the order in which they are run.
         lengths: tokens of context.
+        note: how the settings of the trainings were chosen, for the page.
     """
 
     title: str
     output: str
     cells: tuple[Cell, ...]
     lengths: tuple[int, ...]
+    note: str
 
 
 def read(path: str, overrides: list[str]) -> Study:
@@ -103,7 +105,7 @@ def read(path: str, overrides: list[str]) -> Study:
         SettingsError: a key, a patch or a value that cannot be.
     """
     values = settings.read(path, overrides)
-    known = {"title", "output", "measure", "train", "data", "cells"}
+    known = {"title", "output", "note", "measure", "train", "data", "cells"}
     if set(values) - known:
         raise SettingsError(f"{path}: unknown {', '.join(sorted(set(values) - known))}; choose from {sorted(known)}.")
     measure = dict(values["measure"])
@@ -118,7 +120,7 @@ def read(path: str, overrides: list[str]) -> Study:
     cells = tuple(_cell(entry, dataclasses.asdict(measuring), values) for entry in entries)
     if len({cell.name for cell in cells}) < len(cells):
         raise SettingsError("cells: two have one name; give each its own.")
-    return Study(values["title"], values["output"], cells, measuring.lengths)
+    return Study(values["title"], values["output"], cells, measuring.lengths, values.get("note", ""))
 
 
 def _cell(entry: Entry, measure: Mapping[str, Any], values: Mapping[str, Any]) -> Cell:

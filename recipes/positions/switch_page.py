@@ -40,7 +40,7 @@ def _about(study: Study, store: Store) -> list[str]:
     found = [*page.about(study, store, "python recipes/switch_positions.py"), page.training_line(study, store)]
     warm = {cell.spec[STRENGTH] for cell in study.cells if cell.spec.get(STRENGTH)}
     if warm:
-        shares = ", ".join(f"{share:.0%}" for share in sorted(warm))
+        shares = " or ".join(f"{100 * share:g} %" for share in sorted(warm))
         found.append(
             f"`warm`: the slopes of ALiBi rise from 0 to their full size over the first {shares} of the steps."
         )

@@ -72,7 +72,7 @@ def test_extension_measures_trains_goes_on_and_writes_its_page(folder, monkeypat
         {"name": "yarn/trained", "patches": [YARN], "train": {}},
         {"name": "yarn/trained, skipping", "patches": [YARN], "train": {}, "data": {"block": 16, "skip_to": 64}},
     ]
-    config = written(folder, cells)
+    config = written(folder, cells, note="Chosen by nobody.")
     launch(monkeypatch, folder, config, extend_page.write, "--cells", "original")
     store = launch(monkeypatch, folder, config, extend_page.write)
     assert capfd.readouterr().out.count("] original") == 1  # the second run found it
@@ -82,6 +82,7 @@ def test_extension_measures_trains_goes_on_and_writes_its_page(folder, monkeypat
     assert nats(store.rows["yarn/trained"], 64) < nats(store.rows["yarn"], 64)
     text = (folder / "results/README.md").read_text()
     assert "not measured yet" not in text
+    assert "one setting for all. Chosen by nobody." in text
     assert "| `yarn`, trained, skipping |" in text
     for name in ("length", "position"):
         assert (folder / f"results/{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -129,6 +130,7 @@ def test_switches_are_measured_before_after_and_trained(folder, learned, monkeyp
     assert "* `learned/original` at 64 tokens: " in text
     assert "* `learned/rope`: " in text
     assert "| `alibi`, trained, warm |" in text
+    assert "over the first 50 % of the steps" in text
 
 
 def test_a_stopped_training_goes_on_with_the_strength_that_it_had(folder, monkeypatch):
