@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hf_attnpatch.evaluation import Score
 from recipes.comparison.store import Store
 from recipes.comparison.tables import markdown, write_page
 from recipes.positions import draw, page
@@ -46,7 +47,7 @@ def _about(study: Study, store: Store) -> list[str]:
         )
     found.append(
         "`original`, trained, had the same training with the positions it came with: what a switch costs is the "
-        "distance to it, not to the original."
+        "distance to it, not to the original. Where a rate is named, both had it."
     )
     return [line for line in found if line]
 
@@ -56,12 +57,19 @@ def _group(study: Study, store: Store, group: str, names: list[str]) -> str:
     if not done:
         return f"## {group}\n\nNot measured yet."
     first = study.lengths[0]
-    original, kept = (page.score(store, f"{group}/{each}", first) for each in (ORIGINAL, f"{ORIGINAL}{page.TRAINED}"))
+    original = page.score(store, f"{group}/{ORIGINAL}", first)
     rows = []
     for name in done:
         found = page.score(store, name, first)
-        over = [page.signed(page.above(reference, found)) for reference in (original, kept)]
+        over = [page.signed(page.above(reference, found)) for reference in (original, _kept(store, group, name, first))]
         rows.append([page.dash(name.partition("/")[2]), *page.losses(store, name, study.lengths), *over])
     head = ["positions", *(f"{n:,}" for n in study.lengths), f"above the original, {first:,}"]
     head.append(f"above the original trained as long, {first:,}")
     return f"## From {group}\n\n" + markdown(head, rows)
+
+
+def _kept(store: Store, group: str, name: str, length: int) -> Score | None:
+    """What the model that kept its positions loses after the training that a cell had; None for an untrained cell."""
+    _, trained, how = name.partition(page.TRAINED)
+    names = [f"{group}/{ORIGINAL}{trained}{how}", f"{group}/{ORIGINAL}{trained}"] if trained else []
+    return next((found for each in names if (found := page.score(store, each, length))), None)

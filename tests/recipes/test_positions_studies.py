@@ -197,6 +197,21 @@ def test_the_page_says_what_was_asked_and_whether_it_holds(folder):
     assert text.index("`attention_sinks` at 64, nats above") < text.index("`good` at 64, nats above")
 
 
+def test_a_switch_is_held_against_the_model_that_kept_its_positions_and_was_trained_so(folder):
+    losses = {"original": 2.0, "original/trained": 1.9, "original/trained, lr 3": 1.8}
+    losses |= {"alibi": 3.0, "alibi/trained, warm": 2.5, "alibi/trained, lr 3": 2.4}
+    made = study.read(written(folder, [{"name": f"rope/{name}"} for name in losses]), [])
+    store = Store(folder / "results/metrics.jsonl")
+    for cell, loss in zip(made.cells, losses.values(), strict=True):
+        add(store, cell, [scored([loss, loss])] * 3)
+    switch_page.write(made, store, folder / "results")
+    rows = (line for line in (folder / "results/README.md").read_text().splitlines() if line.startswith("| `"))
+    last = {row.split("|")[1].strip(): [each.split("(")[0].strip() for each in row.split("|")[5:7]] for row in rows}
+    assert last["`alibi`"] == ["+1.000", "-"]
+    assert last["`alibi`, trained, warm"] == ["+0.500", "+0.600"]
+    assert last["`alibi`, trained, lr 3"] == ["+0.400", "+0.600"]
+
+
 def test_passkeys_that_nobody_finds_are_said_to_say_nothing(folder):
     passkey = {"depths": [0.5], "samples": 1}
     cells = [{"name": "original"}, {"name": "yarn"}]
