@@ -83,7 +83,7 @@ peers: $(VENV)/.installed data/smollm2/config.json
 results-grouped-query: $(VENV)/.installed data/corpus/manifest.json data/smollm2/config.json
 	$(BIN)/python recipes/results_grouped_query.py
 
-# an hour of one core, for each of the two; the same command goes on where it was stopped
+# half an hour of one core, for each of the two; the same command goes on where it was stopped
 results-extend-context: $(VENV)/.installed data/corpus/manifest.json
 	$(BIN)/python recipes/extend_context.py
 
