@@ -14,6 +14,7 @@ README's table.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 from collections.abc import Sequence
@@ -52,15 +53,16 @@ def texts(part: int) -> list[str]:
 
 
 def tokens(folder: Path, part: int, count: int, length: int) -> list[list[int]]:
-    """The beginnings of documents, in tokens; a document that is too short is left out."""
+    """Pieces of documents in tokens: the first of each, then the second of each, and so on."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    found: list[list[int]] = []
+    pieces = []
     for text in texts(part):
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        found += [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)][: -(-count // 20)]
-        if len(found) >= count:
-            return found[:count]
-    raise SystemExit(f"compare_peers: {len(found)} of {count} pieces of {length} tokens in the held-out text.")
+        pieces.append([ids[at : at + length] for at in range(0, len(ids) - length + 1, length)])
+    found = [piece for row in itertools.zip_longest(*pieces) for piece in row if piece is not None]
+    if len(found) < count:
+        raise SystemExit(f"compare_peers: {len(found)} of {count} pieces of {length} tokens in the held-out text.")
+    return found[:count]
 
 
 def ask(runtime: Runtime, request: Row, given: argparse.Namespace) -> Row:

@@ -67,5 +67,5 @@ def provide(peer: Runtime, environments: Path) -> tuple[Runtime, str | None]:
 def conflict(said: str) -> str:
     """What pip names as the cause, in a line; its last words if it names none."""
     wants = re.findall(r"\|\s+(\S+ \S+ depends on transformers\S*.*)", said)
-    last = [line.strip(" |") for line in said.splitlines() if "ERROR" in line]
+    last = [line.strip(" |") for line in said.splitlines() if "ERROR" in line and "Ignored" not in line]
     return (wants or last or [said.splitlines()[-1]])[0].strip()
