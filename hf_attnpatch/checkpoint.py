@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
 
+from . import foreign
 from .errors import AttnPatchError
 from .publishing.hub import Hub
 
@@ -59,7 +60,7 @@ def tokenizer_of(name: str, **options: Any) -> Any | None:
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """Return the Auto class that gives the architecture named in a config, task head included.
+    """Return what gives the architecture named in a config, task head included: an Auto class, or a patched class.
 
     Raises:
         AttnPatchError: no Auto class of the installed transformers knows it.
@@ -73,6 +74,9 @@ def auto_class(config: PretrainedConfig) -> Any:
         classes = found if isinstance(found, (list, tuple)) else (found,)
         if any(cls.__name__.removeprefix("Patched") in wanted for cls in classes) or name in remote:
             return getattr(modeling_auto, name)
+    twin = next(filter(None, (foreign.twin_of(name, config) for name in wanted)), None)
+    if twin is not None:
+        return twin
     raise AttnPatchError(
         f"architectures {wanted} of model type {config.model_type!r}: no Auto class of the installed transformers "
         "gives it; write the class that the checkpoint was saved from into `architectures` of its config.json."

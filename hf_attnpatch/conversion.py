@@ -17,7 +17,7 @@ from . import calibration_text
 from .calibration import Moments
 from .calibration_text import Batch
 from .damage import LayerDamage
-from .estimate import estimate, find_frames
+from .estimate import estimate, find_frames, unaligned
 from .frames import Frames
 from .functional.grouping import METHODS as PLAIN
 from .functional.grouping import resize_heads
@@ -109,4 +109,4 @@ def _resized(rows: Tensor, method: str) -> Tensor:
     return torch.cat([weight[0], bias[0][:, None]], dim=1)
 
 
-__all__ = ["Conversion", "Recipe", "convert"]
+__all__ = ["Conversion", "Recipe", "convert", "unaligned"]

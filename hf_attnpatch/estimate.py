@@ -13,10 +13,10 @@ from . import calibration as cal
 from . import calibration_text
 from .calibration import Moments
 from .calibration_text import Batch
-from .errors import AttnPatchError
+from .errors import AttnPatchError, UnsupportedArchitecture
 from .frames import Frames, read_frames
 from .headweights import HeadWeights, read_weights
-from .probe import codebooks
+from .probe import codebooks, quiet
 from .replay import Call, Socket, Streams
 from .sites import Site
 
@@ -41,6 +41,21 @@ def find_frames(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Fram
     rotated = tuple({*_rotated(model)})
     with torch.no_grad():
         return {s.path: read_frames(Socket(model, s), calls[s.path], rotated) for s in sites}
+
+
+def unaligned(model: PreTrainedModel, sites: Sequence[Site]) -> str | None:
+    """Say why heads of these modules cannot be turned to fit each other, judged by the first, or None."""
+    blind = next((s for s in sites if not s.output), None)
+    if blind is not None:
+        return f"{blind.path}: {blind.kind} has no output projection"
+    try:
+        with quiet(model):
+            find_frames(model, sites[:1])
+    except UnsupportedArchitecture:
+        raise
+    except AttnPatchError as error:
+        return str(error)
+    return None
 
 
 def _rotated(model: PreTrainedModel) -> Iterator[int]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # takes as long to import as all the rest, and whoever import
 
 MODEL_TYPE = "hf_attnpatch"
 STUB = "modeling_hf_attnpatch"
+_BORROWED = "_of_"
 # Stands on disk where the label ids do. Every stock config class turns those into numbers, and Python's complaint
 # quotes the text (200 characters of it): the one sentence of ours that a stock class can be made to say.
 SEAL = (
@@ -122,7 +123,8 @@ class _Config:
         """Save, and lay the stub beside it."""
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]  # mixed into PretrainedConfig
         base = type(self).__mro__[2]
-        lines = [f'{_stub_name(auto)} = model_class("{cls}")' for auto, cls in _auto_models(base).items()]
+        models = _auto_models(base).items()
+        lines = [f'{_stub_name(auto)} = model_class("{cls}", "{base.__name__}")' for auto, cls in models]
         Path(save_directory, f"{STUB}.py").write_text(_STUB_TEXT.format(classes="\n".join(lines)))
 
     @classmethod
@@ -166,19 +168,27 @@ def config_class(base: Any) -> Any:
         return base
     cls = _bare_config_class(base)
     for auto, name in _auto_models(base).items():
-        getattr(modeling_auto, auto).register(cls, model_class(name), exist_ok=True)
+        getattr(modeling_auto, auto).register(cls, model_class(name, base.__name__), exist_ok=True)
     return cls
 
 
 @functools.cache
-def model_class(name: str) -> type[PreTrainedModel]:
+def model_class(name: str, config: str | None = None) -> type[PreTrainedModel]:
     """Return the patched twin of the transformers model class of this name, under the same name.
 
     transformers looks weight conversions up by class name, and ``architectures`` in a config stays what it was.
+
+    Args:
+        name: of the stock class.
+        config: of the stock config class, where a family borrows the model class of another (InternLM3 has Llama's).
     """
     base = getattr(transformers, name)
+    if config == base.config_class.__name__:
+        return model_class(name)
+    own = base.config_class if config is None else getattr(transformers, config)
     body = {"__module__": __name__, "__doc__": f"Patched {name}.", "unpatched": base}
-    body["config_class"] = _bare_config_class(base.config_class)
+    body["config_class"] = _bare_config_class(own)
+    body["__qualname__"] = name if config is None else f"{name}{_BORROWED}{config}"  # by which pickle finds it
     return type(name, (_Model, base), body)
 
 
@@ -202,6 +212,9 @@ def _unsealed(fields: dict[str, Any]) -> dict[str, Any]:
 
 def __getattr__(name: str) -> Any:
     """Make the generated classes importable by name, as pickling needs."""
+    model, borrowed, config = name.partition(_BORROWED)
+    if borrowed and not name.startswith("_"):
+        return model_class(model, config)
     base = None if name.startswith("_") else getattr(transformers, name.removeprefix("Patched"), None)
     if isinstance(base, type) and issubclass(base, transformers.PreTrainedModel):
         return model_class(base.__name__)
@@ -211,16 +224,24 @@ def __getattr__(name: str) -> Any:
 
 
 def _auto_models(base: type[PretrainedConfig]) -> dict[str, str]:
-    """Return Auto class name -> model class name for a config class; models that build another config are left out."""
+    """Return Auto class name -> model class name for a config class; models of a config inside it are left out."""
     found = {}
     for auto in modeling_auto.__all__:
         mapping = getattr(getattr(modeling_auto, auto), "_model_mapping", None)
         if auto.startswith("AutoModel") and mapping is not None and base in mapping:
             model = mapping[base]
             cls = model[0] if isinstance(model, tuple) else model
-            if cls.config_class.__name__ == base.__name__:  # the Auto classes give Qwen2's a class of another family
+            if cls.config_class is not None and cls.config_class not in base.sub_configs.values():
                 found[auto] = cls.__name__
     return found
+
+
+def twin_of(architecture: str, config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """Return the patched class for a patched config that no Auto class knows (Musicgen's decoder alone), or None."""
+    base = getattr(transformers, architecture, None)
+    if not isinstance(config, _Config) or not isinstance(base, type):
+        return None
+    return model_class(architecture, type(config).__mro__[2].__name__)
 
 
 def _stub_name(auto: str) -> str:

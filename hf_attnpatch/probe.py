@@ -124,7 +124,7 @@ def trial(
         return problem or (_try_backward(model, inputs) if backward else None)
     except AttnPatchError as error:
         return _one_line(error.__cause__ or error)
-    except (ImportError, ValueError, RuntimeError, OSError) as error:
+    except (ImportError, ValueError, RuntimeError, OSError, TypeError) as error:
         return _one_line(error)
     finally:
         while inverses:

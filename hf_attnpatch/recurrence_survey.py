@@ -51,7 +51,7 @@ def _keys(model: PreTrainedModel, paths: Sequence[str], place: int) -> dict[str,
     edits = [SetAttribute(path, "listener", listener) for path, listener in listeners.items()]
     ids = default_inputs(model)["input_ids"][:1]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.full_like(ids, place)}
-    logits_under(model, [*edits, SetAttention("", _LISTENING, _register)], inputs)
+    logits_under(model, [*edits, SetAttention("", _LISTENING, register_listening)], inputs)
     silent = next((path for path, listener in listeners.items() if len(listener.found) != 1), None)
     if silent is not None:
         times = len(listeners[silent].found)
@@ -61,7 +61,8 @@ def _keys(model: PreTrainedModel, paths: Sequence[str], place: int) -> dict[str,
     return {path: listener.found[0] for path, listener in listeners.items()}
 
 
-def _register() -> None:
+def register_listening() -> None:
+    """Make the attention function known that only listens to keys."""
     register(_LISTENING, _listen, sdpa_mask)
 
 

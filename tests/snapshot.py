@@ -9,7 +9,7 @@ from transformers import AttentionInterface, PretrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_attnpatch import backends, span_backends
+from hf_attnpatch import backends, recurrence_attention, recurrence_survey, span_backends
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
 
@@ -46,6 +46,8 @@ def registries():
     backends.register_rotary()
     backends.register_fused()
     span_backends.register_spans()
+    recurrence_attention.register_recurrent()
+    recurrence_survey.register_listening()
     return {
         "attention": dict(AttentionInterface._global_mapping),
         "masks": dict(AttentionMaskInterface._global_mapping),

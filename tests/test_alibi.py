@@ -321,6 +321,15 @@ def test_families_whose_positions_are_inside_are_refused(model_type):
         ap.patch_alibi(_build(model_type))
 
 
+def test_a_family_that_reads_its_mask_needs_one():
+    """DeepSeek-V3.2 picks keys by the mask itself, which is no tensor where there is no padding."""
+    with pytest.raises(ap.UnsupportedArchitecture, match="sdpa: 'NoneType'.*backend='eager'"):
+        ap.patch_alibi(tiny_model("deepseek_v32"))
+    model = tiny_model("deepseek_v32")
+    ap.patch_alibi(model, backend="eager")
+    assert trace(model, {"input_ids": torch.arange(8)[None]}).logits.isfinite().all()
+
+
 def test_twice_is_refused_and_so_are_two_schemes_at_once():
     model = _build("llama")
     with pytest.raises(ap.PatchConflict, match="the positions"):

@@ -383,3 +383,16 @@ def test_reverting_a_foreign_patch_saves_a_stock_checkpoint(tmp_path):
     assert config["model_type"] == "gpt2"
     assert "attnpatch" not in config
     assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), logits)
+
+
+@pytest.mark.parametrize("model_type", ["internlm3", "emu3"])  # Llama's class under another config; a decoder alone
+def test_models_of_another_family_s_class_and_decoders_alone_come_back(model_type, tmp_path):
+    model = tiny_model(model_type)
+    ap.patch_alibi(model)
+    model.save_pretrained(tmp_path)
+    again = ap.load(tmp_path)
+    assert torch.equal(_logits(again), _logits(model))
+    assert type(again.config) is type(model.config)
+    assert torch.equal(_logits(pickle.loads(pickle.dumps(again))), _logits(model))
+    with pytest.raises(REFUSALS):
+        type(model).from_pretrained(tmp_path)

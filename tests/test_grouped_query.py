@@ -167,3 +167,15 @@ def test_three_methods_are_three_results(seed):
     assert not torch.equal(found[0], found[1])
     assert not torch.equal(found[1], found[2])
     assert not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(("model_type", "encoder"), [("xlm", None), ("convbert", True)])
+def test_heads_that_cannot_be_aligned_are_averaged_and_the_report_says_so(model_type, encoder):
+    model = tiny_model(model_type, encoder=encoder)
+    report = ap.patch_grouped_query(model, num_kv_heads=1)
+    assert "method 'mean', as heads cannot be aligned" in str(report)
+    (spec,) = [patch for patch in model.config.attnpatch["patches"]]
+    assert spec["method"] == "mean"
+    asked = tiny_model(model_type, encoder=encoder)
+    with pytest.raises(ap.AttnPatchError, match="cannot be run"):
+        ap.patch_grouped_query(asked, num_kv_heads=1, method="principal")

@@ -106,6 +106,16 @@ PATCHES = [
     ap.RopeScaling(kind="linear", factor=2, layer_types=("full_attention",)),
     ap.Flash(backend="sdpa", training=False),
     ap.Alibi(distance_clip=64),
+    ap.Rotary(theta=500.0, partial=0.5),
+    ap.Sinusoidal(amplitude=0.5),
+    ap.NoPosition(),
+    ap.PositionTable(length=2048, method="tile"),
+    ap.SelfExtend(window=128, group=4),
+    ap.DualChunk(chunk=384),
+    ap.ReRope(window=256, leak=0.1),
+    ap.JetLong(window=64),
+    ap.AttentionSinks(num_sinks=2, window=64),
+    ap.SegmentRecurrence(segment_length=8, memory_length=16, positions="running"),
 ]
 
 

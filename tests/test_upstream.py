@@ -40,7 +40,6 @@ PRIVATE = {
     "_supports_flash_attn": lambda: isinstance(PreTrainedModel._supports_flash_attn, bool),
     "_model_mapping": lambda: LlamaConfig in AutoModelForCausalLM._model_mapping,
     "_modules": lambda: isinstance(nn.Linear(1, 1)._modules, dict),
-    "_parameters": lambda: set(nn.Linear(1, 1)._parameters) == {"weight", "bias"},
     "_buffers": lambda: isinstance(nn.Linear(1, 1)._buffers, dict),
     "_forward_hooks": lambda: isinstance(nn.Linear(1, 1)._forward_hooks, dict),
     "_prepare_cache_for_generation": lambda: _cache_is_prepared_with_a_length(),
@@ -49,6 +48,12 @@ PRIVATE = {
     "_hf_hook": lambda: _accelerate_keeps("_hf_hook"),
     "_scaled_dot_product_flash_attention_for_cpu": lambda: _schema("", "attn_mask", "is_causal"),
     "_scaled_dot_product_flash_attention_for_cpu_backward": lambda: _schema("_backward", "logsumexp", "out"),
+    "_scaled_dot_product_flash_attention": lambda: _op("_flash_attention", "is_causal", "scale"),
+    "_scaled_dot_product_flash_attention_backward": lambda: _op(
+        "_flash_attention_backward", "logsumexp", "philox_seed"
+    ),
+    "_scaled_dot_product_efficient_attention": lambda: _op("_efficient_attention", "compute_log_sumexp", "scale"),
+    "_scaled_dot_product_efficient_attention_backward": lambda: _op("_efficient_attention_backward", "logsumexp"),
     "_grouped_mm": lambda: callable(torch.ops.aten._grouped_mm),
     "_unsafe_view": lambda: callable(torch.ops.aten._unsafe_view),
     "_local_scalar_dense": lambda: callable(torch.ops.aten._local_scalar_dense),
@@ -62,7 +67,11 @@ def _cache_is_prepared_with_a_length():
 
 
 def _schema(suffix, *names):
-    op = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu" + suffix)
+    return _op("_flash_attention_for_cpu" + suffix, *names)
+
+
+def _op(suffix, *names):
+    op = getattr(torch.ops.aten, "_scaled_dot_product" + suffix)
     return set(names) <= {argument.name for argument in op.default._schema.arguments}
 
 

@@ -72,7 +72,7 @@ def _loader(model: PreTrainedModel) -> Any:
     for auto, cls in foreign._auto_models(type(model.config)).items():
         if cls.removeprefix("Patched") == name:
             return getattr(modeling_auto, auto)
-    return type(model)
+    return foreign.twin_of(name, model.config) or type(model)
 
 
 @contextlib.contextmanager

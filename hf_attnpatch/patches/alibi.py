@@ -137,11 +137,13 @@ class Alibi(Patch):
         head_dim = max((s.head_dim for s in anatomy.sites), default=0)
         request, inputs = Candidate(model, model.dtype, head_dim, training), default_inputs(model)
         check_blind(model, anatomy, [*common, _attention("eager")])
-        reference = logits_under(model, [*common, _attention("eager")], inputs)
+        bare = {name: tensor for name, tensor in inputs.items() if name != "attention_mask"}  # other masks, or none
+        probes = [(given, logits_under(model, [*common, _attention("eager")], given)) for given in (inputs, bare)]
         reasons: list[str] = []
         for name in ranked(model.device) if self.backend == "auto" else (self.backend,):
             why = obstacle(name, request)
-            why = why or trial(model, [*common, _attention(name)], inputs, reference, training)
+            for given, reference in probes:
+                why = why or trial(model, [*common, _attention(name)], given, reference, training)
             if why is None:
                 passed = f"; passed over {'; '.join(reasons)}" if reasons else ""
                 return name, [

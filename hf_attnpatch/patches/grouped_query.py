@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .. import calibration_text
 from ..anatomy import Anatomy, Site
 from ..calibration_text import Batch
-from ..conversion import Recipe, convert
+from ..conversion import Recipe, convert, unaligned
 from ..damage import DamageReport
 from ..errors import AttnPatchError, CalibrationError, UnsupportedArchitecture
 from ..functional.grouping import METHODS as PLAIN
@@ -45,7 +45,7 @@ class GroupedQuery(Patch):
             2412.20677); ``principal``, principal components of keys weighted by their queries and of values weighted by
             their output. From calibration text: ``calibrated``, the same with measured covariances, and the output
             projection refitted; ``refined``, then improved layer by layer by gradient descent. By default ``refined``
-            with calibration and ``principal`` without.
+            with calibration and ``principal`` without; ``mean`` where heads cannot be aligned, which the report says.
         grouping: ``adjacent`` heads share, or the most ``similar`` ones: whose merge keeps most energy. By default
             similar ones with ``principal``, ``calibrated`` and ``refined``, in modules that allow their heads to be put
             in another order, and adjacent ones elsewhere.
@@ -127,16 +127,24 @@ class GroupedQuery(Patch):
 
     def _decided(self, model: PreTrainedModel, sites: list[Site]) -> tuple[GroupedQuery, list[str]]:
         """Make the open choices: the default method and grouping, the automatic count."""
-        method = self.method or ("principal" if self.calibration is None else "refined")
+        method, notes = self._method(model, sites)
         grouping = _grouping(self.grouping, method)
-        made, notes = replace(self, method=method, grouping=grouping), []
+        made = replace(self, method=method, grouping=grouping)
         if self.num_kv_heads == "auto":
             text = self.text(model)
             if text is not None:
                 calibration_text.check_amount(text, sites)
             count, why = choose(model, sites, self.cache_target, grouping, text)
-            made, notes = replace(made, num_kv_heads=count, cache_target=None), [why]
+            made, notes = replace(made, num_kv_heads=count, cache_target=None), [*notes, why]
         return made, notes
+
+    def _method(self, model: PreTrainedModel, sites: list[Site]) -> tuple[str, list[str]]:
+        """Return the method, and why it is not the best by default."""
+        if self.method is not None or self.calibration is not None:
+            return self.method or "refined", []
+        merged = [s for s in sites if self.num_kv_heads == "auto" or s.num_kv_heads > self._n]
+        why = unaligned(model, merged) if merged else None
+        return ("principal", []) if why is None else ("mean", [f"method 'mean', as heads cannot be aligned: {why}"])
 
     def _proposal(
         self, model: PreTrainedModel, anatomy: Anatomy, sites: list[Site], todo: list[Site], notes: list[str]

@@ -80,7 +80,8 @@ def test_defaults_follow_what_learns(folder):
 
 
 def test_every_shipped_configuration_can_be_read():
-    paths = [path for path in (ROOT / "recipes/configs").glob("*.yaml") if "pretrain" not in path.name]
+    others = ("pretrain", "extend_context", "switch_positions", "train_recurrent")  # of scripts that read their own
+    paths = [path for path in (ROOT / "recipes/configs").glob("*.yaml") if not path.name.startswith(others)]
     assert paths
     for path in paths:
         assert jobs.read(path).patches
