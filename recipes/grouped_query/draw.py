@@ -73,11 +73,10 @@ def uptraining(store: Store) -> Any:
     if not there:
         return None
     figure, axes = panels(len(there), width=4.2, height=3.6, sharey=True)
+    ends = []
     for axis, (present, kv) in zip(axes, there, strict=True):
-        for start in STARTS:
-            row = rows[present, kv, start]
-            if row is not None:
-                _curve(axis, row, start)
+        found = [(start, rows[present, kv, start]) for start in STARTS]
+        ends.append([_curve(axis, row, start) for start, row in found if row is not None])
         if present == 8 and kv in GOAL:
             axis.axhline(GOAL[kv], color="#555555", linestyle="--", linewidth=1)
             axis.text(
@@ -89,20 +88,30 @@ def uptraining(store: Store) -> Any:
             title=f"{'SmolLM2' if present == 3 else 'embedded'}, {present} to {kv}",
         )
         plain(axis.yaxis)
-        axis.legend()
     axes[0].set_ylabel("nats above the original")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STARTS))
     finish(figure, axes, "y", "Uptrained by distillation from the unconverted self (attention only)")
+    for axis, values in zip(axes, ends, strict=True):
+        _label(axis, values)
     return figure
 
 
-def _curve(axis: Any, row: Any, start: str) -> None:
+def _curve(axis: Any, row: Any, start: str) -> tuple[float, float, str]:
+    """Draws one; returns where it ends, what stands there and its colour."""
     original, (colour, marker) = row["scores"]["original"]["nats"], START[start]
     tokens = [0.0, *(point["tokens"] / 1e3 for point in row["curve"])]
     above = [row["differences"]["converted"]["value"], *(p["heldout_loss"] - original for p in row["curve"])]
     axis.plot(tokens, above, marker=marker, markersize=4, color=colour, label=f"from {start}")
-    last = row["differences"]["uptrained"]["value"]
-    note = {"textcoords": "offset points", "xytext": (-2, 7), "ha": "right", "color": colour}
-    axis.annotate(f"{last:+.3f}", (tokens[-1], max(above[-1], 1e-3)), **note)
+    return max(above[-1], 1e-3), row["differences"]["uptrained"]["value"], colour
+
+
+def _label(axis: Any, ends: list[tuple[float, float, str]], apart: float = 0.055) -> None:
+    """Writes the last value of each curve beside the panel, none over another."""
+    place = -1.0
+    for end, value, colour in sorted(ends):
+        at = axis.transAxes.inverted().transform(axis.transData.transform((0.0, end)))[1]
+        place = max(at, place + apart)
+        axis.text(1.02, place, f"{value:+.3f}", transform=axis.transAxes, color=colour, va="center", fontsize=8)
 
 
 def domains(store: Store) -> Any:
