@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from transformers.integrations.flex_attention import compile_friendly_flex_attention, flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import flex_attention_mask
 
 from .errors import AttnPatchError
 from .functional.biased import Sight, attend, bias_rows, positions
+from .masks import flex_attention_mask
 from .position_modules import alibi_of
 from .sight import read_sight
 

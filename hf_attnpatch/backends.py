@@ -11,16 +11,11 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import (
-    AttentionMaskInterface,
-    eager_mask,
-    flash_attention_mask,
-    flex_attention_mask,
-    sdpa_mask,
-)
+from transformers.masking_utils import AttentionMaskInterface
 
 from . import alibi_attention, alibi_flash, turning
 from .errors import missing_extra
+from .masks import eager_mask, flash_attention_mask, flex_attention_mask, registered, sdpa_mask
 from .position_modules import PREFIX
 from .sight import key_mask, present_key_mask
 
@@ -59,7 +54,7 @@ def register(key: str, attention: Callable[..., Any], mask: Callable[..., Any]) 
         mask: as in ``transformers.masking_utils.AttentionMaskInterface``.
     """
     AttentionInterface.register(key, attention)
-    AttentionMaskInterface.register(key, mask)
+    AttentionMaskInterface.register(key, registered(mask))
 
 
 FUSED = "fused_by_hf_attnpatch"  # no attention function of this name: the families that get it do not ask for one
@@ -71,7 +66,7 @@ def register_fused() -> None:
     There is no attention function beside it on purpose: ``from_pretrained(attn_implementation=...)`` then refuses the
     name, and nobody gets these masks without the hooks that understand them.
     """
-    AttentionMaskInterface.register(FUSED, present_key_mask)
+    AttentionMaskInterface.register(FUSED, registered(present_key_mask))
 
 
 def register_alibi() -> None:

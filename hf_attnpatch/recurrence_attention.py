@@ -19,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from .backends import FLAG, register, register_alibi
 from .errors import AttnPatchError
 from .functional.segments import Piece
+from .masks import called
 from .position_modules import PREFIX as ALIBI
 from .recurrence_call import CALL, Call
 from .recurrence_modules import PREFIX, Recurrent, recurrent_of
@@ -60,7 +61,7 @@ def mask(kernel: str) -> Callable[..., Call]:
                 "model's memory belongs to; call the model itself, not a part of it."
             )
         if call.plain:
-            make = AttentionMaskInterface()[kernel]
+            make = called(AttentionMaskInterface()[kernel])
             call.hold(make(batch_size=batch_size, q_length=q_length, **kwargs))
         return call
 

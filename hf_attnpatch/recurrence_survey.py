@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from .anatomy import Anatomy
 from .backends import register
 from .edits import SetAttention, SetAttribute
 from .errors import UnsupportedArchitecture
 from .functional.rerotation import Turning
+from .masks import sdpa_mask
 from .probe import TOLERANCE, default_inputs, largest_difference, logits_under
 
 STATIC = ("default", "linear", "yarn", "llama3", "proportional")  # the same angles at every length

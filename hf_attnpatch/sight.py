@@ -15,11 +15,11 @@ from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
     prepare_padding_mask,
-    sdpa_mask,
 )
 
 from .errors import AttnPatchError
 from .functional.biased import Sight
+from .masks import sdpa_mask
 
 
 def key_mask(

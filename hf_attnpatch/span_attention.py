@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
+from transformers.masking_utils import causal_mask_function
 
 from .alibi_attention import causal_of, scale_of
 from .alibi_attention import eager as dense
 from .errors import AttnPatchError
 from .functional import spanned
+from .masks import eager_mask, sdpa_mask
 from .span_modules import Listener, Spanned, span_of
 
 Output = tuple[Tensor, Tensor | None]

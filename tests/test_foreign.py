@@ -387,6 +387,8 @@ def test_reverting_a_foreign_patch_saves_a_stock_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("model_type", ["internlm3", "emu3"])  # Llama's class under another config; a decoder alone
 def test_models_of_another_family_s_class_and_decoders_alone_come_back(model_type, tmp_path):
+    if model_type not in CONFIG_MAPPING or "emu3_text_model" not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no such model type to load")
     model = tiny_model(model_type)
     ap.patch_alibi(model)
     model.save_pretrained(tmp_path)
