@@ -22,7 +22,8 @@ FAST := -n $(WORKERS) -m "not full and not slow"
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: demo test test-all test-lowest lint format survey bench bench-alibi bench-decode bench-extend check-diagnose \
-	downstream peers results-grouped-query results-extend-context results-switch-positions clean
+	downstream peers results-grouped-query results-extend-context results-recurrence \
+	results-switch-positions clean
 
 demo: $(VENV)/.installed
 	$(BIN)/attnpatch demo --output outputs/demo
@@ -87,6 +88,11 @@ results-grouped-query: $(VENV)/.installed data/corpus/manifest.json data/smollm2
 # half an hour of one core, for each of the two; the same command goes on where it was stopped
 results-extend-context: $(VENV)/.installed data/corpus/manifest.json
 	$(BIN)/python recipes/extend_context.py
+
+results-recurrence: $(VENV)/.installed data/corpus/manifest.json
+	$(BIN)/python scripts/bench_recurrence.py --stream 200000 --out recipes/results/recurrence/bench.json
+	$(BIN)/python recipes/train_recurrent.py --config recipes/configs/train_recurrent_embedded.yaml --resume
+	$(BIN)/python recipes/recurrence_page.py outputs/train_recurrent/metrics.json
 
 results-switch-positions: $(VENV)/.installed data/corpus/manifest.json outputs/pretrain_learned/model/config.json
 	$(BIN)/python recipes/switch_positions.py

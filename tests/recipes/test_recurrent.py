@@ -12,6 +12,7 @@ import pytest
 import torch
 from recurrent_worker import LENGTHS, lanes, run
 
+from recipes import recurrence_page
 from recipes.checkpoints import complete
 from recipes.data import DataConfig, DataError
 from recipes.effective_context import effective_context
@@ -140,3 +141,15 @@ def test_effective_context_counts_gains_of_the_hardest_targets():
 def test_more_rows_than_documents():
     with pytest.raises(DataError, match="1 documents for 2 rows"):
         Lanes([torch.arange(5)], rows=2, block=4)
+
+
+def test_the_page_and_its_figure_follow_from_the_files_that_are_there(tmp_path, monkeypatch):
+    for name in ("bench.json", "metrics.json"):
+        (tmp_path / name).write_text((recurrence_page.OUT / name).read_text())
+    monkeypatch.setattr("sys.argv", ["recurrence_page.py", "--out", str(tmp_path)])
+    recurrence_page.main()
+    written = (tmp_path / "README.md").read_text()
+    assert written == (recurrence_page.OUT / "README.md").read_text()
+    after = json.loads((tmp_path / "metrics.json").read_text())["memory_segments"]["3"]["after"]["nats"]
+    assert f"{after:.3f} (" in written
+    assert (tmp_path / "recurrence.png").stat().st_size > 10_000
