@@ -78,7 +78,8 @@ def survive(name: str, given: argparse.Namespace) -> Row:
     try:
         runtime, refused = provide(PEERS[name], given.environments)
     except InstallFailed as failure:
-        return {"steps": [{"step": peers_report.STEPS[0], "ok": False, "detail": str(failure)}]}
+        asked = PEERS[name].steps[-1][-1]
+        return {"steps": [{"step": peers_report.STEPS[0], "ok": False, "detail": str(failure)}], "asked": asked}
     beside = {"step": peers_report.STEPS[0], "ok": refused is None, "detail": refused or ""}
     try:
         found = ask(runtime, {"peer": name}, given)
