@@ -31,7 +31,7 @@ def seeds(frequencies: Tensor, factor: float, trained: int) -> dict[str, Divisor
         "ntk": rotary.ntk(frequencies, factor),
         "yarn": rotary.by_parts(frequencies, factor, trained),
     }
-    return {name: _rounded((frequencies.double() / found.double()).tolist()) for name, found in known.items()}
+    return {name: rounded((frequencies.double() / found.double()).tolist()) for name, found in known.items()}
 
 
 def mutated(
@@ -53,7 +53,7 @@ def mutated(
                 low = child[i - 1] if i else 1.0
                 high = child[i + 1] if i + 1 < len(child) else largest
                 child[i] = low + step * chance.randint(0, max(0, int((high - low) / step)))
-        found = _rounded(child)
+        found = rounded(child)
         if found not in seen and monotone(found):
             return found
     return None
@@ -73,5 +73,6 @@ def monotone(divisors: Divisors) -> bool:
     return all(a <= b for a, b in pairwise(divisors))
 
 
-def _rounded(values: list[float]) -> Divisors:
+def rounded(values: list[float]) -> Divisors:
+    """Return values as divisors: none below 1, few digits."""
     return tuple(round(max(1.0, value), 6) for value in values)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from .evaluation.losses import check_finite
 from .evaluation.mode import device_of, measuring
 from .evaluation.windows import Documents, read_documents
 from .patches import RopeScaling
-from .rope_evolution import Divisors, seeds
+from .rope_evolution import Divisors, rounded, seeds
 from .rope_search_course import Course
 from .rope_search_state import opened
 
@@ -94,7 +96,8 @@ def search_rope(
 ) -> RopeSearch:
     """Search the divisors of rotary frequencies with which a model reads longer text best; it is left as it was.
 
-    Seeded with position interpolation, NTK and YaRN; children are mutations and crossovers that divide no frequency by
+    Seeded with position interpolation, NTK, YaRN and transformers' own YaRN (which counts frequencies, where the paper
+    counts turns); children are mutations and crossovers that divide no frequency by
     less than a higher one. Apply ``.patch`` of the result: stock transformers loads it as ``longrope``. Judge it on
     other text. The paper's first tokens that keep their angles are left out: transformers cannot express them.
 
@@ -103,7 +106,8 @@ def search_rope(
         target: context in tokens, above the one that it was trained on.
         documents: token ids, each at least ``target`` long; a mapping gives them names.
         targets: how many of the last tokens of ``target`` are predicted; half of them unless given.
-        attention_factor: on cos and sin; None takes the paper's.
+        attention_factor: on cos and sin; None takes LongRoPE's or YaRN's, whichever reads this text better with YaRN's
+            divisors.
         state: a file that is written after each evaluation; where it is there, the search goes on from it.
         batch_tokens: tokens in a forward pass, at most; one document at least.
         effort: fields of :class:`Effort`: ``population``, ``iterations``, ``minutes``, ``step``, ``seed``.
@@ -117,7 +121,12 @@ def search_rope(
     factor = target / _trained(model, target, targets)
     ids = torch.stack([text[:target] for text in read_documents(documents, target).values()])
     task = _Task(model, ids, targets, factor, attention_factor, max(1, batch_tokens // target))
-    return _searched(task, Effort(**effort), None if state is None else Path(state))
+    made, file = Effort(**effort), None if state is None else Path(state)
+    start = seeds(_frequencies(model), factor, round(target / factor))
+    start["yarn of transformers"] = _native(model, factor)
+    if attention_factor is None and (file is None or not file.exists()):  # else that of the search which goes on
+        task = dataclasses.replace(task, attention=_attention(task, start["yarn of transformers"]))
+    return _searched(task, start, made, file)
 
 
 @dataclass(frozen=True)
@@ -154,13 +163,30 @@ class _Task:
             report.revert()
 
 
-def _searched(task: _Task, effort: Effort, file: Path | None) -> RopeSearch:
+def _attention(task: _Task, divisors: Divisors) -> float:
+    """Return LongRoPE's or YaRN's factor on cos and sin, whichever is better with these divisors."""
+    trained = task.ids.shape[1] / task.factor
+    choices = (math.sqrt(1 + math.log(task.factor) / math.log(trained)), 0.1 * math.log(task.factor) + 1)
+    return min(choices, key=lambda each: dataclasses.replace(task, attention=each).loss(divisors))
+
+
+def _native(model: PreTrainedModel, factor: float) -> Divisors:
+    """Return what transformers' own YaRN divides by."""
+    plain = _frequencies(model)
+    report = apply(model, RopeScaling(kind="yarn", factor=factor), self_check=False)
+    try:
+        return rounded((plain.double() / _frequencies(model).double()).tolist())
+    finally:
+        report.revert()
+
+
+def _searched(task: _Task, start: dict[str, Divisors], effort: Effort, file: Path | None) -> RopeSearch:
     begin, target = time.monotonic(), task.ids.shape[1]
     settings = _settings(task.model, task.ids, target=target, targets=task.targets, step=effort.step, seed=effort.seed)
     settings["attention_factor"] = task.attention
     settings["asked"] = [effort.population, effort.iterations, effort.minutes]
     kept = opened(settings, effort.seed, file)
-    start = seeds(_frequencies(task.model), task.factor, round(target / task.factor))
+    task = dataclasses.replace(task, attention=kept.settings["attention_factor"])
     search = Course(kept, task.loss, list(start.values()), effort.step, 1.25 * task.factor)
     search.size(effort.population, effort.iterations, effort.minutes)
     best = search.run()

@@ -1,6 +1,7 @@
 """The search for rotary divisors: what it tries, what it keeps, how it goes on, and what it writes."""
 
 import json
+import math
 import random
 import re
 
@@ -19,7 +20,7 @@ from hf_attnpatch.rope_evolution import crossed, monotone, mutated, seeds
 
 WINDOW, TARGET = 16, 48
 TEXTS = list(torch.randint(5, 99, (3, TARGET + 5), generator=torch.Generator().manual_seed(2)))
-QUICK = {"target": TARGET, "documents": TEXTS, "population": 8, "iterations": 2}
+QUICK = {"attention_factor": 1.1, "target": TARGET, "documents": TEXTS, "population": 8, "iterations": 2}
 
 
 def _model():
@@ -63,7 +64,7 @@ def test_it_is_no_worse_than_its_seeds_and_what_it_says_is_what_the_patch_gives(
     found = ap.search_rope(model, **QUICK, targets=20)
     assert snapshot(model) == before
     assert found.loss <= min(found.seeds.values())
-    assert set(found.seeds) == {"linear", "ntk", "yarn"}
+    assert set(found.seeds) == {"linear", "ntk", "yarn", "yarn of transformers"}
     assert monotone(found.patch.long_factor)
     ap.apply(model, found.patch)
     ids = torch.stack([text[:TARGET] for text in TEXTS])
@@ -79,12 +80,12 @@ def test_one_seed_is_one_search_and_another_is_another(tmp_path):
     assert first.patch == again.patch
     tried = [json.loads(file.read_text())["losses"] for file in files]
     assert tried[0] == tried[1]
-    assert tried[0][:3] == tried[2][:3]  # the seeds
-    assert tried[0][3] != tried[2][3]
+    assert tried[0][:4] == tried[2][:4]  # the seeds
+    assert tried[0][4] != tried[2][4]
     assert 8 < first.evaluations == again.evaluations <= 16  # a crossover may find nothing new
 
 
-@pytest.mark.parametrize("after", [1, 9, 13])
+@pytest.mark.parametrize("after", [1, 9, 11])
 def test_an_interrupted_search_goes_on_to_the_same_end(after, tmp_path, monkeypatch):
     wanted, file, real, calls = _searched(), tmp_path / "state.json", rope_search._loss, []
 
@@ -108,13 +109,24 @@ def test_an_interrupted_search_goes_on_to_the_same_end(after, tmp_path, monkeypa
     assert found.loss == wanted.loss
 
 
+def test_the_factor_on_the_angles_is_the_better_of_two_and_stays(tmp_path):
+    file = tmp_path / "state.json"
+    found = _searched(attention_factor=None, state=file)
+    ways = {each: _searched(attention_factor=each) for each in (found.patch.attention_factor, 0.1 * math.log(3) + 1)}
+    native = {each: way.seeds["yarn of transformers"] for each, way in ways.items()}
+    assert native[found.patch.attention_factor] == min(native.values())
+    assert found.patch == ways[found.patch.attention_factor].patch
+    assert _searched(attention_factor=None, state=file).patch == found.patch
+
+
 def test_a_time_budget_scales_both_numbers_down(monkeypatch):
     monkeypatch.setattr(rope_search, "_loss", lambda *args: 1.0)
     monkeypatch.setattr(rope_search_course.time, "monotonic", iter(float(n) for n in range(0, 1000)).__next__)
-    found = ap.search_rope(_model(), target=TARGET, documents=TEXTS, minutes=0.25)  # a third of a second each
+    timed = {"target": TARGET, "documents": TEXTS, "minutes": 0.25, "attention_factor": 1.1}
+    found = ap.search_rope(_model(), **timed)  # a quarter of a second each
     assert 8 <= found.population < 64
     assert 1 <= found.iterations < 40
-    assert found.population * (1 + found.iterations / 2) == pytest.approx(45, rel=0.2)
+    assert found.population * (1 + found.iterations / 2) == pytest.approx(60, rel=0.2)
     assert found.population / found.iterations == pytest.approx(64 / 40, rel=0.15)
 
 
