@@ -7,9 +7,14 @@ the very objects that were there are put back.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .errors import AttnPatchError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,3 +81,25 @@ def short(value: Any) -> str:
     """Return a value on one line of at most 60 characters."""
     text = " ".join(str(value).split())
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check_hooks(path: str, old: nn.Module, new: nn.Module) -> None:
+    """Refuse to lose what a user has hung on a module that is replaced.
+
+    Raises:
+        AttnPatchError: a hook or a parametrization of the old module is not on the new one.
+    """
+    kept = {id(hook) for hook in _hooks(new)}
+    lost = next((hook for hook in _hooks(old) if id(hook) not in kept), None)
+    if lost is None and not parametrize.is_parametrized(old):
+        return
+    found = "a parametrization" if lost is None else f"the hook {getattr(lost, '__name__', type(lost).__name__)}"
+    raise AttnPatchError(
+        f"{path}: carries {found}, which the module in its place would lose; take it off before patching, and put it "
+        "on again afterwards."
+    )
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    for part in module.modules():
+        yield from (*part._forward_hooks.values(), *part._forward_pre_hooks.values(), *part._backward_hooks.values())

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .configs import all_configs, config_at
 from .edit import ABSENT as _ABSENT
-from .edit import Edit, Inverse
+from .edit import Edit, Inverse, check_hooks
 from .edit import short as _short
 from .edit import swap as _swap
 from .errors import UnsupportedArchitecture
@@ -113,6 +113,7 @@ class ReplaceModule(Edit):
         parent, _, name = self.path.rpartition(".")
         old = model.get_submodule(self.path)
         new = self.make(old).train(old.training)
+        check_hooks(self.path, old, new)
         if hasattr(old, "_hf_hook"):  # accelerate moves the inputs of a dispatched model by these
             add_hook_to_module(new, _own_hook(old._hf_hook))
         return _swap(model.get_submodule(parent)._modules, name, new, self.claim)

@@ -178,3 +178,20 @@ def test_planning_allocates_no_weights():
     assert len(kinds) == 4
     for edit in kinds:
         assert all(p.device == torch.device("meta") for p in edit.make.twin.parameters())
+
+
+@pytest.mark.parametrize("hang", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_user_s_hook_is_not_lost_without_a_word(hang):
+    model = tiny_model("gpt2")
+    getattr(model.transformer.h[0].attn.c_attn, hang)(lambda *_: None)
+    before = snapshot(model)
+    with pytest.raises(ap.AttnPatchError, match=r"h\.0\.attn\.c_attn: carries the hook <lambda>.*take it off"):
+        ap.patch_grouped_query(model, num_kv_heads=1, method="mean")
+    assert snapshot(model) == before
+
+
+def test_nor_is_a_parametrization():
+    model = tiny_model("gpt2")
+    torch.nn.utils.parametrize.register_parametrization(model.transformer.h[1].attn.c_attn, "weight", nn.Identity())
+    with pytest.raises(ap.AttnPatchError, match=r"h\.1\.attn\.c_attn: carries a parametrization"):
+        ap.patch_grouped_query(model, num_kv_heads=1, method="mean")
