@@ -84,13 +84,14 @@ def short(value: Any) -> str:
 
 
 def check_hooks(path: str, old: nn.Module, new: nn.Module) -> None:
-    """Refuse to lose what a user has hung on a module that is replaced.
+    """Refuse to lose what a user has hung on a module that is replaced; patches know about hooks of this package.
 
     Raises:
         AttnPatchError: a hook or a parametrization of the old module is not on the new one.
     """
     kept = {id(hook) for hook in _hooks(new)}
-    lost = next((hook for hook in _hooks(old) if id(hook) not in kept), None)
+    foreign = (hook for hook in _hooks(old) if not type(hook).__module__.startswith(f"{__package__}."))
+    lost = next((hook for hook in foreign if id(hook) not in kept), None)
     if lost is None and not parametrize.is_parametrized(old):
         return
     found = "a parametrization" if lost is None else f"the hook {getattr(lost, '__name__', type(lost).__name__)}"

@@ -27,6 +27,7 @@ MAY_IMPORT = {
         "report",  # which prints it
     },
     "edit.py": set(),
+    "edit.py": {"errors"},
     "edits.py": {"configs", "edit", "errors"},
     "runtime.py": {"errors", "functional"},
     "patch.py": {"errors", "anatomy", "edits"},
