@@ -26,7 +26,6 @@ MAY_IMPORT = {
         *("added_positions", "configs", "errors", "layouts", "position_modules", "sites", "turning"),
         "report",  # which prints it
     },
-    "edit.py": set(),
     "edit.py": {"errors"},
     "edits.py": {"configs", "edit", "errors"},
     "runtime.py": {"errors", "functional"},
