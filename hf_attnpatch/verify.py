@@ -18,7 +18,7 @@ from .configs import all_configs
 from .errors import AttnPatchError
 from .invariants import INVARIANTS, SAVING, Answer, Subject
 from .invariants.subject import codebooks
-from .probe import checked_inputs
+from .probe import checked_inputs, input_device
 
 PASS, FAIL, NOT_APPLICABLE = "pass", "fail", "not applicable"
 
@@ -95,7 +95,7 @@ def verify(model: PreTrainedModel, *, inputs: Mapping[str, Tensor] | None = None
     """
     anatomy = describe(model)
     given = _default_inputs(model) if inputs is None else _checked(checked_inputs("inputs", inputs))
-    subject = Subject(model, anatomy, {name: tensor.to(model.device) for name, tensor in given.items()})
+    subject = Subject(model, anatomy, {name: tensor.to(input_device(model)) for name, tensor in given.items()})
     asked = {name: ask for name, ask in INVARIANTS.items() if save or name not in SAVING}
     return Verification(anatomy.architecture, tuple(find(name, ask, subject) for name, ask in asked.items()))
 

@@ -153,3 +153,10 @@ def test_a_digest_of_weights_that_are_not_there_is_an_error():
         model = tiny_model_on_meta()
     with pytest.raises(ap.AttnPatchError, match="has no data"):
         model_digest(model)
+
+
+def test_verify_asks_an_offloaded_model_where_its_inputs_belong():
+    model = cpu_offload(tiny_model("llama"), execution_device=CPU)
+    found = {finding.invariant: finding for finding in ap.verify(model).findings}
+    assert found["two forwards are equal"].outcome == "pass"
+    assert found["cached decoding, token by token"].outcome == "pass"

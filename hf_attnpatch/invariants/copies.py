@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from .. import foreign
 from ..backends import FUSED
-from ..probe import _counting
+from ..probe import _counting, input_device
 from .subject import Answer, Measured, Subject, compare
 
 
@@ -62,7 +62,7 @@ def _reloaded(subject: Subject, shard: int | str) -> Answer:
         attention = model.config._attn_implementation
         known = {} if attention == FUSED else {"attn_implementation": attention}
         loaded = _loader(model).from_pretrained(folder, dtype=model.dtype, **known)
-    twin = Subject(loaded.to(model.device).eval(), subject.anatomy, subject.inputs)
+    twin = Subject(loaded.to(input_device(model)).eval(), subject.anatomy, subject.inputs)
     return compare(subject, wanted, twin.logits(), 0.0 if known else subject.rounding)  # else another kernel
 
 
