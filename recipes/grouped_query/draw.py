@@ -91,6 +91,7 @@ def uptraining(store: Store) -> Any:
     axes[0].set_ylabel("nats above the original")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STARTS))
     finish(figure, axes, "y", "Uptrained by distillation from the unconverted self (attention only)")
+    figure.draw_without_rendering()  # limits are settled only then
     for axis, values in zip(axes, ends, strict=True):
         _label(axis, values)
     return figure
