@@ -43,6 +43,7 @@ PRIVATE = {
     "_buffers": lambda: isinstance(nn.Linear(1, 1)._buffers, dict),
     "_forward_hooks": lambda: isinstance(nn.Linear(1, 1)._forward_hooks, dict),
     "_prepare_cache_for_generation": lambda: _cache_is_prepared_with_a_length(),
+    "_backward_hooks": lambda: isinstance(nn.Linear(1, 1)._backward_hooks, dict),
     "_forward_pre_hooks": lambda: isinstance(nn.Linear(1, 1)._forward_pre_hooks, dict),
     "_orig_mod": lambda: hasattr(torch.compile(nn.Linear(1, 1)), "_orig_mod"),
     "_hf_hook": lambda: _accelerate_keeps("_hf_hook"),
