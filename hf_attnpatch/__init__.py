@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .compare import Comparison, compare
     from .diagnose import diagnose
     from .diagnosis import Diagnosis
+    from .own_text import OwnText
     from .patch import Patch, from_spec
     from .patches import (
         Alibi,
@@ -173,6 +174,7 @@ __all__ = [
     "JetLong",
     "MissingExtra",
     "NoPosition",
+    "OwnText",
     "Patch",
     "PatchConflict",
     "Plan",
@@ -230,6 +232,7 @@ _DEFINES = {
     "diagnose": ("diagnose",),
     "diagnosis": ("Diagnosis",),
     "compare": ("Comparison", "compare"),
+    "own_text": ("OwnText",),
     "patch": ("Patch", "from_spec"),
     "patches": (
         "Alibi",

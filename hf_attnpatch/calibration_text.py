@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .errors import AttnPatchError, CalibrationError
+from .own_text import OwnText
 from .probe import codebooks
 from .sites import Site
 
@@ -23,7 +24,7 @@ def batches(calibration: Any, tokenizer: Any, model: PreTrainedModel) -> list[Ba
 
     Args:
         calibration: token ids (sequences, length); an iterable of dictionaries of model inputs, padding masked; or
-            strings, with ``tokenizer``.
+            strings, with ``tokenizer``; :class:`OwnText`, alone or among them, or ``"self"`` for it.
         tokenizer: of the model.
         model: that the text is for.
 
@@ -34,12 +35,13 @@ def batches(calibration: Any, tokenizer: Any, model: PreTrainedModel) -> list[Ba
         raise AttnPatchError(
             f"{type(model).__name__} reads a row of ids for each codebook, which calibration does not; leave it out."
         )
-    if isinstance(calibration, Tensor):
-        found: list[Batch] = [{"input_ids": calibration}]
+    calibration = OwnText() if isinstance(calibration, str) and calibration == "self" else calibration
+    if isinstance(calibration, (Tensor, OwnText)):
+        found = list(_items([calibration], tokenizer, model))
     elif isinstance(calibration, str) or not isinstance(calibration, Iterable):
         raise AttnPatchError(
             f"calibration is a {type(calibration).__name__}; pass token ids of shape (sequences, length), dictionaries "
-            "of model inputs, or a list of strings with tokenizer=."
+            "of model inputs, a list of strings with tokenizer=, or 'self'."
         )
     else:
         found = list(_items(list(calibration), tokenizer, model))
@@ -57,8 +59,10 @@ def _items(items: list[Any], tokenizer: Any, model: PreTrainedModel) -> Iterator
     if texts:
         yield from _tokenized(texts, tokenizer, model)
     for item in items:
-        if isinstance(item, Tensor):
-            yield {"input_ids": item if item.dim() == 2 else item[None]}
+        if isinstance(item, OwnText):
+            yield {"input_ids": item.write(model)}
+        elif isinstance(item, Tensor):
+            yield {"input_ids": item if item.dim() != 1 else item[None]}
         elif isinstance(item, Mapping) and isinstance(item.get("input_ids"), Tensor):
             yield {k: v for k, v in item.items() if isinstance(v, Tensor) and k != "labels"}
         elif not isinstance(item, str):

@@ -19,7 +19,11 @@ PlanFile = Annotated[
 ]
 Text = Annotated[
     Path | None,
-    typer.Option("--calibration", metavar="FILE", help="Text (or JSON lines) that grouped_query is fitted on."),
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="Text (or JSON lines) to fit grouped_query on; self: the model's own.",
+    ),
 ]
 Sequences = Annotated[int, typer.Option(min=1, help="Windows of calibration text, spread evenly over the file.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]

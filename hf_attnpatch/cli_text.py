@@ -21,7 +21,8 @@ def with_text(patches: Sequence[Patch], file: Path | None, source: Source, seque
 
     Args:
         patches: as the command line spelled them.
-        file: a text file, or JSON lines with a field ``text``; None leaves the patches as they are.
+        file: a text file, or JSON lines with a field ``text``; ``self`` for text that the model writes; None leaves the
+            patches as they are.
         source: the model, whose tokenizer is used.
         sequences: windows, spread evenly over the text.
         length: tokens in a window.
@@ -36,6 +37,11 @@ def with_text(patches: Sequence[Patch], file: Path | None, source: Source, seque
     takes = [any(field.name == "calibration" for field in dataclasses.fields(patch)) for patch in patches]
     if not any(takes):
         raise AttnPatchError("--calibration: none of the patches is fitted on text; leave it out.")
+    if str(file) == "self" and not file.exists():
+        from .own_text import OwnText
+
+        own = OwnText(sequences=sequences, length=length)
+        return [dataclasses.replace(p, calibration=own) if t else p for p, t in zip(patches, takes, strict=True)]  # type: ignore[call-arg]  # a patch with the field
     tokenizer = source.tokenizer()
     if tokenizer is None:
         raise AttnPatchError(f"--calibration: {source.name} has no tokenizer to read {file} with; add one to it.")

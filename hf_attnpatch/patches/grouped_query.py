@@ -50,7 +50,8 @@ class GroupedQuery(Patch):
             similar ones with ``principal``, ``calibrated`` and ``refined``, in modules that allow their heads to be put
             in another order, and adjacent ones elsewhere.
         calibration: token ids (sequences, length), an iterable of dictionaries of model inputs, or strings with
-            ``tokenizer``. Some 64 sequences of 512 tokens of ordinary text do.
+            ``tokenizer``. Some 64 sequences of 512 tokens of ordinary text do. ``"self"`` or :class:`OwnText`, alone or
+            among them, is text that the model writes itself: no file, and no domain that it would be fitted to.
         tokenizer: for strings.
         seed: of the choice of refinement batches.
         refine_steps: of Adam, for each layer.
@@ -135,7 +136,8 @@ class GroupedQuery(Patch):
             if text is not None:
                 calibration_text.check_amount(text, sites)
             count, why = choose(model, sites, self.cache_target, grouping, text)
-            made, notes = replace(made, num_kv_heads=count, cache_target=None), [*notes, why]
+            kept = None if text is None else tuple(text)  # read, or written, once
+            made, notes = replace(made, num_kv_heads=count, cache_target=None, calibration=kept), [*notes, why]
         return made, notes
 
     def _method(self, model: PreTrainedModel, sites: list[Site]) -> tuple[str, list[str]]:

@@ -80,14 +80,24 @@ def all_cells(models: tuple[str, ...], scale: Scale, text: str) -> list[Cell]:
     if "smollm2" in models:
         found += [*_conversions("smollm2", scale), *_smollm2_uptrainings(scale, text)]
     if "embedded" in models:
-        found += [*_domains(scale), *_seeds(scale)]
+        found += [*_domains(scale), *_seeds(scale), *_own(scale)]
     return found
 
 
 def quick_cells(cells: list[Cell]) -> list[Cell]:
     """A few of each kind, all that the tables and figures need."""
     patterns = ("embedded/original", "embedded/8-2/*", "uptraining/8-2/*", "uptraining/rates/*/*/0.0015")
-    slow = ("*/seed-2", "*/on-docs", "*/on-prose", "*-adjacent", "*/first", "*/mean_rescaled", "*/principal")
+    slow = (
+        "*/seed-2",
+        "*on-docs",
+        "*on-prose",
+        "*/on-self+docs",
+        "*/on-self+prose",
+        "*-adjacent",
+        "*/first",
+        "*/mean_rescaled",
+        "*/principal",
+    )
     return [c for c in cells if matches(c, patterns) and not matches(c, slow)]
 
 
@@ -108,7 +118,16 @@ def _convert(model: str, scale: Scale, name: str, **settings: Any) -> Cell:
 
 
 def _conversion(
-    model: str, scale: Scale, kv: int, method: str, name: str, *, seed: int = 0, source: str = "", grouping: str = ""
+    model: str,
+    scale: Scale,
+    kv: int,
+    method: str,
+    name: str,
+    *,
+    seed: int = 0,
+    source: str = "",
+    grouping: str = "",
+    own: bool = False,
 ) -> Cell:
     patch: dict[str, Any] = {"patch": "grouped_query", "num_kv_heads": kv, "method": method}
     calibration = None
@@ -118,6 +137,7 @@ def _conversion(
         patch |= {"seed": seed, "refine_steps": scale.refine_steps}
         source = source or "embedded/uptrain"
         calibration = {"source": source, "sequences": scale.sequences, "block": scale.block, "seed": seed}
+        calibration |= {"own": scale.sequences} if own else {}
     return _convert(model, scale, f"{HEADS[model][0]}-{kv}/{name}", patch=patch, calibration=calibration)
 
 
@@ -138,6 +158,15 @@ def _domains(scale: Scale) -> Iterator[Cell]:
             for domain in DOMAINS:
                 source = f"embedded/uptrain/{domain}"
                 yield _conversion("embedded", scale, kv, method, f"{method}/on-{domain}", source=source)
+
+
+def _own(scale: Scale) -> Iterator[Cell]:
+    """On what the model writes itself, alone and beside the text of one domain."""
+    for kv in (2, 4, 1):
+        yield _conversion("embedded", scale, kv, "refined", "refined/on-self", source="self")
+        for domain in DOMAINS:
+            source = f"embedded/uptrain/{domain}"
+            yield _conversion("embedded", scale, kv, "refined", f"refined/on-self+{domain}", source=source, own=True)
 
 
 def _seeds(scale: Scale) -> Iterator[Cell]:

@@ -33,6 +33,7 @@ def write(store: Store, cells: Sequence[Cell], path: Path) -> None:
         *(_conversions(store, model) for model in HEADS if store.get(f"{model}/original")),
         _uptraining(store),
         _domains(store),
+        _own(store),
         _seeds(store),
         "## Conditions\n\n" + conditions(store) + CLOSING if store.rows else "",
     ]
@@ -203,6 +204,32 @@ def _domains(store: Store) -> str:
         "the two others.\n\n![ratios in and out of the calibration's domain](domains.png)\n\n"
     )
     return "## Text that the calibration never saw\n\n" + about + markdown(head, rows)
+
+
+def _own(store: Store) -> str:
+    rows = []
+    for kv in HEADS["embedded"][1]:
+        place = f"embedded/8-{kv}"
+        if store.get(f"{place}/refined/on-self") is not None:
+            alone = share(ratio(store, f"{place}/refined/on-self", f"{place}/mean"))
+            rows.append([f"8 to {kv}, own text alone", "-", "-", alone, alone])
+        for domain in DOMAINS:
+            others = [each for each in DOMAINS if each != domain]
+            names = [f"{place}/refined/on-{text}" for text in (domain, f"self+{domain}")]
+            if store.get(names[1]) is None:
+                continue
+            found = [
+                share(ratio(store, name, f"{place}/mean", where)) for name in names for where in ([domain], others)
+            ]
+            rows.append([f"8 to {kv}, {domain}", *found])
+    if not rows:
+        return ""
+    head = ["calibrated on", "same domain", "other domains", "and own text: same domain", "other domains"]
+    about = (
+        "`calibration=[text, ap.OwnText()]`: as many tokens again, sampled from the unpatched model. Damage of "
+        "`refined` as a share of `mean`'s; own text alone is measured on all domains.\n\n"
+    )
+    return "## Text that the model writes itself\n\n" + about + markdown(head, rows)
 
 
 def _seeds(store: Store) -> str:

@@ -78,10 +78,11 @@ def _other_domains(store: Store) -> Iterator[Target]:
         for domain in DOMAINS:
             others = [each for each in DOMAINS if each != domain]
             place = f"embedded/8-{kv}"
-            for worse, most in (("mean", limit), ("procrustes", 0.25)):
-                found = ratio(store, f"{place}/refined/on-{domain}", f"{place}/{worse}", others)
-                claim = f"embedded 8 to {kv}, calibrated on {domain}, measured elsewhere: `refined` / `{worse}`"
-                yield Target(claim, found, most)
+            for text, said in ((domain, domain), (f"self+{domain}", f"{domain} and the model's own text")):
+                for worse, most in (("mean", limit), ("procrustes", 0.25)):
+                    found = ratio(store, f"{place}/refined/on-{text}", f"{place}/{worse}", others)
+                    claim = f"embedded 8 to {kv}, calibrated on {said}, measured elsewhere: `refined` / `{worse}`"
+                    yield Target(claim, found, most)
 
 
 def _uptraining(store: Store) -> Iterator[Target]:

@@ -48,6 +48,8 @@ def test_missing_and_empty_text_are_errors_before_a_model_is_loaded(folder, monk
             "none of the patches is fitted on text",
         ),
         ({"calibration": {**TEXT, "sequences": 0}}, "sequences: expected at least 1, found 0"),
+        ({"calibration": {**TEXT, "own": -1}}, "calibration.own: expected 0 or more blocks .* found -1"),
+        ({"calibration": {**TEXT, "source": "self", "own": 2}}, "found 2 beside source 'self'; with source `self`"),
         ({"calibration": {**TEXT, "sequence": 8}}, "calibration: unknown sequence; choose from .*sequences"),
         (
             {"patches": [{**REFINED, "refine_seconds": 1}], "calibration": TEXT, "train": {"save_every": 1}},

@@ -55,6 +55,27 @@ def test_only_patches_that_take_text_get_it(folder, tokenizer):
     assert given[1].to_record() == grouped.to_record()
 
 
+def test_the_model_writes_text_alone_or_beside_a_source(folder, tokenizer):
+    grouped = ap.GroupedQuery(num_kv_heads=2, method="calibrated")
+    alone = calibration.load(config(folder, source="self", seed=3), tokenizer)
+    own = ap.OwnText(sequences=8, length=16, seed=3)
+    assert alone.give([grouped])[0].calibration == own
+    beside = calibration.load(config(folder, own=4), tokenizer)
+    text, written_too = beside.give([grouped])[0].calibration
+    assert text is beside.ids
+    assert written_too == ap.OwnText(sequences=4, length=16)
+    plain = calibration.load(config(folder), tokenizer)
+    found = [alone.identity(), beside.identity(), plain.identity()]
+    assert json.loads(json.dumps(found)) == found
+    assert len({json.dumps(each) for each in found}) == 3
+
+
+def test_a_model_calibrated_on_its_own_text_is_trained(folder, monkeypatch):
+    patch = {**REFINED, "refine_steps": 1, "fallback": "principal"}
+    launch(monkeypatch, written(folder, patches=[patch], calibration={"source": "self", "sequences": 2}))
+    assert json.loads((folder / "out/metrics.json").read_text())["job"]["calibration"]["source"] == "self"
+
+
 @pytest.mark.parametrize("method", ["calibrated", "refined"])
 def test_a_fitted_patch_is_the_one_of_the_library_and_its_damage_lies_beside(folder, monkeypatch, tokenizer, method):
     patch = {**REFINED, "method": method}
