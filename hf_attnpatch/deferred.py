@@ -120,7 +120,8 @@ class Keys(_Noted):
     def _on_baddbmm(
         self, added: Tensor, batch1: Tensor, batch2: Any, *, beta: float = 1.0, alpha: float = 1.0
     ) -> Scores:
-        return self._on_matmul(batch1, batch2) * alpha + added * beta
+        scores = self._on_matmul(batch1, batch2) * alpha
+        return scores + added * beta if beta != 0 and bool(added.any()) else scores  # mostly zeros, to be written into
 
     def _on_scaled_dot_product_attention(
         self,
@@ -286,10 +287,16 @@ def _sight(scores: Scores, query: Tensor) -> Sight:
         if sight is None and query.shape[2] > 1:
             raise NotImplementedError("scores without a mask")
         return sight or Sight(True)
-    mask = mask if sight is None or sight.mask is None else _joined(mask, sight.mask)
+    mask = mask if sight is None else _joined(mask, sight, query.shape[2])
     mask = mask.clamp(min=HIDDEN).to(torch.promote_types(query.dtype, torch.float32))
     return Sight(True, None if sight is None else sight.keep, mask)
 
 
-def _joined(added: Tensor, seen: Tensor) -> Tensor:
+def _joined(added: Tensor, sight: Sight, queries: int) -> Tensor:
+    """What the forward added, and what was taken from it: a mask that is written out is all of the truth."""
+    seen = sight.mask
+    if seen is None:
+        if queries == 1 or not sight.causal:
+            return added
+        seen = added.new_ones(queries, added.shape[-1], dtype=torch.bool).tril()
     return added.masked_fill(~seen, HIDDEN) if seen.dtype == torch.bool else added + seen

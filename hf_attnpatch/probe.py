@@ -220,4 +220,6 @@ def _counting(model: nn.Module, paths: tuple[str, ...]) -> Iterator[Counter[str]
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+    said = " ".join(str(error).split())[:200]
+    made_for_people = isinstance(error, (AttnPatchError, ValueError, ImportError, RuntimeError, OSError))
+    return said if made_for_people else f"its forward does not take the masks or tensors of it ({said})"

@@ -19,6 +19,7 @@ FAMILIES = {
     "mpt": ("mpt", {}),
     "gptj": ("gptj", {}),
     "codegen": ("codegen", {}),
+    "gpt_neox_japanese": ("gpt_neox_japanese", {}),
     "falcon alibi": ("falcon", {"alibi": True}),
     "falcon alibi eager": ("falcon", {"alibi": True, "attn_implementation": "eager"}),
     "falcon alibi multi-query": ("falcon", {"alibi": True, "multi_query": True}),
