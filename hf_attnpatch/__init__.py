@@ -6,6 +6,7 @@ is imported when it is first asked for: it needs transformers' model classes, wh
 
 import importlib
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from .checkpoint import load
     from .compare import Comparison, compare
     from .diagnose import diagnose
-    from .diagnosis import Diagnosis
-    from .own_text import OwnText
+    from .diagnosing.diagnosis import Diagnosis
+    from .heads.own_text import OwnText
     from .patch import Patch, from_spec
     from .patches import (
         Alibi,
@@ -48,12 +49,12 @@ if TYPE_CHECKING:
         Sinusoidal,
     )
     from .plan import Plan, plan
+    from .positions.strength import set_alibi_strength
     from .publish import Published, push_to_hub
+    from .recurrence.streams import Stream, stream
     from .report import Report
-    from .request_length import request
-    from .rope_search import RopeSearch, search_rope
-    from .streams import Stream, stream
-    from .strength import set_alibi_strength
+    from .rope.request_length import request
+    from .rope.search import RopeSearch, search_rope
     from .verify import Verification, verify
 
 __version__ = "0.1.0.dev0"
@@ -61,103 +62,31 @@ __version__ = "0.1.0.dev0"
 foreign.register()
 
 
-def patch_grouped_query(model: "PreTrainedModel", **fields: Any) -> "Report":
-    """Apply :class:`GroupedQuery` with these fields."""
-    from . import apply, from_spec
+def _one_line(name: str, patch: str) -> Callable[..., "Report"]:
+    def function(model: "PreTrainedModel", **fields: Any) -> "Report":
+        from . import apply, from_spec
 
-    return apply(model, from_spec({**fields, "patch": "grouped_query"}))
+        return apply(model, from_spec({**fields, "patch": name}))
 
-
-def patch_rope_scaling(model: "PreTrainedModel", **fields: Any) -> "Report":
-    """Apply :class:`RopeScaling` with these fields."""
-    from . import apply, from_spec
-
-    return apply(model, from_spec({**fields, "patch": "rope_scaling"}))
+    function.__name__ = function.__qualname__ = f"patch_{name}"
+    function.__doc__ = f"Apply :class:`{patch}` with these fields."
+    return function
 
 
-def patch_alibi(model: "PreTrainedModel", **fields: Any) -> "Report":
-    """Apply :class:`Alibi` with these fields."""
-    from . import apply, from_spec
-
-    return apply(model, from_spec({**fields, "patch": "alibi"}))
-
-
-def patch_flash(model: "PreTrainedModel", **fields: Any) -> "Report":
-    """Apply :class:`Flash` with these fields."""
-    from . import apply, from_spec
-
-    return apply(model, from_spec({**fields, "patch": "flash"}))
-
-
-def patch_rotary(model: "PreTrainedModel", **fields: Any) -> "Report":
-    """Apply :class:`Rotary` with these fields."""
-    from . import apply, from_spec
-
-    return apply(model, from_spec({**fields, "patch": "rotary"}))
-
-
-def patch_sinusoidal(model: "PreTrainedModel", **fields: Any) -> "Report":
-    """Apply :class:`Sinusoidal` with these fields."""
-    from . import apply, from_spec
-
-    return apply(model, from_spec({**fields, "patch": "sinusoidal"}))
-
-
-def patch_no_position(model: "PreTrainedModel", **fields: Any) -> "Report":
-    """Apply :class:`NoPosition` with these fields."""
-    from . import apply, from_spec
-
-    return apply(model, from_spec({**fields, "patch": "no_position"}))
-
-
-def patch_position_table(model: "PreTrainedModel", **fields: Any) -> "Report":
-    """Apply :class:`PositionTable` with these fields."""
-    from . import apply, from_spec
-
-    return apply(model, from_spec({**fields, "patch": "position_table"}))
-
-
-def patch_segment_recurrence(model: "PreTrainedModel", **fields: Any) -> "Report":
-    """Apply :class:`SegmentRecurrence` with these fields."""
-    from . import apply, from_spec
-
-    return apply(model, from_spec({**fields, "patch": "segment_recurrence"}))
-
-
-def patch_self_extend(model: "PreTrainedModel", **fields: Any) -> "Report":
-    """Apply :class:`SelfExtend` with these fields."""
-    from . import apply, from_spec
-
-    return apply(model, from_spec({**fields, "patch": "self_extend"}))
-
-
-def patch_dual_chunk(model: "PreTrainedModel", **fields: Any) -> "Report":
-    """Apply :class:`DualChunk` with these fields."""
-    from . import apply, from_spec
-
-    return apply(model, from_spec({**fields, "patch": "dual_chunk"}))
-
-
-def patch_re_rope(model: "PreTrainedModel", **fields: Any) -> "Report":
-    """Apply :class:`ReRope` with these fields."""
-    from . import apply, from_spec
-
-    return apply(model, from_spec({**fields, "patch": "re_rope"}))
-
-
-def patch_jet_long(model: "PreTrainedModel", **fields: Any) -> "Report":
-    """Apply :class:`JetLong` with these fields."""
-    from . import apply, from_spec
-
-    return apply(model, from_spec({**fields, "patch": "jet_long"}))
-
-
-def patch_attention_sinks(model: "PreTrainedModel", **fields: Any) -> "Report":
-    """Apply :class:`AttentionSinks` with these fields."""
-    from . import apply, from_spec
-
-    return apply(model, from_spec({**fields, "patch": "attention_sinks"}))
-
+patch_alibi = _one_line("alibi", "Alibi")
+patch_attention_sinks = _one_line("attention_sinks", "AttentionSinks")
+patch_dual_chunk = _one_line("dual_chunk", "DualChunk")
+patch_flash = _one_line("flash", "Flash")
+patch_grouped_query = _one_line("grouped_query", "GroupedQuery")
+patch_jet_long = _one_line("jet_long", "JetLong")
+patch_no_position = _one_line("no_position", "NoPosition")
+patch_position_table = _one_line("position_table", "PositionTable")
+patch_re_rope = _one_line("re_rope", "ReRope")
+patch_rope_scaling = _one_line("rope_scaling", "RopeScaling")
+patch_rotary = _one_line("rotary", "Rotary")
+patch_segment_recurrence = _one_line("segment_recurrence", "SegmentRecurrence")
+patch_self_extend = _one_line("self_extend", "SelfExtend")
+patch_sinusoidal = _one_line("sinusoidal", "Sinusoidal")
 
 __all__ = [
     "Alibi",
@@ -230,9 +159,9 @@ _DEFINES = {
     "api": ("apply", "patched"),
     "checkpoint": ("load",),
     "diagnose": ("diagnose",),
-    "diagnosis": ("Diagnosis",),
+    "diagnosing.diagnosis": ("Diagnosis",),
     "compare": ("Comparison", "compare"),
-    "own_text": ("OwnText",),
+    "heads.own_text": ("OwnText",),
     "patch": ("Patch", "from_spec"),
     "patches": (
         "Alibi",
@@ -253,10 +182,10 @@ _DEFINES = {
     "plan": ("Plan", "plan"),
     "publish": ("Published", "push_to_hub"),
     "report": ("Report",),
-    "request_length": ("request",),
-    "rope_search": ("RopeSearch", "search_rope"),
-    "streams": ("Stream", "stream"),
-    "strength": ("set_alibi_strength",),
+    "rope.request_length": ("request",),
+    "rope.search": ("RopeSearch", "search_rope"),
+    "recurrence.streams": ("Stream", "stream"),
+    "positions.strength": ("set_alibi_strength",),
     "verify": ("Verification", "verify"),
 }
 _MODULE_OF = {name: module for module, names in _DEFINES.items() for name in names}

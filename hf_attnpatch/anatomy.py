@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .added_positions import CHILD, LearnedPositions, SinusoidalPositions
 from .configs import config_path
 from .errors import UnsupportedArchitecture
-from .position_modules import alibi_of, bias_left_out, turns_nothing
+from .positions.added import CHILD, LearnedPositions, SinusoidalPositions
+from .positions.modules import alibi_of, bias_left_out, turns_nothing
+from .positions.turning import rotation_of
 from .sites import Site, read_sites
-from .turning import rotation_of
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-from . import alibi_attention, alibi_flash, turning
 from .errors import missing_extra
+from .fused.sight import key_mask, present_key_mask
 from .masks import eager_mask, flash_attention_mask, flex_attention_mask, registered, sdpa_mask
-from .position_modules import PREFIX
-from .sight import key_mask, present_key_mask
+from .positions import alibi_attention, alibi_flash, turning
+from .positions.modules import PREFIX
 
 # backend -> the class flag by which a transformers model says that it dispatches to it
 FLAG = {

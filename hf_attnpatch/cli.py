@@ -10,8 +10,15 @@ from typing import Annotated
 
 import typer
 
-from . import cli_compare, cli_diagnose, cli_eval, cli_models, cli_publish, cli_search, cli_specs, cli_text
-from .cli_options import Device, Dtype, Length, Model, Patches, PlanFile, Sequences, Text, Trust, clear_errors
+from .commands import compare as cli_compare
+from .commands import diagnose as cli_diagnose
+from .commands import evaluate as cli_eval
+from .commands import models as cli_models
+from .commands import publish as cli_publish
+from .commands import search as cli_search
+from .commands import specs as cli_specs
+from .commands import text as cli_text
+from .commands.options import Device, Dtype, Length, Model, Patches, PlanFile, Sequences, Text, Trust, clear_errors
 
 app = typer.Typer(
     name="attnpatch",

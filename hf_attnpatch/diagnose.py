@@ -9,13 +9,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .anatomy import Anatomy, describe
-from .diagnosis import Diagnosis, Lack, Memory, Work, seconds, size
+from .diagnosing.diagnosis import Diagnosis, Lack, Memory, Work, seconds, size
+from .diagnosing.prescribe import Bench, Price, prescribe
 from .errors import EvaluationError, UnsupportedArchitecture
 from .evaluation.hardware import machine_for
 from .evaluation.listener import Pass
 from .evaluation.machine import Machine
 from .evaluation.roofline import Phase, cost
-from .prescribe import Bench, Price, prescribe
 from .probe import input_device
 
 SHARE = 0.25  # of a phase: what takes less is not called a lack

@@ -12,7 +12,7 @@ from .anatomy import Anatomy, describe
 from .edits import Edit
 from .errors import AttnPatchError, PatchConflict, UnsupportedArchitecture
 from .patch import Patch, Proposal
-from .span_modules import span_of
+from .spans.modules import span_of
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from .patch import off_default
 from .plan import Plan, Step
 
 if TYPE_CHECKING:
-    from .damage import DamageReport
+    from .heads.damage import DamageReport
 
 
 @dataclass
@@ -86,7 +86,7 @@ def render_damage(damage: DamageReport) -> str:
 
 
 def _findings(found: object) -> Iterable[RenderableType]:
-    from .damage import DamageReport
+    from .heads.damage import DamageReport
 
     if not isinstance(found, DamageReport):
         return

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from transformers import PreTrainedModel
 
-from hf_attnpatch.cli_models import Source
+from hf_attnpatch.commands.models import Source
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
 

@@ -9,7 +9,10 @@ from transformers import AttentionInterface, PretrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_attnpatch import backends, recurrence_attention, recurrence_survey, span_backends
+from hf_attnpatch import backends
+from hf_attnpatch.recurrence import attention as recurrence_attention
+from hf_attnpatch.recurrence import survey as recurrence_survey
+from hf_attnpatch.spans import backends as span_backends
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
 

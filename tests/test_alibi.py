@@ -12,9 +12,10 @@ from tolerances import ROUNDING
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import hf_attnpatch as ap
-from hf_attnpatch import alibi_flash, backends
+from hf_attnpatch import backends
 from hf_attnpatch.edits import SetAttention
 from hf_attnpatch.functional import alibi, reference
+from hf_attnpatch.positions import alibi_flash
 from hf_attnpatch.probe import default_inputs, largest_difference, trace
 
 FP32 = ROUNDING[torch.float32]
@@ -323,7 +324,9 @@ def test_families_whose_positions_are_inside_are_refused(model_type):
 
 def test_a_family_that_reads_its_mask_needs_one():
     """DeepSeek-V3.2 picks keys by the mask itself, which is no tensor where there is no padding."""
-    with pytest.raises(ap.UnsupportedArchitecture, match="sdpa: its forward does not take the masks .* backend='eager'"):
+    with pytest.raises(
+        ap.UnsupportedArchitecture, match="sdpa: its forward does not take the masks .* backend='eager'"
+    ):
         ap.patch_alibi(tiny_model("deepseek_v32"))
     model = tiny_model("deepseek_v32")
     ap.patch_alibi(model, backend="eager")

@@ -11,9 +11,10 @@ from snapshot import snapshot
 from tolerances import ROUNDING
 
 import hf_attnpatch as ap
-from hf_attnpatch import calibration, calibration_text, embedded, repair
+from hf_attnpatch import embedded
 from hf_attnpatch.errors import CalibrationError
-from hf_attnpatch.estimate import PROBE, estimate, find_frames
+from hf_attnpatch.heads import calibration, calibration_text, repair
+from hf_attnpatch.heads.estimate import PROBE, estimate, find_frames
 from hf_attnpatch.probe import default_inputs, largest_difference, quiet, trace
 
 

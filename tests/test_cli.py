@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast as Fast
 from typer.testing import CliRunner
 
 import hf_attnpatch as ap
-from hf_attnpatch import cli_specs, embedded
+from hf_attnpatch import embedded
 from hf_attnpatch.cli import app
+from hf_attnpatch.commands import specs as cli_specs
 
 
 def run(*arguments):

@@ -5,7 +5,8 @@ import json
 import pytest
 from test_cli import fails, run
 
-from hf_attnpatch import cli_eval, embedded, evaluation
+from hf_attnpatch import embedded, evaluation
+from hf_attnpatch.commands import evaluate as cli_eval
 from hf_attnpatch.evaluation.retrieval import TASKS
 
 

@@ -8,7 +8,9 @@ import torch
 from architectures import tiny_model
 from test_cli import fails, run
 
-from hf_attnpatch import cli_models, cli_text, embedded
+from hf_attnpatch import embedded
+from hf_attnpatch.commands import models as cli_models
+from hf_attnpatch.commands import text as cli_text
 from hf_attnpatch.errors import AttnPatchError
 
 HEADS = ("-p", "grouped_query:num_kv_heads=2,method=first")

@@ -8,7 +8,7 @@ from architectures import tiny_model
 from snapshot import snapshot
 
 import hf_attnpatch as ap
-from hf_attnpatch import calibration, conversion, estimate, repair
+from hf_attnpatch.heads import calibration, conversion, estimate, repair
 
 MODELS = ["llama", "gpt2", "bert", "qwen3"]
 

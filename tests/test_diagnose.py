@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 import hf_attnpatch
 import hf_attnpatch as ap
-from hf_attnpatch import cli_specs
 from hf_attnpatch.cli import app
+from hf_attnpatch.commands import specs as cli_specs
 from hf_attnpatch.evaluation.memory import held_bytes
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 100}

@@ -9,8 +9,8 @@ from snapshot import snapshot
 
 import hf_attnpatch as ap
 from hf_attnpatch.errors import AttnPatchError
-from hf_attnpatch.estimate import find_frames
 from hf_attnpatch.functional.gauge import fixed, rotary, unrotated
+from hf_attnpatch.heads.estimate import find_frames
 from hf_attnpatch.probe import quiet
 
 HALVES, PAIRS, NONE = rotary(16, 16, False), rotary(16, 16, True), unrotated(16)

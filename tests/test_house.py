@@ -15,6 +15,8 @@ FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 MAX_FILE, MAX_FUNCTION = 300, 50
 
+_CORE = {"anatomy", "configs", "edits", "errors", "functional", "layouts", "probe", "sites"}
+
 # rooms and what they may import of the project; a room that is not named may import anything
 MAY_IMPORT = {
     "functional/": set(),
@@ -22,51 +24,37 @@ MAY_IMPORT = {
     "configs.py": {"errors"},
     "layouts.py": {"errors", "runtime"},
     "sites.py": {"configs", "errors", "layouts"},
-    "anatomy.py": {
-        *("added_positions", "configs", "errors", "layouts", "position_modules", "sites", "turning"),
-        "report",  # which prints it
-    },
+    "anatomy.py": {*("configs", "errors", "layouts", "positions", "sites"), "report"},  # the last one prints it
     "edit.py": {"errors"},
     "edits.py": {"configs", "edit", "errors"},
     "runtime.py": {"errors", "functional"},
     "patch.py": {"errors", "anatomy", "edits"},
     "probe.py": {"errors", "edits"},
     "twin.py": {"configs", "errors", "edits"},
-    "heads.py": {"layouts", "sites"},
-    "rope_fields.py": {"errors"},
-    "rope_parameters.py": {"errors", "functional", "rope_fields"},
-    "patches/": {
-        *("anatomy", "backends", "configs", "edits", "errors", "functional", "heads", "layouts", "patch", "probe"),
-        *("request_angles", "rope_config", "rope_fields", "rope_requests", "runtime", "sites", "twin"),
-        *("added_positions", "adding", "lengthening", "removal", "rotating", "turning"),
-        *(
-            "calibration_text",
-            "conversion",
-            "damage",
-            "group_size",
-            "outcome",
-            "regroup",
-            "deferring",
-            "position_modules",
-            "recurrence_attention",
-            "recurrence_modules",
-            "recurrence_survey",
-            "span_patch",
-        ),
-    },
+    "heads/projections.py": {"layouts", "sites"},
+    "heads/": {*_CORE, "evaluation", "plotting", "progress", "report", "runtime", "twin"},
+    "rope/fields.py": {"errors"},
+    "rope/parameters.py": {"errors", "functional"},
+    "rope/search": {*_CORE, "api", "evaluation", "patch", "patches"},
+    "rope/": {*_CORE, "patch", "twin"},
+    "fused/": {*_CORE, "backends", "masks", "positions"},
+    "positions/": {*_CORE, "backends", "fused", "masks", "record", "twin"},
+    "spans/": {*_CORE, "backends", "masks", "patch", "positions", "record"},
+    "recurrence/": {*_CORE, "backends", "masks", "positions"},
+    "patches/": {*_CORE, "backends", "fused", "heads", "patch", "positions", "recurrence", "rope", "spans", "twin"},
     "evaluation/": {"embedded", "errors", "evaluation", "progress"},  # measures a model; knows nothing of patches
 }
 
 # who else may write to a module, a config or a process-wide table, what, and why
 MAY_WRITE = {
     "edits.py": ("*", "the only room whose trade it is"),
-    "recurrence_attention.py": ("register", "through backends.register, its own names"),
-    "recurrence_survey.py": ("register", "through backends.register, its own name"),
-    "streams.py": ("load_state_dict", "of its own memory"),
-    "recurrence_memory.py": ("keys values", "of a layer that it has just made"),
+    "recurrence/attention.py": ("register", "through backends.register, its own names"),
+    "recurrence/survey.py": ("register", "through backends.register, its own name"),
+    "recurrence/streams.py": ("load_state_dict", "of its own memory"),
+    "recurrence/memory.py": ("keys values", "of a layer that it has just made"),
     "__init__.py": ("register __class__ __setattr__", "calls foreign.register; the class of its own module"),
     "backends.py": ("register", "the only writer of transformers' attention and mask tables"),
-    "span_backends.py": ("register", "through backends.py"),
+    "spans/backends.py": ("register", "through backends.py"),
     "foreign.py": ("register", "teaches the Auto classes our own model type"),
     "probe.py": ("training eval register_forward_hook", "modes and counting hooks, restored at once"),
     "verify.py": ("clear update grad copy_ eval", "puts back what probing leaves behind"),
@@ -75,18 +63,21 @@ MAY_WRITE = {
     "runtime.py": ("register_parameter", "a module's own parameters, in its constructor"),
     "twin.py": ("setattr", "on a copy of the config"),
     "patch.py": ("__setattr__", "a patch normalises its own fields while it is made"),
-    "regroup.py": ("_parameters vars", "of the new module, before it is put in place"),
-    "replay.py": ("register_forward_hook register_forward_pre_hook", "for the length of a call; removed in any case"),
-    "frames.py": ("register_forward_hook", "for the length of a trial; removed in any case"),
-    "refine.py": ("requires_grad_ grad", "of its own copies of weights"),
+    "heads/regroup.py": ("_parameters vars", "of the new module, before it is put in place"),
+    "heads/replay.py": (
+        "register_forward_hook register_forward_pre_hook",
+        "for the length of a call; removed in any case",
+    ),
+    "heads/frames.py": ("register_forward_hook", "for the length of a trial; removed in any case"),
+    "heads/refine.py": ("requires_grad_ grad", "of its own copies of weights"),
     "functional/pieces.py": ("step scale gap count", "of autograd's context"),
     "functional/two_way.py": ("scale", "of autograd's context"),
-    "alibi_attention.py": ("query_offset", "of the mask that it has just made"),
-    "rope_search_course.py": ("settings", "of its own search"),
-    "rope_search_state.py": ("losses population iteration settled settings began", "of a state just made"),
-    "request_length.py": ("attnpatch_lengths", "a mark of its own on the cache of a request"),
-    "lengthening.py": ("requires_grad_", "of the table that it has just made"),
-    "strength.py": ("strength", "of its own bias; a recipe drives it"),
+    "positions/alibi_attention.py": ("query_offset", "of the mask that it has just made"),
+    "rope/search_course.py": ("settings", "of its own search"),
+    "rope/search_state.py": ("losses population iteration settled settings began", "of a state just made"),
+    "rope/request_length.py": ("attnpatch_lengths", "a mark of its own on the cache of a request"),
+    "positions/lengthening.py": ("requires_grad_", "of the table that it has just made"),
+    "positions/strength.py": ("strength", "of its own bias; a recipe drives it"),
     "patches/grouped_query.py": ("conversion", "what its own preparation found, for its own edits"),
     "evaluation/mode.py": ("eval training", "for the length of a measurement; restores the mode of every module"),
     "evaluation/logits.py": ("register_forward_pre_hook", "for the length of a call; removed in any case"),
@@ -95,7 +86,7 @@ MAY_WRITE = {
     "evaluation/benchmarks.py": ("eval requires_grad_", "of what it has just built"),
     "evaluation/layers.py": ("register_forward_hook register_forward_pre_hook", "for the length of a forward"),
     "comparing/models.py": ("eval", "of a model that it has just loaded"),
-    "cli_models.py": ("eval", "of a model that it has just built"),
+    "commands/models.py": ("eval", "of a model that it has just built"),
     "embedded/__init__.py": ("eval", "of a model that it has just loaded"),
 }
 _WRITING_CALLS = {

@@ -8,7 +8,7 @@ from snapshot import snapshot
 import hf_attnpatch as ap
 from hf_attnpatch import embedded
 from hf_attnpatch.evaluation import mean_loss
-from hf_attnpatch.own_text import ROWS
+from hf_attnpatch.heads.own_text import ROWS
 
 
 def test_it_is_the_same_for_a_seed_and_leaves_the_model_alone():

@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import hf_attnpatch as ap
-from hf_attnpatch import embedded, rope_search, rope_search_course
+from hf_attnpatch import embedded
 from hf_attnpatch.cli import app
 from hf_attnpatch.functional import rotary
-from hf_attnpatch.rope_evolution import crossed, monotone, mutated, seeds
+from hf_attnpatch.rope import search as rope_search
+from hf_attnpatch.rope import search_course as rope_search_course
+from hf_attnpatch.rope.evolution import crossed, monotone, mutated, seeds
 
 WINDOW, TARGET = 16, 48
 TEXTS = list(torch.randint(5, 99, (3, TARGET + 5), generator=torch.Generator().manual_seed(2)))

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 import hf_attnpatch as ap
 from hf_attnpatch.edits import SetAttention
 from hf_attnpatch.invariants.training import _checkpoint
+from hf_attnpatch.positions.turning import Rotation
 from hf_attnpatch.probe import largest_difference
-from hf_attnpatch.turning import Rotation
 
 FP32 = ROUNDING[torch.float32]
 

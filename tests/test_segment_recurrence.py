@@ -9,9 +9,10 @@ from tolerances import EXACT, ROUNDING
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import hf_attnpatch as ap
-from hf_attnpatch import recurrence_call, recurrence_memory
 from hf_attnpatch.functional.segments import NOBODY, Segments, pieces
 from hf_attnpatch.probe import largest_difference
+from hf_attnpatch.recurrence import call as recurrence_call
+from hf_attnpatch.recurrence import memory as recurrence_memory
 from recipes.loop import recompute
 
 FP32 = ROUNDING[torch.float32]

@@ -12,7 +12,7 @@ import hf_attnpatch as ap
 from hf_attnpatch import embedded
 from hf_attnpatch.functional import reference
 from hf_attnpatch.functional.spans import Bifocal, Chunked, Clipped, Grouped, Sinks
-from hf_attnpatch.span_modules import SinkLayer, span_of
+from hf_attnpatch.spans.modules import SinkLayer, span_of
 
 PATCHES = {
     "self_extend": ap.SelfExtend(window=6, group=3, trained=10),

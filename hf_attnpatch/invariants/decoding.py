@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..request_length import request, requests_of
+from ..rope.request_length import request, requests_of
 from .subject import Answer, Subject, compare, left, logits_of, pad, unpadded
 
 _CACHES = ("past_key_values", "cache_params")

@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 from ..anatomy import Anatomy
 from ..backends import FLAG, Candidate, kernel_of, obstacle, ranked, register_alibi
 from ..configs import config_at
-from ..deferring import rebiased
 from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
+from ..fused.deferring import rebiased
 from ..patch import Patch, Proposal
-from ..position_modules import PREFIX, AlibiBias, AlibiGuard
+from ..positions.modules import PREFIX, AlibiBias, AlibiGuard
+from ..positions.removal import BIAS, check_blind, check_followed, removal, removed
 from ..probe import default_inputs, logits_under, trial
-from ..removal import BIAS, check_blind, check_followed, removal, removed
 from ..sites import Place, dispatching
 
 BACKENDS = ("eager", *FLAG)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..anatomy import Anatomy
 from ..functional.spans import Chunked
 from ..patch import Patch, Proposal
-from ..span_patch import check_fields, spanned, trained_length, within
+from ..spans.proposal import check_fields, spanned, trained_length, within
 
 
 @dataclass(frozen=True, kw_only=True)

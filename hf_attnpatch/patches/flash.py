@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..backends import FLAG, FUSED, Candidate, obstacle, ranked
-from ..deferring import variants
 from ..edits import Edit, SetAttention
 from ..errors import AttnPatchError, UnsupportedArchitecture
+from ..fused.deferring import variants
 from ..patch import Patch, Proposal
 from ..probe import default_inputs, trace, trial
 

@@ -9,16 +9,16 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .. import calibration_text
 from ..anatomy import Anatomy, Site
-from ..calibration_text import Batch
-from ..conversion import Recipe, convert, unaligned
-from ..damage import DamageReport
 from ..errors import AttnPatchError, CalibrationError, UnsupportedArchitecture
 from ..functional.grouping import METHODS as PLAIN
-from ..group_size import choose
+from ..heads import calibration_text
+from ..heads.calibration_text import Batch
+from ..heads.conversion import Recipe, convert, unaligned
+from ..heads.damage import DamageReport
+from ..heads.group_size import choose
+from ..heads.regroup import Source, foreign, native
 from ..patch import Patch, Proposal
-from ..regroup import Source, foreign, native
 
 ALIGNED = ("procrustes", "principal")  # need nothing but the weights and a look at what rotates
 CALIBRATED = ("calibrated", "refined")  # need text

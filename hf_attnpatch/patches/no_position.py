@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..patch import Patch, Proposal
-from ..removal import check_blind, removal, removed
+from ..positions.removal import check_blind, removal, removed
 
 
 @dataclass(frozen=True, kw_only=True)

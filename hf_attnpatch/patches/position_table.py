@@ -10,16 +10,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..added_positions import CHILD, LearnedPositions
-from ..adding import adding, check_adding
 from ..anatomy import Anatomy
 from ..edits import ReplaceModule
 from ..errors import AttnPatchError
 from ..functional.tables import METHODS, lengthened
 from ..functional.turning import sinusoid
-from ..lengthening import learned, longer, positions
 from ..patch import Patch, Proposal
-from ..removal import ADDED, check_blind, removal, removed
+from ..positions.added import CHILD, LearnedPositions
+from ..positions.adding import adding, check_adding
+from ..positions.lengthening import learned, longer, positions
+from ..positions.removal import ADDED, check_blind, removal, removed
 
 INITS = ("zeros", "sinusoidal")
 

@@ -13,7 +13,7 @@ from ..anatomy import Anatomy
 from ..errors import AttnPatchError
 from ..functional.spans import Clipped
 from ..patch import Patch, Proposal
-from ..span_patch import check_fields, spanned, target_length, trained_length, within
+from ..spans.proposal import check_fields, spanned, target_length, trained_length, within
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,10 @@ from ..configs import config_at
 from ..edits import Edit, ReplaceModule, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..patch import Patch, Proposal
-from ..request_angles import RequestAngles
-from ..rope_config import declared_window, head_dim, scaled_fields
-from ..rope_fields import KINDS, STATIC, changes_something, check_belonging, check_number, checked_factors
-from ..rope_requests import request_proposal
+from ..rope.config import declared_window, head_dim, scaled_fields
+from ..rope.fields import KINDS, STATIC, changes_something, check_belonging, check_number, checked_factors
+from ..rope.request_angles import RequestAngles
+from ..rope.requests import request_proposal
 from ..twin import Change, Difference, difference
 
 

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from ..anatomy import Anatomy, inner_table
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..patch import Patch, Proposal
-from ..removal import check_blind, check_effect, removal, removed
-from ..rope_fields import check_number
-from ..rotating import attention_rotated, ignores_positions, rebased
-from ..turning import KINDS, Rotation
+from ..positions.removal import check_blind, check_effect, removal, removed
+from ..positions.rotating import attention_rotated, ignores_positions, rebased
+from ..positions.turning import KINDS, Rotation
+from ..rope.fields import check_number
 
 _TRAINED = "original_max_position_embeddings"  # other parameters of a family (Ministral's) may refer to it
 _SCHEME = frozenset(  # what describes a base and a scaling

@@ -17,10 +17,10 @@ from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.segments import Segments
 from ..patch import Patch, Proposal
-from ..position_modules import PREFIX as ALIBI
-from ..recurrence_attention import base, key, register_recurrent
-from ..recurrence_modules import Recalling, Recurrent, recalling_of
-from ..recurrence_survey import STATIC, Way, ways
+from ..positions.modules import PREFIX as ALIBI
+from ..recurrence.attention import base, key, register_recurrent
+from ..recurrence.modules import Recalling, Recurrent, recalling_of
+from ..recurrence.survey import STATIC, Way, ways
 from ..sites import Place, dispatching
 
 KERNELS = ("eager", *FLAG)

@@ -9,13 +9,13 @@ from typing import ClassVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..added_positions import SinusoidalPositions
-from ..adding import adding, check_adding
 from ..anatomy import Anatomy
 from ..errors import AttnPatchError
 from ..patch import Patch, Proposal
-from ..removal import ADDED, check_blind, removal, removed
-from ..rope_fields import check_number
+from ..positions.added import SinusoidalPositions
+from ..positions.adding import adding, check_adding
+from ..positions.removal import ADDED, check_blind, removal, removed
+from ..rope.fields import check_number
 
 
 @dataclass(frozen=True, kw_only=True)

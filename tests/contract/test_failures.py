@@ -112,7 +112,7 @@ def test_an_exception_in_the_forward_after_patching_unwinds_all(model_type, name
 
 
 def test_a_patch_that_makes_numbers_that_are_not_finite_is_undone(monkeypatch):
-    from hf_attnpatch import regroup
+    from hf_attnpatch.heads import regroup
 
     model = build("llama", False, _BY_NAME["grouped_2_mean"])
     before = snapshot(model)
@@ -123,7 +123,7 @@ def test_a_patch_that_makes_numbers_that_are_not_finite_is_undone(monkeypatch):
 
 
 def test_a_patch_that_should_preserve_the_logits_and_does_not_is_undone(monkeypatch):
-    from hf_attnpatch import regroup
+    from hf_attnpatch.heads import regroup
 
     case = _BY_NAME["grouped_up"]
     model = build("llama", False, case)

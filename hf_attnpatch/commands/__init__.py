@@ -1,0 +1,1 @@
+"""The commands of ``attnpatch``, beside those that :mod:`hf_attnpatch.cli` has."""

@@ -1,0 +1,50 @@
+"""``attnpatch diagnose``: what a checkpoint lacks for some work on some machine, and which patch answers it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..comparing.store import write
+from . import models as cli_models
+from .options import Device, Dtype, Model, Trust, check_file, clear_errors
+
+
+def diagnose(
+    model: Model,
+    context: Annotated[int, typer.Option(min=1, help="Tokens in a sequence.")] = 32768,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 8,
+    hardware: Annotated[
+        str,
+        typer.Option(metavar="auto|h100|FILE", help="auto measures this machine; FILE is YAML or JSON with its rates."),
+    ] = "auto",
+    training: Annotated[bool, typer.Option("--training/--no-training", help="Predict a training step too.")] = True,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the diagnosis here too.")
+    ] = None,
+    measure_again: Annotated[bool, typer.Option("--measure-again", help="Forget what auto has measured.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Predict time and memory of prefill, decoding and training; name what is lacking, and the patch that answers.
+
+    On the CPU no weights are loaded, unless a fused kernel must be proved on them.
+    """
+    with clear_errors():
+        check_file(json_file, "--json")
+        import hf_attnpatch as ap
+
+        source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        loaded = source.skeleton()
+        if device != "cpu" or loaded.config._attn_implementation == "eager":
+            loaded = source.model()
+        found = ap.diagnose(
+            loaded, context=context, batch=batch, hardware=hardware, training=training, measure_again=measure_again
+        )
+        if json_file is not None:
+            write(json_file, json.dumps(found.to_dict(), indent=1) + "\n")
+    typer.echo(found)

@@ -1,0 +1,157 @@
+"""Models and folders for the command line: load what a name means, write a checkpoint whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a model comes from and how it is to be loaded.
+
+    Attributes:
+        name: a folder, a hub name, or ``embedded``.
+        dtype: a torch dtype by name, or ``auto`` for the checkpoint's own.
+        device: a torch device.
+        trust_remote_code: whether code in the checkpoint may run.
+    """
+
+    name: str
+    dtype: str = "auto"
+    device: str = "cpu"
+    trust_remote_code: bool = False
+
+    @property
+    def location(self) -> str:
+        """The folder or hub name.
+
+        Raises:
+            AttnPatchError: the embedded model is not there.
+        """
+        if self.name != EMBEDDED or Path(self.name).exists():
+            return self.name
+        from ..embedded import path
+        from ..errors import AttnPatchError
+
+        folder = path()
+        if not (folder / "config.json").is_file():
+            raise AttnPatchError(f"{folder}: the embedded model is not in this installation; reinstall hf_attnpatch.")
+        return str(folder)
+
+    def config(self) -> PretrainedConfig:
+        """Return the config alone."""
+        from transformers import AutoConfig
+
+        with _explained(self.name):
+            return AutoConfig.from_pretrained(self.location, trust_remote_code=self.trust_remote_code)
+
+    def skeleton(self) -> PreTrainedModel:
+        """Return the model without weights: parameters on the meta device, rotary angles and other buffers real."""
+        from accelerate import init_empty_weights
+
+        from ..checkpoint import auto_class
+
+        config = self.config()
+        with _explained(self.name), init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=self.trust_remote_code)
+        return model.eval()
+
+    def model(self) -> PreTrainedModel:
+        """Return the model with its weights, of the class that the config's ``architectures`` names."""
+        from ..checkpoint import load
+
+        self._check_dtype()
+        with _explained(self.name):
+            model = load(self.location, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+            return model.to(self.device).eval()
+
+    def tokenizer(self) -> Any | None:
+        """Return the tokenizer, or None where the checkpoint has none."""
+        from ..checkpoint import tokenizer_of
+
+        with _explained(self.name):
+            return tokenizer_of(self.location, trust_remote_code=self.trust_remote_code)
+
+    def _check_dtype(self) -> None:
+        import torch
+
+        from ..errors import AttnPatchError
+
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise AttnPatchError(f"--dtype {self.dtype}: choose auto, float32, bfloat16 or float16.")
+
+
+@contextlib.contextmanager
+def replacing(target: Path, overwrite: bool, model: str = "") -> Iterator[Path]:
+    """Give an empty folder beside ``target`` that takes its name once everything is written, or vanishes.
+
+    Args:
+        target: where the folder is wanted; must not exist, or be empty.
+        overwrite: whether a folder that is there may be replaced.
+        model: where it is made from; a folder that this lies in is never replaced.
+
+    Raises:
+        AttnPatchError: something is in the way.
+    """
+    from ..errors import AttnPatchError
+
+    target = Path(os.path.abspath(target))
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
+        raise AttnPatchError(f"{target} is not empty; choose another OUT, or add --overwrite to replace a folder.")
+    if model and Path(model).exists() and target.resolve() in Path(model).resolve().parents:
+        raise AttnPatchError(f"{target} holds MODEL, {model}, which replacing it would delete; choose another OUT.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        new, old = aside / "new", aside / "old"
+        new.mkdir()
+        yield new
+        if target.exists():
+            target.rename(old)
+        try:
+            new.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    finally:
+        shutil.rmtree(aside)
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn what transformers says about a checkpoint it cannot load into one line; a bug keeps its traceback."""
+    from ..errors import AttnPatchError
+
+    try:
+        yield
+    except AttnPatchError:
+        raise
+    except Exception as error:
+        if _is_about_the_checkpoint(error):
+            said = " ".join(str(error).split())[:400]
+            kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+            raise AttnPatchError(f"{name}: cannot be loaded: {kind}{said}") from error
+        raise
+
+
+def _is_about_the_checkpoint(error: Exception) -> bool:
+    """Tell a damaged file, a config that cannot be, a missing device or package from a mistake in code."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    plain = type(error) is Exception  # what the tokenizers library raises for a file that it cannot read
+    kinds = (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError, ArithmeticError, AssertionError)
+    return plain or isinstance(error, (*kinds, SafetensorError, StrictDataclassError))

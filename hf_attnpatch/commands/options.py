@@ -1,0 +1,62 @@
+"""What the commands of the command line share: their arguments, and how an error is shown."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="A checkpoint folder, a hub name, or `embedded`.", show_default=False)]
+Patches = Annotated[
+    list[str],
+    typer.Option("--patch", "-p", metavar="NAME:FIELD=VALUE,...", help="Repeat it to apply several, in order."),
+]
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", metavar="FILE", help="A YAML list of patches; they come before --patch.")
+]
+Text = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="Text (or JSON lines) to fit grouped_query on; self: the model's own.",
+    ),
+]
+Sequences = Annotated[int, typer.Option(min=1, help="Windows of calibration text, spread evenly over the file.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="Where the model is loaded: cpu, cuda, cuda:1 ...")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that the checkpoint carries run.")]
+
+
+def check_file(path: Path | None, option: str) -> None:
+    """Refuse a file that could not be written, before the work whose outcome it is to hold.
+
+    Raises:
+        AttnPatchError: a folder has its name, or a file that of one of its folders.
+    """
+    from ..errors import AttnPatchError
+
+    if path is None:
+        return
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not there.is_dir():
+        found = f"{path} is a folder" if path.is_dir() else f"{there} is no folder"
+        raise AttnPatchError(f"{option} {path}: {found}; wanted the name of a file.")
+
+
+@contextlib.contextmanager
+def clear_errors() -> Iterator[None]:
+    """Show what a user can mend in one line, with exit code 1; anything else is a bug and keeps its traceback."""
+    from ..errors import AttnPatchError
+
+    try:
+        yield
+    except (AttnPatchError, OSError) as error:
+        from ..publishing.hub import Hub
+
+        typer.secho(f"attnpatch: {Hub().hide(' '.join(str(error).split()))}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from error

@@ -1,0 +1,139 @@
+"""``attnpatch search-rope MODEL``: LongRoPE's search on one's own text, and a checkpoint of what it found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import models as cli_models
+from . import specs as cli_specs
+from . import text as cli_text
+from .options import Device, Dtype, Model, Trust, clear_errors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Target = Annotated[int, typer.Option(min=2, help="Tokens of context that the model is to read.")]
+Data = Annotated[Path, typer.Option(metavar="FILE", help="Text, or JSON lines with a field text.")]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Save the model with what was found here.")]
+Count = Annotated[int, typer.Option(min=1, help="Windows of text that are searched on, spread evenly over the file.")]
+HeldOut = Annotated[int, typer.Option(min=0, help="Further windows, not searched on, that the result is judged by.")]
+Targets = Annotated[int | None, typer.Option(min=1, help="Last tokens of a window that are predicted; half of them.")]
+Population = Annotated[int, typer.Option(min=8, help="Divisors that are kept; the paper's number.")]
+Iterations = Annotated[int, typer.Option(min=1, help="The paper's number.")]
+Minutes = Annotated[float | None, typer.Option(help="Scale both down so that the search takes about so long.")]
+Step = Annotated[float, typer.Option(help="Of the grid that divisors are drawn from.")]
+Attention = Annotated[float | None, typer.Option("--attention-factor", help="On cos and sin; the paper's otherwise.")]
+Seed = Annotated[int, typer.Option(help="The same seed finds the same divisors.")]
+Kept = Annotated[
+    Path | None, typer.Option("--state", metavar="FILE", help="Written as it goes; where it is there, go on from it.")
+]
+
+
+def search_rope(
+    context: typer.Context,
+    model: Model,
+    target: Target,
+    data: Data,
+    out: Out = None,
+    windows: Count = 5,
+    held_out: HeldOut = 5,
+    targets: Targets = None,
+    population: Population = 64,
+    iterations: Iterations = 40,
+    minutes: Minutes = None,
+    step: Step = 0.01,
+    attention_factor: Attention = None,
+    seed: Seed = 0,
+    state: Kept = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    trust_remote_code: Trust = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it is there.")] = False,
+) -> None:
+    """Search the divisors of rotary frequencies that read your text best, as LongRoPE does; any machine, any time.
+
+    An interrupted search goes on where --state was written.
+    """
+    with clear_errors():
+        import hf_attnpatch as ap
+
+        source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        searched, kept = _parted(read_windows(data, source, windows + held_out, target), windows)
+        loaded = source.model()
+        effort = {"population": population, "iterations": iterations, "minutes": minutes, "step": step, "seed": seed}
+        options = {"targets": targets, "attention_factor": attention_factor, "state": state, **effort}
+        found = ap.search_rope(loaded, target=target, documents=searched, **options)  # type: ignore[arg-type]
+        typer.echo(found)
+        if kept:
+            typer.echo(_judged(loaded, found, kept, target, targets or target // 2))
+        if out is None:
+            typer.echo(f"rope_scaling: {found.patch.to_record()}")
+        else:
+            _save(loaded, found.patch, source, out, cli_specs.spelled(context), overwrite)
+            typer.echo(f"saved {out}")
+
+
+def read_windows(file: Path, source: cli_models.Source, count: int, length: int) -> list[Tensor]:
+    """Return windows of whole documents, spread evenly over a file.
+
+    Raises:
+        AttnPatchError: the text is too short, or the model has no tokenizer.
+    """
+    import torch
+
+    from ..errors import AttnPatchError
+
+    documents, tokenizer = cli_text.read(file, "--data"), source.tokenizer()
+    if tokenizer is None:
+        raise AttnPatchError(f"--data: {source.name} has no tokenizer to read {file} with; add one to it.")
+    found = [
+        piece
+        for document in documents
+        for piece in torch.split(torch.tensor(tokenizer(document, verbose=False)["input_ids"]), length)
+        if len(piece) == length
+    ]
+    if len(found) < count:
+        raise AttnPatchError(
+            f"--data {file}: {len(found)} windows of {length} tokens in {len(documents)} documents, wanted {count}; "
+            "give longer text, or lower --windows or --held-out."
+        )
+    return [found[number * len(found) // count] for number in range(count)]
+
+
+def _parted(texts: list[Tensor], windows: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Return windows to search on and others, each spread over the whole."""
+    chosen = {number * len(texts) // windows for number in range(windows)}
+    return [t for i, t in enumerate(texts) if i in chosen], [t for i, t in enumerate(texts) if i not in chosen]
+
+
+def _judged(model: Any, found: Any, texts: list[Tensor], target: int, targets: int) -> str:
+    """Return the losses of what was found and of the known kinds on text that was not searched on."""
+    import hf_attnpatch as ap
+
+    from ..evaluation import perplexity
+
+    lines = [f"on {len(texts)} windows that were not searched on:"]
+    others = [ap.RopeScaling(kind=kind, factor=found.patch.factor) for kind in ("linear", "ntk", "yarn")]
+    for patch in (*others, found.patch):
+        with ap.patched(model, patch):
+            score = perplexity(model, texts, lengths=[target], targets=targets, stride=targets, window=target)[target]
+        name = "found" if patch is found.patch else patch.kind
+        lines.append(f"{name:>10}  {score.nats:.4f} [{score.low:.4f}, {score.high:.4f}] nats per token")
+    return "\n".join(lines)
+
+
+def _save(model: Any, patch: Any, source: cli_models.Source, out: Path, command: str, overwrite: bool) -> None:
+    import hf_attnpatch as ap
+
+    from .. import record
+
+    with cli_models.replacing(out, overwrite) as folder:
+        ap.apply(model, patch)
+        model.save_pretrained(folder)
+        record.note_command(folder, command)
+        tokenizer = source.tokenizer()
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)

@@ -1,0 +1,106 @@
+"""Patches as the command line spells them: ``name:field=value,field=[1,2]`` or a YAML list of specs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    import typer
+
+    from ..patch import Patch
+
+_COMMA = re.compile(r",(?![^\[]*\])")  # a comma that stands in no list
+
+
+def patches(plan: Path | None, texts: Sequence[str]) -> list[Patch]:
+    """Build the patches of ``--plan`` and then those of ``--patch``, in order.
+
+    Raises:
+        AttnPatchError: nothing given, a spec that cannot be read, an unknown patch or field.
+        OSError: the plan cannot be opened.
+    """
+    from ..errors import AttnPatchError
+    from ..patch import from_spec
+
+    specs = [*(read_plan(plan) if plan else ()), *map(parse, texts)]
+    if not specs:
+        raise AttnPatchError("no patch given; add --patch grouped_query:num_kv_heads=2, or --plan plan.yaml.")
+    return [from_spec({key: _frozen(value) for key, value in spec.items()}) for spec in specs]
+
+
+def parse(text: str) -> dict[str, Any]:
+    """Read ``name`` or ``name:field=value,...`` as a spec; values are YAML, so ``4`` is a number and ``[1,2]`` a list.
+
+    Raises:
+        AttnPatchError: a part that does not read ``field=value``.
+    """
+    from ..errors import AttnPatchError
+
+    name, _, rest = text.partition(":")
+    spec: dict[str, Any] = {"patch": name.strip()}
+    for part in filter(None, _COMMA.split(rest)):
+        field, sign, value = part.partition("=")
+        if not sign or not field.strip():
+            raise AttnPatchError(
+                f"--patch {text}: {part!r} does not read field=value, as in {name}:field=1,other=[1,2]."
+            )
+        spec[field.strip()] = _yaml(value, f"--patch {text}: {field.strip()}")
+    return spec
+
+
+def read_plan(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Yield the specs of a YAML file.
+
+    Raises:
+        AttnPatchError: not a list of mappings that name a patch.
+    """
+    from ..errors import AttnPatchError
+
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise AttnPatchError(
+            f"{path}: not UTF-8 text ({error}); wanted YAML, a list such as `- patch: flash`."
+        ) from error
+    found = _yaml(text, str(path))
+    if not isinstance(found, list) or not found:
+        raise AttnPatchError(f"{path}: found {type(found).__name__}; wanted a list such as `- patch: flash`.")
+    for i, spec in enumerate(found):
+        if not isinstance(spec, Mapping) or "patch" not in spec:
+            raise AttnPatchError(f"{path}: entry {i} is {spec!r}; wanted a mapping with a `patch:` and its fields.")
+        yield spec
+
+
+def spelled(context: typer.Context) -> str:
+    """Return the command line that a command was called with: its arguments, then the options off their default."""
+    words, options = ["attnpatch", str(context.info_name)], []
+    for parameter in context.command.params:
+        value = context.params.get(str(parameter.name))
+        if parameter.param_type_name == "argument":
+            words.append(str(value))
+        elif value is True:
+            options.append(parameter.opts[0])
+        elif value not in (None, False, parameter.default, ()) and value != []:
+            each = value if isinstance(value, (list, tuple)) else [value]
+            options += [word for item in each for word in (parameter.opts[0], str(item))]
+    return shlex.join([*words, *options])
+
+
+def _yaml(text: str, where: str) -> Any:
+    from ..errors import AttnPatchError
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise AttnPatchError(f"{where}: {' '.join(str(error).split())}; write it as YAML.") from error
+
+
+def _frozen(value: Any) -> Any:
+    """Return lists as tuples: patches are frozen."""
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,163 @@
+"""What ``diagnose`` found, as data; ``str()`` is a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+
+from ..evaluation.listener import PARTS
+from ..evaluation.result import Result
+from ..evaluation.roofline import Phase
+
+PHASES = {"prefill": "prefill, whole batch", "decode": "decoding, one token each", "train": "training step"}
+
+
+@dataclass(frozen=True)
+class Memory(Result):
+    """Bytes at the peak of a phase, by what holds them."""
+
+    weights: int
+    cache: int
+    gradients_and_optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.cache + self.gradients_and_optimizer + self.activations
+
+
+@dataclass(frozen=True)
+class Work(Result):
+    """What one model costs: ``phases`` and ``memory`` have an entry for each phase that it has."""
+
+    phases: dict[str, Phase]
+    memory: dict[str, Memory]
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
+class Lack(Result):
+    """Something that the model lacks for the work.
+
+    Attributes:
+        kind: ``context``, ``cache``, ``attention`` or ``memory``.
+        where: the phase it shows in, or empty.
+        what: a sentence with the numbers.
+    """
+
+    kind: str
+    where: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Prescription(Result):
+    """A patch that answers a lack.
+
+    Attributes:
+        answers: the kind of the lack.
+        code: a line of Python that applies it to ``model``.
+        command: the same on the command line.
+        gains: what falls by which factor, such as ``decode seconds``; above 1 is better.
+        after: what the patched model would cost.
+        untouched: what stays as it was, and what the patch does not promise.
+        stock: whether stock transformers loads the result.
+    """
+
+    answers: str
+    code: str
+    command: str
+    gains: dict[str, float]
+    after: Work
+    untouched: tuple[str, ...]
+    stock: bool
+
+
+@dataclass(frozen=True)
+class Diagnosis(Result):
+    """A model at some work on some hardware.
+
+    Attributes:
+        model: class name.
+        hardware: name of the machine.
+        source: where its rates are from.
+        context: tokens in a sequence.
+        batch: sequences.
+        dtype: of the weights.
+        work: what it costs.
+        lacks: what is wrong with it for this work.
+        prescriptions: patches that answer.
+        declined: lacks that no patch here answers, each with the reason.
+        notes: what was left out.
+    """
+
+    model: str
+    hardware: str
+    source: str
+    context: int
+    batch: int
+    dtype: str
+    work: Work
+    lacks: tuple[Lack, ...]
+    prescriptions: tuple[Prescription, ...]
+    declined: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        head = f"{self.model}, {self.dtype}: {self.batch} x {self.context} tokens on {self.hardware} ({self.source})"
+        lines: list[RenderableType] = [head, _table(self.work)]
+        lines += [f"lacks {lack.kind}: {lack.what}" for lack in self.lacks] or ["lacks nothing that a patch here gives"]
+        for each in self.prescriptions:
+            lines += ["", *_prescribed(each)]
+        lines += [f"no patch here: {reason}" for reason in self.declined]
+        lines += [f"note: {note}" for note in self.notes]
+        return _text(lines)
+
+
+def _table(work: Work) -> Table:
+    table = Table("phase", "time", *PARTS, "memory", "weights", "cache", "other")
+    for name, phase in work.phases.items():
+        memory = work.memory[name]
+        shares = [f"{phase.parts[part] / phase.seconds:.0%}" for part in PARTS]
+        held = (memory.total, memory.weights, memory.cache, memory.gradients_and_optimizer + memory.activations)
+        table.add_row(PHASES[name], seconds(phase.seconds), *shares, *map(size, held))
+    return table
+
+
+def _prescribed(each: Prescription) -> Iterable[str]:
+    yield f"for {each.answers}: {each.code}"
+    yield f"  or: {each.command}"
+    gains = ", ".join(f"{what} {factor:.2f} times less" for what, factor in each.gains.items())
+    yield f"  predicted: {gains or 'no time or memory; see below'}"
+    yield f"  stock transformers loads the result: {'yes' if each.stock else 'no, it needs hf_attnpatch'}"
+    yield from (f"  not touched: {line}" for line in each.untouched)
+
+
+def seconds(value: float) -> str:
+    """Return a time for people."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}" if value * factor < 1000 else f"{value * factor:.0f} {unit}"
+    return f"{value * 1e6:.3g} us"
+
+
+def size(value: float) -> str:
+    """Return bytes for people."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}" if value / factor < 1000 else f"{value / factor:.0f} {unit}"
+    return f"{value:.0f} B"
+
+
+def _text(parts: Sequence[RenderableType]) -> str:
+    console = Console(width=140, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(Group(*parts), markup=False, highlight=False)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+
+
+__all__ = ["PHASES", "Diagnosis", "Lack", "Memory", "Prescription", "Work"]

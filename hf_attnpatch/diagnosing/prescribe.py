@@ -1,0 +1,232 @@
+"""From a lack to the patch that answers it, if one exists and applies, and what it would gain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..anatomy import Anatomy, Site, describe
+from ..errors import AttnPatchError, EvaluationError
+from ..evaluation.listener import PARTS, Pass
+from ..evaluation.operations import Phantom, without_data
+from ..evaluation.roofline import Phase
+from ..patch import Patch
+from ..patches import Flash, GroupedQuery, RopeScaling
+from ..plan import Plan, plan
+from .diagnosis import Lack, Prescription, Work, seconds
+
+ENOUGH = 0.25  # of a decoding step: what keys and values may take
+_WORTH = 1.05  # a factor below this is not worth a change of the model
+_SEEN = 0.01  # of a phase: smaller parts are not worth a word
+_STAYS = 0.95  # a part that keeps so much of its time is not touched
+
+Price = Callable[[dict[str, Pass], PreTrainedModel], Work]
+
+
+@dataclass
+class Bench:
+    """A model at some work: what it computes, and what it would compute with patches.
+
+    Attributes:
+        model: as it is.
+        anatomy: of it.
+        batch: sequences.
+        context: tokens in each.
+        training: whether training is asked about.
+        decodes: whether it keeps keys and values; false once it has been seen that it does not.
+        left_out: sentences on what could not be followed.
+    """
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    batch: int
+    context: int
+    training: bool
+    decodes: bool = True
+    left_out: list[str] = field(default_factory=list)
+
+    def passes(self, model: PreTrainedModel, *, generating: bool = False) -> dict[str, Pass]:
+        """Return the passes of a model, phase by phase; of training only where it is not about ``generating`` alone.
+
+        Raises:
+            EvaluationError: not even a forward can be followed.
+        """
+        phantom, found = Phantom(model), {}
+        if phantom.decodes:
+            found["prefill"], found["decode"] = phantom.decode(self.batch, self.context)
+        if not phantom.decodes or not found["decode"].cache_bytes:
+            self.decodes = False
+            found = {"prefill": phantom.forward(self.batch, self.context)}
+        if self.training and not generating:
+            try:
+                found["train"] = phantom.training(self.batch, self.context)
+            except EvaluationError as error:
+                self.left_out += [f"no training: {error}"] * (model is self.model)
+        return found
+
+    def patched(self, steps: Plan, patch: Patch) -> PreTrainedModel:
+        """Return a copy without data that has been patched so."""
+        copy: Any = without_data(self.model)
+        made = steps.steps[0].patch
+        # a kernel was proved on the model itself; new weights take the cheapest method, whose shapes are the same
+        edits = steps.edits if isinstance(patch, Flash) else made.structure().propose(copy, describe(copy)).edits
+        for edit in edits:
+            edit.run(copy)
+        return copy
+
+
+@dataclass
+class Answers:
+    """What is prescribed, and why not."""
+
+    prescriptions: list[Prescription] = field(default_factory=list)
+    declined: list[str] = field(default_factory=list)
+
+
+def prescribe(bench: Bench, now: Work, lacks: Sequence[Lack], price: Price) -> Answers:
+    """Return a prescription for each kind of lack, or the reason why there is none."""
+    answers = Answers()
+    for lack in reversed({lack.kind: lack for lack in reversed(lacks)}.values()):  # the first of each kind
+        try:
+            made = _FOR[lack.kind](bench, now, price, lack)
+        except AttnPatchError as error:
+            answers.declined.append(f"{lack.kind}: {error}")
+            continue
+        if isinstance(made, str):
+            answers.declined.append(made)
+        elif made.code not in {each.code for each in answers.prescriptions}:
+            answers.prescriptions.append(made)
+    return answers
+
+
+def _context(bench: Bench, now: Work, price: Price, lack: Lack) -> Prescription:
+    longest = bench.anatomy.max_positions or bench.context
+    factor = float(2 ** math.ceil(math.log2(bench.context / longest)))
+    reasons: list[str] = []
+    for kind in ("yarn", "llama3", "linear", "longrope", "dynamic"):
+        patch = RopeScaling(kind=kind, factor=factor)
+        try:
+            steps = plan(bench.model, patch)
+        except AttnPatchError as error:
+            reasons.append(str(error))
+            continue
+        said = (
+            f"quality beyond {longest} tokens is not predicted: measure it (hf_attnpatch.evaluation.perplexity)",
+            "time and memory stay what they are at this length",
+        )
+        return _made("context", bench, patch, steps, now, now, said)
+    raise AttnPatchError(reasons[0])
+
+
+def _cache(bench: Bench, now: Work, price: Price, lack: Lack) -> Prescription | str:
+    """Return the largest number of shared heads that is enough, or the smallest that is worth it."""
+    sites = [s for s in bench.anatomy.sites if not s.cross and not s.tower]
+    tried: list[tuple[GroupedQuery, Plan, PreTrainedModel]] = []
+    steps: list[Phase] = [now.phases["decode"]]
+    for count in _counts(sites):
+        patch = GroupedQuery(num_kv_heads=count)
+        planned = plan(bench.model, patch)
+        copy = bench.patched(planned, patch)
+        step = price(bench.passes(copy, generating=True), copy).phases["decode"]
+        if tried and steps[-1].seconds < _WORTH * step.seconds:
+            break
+        tried.append((patch, planned, copy))
+        steps.append(step)
+        if step.parts["cache"] + step.parts["attention"] < ENOUGH * step.seconds:
+            break
+    if not tried:
+        return "cache: every layer has one key-value head already, or none of its own"
+    patch, planned, copy = tried[-1]
+    said = ["the model changes: merged heads lose quality; give calibration= and tokenizer=, look at report.damage"]
+    milder = zip(tried[:-1], steps[1:-1], strict=True)
+    said += [
+        f"less: num_kv_heads={p.num_kv_heads} decodes {steps[0].seconds / s.seconds:.2f} times as fast"
+        for (p, *_), s in milder
+    ]
+    return _made("cache", bench, patch, planned, now, price(bench.passes(copy), copy), said)
+
+
+def _counts(sites: Sequence[Site]) -> list[int]:
+    """Return the numbers of key-value heads to which all sites can go down, largest first."""
+    fits = [{n for n in range(1, s.num_kv_heads) if s.num_kv_heads % n == 0} for s in sites]
+    return sorted(set.intersection(*fits), reverse=True) if fits else []
+
+
+def _attention(bench: Bench, now: Work, price: Price, lack: Lack) -> Prescription | str:
+    present = bench.model.config._attn_implementation
+    if present != "eager":
+        return f"attention: {present} is a fused kernel already; what it takes grows with the square of the context"
+    if any(p.is_meta for p in bench.model.parameters()):
+        return "attention: it is eager; a fused kernel is proved on the model's weights, which are not loaded here"
+    patch = Flash(backend="auto", training=bench.training)
+    steps = plan(bench.model, patch)
+    if not steps.edits:
+        return f"attention: {steps.steps[0].proposal.notes[0]}"
+    copy = bench.patched(steps, patch)
+    said = ("the cache, and the arithmetic of scores, which grows with the square of the context",)
+    return _made("attention", bench, patch, steps, now, price(bench.passes(copy), copy), said)
+
+
+def _memory(bench: Bench, now: Work, price: Price, lack: Lack) -> Prescription | str:
+    if bench.model.config._attn_implementation == "eager":
+        return _attention(bench, now, price, lack)
+    held = now.memory[lack.where]
+    if held.cache >= ENOUGH * held.total:
+        return _cache(bench, now, price, lack)
+    return "memory: weights, gradients and activations hold it; a smaller batch, recomputation or more machines"
+
+
+_FOR: dict[str, Callable[[Bench, Work, Price, Lack], Prescription | str]] = {
+    **{"context": _context, "cache": _cache, "attention": _attention, "memory": _memory}
+}
+
+
+def _made(
+    answers: str, bench: Bench, patch: Patch, steps: Plan, now: Work, after: Work, said: Sequence[str]
+) -> Prescription:
+    fields = {k: v for k, v in patch.to_record().items() if k != "patch" and v != _default(patch, k)}
+    code = f"hf_attnpatch.patch_{patch.name}(model, {', '.join(f'{k}={v!r}' for k, v in fields.items())})"
+    spec = f"{patch.name}:{','.join(f'{k}={v}' for k, v in fields.items())}".rstrip(":")
+    proposal = steps.steps[0].proposal
+    left = [note for note in proposal.notes if note.startswith("left alone")]
+    return Prescription(
+        answers=answers,
+        code=code,
+        command=f"attnpatch apply MODEL OUT --patch {spec}",
+        gains=dict(_gains(now, after)),
+        after=after,
+        untouched=(*said, *(_staying(now, after) if after is not now else ()), *left),
+        stock=steps.stock,
+    )
+
+
+def _default(patch: Patch, name: str) -> Any:
+    return type(patch).__dataclass_fields__[name].default
+
+
+def _gains(now: Work, after: Work) -> Iterator[tuple[str, float]]:
+    """Yield what falls by a factor that is worth it."""
+    pairs = [(f"{n} seconds", now.phases[n].seconds, after.phases[n].seconds) for n in now.phases]
+    pairs += [(f"{n} memory", now.memory[n].total, after.memory[n].total) for n in now.phases]
+    pairs += [("cache bytes", now.cache_bytes, after.cache_bytes)] if now.cache_bytes else []
+    yield from ((what, old / new) for what, old, new in pairs if old > _WORTH * new)
+
+
+def _staying(now: Work, after: Work) -> Iterator[str]:
+    """Yield the parts that take, with the patch, what they took before."""
+    for name, phase in now.phases.items():
+        same = [
+            p
+            for p in PARTS
+            if after.phases[name].parts[p] >= _STAYS * phase.parts[p] and phase.parts[p] >= _SEEN * phase.seconds
+        ]
+        taken = ", ".join(f"{p} {seconds(phase.parts[p])}" for p in same)
+        if same:
+            yield f"of {seconds(phase.seconds)} in {name}: {taken}"
+
+
+__all__ = ["Answers", "Bench", "prescribe"]

@@ -1,0 +1,1 @@
+"""Fused kernels inside forwards that compute their scores by themselves."""

@@ -1,0 +1,88 @@
+"""Masks in linear memory: which keys are padding, where transformers would write a row of keys for every query.
+
+What queries see beside padding is known from the module: everything before them, or everything. Only other masks
+(windows, packed documents, a chunk on top of a cache) are written out, by transformers' own function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+)
+
+from ..errors import AttnPatchError
+from ..functional.biased import Sight
+from ..masks import sdpa_mask
+
+
+def key_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """A mask function for transformers: None, padding as (batch, 1, 1, k), or the whole mask; bool, True is seen."""
+    whole = {**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    sizes = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function)
+    if torch.compiler.is_compiling() or not _plain(q_length, kv_length, q_offset, mask_function):
+        full: Tensor = sdpa_mask(*sizes, attention_mask=attention_mask, **whole)
+        return full
+    keep = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if keep is None:
+        return None
+    keep = keep[:, kv_offset : kv_offset + kv_length]
+    used = q_length if mask_function is causal_mask_function and q_length > 1 else kv_length
+    return None if keep[:, :used].all() else keep[:, None, None]
+
+
+def present_key_mask(*args: Any, **kwargs: Any) -> Tensor:
+    """The same for models that want a tensor: one True where everything is seen, (1, 1, 1, 1)."""
+    found = key_mask(*args, **kwargs)
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=kwargs.get("device", "cpu")) if found is None else found
+
+
+def _plain(q_length: int, kv_length: int, q_offset: int | Tensor, mask_function: Callable[..., Any]) -> bool:
+    """Whether padding says it all: the rest follows from the module, or the one query sees every key there is."""
+    if mask_function is bidirectional_mask_function:
+        return True
+    if mask_function is not causal_mask_function:
+        return False
+    return int(q_offset) == (kv_length - 1 if q_length == 1 else 0)
+
+
+def read_sight(mask: Tensor | None, causal: bool, queries: int, keys: int) -> Sight:
+    """Turn what :func:`key_mask`, or a user with a mask of four dimensions, gave into what a query sees.
+
+    Raises:
+        AttnPatchError: a causal module is told to look ahead.
+    """
+    if mask is None or mask.numel() == 1:
+        return Sight(causal)
+    if mask.shape[-2] == 1 and mask.dtype == torch.bool and mask.shape[1] == 1:
+        return Sight(causal, mask[:, 0, 0])
+    mask = mask[..., :keys]
+    if causal and not torch.compiler.is_compiling():
+        _check_causal(mask, queries, keys)
+    return Sight(causal, mask=mask)
+
+
+def _check_causal(mask: Tensor, queries: int, keys: int) -> None:
+    visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > -1e30 / 2
+    last = torch.where(visible.any(-1), keys - 1 - visible.flip(-1).to(torch.uint8).argmax(-1), -1)
+    steps = last.diff(dim=-1)
+    if bool(((steps != 1) & (last[:, 1:] >= 0) & (last[:, :-1] >= 0)).any()):
+        raise AttnPatchError(
+            f"attention mask of shape {tuple(mask.shape)}: some of its {queries} queries see tokens after them (image "
+            "blocks, a prefix) or not themselves; distance is defined here for tokens that look back only."
+        )

@@ -1,0 +1,118 @@
+"""What a conversion costs each layer, as data, table and figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..plotting import import_pyplot
+from .refine import Gap
+
+
+@dataclass(frozen=True)
+class LayerDamage:
+    """One attention module.
+
+    Attributes:
+        path: of the module.
+        groups: original key-value heads that share one.
+        key_energy: share of the scores' energy that one key for each group keeps; nan where not estimated.
+        value_energy: the same of the heads' output.
+        gaps: stage (`merged`, `refitted`, `refined`) -> distance from the original on calibration text that no
+            refinement saw; empty without calibration text.
+        frame: what may be done to its heads without changing attention.
+    """
+
+    path: str
+    groups: tuple[tuple[int, ...], ...]
+    key_energy: float
+    value_energy: float
+    gaps: Mapping[str, Gap]
+    frame: str
+
+    @property
+    def adjacent(self) -> bool:
+        """Whether neighbours share."""
+        heads = [head for group in self.groups for head in group]
+        return heads == sorted(heads)
+
+
+@dataclass(frozen=True)
+class DamageReport:
+    """What sharing key-value heads costs, layer by layer; ``str()`` is a table, ``save_figure`` draws it.
+
+    Attributes:
+        layers: in order.
+        method: that made the shared heads.
+        notes: what was decided on the way, and why.
+        seconds: stage -> wall time.
+    """
+
+    layers: Sequence[LayerDamage]
+    method: str
+    notes: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Stages that were measured, in order."""
+        return tuple(dict.fromkeys(stage for layer in self.layers for stage in layer.gaps))
+
+    @property
+    def grouping(self) -> str:
+        """``similar`` where any module's groups are others than neighbours, else ``adjacent``."""
+        return "adjacent" if all(layer.adjacent for layer in self.layers) else "similar"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        layers = [
+            {
+                "path": x.path,
+                "groups": [list(g) for g in x.groups],
+                "key_energy": x.key_energy,
+                "value_energy": x.value_energy,
+                "gaps": {s: {"output": g.output, "attention": g.attention} for s, g in x.gaps.items()},
+                "frame": x.frame,
+            }
+            for x in self.layers
+        ]
+        return {"method": self.method, "notes": list(self.notes), "seconds": dict(self.seconds), "layers": layers}
+
+    def __str__(self) -> str:
+        from ..report import render_damage
+
+        return render_damage(self)
+
+    def save_figure(self, path: str | Path) -> None:
+        """Draw retained energy, attention divergence and output error by layer.
+
+        Raises:
+            MissingExtra: matplotlib is not installed.
+        """
+        pyplot = import_pyplot("the damage figure")
+        figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
+        at = range(len(self.layers))
+        axes[0].plot(at, [x.key_energy for x in self.layers], "o-", color="#0072B2", label="keys")
+        axes[0].plot(at, [x.value_energy for x in self.layers], "s--", color="#D55E00", label="values")
+        axes[0].set(title="retained energy", xlabel="layer", ylim=(None, 1.005))
+        for stage, mark, colour in zip(
+            self.stages, ("v:", "s--", "o-"), ("#999999", "#D55E00", "#0072B2"), strict=False
+        ):
+            for axis, name in ((axes[1], "attention"), (axes[2], "output")):
+                values = [getattr(x.gaps[stage], name) if stage in x.gaps else None for x in self.layers]
+                axis.plot(at, [float("nan") if v is None else v for v in values], mark, color=colour, label=stage)
+        axes[1].set(title="attention, KL to the original (nats)", xlabel="layer", yscale="log")
+        axes[2].set(title="output, squared error over variance", xlabel="layer", yscale="log")
+        for axis in axes:
+            axis.grid(alpha=0.3)
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend()
+        figure.suptitle(f"{self.method}: {self._sharing()}")
+        figure.savefig(path, dpi=150)
+        pyplot.close(figure)
+
+    def _sharing(self) -> str:
+        first = self.layers[0].groups
+        return f"{sum(map(len, first))} key-value heads to {len(first)}"

@@ -1,0 +1,129 @@
+"""What each attention module allows, and the second moments a merge works from: measured, or from the weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import AttnPatchError, UnsupportedArchitecture
+from ..probe import codebooks, quiet
+from ..sites import Site
+from . import calibration as cal
+from . import calibration_text
+from .calibration import Moments
+from .calibration_text import Batch
+from .frames import Frames, read_frames
+from .replay import Call, Socket, Streams
+from .weights import HeadWeights, read_weights
+
+PROBE = (4, 64)  # sequences and length of the random tokens that a data-free method sizes inputs by
+
+
+def find_frames(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Frames]:
+    """Find what each module allows; see :mod:`frames`.
+
+    Raises:
+        AttnPatchError: a module does not run on the probe.
+    """
+    calls: dict[str, Call] = {}
+    ids = random_ids(model, (2, 12))
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    cal.stream(
+        model, sites, [{"input_ids": ids, "attention_mask": mask}], lambda s, c, _: calls.setdefault(s.path, c), ""
+    )
+    silent = next((s.path for s in sites if s.path not in calls), None)
+    if silent is not None:
+        raise AttnPatchError(f"{silent}: did not run on a probe, so its heads cannot be aligned; use method='mean'.")
+    rotated = tuple({*_rotated(model)})
+    with torch.no_grad():
+        return {s.path: read_frames(Socket(model, s), calls[s.path], rotated) for s in sites}
+
+
+def unaligned(model: PreTrainedModel, sites: Sequence[Site]) -> str | None:
+    """Say why heads of these modules cannot be turned to fit each other, judged by the first, or None."""
+    blind = next((s for s in sites if not s.output), None)
+    if blind is not None:
+        return f"{blind.path}: {blind.kind} has no output projection"
+    try:
+        with quiet(model):
+            find_frames(model, sites[:1])
+    except UnsupportedArchitecture:
+        raise
+    except AttnPatchError as error:
+        return str(error)
+    return None
+
+
+def _rotated(model: PreTrainedModel) -> Iterator[int]:
+    """Yield how many dimensions are turned, where a rotary module or an attention module says so."""
+    for module in model.modules():
+        yield from (2 * b.shape[-1] for n, b in module.named_buffers(recurse=False) if n.endswith("inv_freq"))
+        size = getattr(module, "rotary_dim", None)
+        if isinstance(size, int):
+            yield size
+
+
+def estimate(
+    model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch] | None, frames: Mapping[str, Frames]
+) -> dict[str, Moments]:
+    """Return second moments in the frames' scale: measured on text, or from weights and the size of random inputs."""
+    if text is None:
+        found = _weight_moments(model, sites)
+    else:
+        offsets = {s.path: _offset(model, s, frames[s.path]) for s in sites}
+        found = cal.measure(model, sites, calibration_text.split(text, sites), offsets)
+    return {path: _scaled(each, frames[path]) for path, each in found.items()}
+
+
+def _offset(model: PreTrainedModel, site: Site, frames: Frames) -> Tensor:
+    """Return the bias of values that will move behind the output projection, (num_kv_heads, v_head_dim)."""
+    weights = read_weights(model, site)
+    bias = weights.value[..., -1]
+    return bias if frames.folds and weights.output_bias is not None else torch.zeros_like(bias)
+
+
+def _scaled(m: Moments, frames: Frames) -> Moments:
+    k, q = frames.key_scale, frames.query_scale
+    key = m.key * k[:, :, None, None] * k[None, None]
+    return replace(m, key=key, mean=m.mean * k, query=m.query * q[:, :, None] * q[:, None, :])
+
+
+def _weight_moments(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Moments]:
+    """Return the moments that independent inputs would have, each as large as it is on random tokens."""
+    sizes: dict[str, Tensor] = {}
+
+    def see(site: Site, call: Call, _: Streams) -> None:
+        hidden = (call.args[0] if call.args else next(iter(call.kwargs.values()))).detach().double().cpu()
+        sizes[site.path] = hidden.flatten(0, -2).square().mean(0).sqrt()
+
+    cal.stream(model, sites, [{"input_ids": random_ids(model, PROBE)}], see, "")
+    return {site.path: _assumed(site, read_weights(model, site), sizes[site.path]) for site in sites}
+
+
+def _assumed(site: Site, weights: HeadWeights, size: Tensor) -> Moments:
+    q, k = _sized(weights.query, size), _sized(weights.key, size)
+    wide = _sized(weights.value, size)[..., :-1].flatten(0, 1)
+    return Moments(
+        query=q @ q.transpose(1, 2),
+        key=torch.einsum("iax,jbx->iajb", k, k),
+        mean=weights.key[..., -1],
+        value=wide @ wide.t(),
+        tokens=0,
+    )
+
+
+def _sized(rows: Tensor, size: Tensor) -> Tensor:
+    """Return rows times the sizes of their inputs, the constant one of biases last; MobileBERT's values have others."""
+    inputs = size if len(size) == rows.shape[-1] - 1 else size.new_ones(rows.shape[-1] - 1)
+    return rows * torch.cat([inputs, inputs.new_ones(1)])
+
+
+def random_ids(model: PreTrainedModel, shape: tuple[int, int]) -> Tensor:
+    """Return token ids, the same for every model of a vocabulary; (sequences, length), or a row for each codebook."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
+    return ids.repeat_interleave(codebooks(model), dim=0)

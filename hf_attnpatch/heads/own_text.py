@@ -1,0 +1,85 @@
+"""Text that a model writes itself, to be calibrated on: what it was trained on, as far as it remembers, without a file.
+
+Sampled from its own distribution (temperature 1, nothing cut off), as data-free quantization does (LLM-QAT, 2305.17888,
+section 3.1). It covers what the model knows, where a user's text covers a domain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import AttnPatchError
+from ..evaluation.generation import prefill
+from ..probe import input_device, quiet
+from ..progress import track
+
+ROWS = 32  # sequences that are written at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnText:
+    """A text for ``calibration`` that the model writes before it is patched; takes generation's time, and no file.
+
+    Args:
+        sequences: how many.
+        length: tokens of each, the first one (the one that begins a text) included; cut to the trained window.
+        seed: of the sampling; the same one writes the same text on the same machine.
+        start: id of the token that begins a text; None takes the config's beginning of text, else its end of text.
+    """
+
+    sequences: int = 64
+    length: int = 512
+    seed: int = 0
+    start: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("sequences", 1), ("length", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise AttnPatchError(f"OwnText: {name} is {value!r}; it must be a whole number, at least {least}.")
+
+    def write(self, model: PreTrainedModel) -> Tensor:
+        """Return token ids, (sequences, length), int64, on the CPU; the model is left as it was.
+
+        Raises:
+            AttnPatchError: the model does not generate text from left to right, or has no token to begin with.
+        """
+        first = self._first(model)
+        window = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        length = min(self.length, window) if isinstance(window, int) else self.length
+        parts = [min(ROWS, self.sequences - at) for at in range(0, self.sequences, ROWS)]
+        with quiet(model), torch.no_grad():
+            torch.manual_seed(self.seed)
+            found = [_sampled(model, first, rows, length) for rows in track(parts, "writing own text")]
+        return torch.cat(found)
+
+    def _first(self, model: PreTrainedModel) -> int:
+        if model.config.is_encoder_decoder or not model.can_generate():
+            raise AttnPatchError(
+                f"{type(model).__name__} does not write text from left to right, so that it cannot be calibrated on "
+                "its own; pass text."
+            )
+        config = model.config.get_text_config(decoder=True)
+        named = (self.start, *(getattr(config, f"{name}_token_id", None) for name in ("bos", "eos")))
+        found = next((each for each in named if each is not None), None)
+        found = found[0] if isinstance(found, list) and found else found
+        if not isinstance(found, int) or not 0 <= found < config.vocab_size:
+            raise AttnPatchError(
+                f"{type(model).__name__}: its config names {found!r} as the token that begins a text; wanted an id "
+                f"below {config.vocab_size}: pass OwnText(start=...)."
+            )
+        return found
+
+
+def _sampled(model: PreTrainedModel, first: int, rows: int, length: int) -> Tensor:
+    """(rows, length), by none of the checkpoint's own generation settings, and without an end."""
+    ids = [torch.full((rows, 1), first, device=input_device(model))]
+    past = None
+    while len(ids) < length:
+        logits, past = prefill(model, ids[-1], past)
+        ids.append(logits.float().softmax(-1).multinomial(1).to(ids[0].device))
+    return torch.cat(ids, 1).cpu()

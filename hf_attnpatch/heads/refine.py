@@ -1,0 +1,143 @@
+"""Layer-local refinement: gradient descent on one attention module's projections, towards its own original.
+
+The loss is the squared error of the attention output over its variance plus, for every head, the divergence of the
+attention weights, KL(original || shared), as LoLCATs (2410.10254) match attention before they train anything. Nothing
+is propagated through the model; one module's weights and a few batches are in memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedArchitecture
+from .replay import Call, Socket
+from .weights import HeadWeights
+
+LEARNING_RATE = 0.04  # of the root mean square of each projection
+EPSILON = 1e-9
+
+
+@dataclass(frozen=True)
+class Target:
+    """One call and what the original gives on it.
+
+    Attributes:
+        call: inputs of the module.
+        output: (tokens, out_features), float32.
+        variance: of the output, a number.
+        probabilities: (tokens, num_heads, length), or None where the module does not return its attention weights.
+        entropy: of all of them, a sum in nats.
+    """
+
+    call: Call
+    output: Tensor
+    variance: Tensor
+    probabilities: Tensor | None
+    entropy: Tensor | None
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far a conversion is from the original on some text.
+
+    Attributes:
+        output: mean squared error of the attention output over its variance.
+        attention: mean over heads of KL(original || shared) of the attention weights, in nats; None where unknown.
+    """
+
+    output: float
+    attention: float | None
+
+
+def target(socket: Socket, original: HeadWeights, call: Call) -> Target:
+    """Run the original once."""
+    with torch.no_grad():
+        streams = socket.run(call)
+        output = original.project(streams.heads.float())
+        p = rows(streams.probabilities, call)
+        entropy = None if p is None else -(p * (p + EPSILON).log()).sum()
+    variance = output.var().clamp_min(torch.finfo(output.dtype).tiny)  # a pruned layer puts out nothing
+    return Target(call, output, variance, p, entropy)
+
+
+def rows(probabilities: Tensor | None, call: Call) -> Tensor | None:
+    """(batch, heads, length, keys) -> (tokens, heads, keys), float32, without the rows of padding."""
+    if probabilities is None:
+        return None
+    by_token = probabilities.transpose(1, 2)
+    return (by_token[call.tokens] if call.tokens is not None else by_token.flatten(0, 1)).float()
+
+
+def losses(socket: Socket, weights: HeadWeights, wanted: Target) -> tuple[Tensor, Tensor | None]:
+    """Return the relative squared error of the output, and the divergence of the attention summed over heads."""
+    streams = socket.run(wanted.call, **weights.rewrites())
+    error = (weights.project(streams.heads.float()) - wanted.output).square().mean() / wanted.variance
+    found = rows(streams.probabilities, wanted.call)
+    if found is None or wanted.probabilities is None or wanted.entropy is None:
+        return error, None
+    cross = -(wanted.probabilities * (found + EPSILON).log()).sum()
+    return error, (cross - wanted.entropy) / len(found)
+
+
+@torch.no_grad()
+def gap(socket: Socket, weights: HeadWeights, wanted: Target) -> Gap:
+    """Measure a conversion on one call."""
+    error, divergence = losses(socket, weights, wanted)
+    return Gap(float(error), None if divergence is None else float(divergence) / socket.site.num_heads)
+
+
+def refine(
+    socket: Socket, start: HeadWeights, targets: Sequence[Target], *, steps: int, biased: Sequence[bool], seconds: float
+) -> tuple[HeadWeights, int]:
+    """Refine shared heads.
+
+    Args:
+        socket: the attention module.
+        start: its shared weights in closed form.
+        targets: taken in turn, one a step.
+        steps: of Adam, the learning rate falling as a cosine.
+        biased: whether query, key and value have a bias; the column of one that is not there stays zero.
+        seconds: stops early after so long.
+
+    Returns:
+        The refined weights in float32, and the steps taken.
+
+    Raises:
+        UnsupportedArchitecture: the module's attention passes no gradient to a projection.
+    """
+    names = ("query", "key", "value", "output")
+    parameters = {name: getattr(start, name).float().clone().requires_grad_() for name in names}
+    groups = [
+        {"params": [p], "lr": LEARNING_RATE * float(p.detach().square().mean().sqrt())} for p in parameters.values()
+    ]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=0.0)
+    weights, until, step = replace(start, **parameters), time.monotonic() + seconds, 0
+    with torch.enable_grad():
+        for step in range(1, steps + 1):
+            error, divergence = losses(socket, weights, targets[step % len(targets)])
+            loss = error if divergence is None else error + divergence
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+                if gradient is None:
+                    raise _no_gradient(socket, name)
+                if name != "output" and not biased[names.index(name)]:
+                    gradient[..., -1] = 0
+                parameter.grad = gradient
+            optimizer.step()
+            schedule.step()
+            if time.monotonic() > until:
+                break
+    return replace(start, **{name: p.detach() for name, p in parameters.items()}), step
+
+
+def _no_gradient(socket: Socket, name: str) -> UnsupportedArchitecture:
+    return UnsupportedArchitecture(
+        f"{socket.site.path}: its attention passes no gradient to the {name} projection, so it cannot be refined; "
+        "method='calibrated' needs none."
+    )

@@ -1,0 +1,71 @@
+"""The edits by which positions come to be added to what the token embedding gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..anatomy import Anatomy
+from ..edits import AddModule, AddPreHook, Edit, ReplaceModule
+from ..errors import AttnPatchError, UnsupportedArchitecture
+from ..probe import default_inputs, disagreement, logits_under
+from .added import CHILD, AddPositions, SinusoidalPositions
+from .removal import names_of
+
+
+def adding(
+    model: PreTrainedModel, anatomy: Anatomy, make: Callable[[nn.Module], nn.Module], after: str
+) -> tuple[Edit, ...]:
+    """Return the edits that give the language model a child whose positions are added to its embeddings.
+
+    Args:
+        model: any model.
+        anatomy: its.
+        make: builds the child from the language model.
+        after: text for the report.
+
+    Raises:
+        UnsupportedArchitecture: no one language model takes embeddings in the place of ids.
+    """
+    if model.config.is_encoder_decoder or anatomy.base is None:
+        why = (
+            "reads two sequences" if model.config.is_encoder_decoder else "has no inner model that takes inputs_embeds"
+        )
+        raise UnsupportedArchitecture(f"{anatomy.architecture}: {why}; positions cannot be added to its embeddings.")
+    base = model.get_submodule(anatomy.base)
+    if CHILD in base._modules:  # of an earlier patch; its hook is there, too
+        return (ReplaceModule(f"{anatomy.base}.{CHILD}".lstrip("."), lambda _: make(base), after),)
+    hook = AddPreHook(anatomy.base, AddPositions(names_of(base)), "adds positions to the embeddings")
+    return (AddModule(anatomy.base, CHILD, make, after), hook)
+
+
+def check_adding(
+    model: PreTrainedModel, anatomy: Anatomy, away: Sequence[Edit], blind: Sequence[Edit], whole: Sequence[Edit]
+) -> None:
+    """Refuse a model that needs the ids themselves beside their embeddings.
+
+    Args:
+        model: any model.
+        anatomy: its.
+        away: edits that take the old positions out, but for what is added already.
+        blind: edits that take out that, too.
+        whole: edits that take the old positions out and add the new ones.
+
+    Raises:
+        UnsupportedArchitecture: embeddings to which nothing is added give other logits than the ids.
+    """
+    inputs = default_inputs(model)
+    nothing = adding(model, anatomy, lambda _: SinusoidalPositions(10000.0, 0.0, 1.0), "")
+    try:
+        found = logits_under(model, [*away, *nothing], inputs)
+        problem = disagreement(logits_under(model, blind, inputs), found)
+        logits_under(model, whole, inputs)  # some look their ids up again, by the very embeddings
+    except AttnPatchError as error:
+        problem = str(error.__cause__ or error)
+    if problem is not None:
+        raise UnsupportedArchitecture(
+            f"{anatomy.architecture}: does not do with embeddings alone what it does with token ids ({problem}), so "
+            "that positions cannot be added to them."
+        )

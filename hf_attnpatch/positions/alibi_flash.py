@@ -1,0 +1,128 @@
+"""ALiBi on FlashAttention 2, 3 and 4: by `alibi_slopes` where the library has it, else as further dimensions.
+
+Nothing here ran on a GPU; the tests run it against functions that stand in for the libraries and compute what those say
+they compute.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
+
+from ..errors import AttnPatchError
+from ..functional.alibi import columns, extended
+from .alibi_attention import causal_of, scale_of
+from .modules import AlibiBias, alibi_of
+
+
+@functools.cache
+def flash(name: str) -> Callable[..., tuple[Tensor, None]]:
+    """Return the attention function for one generation of the library, ``flash_attention_2`` say: always the same."""
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        found = alibi_of(module)
+        causal, scale = causal_of(module, is_causal), scale_of(query, scaling)
+        packed = kwargs.get("cu_seq_lens_q") is not None or kwargs.get("position_ids") is not None
+        if found is not None:
+            _refuse(module, found, name, causal, attention_mask, kwargs)
+            if name == "flash_attention_2" and attention_mask is None and not packed:
+                return _by_slopes(found, query, key, value, causal, scale, dropout, kwargs), None
+        return _by_columns(module, name, found, query, key, value, attention_mask, causal, scale, dropout, kwargs), None
+
+    return attention
+
+
+def _by_slopes(
+    found: AlibiBias,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    scale: float,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """FlashAttention 2 adds -slope |i + k - q - j| in fp32 by itself, also where attention looks both ways."""
+    library, window = importlib.import_module("flash_attn"), kwargs.get("sliding_window")
+    reach = (-1, -1) if window is None or key.shape[2] <= window else (window - 1, window - 1)
+    out: Tensor = library.flash_attn_func(
+        *(t.transpose(1, 2) for t in (query, key, value)),
+        dropout_p=dropout,
+        softmax_scale=scale,
+        causal=causal,
+        window_size=reach,
+        softcap=kwargs.get("softcap") or 0.0,
+        alibi_slopes=found.distance(query.shape[1], query.dtype).slope.to(query.device, torch.float32),
+    )
+    return out
+
+
+def _by_columns(
+    module: nn.Module,
+    name: str,
+    found: AlibiBias | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Transformers' own way to the library, which unpads and unpacks; the bias travels in the states."""
+    width = value.shape[-1]
+    if found is not None:
+        slope = found.distance(query.shape[1], query.dtype).slope.to(query.device)
+        here = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=query.device)[None]
+        query, key, value = extended(query, key, value, columns(slope, scale, here, key.shape[2], query.dtype))
+    elif width != query.shape[-1]:
+        value = F.pad(value, (0, query.shape[-1] - width))
+    out: Tensor = _flash_attention_forward(
+        *(t.transpose(1, 2) for t in (query, key, value)),
+        mask,
+        query_length=query.shape[2],
+        is_causal=causal,
+        dropout=dropout,
+        softmax_scale=scale,
+        attn_implementation=name,
+        layer_idx=getattr(module, "layer_idx", None),
+        **kwargs,
+    )
+    return out[..., :width]
+
+
+def _refuse(
+    module: nn.Module, found: AlibiBias, name: str, causal: bool, mask: Tensor | None, kwargs: dict[str, Any]
+) -> None:
+    slopes = name == "flash_attention_2" and mask is None
+    problems = {
+        "distances are clipped": found.clip is not None,
+        "the bias is rounded (exact=False)": not found.exact,
+        "attention sinks": kwargs.get("s_aux") is not None,
+        "soft-capped scores": kwargs.get("softcap") is not None and not slopes,
+        "attention looks both ways": not causal and not slopes,
+    }
+    problem = next((words for words, there in problems.items() if there), None)
+    if problem is not None:
+        raise AttnPatchError(
+            f"{type(module).__name__}: {problem}, which {name} cannot compute together with ALiBi"
+            f"{' and padding' if mask is not None else ''}; choose backend='flex_attention' or 'sdpa'."
+        )

@@ -1,0 +1,117 @@
+"""What stays inside a model whose positions were exchanged: hooks and modules that hold no tensor of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AttnPatchError
+from ..functional.alibi import slopes
+from ..functional.biased import Distance
+
+PREFIX = "alibi_"  # of the attention functions that add the bias, before the name of the kernel they call
+
+
+class AlibiBias:
+    """The slopes of a model, shared by its attention modules, which hold it as ``alibi``.
+
+    Not a module and no buffer: slopes follow from the config, must stay exact when the model is cast, and are there
+    when it is built on the meta device.
+
+    Args:
+        given: the slopes of the heads, or None for the paper's.
+        clip: distances above it count as this one, or None.
+        exact: whether slope times position is exact; otherwise it is rounded to the model's dtype, as BLOOM's is.
+        strength: factor on the slopes, in [0, 1] while a model is warmed up to them.
+    """
+
+    def __init__(self, given: tuple[float, ...] | None, clip: int | None, exact: bool, strength: float):
+        self.given, self.clip, self.exact, self.strength = given, clip, exact, strength
+
+    def __repr__(self) -> str:
+        return "the paper's slopes" if self.given is None else f"{len(self.given)} given slopes"
+
+    def distance(self, heads: int, dtype: torch.dtype) -> Distance:
+        """What counts as distance, for so many heads."""
+        slope = slopes(heads) if self.given is None else torch.tensor(self.given, dtype=torch.float64)
+        return Distance(slope * self.strength, self.clip, None if self.exact else dtype)
+
+
+class NoBias:
+    """Held as ``alibi`` by an attention module whose own bias by distance is to be left out."""
+
+    def __repr__(self) -> str:
+        return "no bias"
+
+
+class AlibiGuard:
+    """Forward pre-hook: stops a model whose bias would be missing, because its attention function was exchanged.
+
+    Args:
+        config: whose attention implementation the module asks for.
+    """
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Look, and change nothing."""
+        found = self.config._attn_implementation
+        if alibi_of(module) is not None and not found.startswith(PREFIX):  # a later patch may have taken it away
+            raise AttnPatchError(
+                f"{type(module).__name__}: attention implementation {found!r} knows nothing of this model's ALiBi and "
+                f"would drop it; model.set_attn_implementation('{PREFIX}{found}') keeps it."
+            )
+
+
+class Still:
+    """What marks a module as turning nothing."""
+
+
+class ZeroAngles(Still):
+    """Forward pre-hook of a rotary module: every token stands at position 0, which turns nothing.
+
+    Args:
+        index: place of ``position_ids`` among the positional arguments.
+    """
+
+    def __init__(self, index: int):
+        self.index = index
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Put zeros in the place of the positions."""
+        named, rest = dict(kwargs), list(args)
+        if "position_ids" in named:
+            named["position_ids"] = torch.zeros_like(named["position_ids"])
+        else:
+            rest[self.index] = torch.zeros_like(rest[self.index])
+        return tuple(rest), named
+
+
+class NoPositions(nn.Module):
+    """In the place of a position table: adds nothing, at any length."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return a zero that broadcasts to whatever it is added to."""
+        return torch.zeros((), dtype=torch.bfloat16)  # a scalar: takes the dtype and the device of what it meets
+
+
+def turns_nothing(module: nn.Module) -> bool:
+    """Whether a module that rotates was set to zero angles."""
+    return any(isinstance(hook, Still) for hook in module._forward_pre_hooks.values())
+
+
+def bias_left_out(module: nn.Module) -> bool:
+    """Whether an attention module's own bias by distance was taken out."""
+    return isinstance(vars(module).get("alibi"), NoBias)
+
+
+def alibi_of(module: nn.Module) -> AlibiBias | None:
+    """Return the bias of an attention module that this package gave one, or None."""
+    found = vars(module).get("alibi")
+    return found if isinstance(found, AlibiBias) else None

@@ -1,0 +1,236 @@
+"""The edits by which attention comes to rotate, and by which rotary modules get another base."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..anatomy import Anatomy
+from ..backends import FLAG, kernel_of, register_rotary
+from ..configs import config_at
+from ..edits import AddPreHook, Edit, ReplaceModule, SetAttention, SetAttribute
+from ..errors import AttnPatchError, UnsupportedArchitecture
+from ..fused.deferring import rotated
+from ..probe import default_inputs, logits_under
+from ..sites import Place, dispatching
+from ..twin import Change, difference
+from .added import CountedOnly
+from .removal import ROTATION, check_followed, in_tower, names_of, removal
+from .turning import PREFIX, HandPlaces, Rotation, Turning
+
+_LOCAL = ("sliding", "local", "chunked")
+Parameters = Callable[[Mapping[str, Any], int | None], dict[str, Any]]
+
+
+def attention_rotated(model: PreTrainedModel, anatomy: Anatomy, rotation: Rotation, counted: bool) -> tuple[Edit, ...]:
+    """Return the edits after which attention rotates and nothing else tells positions.
+
+    Args:
+        model: any model.
+        anatomy: its.
+        rotation: how.
+        counted: whether positions that are passed do not reach attention, so that only counting is allowed.
+
+    Raises:
+        UnsupportedArchitecture: attention is out of reach.
+    """
+    if model.config.is_encoder_decoder:
+        raise UnsupportedArchitecture(
+            f"{anatomy.architecture}: reads two sequences; which is to be rotated is not known."
+        )
+    away = removal(model, anatomy, own=ROTATION)
+    if anatomy.sites and not any(site.dispatches for site in anatomy.sites):
+        found = rotated(model, anatomy, rotation)
+        if isinstance(found, str):
+            raise UnsupportedArchitecture(
+                f"{anatomy.sites[0].path}: {anatomy.sites[0].kind} computes its scores by itself and dispatches to no "
+                f"attention function, and cannot be followed: {found}."
+            )
+        return _once((*found, *away, *_told(model, anatomy, counted)))
+    places = dispatching(model, anatomy.sites, anatomy.other, anatomy.unread)
+    unknown = next((place.path for place in places if place.num_heads is None), None)
+    if unknown is not None:
+        raise UnsupportedArchitecture(f"{unknown}: {(anatomy.other | anatomy.unread)[unknown]}")  # type: ignore[operator]
+    return (*away, *_asked(model, anatomy, places, rotation), *_told(model, anatomy, counted))
+
+
+def _asked(model: PreTrainedModel, anatomy: Anatomy, places: list[Place], rotation: Rotation) -> Iterator[Edit]:
+    """Yield the hooks, the rotation and the attention function of modules that ask for it."""
+    for place in places:
+        yield SetAttribute(place.path, "rotation", rotation)
+        module = model.get_submodule(place.path)
+        if not _has(module, Turning):
+            hook = Turning(names_of(module), config_at(model, place.config))
+            yield AddPreHook(place.path, hook, "rotates keys on their way into the cache")
+    kernel = kernel_of(model.config._attn_implementation)
+    if kernel not in ("eager", *FLAG):
+        raise UnsupportedArchitecture(
+            f"{anatomy.architecture}: attends by {kernel!r}, before which nothing can be rotated; "
+            "model.set_attn_implementation('sdpa') first."
+        )
+    yield SetAttention("", PREFIX + kernel, register_rotary)
+
+
+def _told(model: PreTrainedModel, anatomy: Anatomy, counted: bool) -> Iterator[Edit]:
+    """Yield the hook that hands positions to attention, or refuses those that cannot be handed."""
+    if anatomy.base is None:
+        return
+    base, names = model.get_submodule(anatomy.base), names_of(model.get_submodule(anatomy.base))
+    if counted and not _has(base, CountedOnly):
+        yield AddPreHook(anatomy.base, CountedOnly(names), "refuses positions that attention would not get")
+    elif not counted and not _has(base, HandPlaces) and {"position_ids", "kwargs"} <= set(names):
+        yield AddPreHook(anatomy.base, HandPlaces(names), "hands positions to attention")
+
+
+def ignores_positions(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]) -> bool:
+    """Whether positions that are passed do not reach attention under these edits.
+
+    Raises:
+        UnsupportedArchitecture: attention cannot be followed.
+    """
+    check_followed(model, anatomy, edits)
+    if anatomy.base is None or "position_ids" not in {*names_of(model.get_submodule(anatomy.base))} & {
+        *names_of(model)
+    }:
+        return False
+    ids = default_inputs(model)["input_ids"]
+    told = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}  # without a mask, gaps would mean documents
+    far = 3 * torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    return torch.equal(logits_under(model, edits, {**told, "position_ids": far}), logits_under(model, edits, told))
+
+
+def rebased(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    parameters: Parameters,
+    layer_types: tuple[str, ...] | None,
+    partial: float | None,
+) -> tuple[list[Edit], list[str]]:
+    """Return the edits that build rotary modules again from other parameters, and what to say; none where they are so.
+
+    Args:
+        model: with rotary modules built from its config; those that turn nothing are brought back.
+        anatomy: its.
+        parameters: the new ``rope_parameters``, from the old ones and the length that the config declares.
+        layer_types: which, where parameters are nested; None takes those that are not local.
+        partial: the share that is wanted, which must be the model's own.
+
+    Raises:
+        UnsupportedArchitecture: a rotary module that is not built from ``config.rope_parameters``.
+        AttnPatchError: a layer type that is not there, another share, or parameters that the family refuses.
+    """
+    owners, notes, changes = _owners(model, anatomy), list[str](), list[Change]()
+    for path in owners:
+        said, wanted = _wanted(config_at(model, path), path, parameters, layer_types, partial)
+        notes, changes = [*notes, *said], [*changes, *wanted]
+    stilled = [r.path for r in anatomy.stilled]
+    if not changes and not stilled:
+        return [], notes
+    found = difference(model, changes)
+    if isinstance(found, str):
+        raise AttnPatchError(f"{anatomy.architecture}: {found}.")
+    paths = [path for group in owners.values() for path in group]
+    longer = [p for p in found.modules if p not in paths]
+    if longer:
+        raise UnsupportedArchitecture(
+            f"{longer[0] or anatomy.architecture}: has tensors as long as the context, which this would not resize."
+        )
+    edits: list[Edit] = [change.edit() for change in changes]
+    edits += [SetAttribute(*key, value) for key, value in found.attributes.items() if key[0] not in paths]
+    return [*edits, *(ReplaceModule(path, _rebuilt, "rope, built again") for path in paths)], notes
+
+
+def _wanted(
+    config: PretrainedConfig,
+    path: str,
+    parameters: Parameters,
+    layer_types: tuple[str, ...] | None,
+    partial: float | None,
+) -> tuple[list[str], list[Change]]:
+    """Return what to say of one config, and its changes; the arguments are those of :func:`rebased`."""
+    old, trained = config.rope_parameters, getattr(config, "max_position_embeddings", None)
+    nested = [key for key, value in old.items() if isinstance(value, Mapping)]
+    chosen = _chosen(nested, layer_types)
+    _check_partial(config, [old[key] for key in chosen] or [old], partial)
+    new = {**old, **{key: parameters(old[key], trained) for key in chosen}} if nested else parameters(old, trained)
+    notes = [f"of {', '.join(chosen)}; other layer types left alone"] if len(chosen) < len(nested) else []
+    notes += [f"{each['rope_type']} scaling replaced" for each in _scaled(old, chosen, new)]
+    # Falcon with a bias by distance: its rotary modules are there, and out of use
+    changes = [Change(path, "alibi", False)] if getattr(config, "alibi", False) else []
+    if not _same(new, old):
+        changes.append(Change(path, "rope_parameters", new))
+        factor = float(next((new[key] for key in chosen), new).get("factor", 1.0))
+        if factor > 1 and trained:
+            changes.append(Change(path, "max_position_embeddings", round(trained * factor)))
+    return notes, changes
+
+
+def _owners(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, list[str]]:
+    owners: dict[str, list[str]] = {}
+    for rotary in (*anatomy.rotary, *anatomy.stilled):
+        if in_tower(rotary.path):
+            continue
+        config = None if rotary.config is None else config_at(model, rotary.config)
+        required = [
+            p.name
+            for p in list(inspect.signature(type(model.get_submodule(rotary.path)).__init__).parameters.values())[1:]
+            if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+        ]
+        if config is None or not getattr(config, "rope_parameters", None) or required != ["config"]:
+            raise UnsupportedArchitecture(
+                f"{rotary.path}: {rotary.kind} is not built from config.rope_parameters alone, so that its base cannot "
+                "be changed where a checkpoint would keep it."
+            )
+        assert rotary.config is not None
+        owners.setdefault(rotary.config, []).append(rotary.path)
+    return owners
+
+
+def _chosen(nested: list[str], wanted: tuple[str, ...] | None) -> list[str]:
+    unknown = [key for key in wanted or () if key not in nested]
+    if unknown:
+        there = ", ".join(nested) or "none"
+        raise AttnPatchError(f"layer type {unknown[0]!r} has no rotary parameters of its own; there are: {there}.")
+    return list(wanted) if wanted else [key for key in nested if not any(w in key for w in _LOCAL)] or nested
+
+
+def _check_partial(config: PretrainedConfig, rows: list[Mapping[str, Any]], wanted: float | None) -> None:
+    for row in rows if wanted is not None else ():
+        own = row.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) or 1.0
+        if own != wanted:
+            raise AttnPatchError(
+                f"partial is {wanted}; the model's own modules rotate {own:g} of each head; leave None."
+            )
+
+
+def _scaled(old: Mapping[str, Any], chosen: list[str], new: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    for before, after in [(old[key], new[key]) for key in chosen] or [(old, new)]:
+        if before.get("rope_type", "default") not in ("default", after["rope_type"]):
+            yield before
+
+
+def _same(new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
+    """Whether the rows say the same, a missing type being the default one."""
+    rows = [(new, old)] if not isinstance(next(iter(old.values())), Mapping) else [(new[k], old[k]) for k in old]
+    return all({"rope_type": "default", **a} == {"rope_type": "default", **b} for a, b in rows)
+
+
+def _rebuilt(old: nn.Module) -> nn.Module:
+    """Build the module again from its config, which has been edited by now."""
+    return type(old)(old.config).to(next(old.buffers()).device)
+
+
+def _has(module: nn.Module, kind: type) -> bool:
+    return any(isinstance(hook, kind) for hook in module._forward_pre_hooks.values())
+
+
+def _once(edits: Sequence[Edit]) -> tuple[Edit, ...]:
+    """Drop edits that do again what an earlier one does."""
+    return tuple(
+        {edit.claim: edit for edit in reversed(edits)}[claim] for claim in dict.fromkeys(e.claim for e in edits)
+    )

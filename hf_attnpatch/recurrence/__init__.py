@@ -1,0 +1,1 @@
+"""Segment recurrence: memory of earlier segments, and streams."""

@@ -1,0 +1,158 @@
+"""Attention with segment recurrence, on top of whatever kernel a model uses: one function and one mask for each.
+
+A long call is attended segment by segment inside each layer, each segment with the last keys before it, detached. That
+is what running the whole model once for each segment gives, since nothing else in a decoder mixes tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from ..backends import FLAG, register, register_alibi
+from ..errors import AttnPatchError
+from ..functional.segments import Piece
+from ..masks import called
+from ..positions.modules import PREFIX as ALIBI
+from .call import CALL, Call
+from .modules import PREFIX, Recurrent, recurrent_of
+
+Output = tuple[Tensor, Tensor | None]
+_UNKNOWN = ("position_bias", "cu_seq_lens_q", "cu_seq_lens_k", "cache", "sliding_window")
+
+
+def register_recurrent() -> None:
+    """Make the attention functions with recurrence known, those over ALiBi too."""
+    register_alibi()
+    for name in ("eager", *FLAG):
+        for prefix in ("", ALIBI):
+            register(key(prefix + name), attention(prefix + name), mask(prefix + name))
+
+
+def key(kernel: str) -> str:
+    """Return the name under which a kernel with recurrence is registered; that of ALiBi still says so first."""
+    plain = kernel.removeprefix(ALIBI)
+    return kernel.removesuffix(plain) + PREFIX + plain
+
+
+def base(implementation: str) -> str | None:
+    """Return the kernel under a name that :func:`key` gave, or None."""
+    prefix = ALIBI if implementation.startswith(ALIBI) else ""
+    rest = implementation.removeprefix(prefix)
+    return prefix + rest.removeprefix(PREFIX) if rest.startswith(PREFIX) else None
+
+
+@functools.cache
+def mask(kernel: str) -> Callable[..., Call]:
+    """Return the mask function of a kernel: always the same."""
+
+    def mask_of(batch_size: int, q_length: int, *args: Any, **kwargs: Any) -> Call:
+        call = CALL.get()
+        if call is None or tuple(call.tokens.keep.shape) != (batch_size, q_length):
+            raise AttnPatchError(
+                f"a mask of {batch_size} rows and {q_length} columns was asked for outside of the decoder that this "
+                "model's memory belongs to; call the model itself, not a part of it."
+            )
+        if call.plain:
+            make = called(AttentionMaskInterface()[kernel])
+            call.hold(make(batch_size=batch_size, q_length=q_length, **kwargs))
+        return call
+
+    return mask_of
+
+
+@functools.cache
+def attention(kernel: str) -> Callable[..., Output]:
+    """Return the attention function of a kernel: always the same."""
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+    ) -> Output:
+        inner, call, found = _inner(module, kernel), attention_mask, recurrent_of(module)
+        if not isinstance(call, Call) or found is None:
+            raise AttnPatchError(
+                f"{type(module).__name__}: got a mask of type {type(call).__name__} in the place of the memory; masks "
+                "of four dimensions are not taken together with segment recurrence."
+            )
+        if call.plain:
+            out = inner(module, query, key, value, call.base_mask, *args, **kwargs)
+        else:
+            _refuse(module, kwargs)
+            out = (
+                torch.cat(
+                    [_piece(inner, kernel, module, found, call, p, query, key, value, kwargs) for p in call.pieces()], 1
+                ),
+                None,
+            )
+        call.write(found.number, key, value)
+        return out
+
+    return attend
+
+
+def _piece(
+    inner: Callable[..., Output],
+    kernel: str,
+    module: nn.Module,
+    found: Recurrent,
+    call: Call,
+    piece: Piece,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Attend from one piece, (batch, q, heads, d_v)."""
+    queries = query[:, :, piece.start : piece.stop]
+    keys, values = (_joined(call, piece, found.number, side, new) for side, new in enumerate((key, value)))
+    if found.turning is not None:
+        for_queries, for_keys = call.turns(piece, found.turning(), query)
+        queries = queries if for_queries is None else found.turning().turn(queries, for_queries)
+        keys = keys if for_keys is None else found.turning().turn(keys, for_keys)
+    out, _ = inner(module, queries, keys, values, call.mask(piece, kernel, query), **kwargs)
+    return out
+
+
+def _joined(call: Call, piece: Piece, layer: int, side: int, new: Tensor) -> Tensor:
+    """Keys or values of a piece: from memory, from the call detached, from the call."""
+    columns, live = call.columns(piece)
+    first = max(0, piece.low - call.held)
+    fresh = piece.stop - live
+    parts = [new[:, :, first : piece.stop if call.doubled else fresh].detach(), new[:, :, fresh : piece.stop]]
+    if piece.low < call.held:
+        parts.insert(0, call.before[layer][side][:, :, piece.low :])
+    parts = [part for part in parts if part.shape[2]]
+    assert sum(part.shape[2] for part in parts) == len(columns)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _inner(module: nn.Module, kernel: str) -> Callable[..., Output]:
+    if kernel == "eager":  # every modeling file has its own
+        function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    else:
+        function = AttentionInterface()[kernel]
+    if function is None:
+        raise AttnPatchError(f"{type(module).__name__}: its file has no eager_attention_forward; use backend='sdpa'.")
+    found: Callable[..., Output] = function
+    return found
+
+
+def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    kwargs.pop("position_ids", None)  # flash attention would read packed documents from them
+    name = next((name for name in _UNKNOWN if kwargs.get(name) is not None), None)
+    if name is not None:
+        raise AttnPatchError(
+            f"{type(module).__name__} passes {name} to its attention, of which a memory knows nothing."
+        )
+    if kwargs.get("output_attentions"):
+        raise AttnPatchError(
+            f"{type(module).__name__}: attention weights of a call that meets its memory are not returned; call "
+            "without output_attentions, or with one segment."
+        )

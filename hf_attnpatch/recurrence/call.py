@@ -1,0 +1,269 @@
+"""One forward of a model with segment recurrence: which keys each query meets, turned how far, and what is kept.
+
+The object travels to the attention functions in the place of the mask, so that gradient checkpointing, which drops
+caches and runs layers again, finds the same memory as the first time. It is fixed when the forward begins; only what
+layers hand it for the next call is added, and ends in the memory when the last of them has.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
+from torch.nn.attention.flex_attention import create_block_mask
+
+from ..errors import AttnPatchError
+from ..functional.rerotation import Table, Turning
+from ..functional.segments import NOBODY, Piece, Segments, pieces
+from .memory import Layers, Memory
+
+CALL: ContextVar[Call | None] = ContextVar("hf_attnpatch_recurrence", default=None)
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """The new columns of a call, on the CPU.
+
+    Attributes:
+        keep: (batch, columns), bool: no padding.
+        number: (batch, columns), int64, -1 at padding.
+        place: positions that the model was given, (batch, columns), int64.
+    """
+
+    keep: Tensor
+    number: Tensor
+    place: Tensor
+
+
+class Call:
+    """What attention needs to know in one forward.
+
+    Args:
+        segments: how rows are cut.
+        tokens: the new columns.
+        memory: what was read before; None where nothing was and nothing is to be kept.
+        layers: attention modules that will run.
+    """
+
+    def __init__(self, segments: Segments, tokens: Tokens, memory: Memory | None, layers: int):
+        self.segments, self.tokens, self.layers = segments, tokens, layers
+        self._memory, self._written, self._cache = memory, {}, {}  # type: tuple[Memory | None, Layers, dict[Any, Any]]
+        none = tokens.number[:, :0]
+        self.before: Layers = {} if memory is None else memory.layers
+        self._held = none if memory is None else memory.number
+        self._turned = none if memory is None else memory.turned
+        self._count = tokens.number.new_zeros(len(none)) if memory is None else memory.count
+        self._phase = self._count % segments.length
+        last = tokens.keep.long().sum(1)
+        trailing = bool((tokens.keep == (torch.arange(tokens.keep.shape[1]) < last[:, None])).all())
+        self.aligned = trailing and bool((self._phase == self._phase[0]).all())
+        self.plain = not bool(self._count.any()) and tokens.keep.shape[1] <= segments.length
+        self.doubled = torch.is_grad_enabled() and not self.aligned and not self.plain
+        self.base_mask: Any = None
+        self._numbers = torch.cat([self._held, tokens.number], 1)
+
+    def hold(self, mask: Any) -> None:
+        """Keep the kernel's own mask, which holds where the call is one plain segment."""
+        self.base_mask = mask
+
+    def forget(self) -> None:
+        """Keep nothing for another call."""
+        self._memory = None
+
+    @property
+    def held(self) -> int:
+        """Columns of memory."""
+        return self._held.shape[1]
+
+    def pieces(self) -> list[Piece]:
+        """Return what attends together."""
+        phase = int(self._phase[0]) if self.aligned else None
+        return pieces(self.segments, self.held, self.tokens.keep.shape[1], phase)
+
+    def columns(self, piece: Piece) -> tuple[Tensor, int]:
+        """Return the keys of a piece as columns of memory and call side by side, and how many of them are live.
+
+        Gradients pass to the live ones, the last. Where rows differ and gradients are wanted, a key is there twice, to
+        be live for queries of its own segment and detached for later ones.
+        """
+        end = self.held + piece.stop
+        every = torch.arange(piece.low, end)
+        if not self.doubled:
+            return every, piece.stop - piece.start if self.aligned else end - max(piece.low, self.held)
+        live = torch.arange(max(piece.low, self.held), end)
+        return torch.cat([every, live]), len(live)
+
+    def mask(self, piece: Piece, kernel: str, like: Tensor) -> Any:
+        """Return the mask of a piece in the form that a kernel takes; None where it is plainly causal.
+
+        Args:
+            piece: of this call.
+            kernel: name in transformers, ``sdpa`` say, or this package's with ALiBi.
+            like: queries, for device and dtype.
+
+        Raises:
+            AttnPatchError: the kernel cannot express it.
+        """
+        key = (piece, kernel, like.device, like.dtype)
+        if key not in self._cache:
+            self._cache[key] = self._mask(piece, kernel, like)
+        return self._cache[key]
+
+    def _mask(self, piece: Piece, kernel: str, like: Tensor) -> Any:
+        seen, name = self._seen(piece), kernel.removeprefix("alibi_")
+        queries, keys = seen.shape[1:]
+        if self.doubled and (name != kernel or name.startswith("flash")):
+            raise AttnPatchError(
+                f"{kernel}: gradients of rows that stand differently in their segments; pad on the right and read "
+                "whole segments, or train with backend='sdpa' and without ALiBi."
+            )
+        if name.startswith("flash"):
+            return _keys_alone(seen, self.tokens.keep[:, piece.start : piece.stop])
+        if bool((seen == corner(queries, keys)).all()):
+            if queries == 1 or (keys == queries and name == "sdpa"):
+                return None
+            seen = corner(queries, keys)[None]
+        seen = seen.to(like.device)
+        if name == "eager":
+            return like.new_zeros(()).masked_fill(~seen[:, None], float(torch.finfo(like.dtype).min))
+        if name == "flex_attention":
+            rows = seen.expand(like.shape[0], -1, -1)
+            sizes = (like.shape[0], None, queries, keys)
+            return create_block_mask(lambda b, _, q, k: rows[b, q, k], *sizes, device=str(like.device))
+        return seen[:, None]
+
+    def _seen(self, piece: Piece) -> Tensor:
+        """Who sees whom, (batch, q, k), bool; padding sees itself, so that it is a number."""
+        number, (columns, live) = self.tokens.number[:, piece.start : piece.stop], self.columns(piece)
+        keep = self.tokens.keep[:, piece.start : piece.stop]
+        if self.aligned and bool(keep.all()) and bool((self._numbers[:, piece.low] != NOBODY).all()):
+            return corner(number.shape[1], len(columns))[None]  # what it comes to where nothing is missing
+        seen = self.segments.visible(number, self._numbers[:, columns])
+        if self.doubled:
+            start = self.segments.start
+            same = start(number)[..., None] == start(self._numbers[:, columns[-live:]])[:, None]
+            seen = torch.cat([seen[..., :-live] & ~_wide(same, seen.shape[-1] - live), seen[..., -live:] & same], -1)
+        back = seen.shape[2] - seen.shape[1]
+        itself = torch.ones(seen.shape[1:], dtype=torch.bool).tril(back).triu(back)
+        return torch.where((number == NOBODY)[..., None], itself, seen)
+
+    def turns(self, piece: Piece, turning: Turning, like: Tensor) -> tuple[Table | None, Table | None]:
+        """Return how far to turn the queries and the keys of a piece; None where they are right already.
+
+        What counts is the distance in tokens. Both are brought to positions that go on from the first query's.
+        """
+        key = (piece, id(turning), like.device, like.dtype)
+        if key not in self._cache:
+            number, place = (t[:, piece.start : piece.stop] for t in (self.tokens.number, self.tokens.place))
+            first = (number != NOBODY).to(torch.uint8).argmax(1, keepdim=True)
+            shift = place.gather(1, first) - number.gather(1, first)
+            columns, _ = self.columns(piece)
+            turned, keys = torch.cat([self._turned, self.tokens.place], 1)[:, columns], self._numbers[:, columns]
+            by = [shift + n - at for n, at in ((number, place), (keys, turned))]
+            by = [torch.where(n == NOBODY, 0, d) for n, d in zip((number, keys), by, strict=True)]
+            self._cache[key] = (
+                tuple(_table(d, turning, like) for d in by),
+                turning,
+            )  # held, so that its id stays its own
+        found: tuple[Table | None, Table | None] = self._cache[key][0]
+        return found
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Hand over what a layer computed for the new columns; the last layer's ends the call.
+
+        Args:
+            layer: number of the attention module.
+            key: (batch, kv heads, columns, d), as the model turned them.
+            value: (batch, kv heads, columns, d_v).
+        """
+        if self._memory is None:
+            return  # nothing is kept; or the call is over, and its layers are run again by gradient checkpointing
+        if layer in self._written:
+            raise AttnPatchError("an attention module ran twice in one forward; what it is to remember is ambiguous.")
+        order, width = self._kept()
+        self._written[layer] = tuple(
+            _taken(self.before.get(layer, (None, None))[i], t.detach(), order, width)
+            for i, t in enumerate((key, value))
+        )  # type: ignore[assignment]
+        if len(self._written) == self.layers:
+            self._end(order, width)
+
+    def _kept(self) -> tuple[Tensor | None, int]:
+        """Return how many columns are kept, the last; and in which order, where padding has to go."""
+        if "kept" not in self._cache:
+            count = self._count + self.tokens.keep.long().sum(1)
+            width = int((self.segments.memory + count % self.segments.length).max())
+            whole = bool(self.tokens.keep.all())
+            order = None if whole else (self._numbers != NOBODY).to(torch.uint8).argsort(dim=1, stable=True)
+            self._cache["kept"] = order, min(width, self._numbers.shape[1])
+        found: tuple[Tensor | None, int] = self._cache["kept"]
+        return found
+
+    def _end(self, order: Tensor | None, width: int) -> None:
+        assert self._memory is not None
+        turned = torch.cat([self._turned, self.tokens.place], 1)
+        number, turned = (_columns(t if order is None else t.gather(1, order), width) for t in (self._numbers, turned))
+        count = self._count + self.tokens.keep.long().sum(1)
+        shift = torch.where(self.tokens.keep, self.tokens.place - self.tokens.number, -(2**62)).amax(1)
+        shift = torch.where(self.tokens.keep.any(1), shift, self._memory.shift)
+        self._memory.put(self._written, number, turned, count, shift, self.tokens.keep.shape[1])
+        self._memory, self._written = None, {}
+        CALL.set(None)
+
+
+@functools.lru_cache(maxsize=8)
+def corner(queries: int, keys: int) -> Tensor:
+    """The causal mask where the last query stands at the last key, (queries, keys), bool."""
+    return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+
+
+def _columns(states: Tensor, width: int) -> Tensor:
+    """The last columns, in memory of their own."""
+    return states[:, states.shape[1] - width :].clone()
+
+
+def _taken(before: Tensor | None, new: Tensor, order: Tensor | None, width: int) -> Tensor:
+    """What is kept of memory and new columns, (batch, kv heads, width, d)."""
+    if order is None:
+        if before is None or new.shape[2] >= width:
+            return new[:, :, new.shape[2] - width :].clone()
+        return torch.cat([before[:, :, before.shape[2] + new.shape[2] - width :], new], 2)
+    both = new if before is None else torch.cat([before, new], 2)
+    index = _columns(order, width).to(both.device)[:, None, :, None]
+    return both.gather(2, index.expand(-1, both.shape[1], -1, both.shape[3]))
+
+
+def _table(by: Tensor, turning: Turning, like: Tensor) -> Table | None:
+    if not bool(by.any()):
+        return None
+    by = by[0] if bool((by == by[:1]).all()) else by
+    return turning.table(by.to(like.device), like.dtype)
+
+
+def _wide(same: Tensor, width: int) -> Tensor:
+    """Give what is said of the last columns to as many more before them, where it is False."""
+    return F.pad(same, (width - same.shape[-1], 0))
+
+
+def _keys_alone(seen: Tensor, keep: Tensor) -> Tensor | None:
+    """The mask as FlashAttention takes it: which keys are there, (batch, k); None if all.
+
+    It aligns the last query with the last key, and leaves padding out of both.
+
+    Raises:
+        AttnPatchError: queries of one row see different beginnings, or rows stand differently in their segments.
+    """
+    there = (seen & keep[..., None]).any(1)
+    width = keep.shape[1]
+    wanted = there[:, None] & torch.ones(seen.shape[1:], dtype=torch.bool).tril(seen.shape[2] - width)
+    if not bool((wanted == seen)[keep].all()):
+        raise AttnPatchError(
+            "FlashAttention takes which keys there are, not which query sees which: rows that stand differently in "
+            "their segments need backend='sdpa' or 'flex_attention' (pad on the right, in calls of whole segments)."
+        )
+    return None if bool(there.all()) else there

@@ -1,0 +1,185 @@
+"""What a model with segment recurrence remembers: keys and values of the last segments, by layer and row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ..errors import AttnPatchError
+from ..functional.segments import NOBODY
+
+Layers = dict[int, tuple[Tensor, Tensor]]
+
+
+class Memory:
+    """The memory of one stream of batches, of constant size; gradients end here.
+
+    Attributes:
+        layers: number of the attention module -> keys and values, each (batch, kv heads, held, d).
+        number: token numbers of what is held, (batch, held), int64, on the CPU; -1 where nothing is.
+        turned: position for which each key was rotated, (batch, held), int64, on the CPU.
+        count: tokens that each row has read, (batch,), int64, on the CPU.
+        shift: position of a token less its number, (batch,), int64, on the CPU.
+        columns: columns read, padding included.
+    """
+
+    def __init__(self) -> None:
+        self.layers: Layers = {}
+        self.number = self.turned = torch.zeros(0, 0, dtype=torch.int64)
+        self.count = self.shift = torch.zeros(0, dtype=torch.int64)
+        self.columns = 0
+
+    @property
+    def empty(self) -> bool:
+        """Whether no row has read anything."""
+        return not bool(self.count.any())
+
+    def begin(self, batch: int) -> None:
+        """Make room for so many rows.
+
+        Raises:
+            AttnPatchError: there are other rows than before.
+        """
+        if not len(self.count):
+            self.number = self.turned = torch.zeros(batch, 0, dtype=torch.int64)
+            self.count = self.shift = torch.zeros(batch, dtype=torch.int64)
+        if len(self.count) != batch:
+            raise AttnPatchError(
+                f"a stream of {len(self.count)} rows was given a batch of {batch}: row r goes on where row r stopped, "
+                "so that there must be as many; open another stream, or reset() this one without rows."
+            )
+
+    def put(self, layers: Layers, number: Tensor, turned: Tensor, count: Tensor, shift: Tensor, columns: int) -> None:
+        """Replace what is remembered, all at once."""
+        self.layers, self.number, self.turned, self.count, self.shift = layers, number, turned, count, shift
+        self.columns += columns
+
+    def reset(self, rows: Iterable[int] | Tensor | None = None) -> None:
+        """Forget some rows, or everything and how many rows there were.
+
+        Args:
+            rows: their numbers, or bool of shape (batch,); None for all.
+
+        Raises:
+            AttnPatchError: there is no such row.
+        """
+        if rows is None:
+            self.__init__()  # type: ignore[misc]  # the same object: a cache and a stream may both hold it
+            return
+        chosen = torch.as_tensor(rows if isinstance(rows, Tensor) else list(rows)).cpu()
+        chosen = chosen.nonzero().flatten() if chosen.dtype == torch.bool else chosen.to(torch.int64)
+        if not len(self.count) or not len(chosen):
+            return  # nothing was read yet
+        if int(chosen.min()) < 0 or int(chosen.max()) >= len(self.count):
+            raise AttnPatchError(
+                f"rows {chosen.tolist()} cannot be reset: the stream has rows 0 to {len(self.count) - 1}."
+            )
+        self.number, self.count, self.shift = self.number.clone(), self.count.clone(), self.shift.clone()
+        self.number[chosen], self.count[chosen], self.shift[chosen] = NOBODY, 0, 0
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order, as often as they are named."""
+        here = rows.cpu()
+        self.layers = {n: tuple(t[rows.to(t.device)] for t in pair) for n, pair in self.layers.items()}  # type: ignore[misc]
+        self.number, self.turned = self.number[here], self.turned[here]
+        self.count, self.shift = self.count[here], self.shift[here]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return everything as named tensors, for a checkpoint."""
+        pairs = {f"{n}.{name}": t for n, pair in self.layers.items() for name, t in zip("kv", pair, strict=True)}
+        own = {name: getattr(self, name) for name in ("number", "turned", "count", "shift")}
+        return {**pairs, **own, "columns": torch.tensor(self.columns)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take what :meth:`state_dict` returned; tensors stay on the device that they are on."""
+        names = sorted({int(name.partition(".")[0]) for name in state if name.endswith((".k", ".v"))})
+        self.layers = {n: (state[f"{n}.k"], state[f"{n}.v"]) for n in names}
+        self.number, self.turned = state["number"].cpu(), state["turned"].cpu()
+        self.count, self.shift, self.columns = state["count"].cpu(), state["shift"].cpu(), int(state["columns"])
+
+
+class RecurrentCache(Cache):  # type: ignore[misc]  # transformers is not followed
+    """What ``generate`` and manual decoding hold as ``past_key_values``: a view of a :class:`Memory`.
+
+    Attention modules pass it by: their attention function reads and writes the memory.
+
+    Args:
+        memory: of the stream.
+    """
+
+    def __init__(self, memory: Memory):
+        self.memory, self.begun, self.offloading, self.layer_class_to_replicate = memory, memory.columns, False, None
+
+    @property
+    def layers(self) -> list[DynamicLayer]:
+        """What is held, in transformers' form, for whoever counts bytes."""
+        found = []
+        for keys, values in self.memory.layers.values():
+            layer = DynamicLayer()
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            found.append(layer)
+        return found
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Return what is new: the attention function knows the rest."""
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns read since the cache was made."""
+        return self.memory.columns - self.begun
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """No limit."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Sizes of the mask of the new columns alone."""
+        return query_length, 0
+
+    @property
+    def is_compileable(self) -> bool:
+        """No: its shapes change."""
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything was read."""
+        return not self.memory.empty
+
+    @property
+    def is_croppable(self) -> bool:
+        """No: what left the memory is gone."""
+        return False
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.memory.reset()
+        self.begun = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let rows go on from other rows."""
+        self.memory.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        self.memory.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self.memory.select(torch.arange(len(self.memory.count)).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse.
+
+        Raises:
+            AttnPatchError: always; what left the memory is gone.
+        """
+        raise AttnPatchError(
+            "a recurrent memory cannot be rolled back (assisted decoding, a dropped draft): what left it is gone; "
+            "decode without an assistant."
+        )

@@ -1,0 +1,196 @@
+"""What stays inside a model with segment recurrence: a hook on its decoder, and a number on each attention module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from ..errors import AttnPatchError
+from ..functional.rerotation import Turning
+from ..functional.segments import NOBODY, Segments
+from .call import CALL, Call, Tokens
+from .memory import Memory, RecurrentCache
+
+PREFIX = "recurrent_"  # of the attention functions with memory, before the name of the kernel they call
+
+
+class Recurrent:
+    """One attention module's part; the module holds it as ``recurrence``.
+
+    Args:
+        number: in the memory.
+        rotary: the module that made the angles; None where keys need not be turned.
+        buffer: under which name it keeps its frequencies.
+        interleaved: see :class:`Turning`.
+        first: see :class:`Turning`.
+    """
+
+    def __init__(
+        self, number: int, rotary: nn.Module | None, buffer: str = "", interleaved: bool = False, first: int = 0
+    ):
+        self.number, self.rotary, self.buffer = number, rotary, buffer
+        self.interleaved, self.first = interleaved, first
+        self._turning: Turning | None = None
+
+    def __repr__(self) -> str:
+        return f"memory {self.number}"
+
+    @property
+    def turning(self) -> Any:
+        """How keys are turned; None where they are not."""
+        return None if self.rotary is None else self._made
+
+    def _made(self) -> Turning:
+        frequencies = getattr(self.rotary, self.buffer)
+        if self._turning is None or self._turning.frequencies is not frequencies:
+            self._turning = Turning(frequencies, self.interleaved, self.first)
+        return self._turning
+
+
+class Recalling:
+    """Forward pre-hook of a decoder: hands its attention modules the memory, and tokens their positions.
+
+    Args:
+        names: of the parameters of the decoder's forward, in order.
+        config: whose attention implementation the decoder asks for.
+        segments: how rows are cut.
+        bounded: whether positions begin anew with each segment; otherwise they run on.
+        layers: attention modules that run in a forward.
+        rows: of the position table, None where there is none.
+    """
+
+    def __init__(
+        self, names: tuple[str, ...], config: Any, segments: Segments, bounded: bool, layers: int, rows: int | None
+    ):
+        self.names, self.config, self.segments = names, config, segments
+        self.bounded, self.layers, self.rows = bounded, layers, rows
+        self.stream: Memory | None = None
+
+    def open(self, memory: Memory | None) -> None:
+        """Carry this memory across calls from now on; None for nothing."""
+        self.stream = memory
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Look at what is new, and say what it meets."""
+        CALL.set(None)
+        self._check(module)
+        named = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given = named.get("input_ids")
+        given = named.get("inputs_embeds") if given is None else given
+        if given is None:
+            return args, dict(kwargs)  # for the forward to complain of
+        memory = self._memory(module, named)
+        kept = memory is not None
+        memory = Memory() if memory is None else memory
+        memory.begin(given.shape[0])
+        tokens, same = self._tokens(named, given.shape[0], given.shape[1], memory)
+        call = Call(self.segments, tokens, memory, self.layers)
+        if not kept:
+            call.forget()
+        if not (call.plain and same):
+            self._check_rows(tokens)
+            named["position_ids"] = tokens.place.clamp(min=0).to(given.device)
+        CALL.set(call)
+        return (), named
+
+    def _check(self, module: nn.Module) -> None:
+        found = self.config._attn_implementation
+        if PREFIX not in found:
+            raise AttnPatchError(
+                f"{type(module).__name__}: attention implementation {found!r} knows nothing of this model's memory; "
+                f"model.set_attn_implementation('{PREFIX}{found}') keeps it."
+            )
+
+    def _memory(self, module: nn.Module, named: dict[str, Any]) -> Memory | None:
+        """Return the memory that the call reads and writes, and put a view of it in the place of a cache."""
+        past = named.get("past_key_values")
+        if isinstance(past, RecurrentCache):
+            if self.stream is not None and past.memory is not self.stream:
+                raise AttnPatchError("past_key_values comes from outside of the open stream; pass it after the stream.")
+            return past.memory
+        if past is not None and (type(past) is not DynamicCache or past.get_seq_length()):
+            raise AttnPatchError(
+                f"past_key_values is a {type(past).__name__} of {past.get_seq_length()} tokens; a model with segment "
+                "recurrence makes its own cache, of constant size: pass none, or the one that it returned."
+            )
+        wanted = named.get("use_cache")
+        wanted = getattr(self.config, "use_cache", True) if wanted is None else wanted
+        checkpointing = getattr(module, "gradient_checkpointing", False) and module.training
+        if checkpointing or not (wanted or past is not None):
+            named["past_key_values"] = None
+            return self.stream
+        memory = Memory() if self.stream is None else self.stream
+        named["past_key_values"] = RecurrentCache(memory)
+        return memory
+
+    def _tokens(self, named: dict[str, Any], batch: int, columns: int, memory: Memory) -> tuple[Tokens, bool]:
+        """Return the new columns, and whether their positions are what the decoder would use anyway."""
+        mask, given = named.get("attention_mask"), named.get("position_ids")
+        if isinstance(mask, Tensor) and mask.dim() != 2:
+            raise AttnPatchError(f"attention_mask of shape {tuple(mask.shape)}: a memory takes (batch, tokens) only.")
+        keep = torch.ones(batch, columns, dtype=torch.bool)
+        if mask is not None and mask.shape[1] >= columns:
+            keep = mask[:, -columns:].bool().cpu()
+        number = memory.count[:, None] + keep.long().cumsum(1) - 1
+        _check_gaps(keep, memory.count)
+        plain = memory.empty and columns <= self.segments.length
+        if given is not None:
+            place = given.cpu().long().expand(batch, -1)
+            _check_packed(place, keep, plain and not self._keeps(named))
+        elif plain:
+            place = torch.arange(columns).expand(batch, -1)
+        else:
+            place = number + memory.shift[:, None]
+        if self.bounded and not plain:
+            place = number - self.segments.start(number)
+        return Tokens(keep, torch.where(keep, number, NOBODY), place), plain
+
+    def _keeps(self, named: dict[str, Any]) -> bool:
+        return self.stream is not None or named.get("past_key_values") is not None
+
+    def _check_rows(self, tokens: Tokens) -> None:
+        last = int(tokens.place.max())
+        if self.rows is not None and last >= self.rows:
+            raise AttnPatchError(
+                f"position {last} was reached and the model's table has {self.rows}; positions='bounded' begin anew "
+                "with each segment."
+            )
+
+
+def _check_gaps(keep: Tensor, count: Tensor) -> None:
+    """Refuse padding between tokens of a row: it stands before a document, or behind it."""
+    rises = keep.long().diff(dim=1, prepend=(count > 0).long()[:, None]) > 0
+    bad = rises.sum(1) > (count == 0).long()
+    if bool(bad.any()):
+        row = int(bad.to(torch.uint8).argmax())
+        raise AttnPatchError(
+            f"row {row}: padding between tokens of one document; pad on the right in a stream, or reset([{row}]) where "
+            "another document begins."
+        )
+
+
+def _check_packed(place: Tensor, keep: Tensor, allowed: bool) -> None:
+    steps = place.diff(dim=1) != 1
+    if not allowed and bool((steps & keep[:, 1:] & keep[:, :-1]).any()):
+        raise AttnPatchError(
+            "position_ids that do not count up (packed documents, images): a memory takes one document a row; give "
+            "each its row, and reset(rows) where another begins."
+        )
+
+
+def recurrent_of(module: nn.Module) -> Recurrent | None:
+    """Return an attention module's part in a recurrence, or None."""
+    found = vars(module).get("recurrence")
+    return found if isinstance(found, Recurrent) else None
+
+
+def recalling_of(module: nn.Module) -> Recalling | None:
+    """Return the hook that hands a decoder its memory, or None."""
+    hooks = module._forward_pre_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, Recalling)), None)

@@ -1,0 +1,76 @@
+"""Streams: calls of a model that go on where the last one stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+
+from torch import Tensor, nn
+
+from ..errors import AttnPatchError
+from .memory import Memory
+from .modules import Recalling, recalling_of
+
+
+class Stream:
+    """A memory that is carried across calls while its ``with`` block lasts; see :func:`stream`."""
+
+    def __init__(self, hook: Recalling, memory: Memory):
+        self._hook, self._memory = hook, memory
+
+    def __enter__(self) -> Stream:
+        if self._hook.stream is not None:
+            raise AttnPatchError("the model has an open stream; its rows would be mixed up with those of another.")
+        self._hook.open(self._memory)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hook.open(None)
+
+    def reset(self, rows: Iterable[int] | Tensor | None = None) -> None:
+        """Let rows begin another document.
+
+        Args:
+            rows: their numbers, or bool of shape (batch,); None for all, and then the batch may have another size.
+
+        Raises:
+            AttnPatchError: there is no such row.
+        """
+        self._memory.reset(rows)
+
+    @property
+    def tokens(self) -> list[int]:
+        """How many tokens each row has read since it began."""
+        return [int(n) for n in self._memory.count]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the memory as named tensors: with the model's, all that a resumed run needs."""
+        return self._memory.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self._memory.load_state_dict(state)
+
+
+def stream(model: nn.Module) -> Stream:
+    """Carry the memory of a model with segment recurrence across calls.
+
+    ``with ap.stream(model) as stream:`` every call goes on where the last one stopped, row by row, whatever its length;
+    ``stream.reset([2])`` lets row 2 begin another document. Padding stands behind a document. Within the block the
+    memory may be left and entered again.
+
+    Args:
+        model: patched by ``patch_segment_recurrence``; wrappers (DDP, PEFT) are looked through.
+
+    Raises:
+        AttnPatchError: the model has no memory, or more than one.
+    """
+    found = [hook for module in model.modules() if (hook := recalling_of(module)) is not None]
+    if len(found) != 1:
+        raise AttnPatchError(
+            f"{type(model).__name__}: {len(found)} of its modules have a memory, wanted one; apply "
+            "patch_segment_recurrence first."
+        )
+    return Stream(found[0], Memory())

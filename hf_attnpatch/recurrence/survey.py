@@ -1,0 +1,97 @@
+"""How each attention module turns its keys by position, found by running the model at one position and at another.
+
+What keys did in between is compared with each way of turning that is known, so that no table of families is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from ..anatomy import Anatomy
+from ..backends import register
+from ..edits import SetAttention, SetAttribute
+from ..errors import UnsupportedArchitecture
+from ..functional.rerotation import Turning
+from ..masks import sdpa_mask
+from ..probe import TOLERANCE, default_inputs, largest_difference, logits_under
+
+STATIC = ("default", "linear", "yarn", "llama3", "proportional")  # the same angles at every length
+_LISTENING = "listening_sdpa"
+_BY = 7  # positions between the two runs
+Way = tuple[str, str, bool, int]  # rotary module, its buffer, interleaved, first dimension
+
+
+class Keys:
+    """Stands on an attention module while a model is read: the keys it attended to, (batch, kv heads, k, d)."""
+
+    def __init__(self) -> None:
+        self.found: list[Tensor] = []
+
+
+def ways(model: PreTrainedModel, anatomy: Anatomy, paths: Sequence[str]) -> dict[str, Way | None]:
+    """Return how each attention module turns its keys; None for one that does not.
+
+    Raises:
+        UnsupportedArchitecture: one turns them in a way that is not known.
+    """
+    if not anatomy.rotary:
+        return dict.fromkeys(paths)
+    before, after = _keys(model, paths, 0), _keys(model, paths, _BY)
+    return {path: _way(model, anatomy, path, before[path], after[path]) for path in paths}
+
+
+def _keys(model: PreTrainedModel, paths: Sequence[str], place: int) -> dict[str, Tensor]:
+    listeners = {path: Keys() for path in paths}
+    edits = [SetAttribute(path, "listener", listener) for path, listener in listeners.items()]
+    ids = default_inputs(model)["input_ids"][:1]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.full_like(ids, place)}
+    logits_under(model, [*edits, SetAttention("", _LISTENING, register_listening)], inputs)
+    silent = next((path for path, listener in listeners.items() if len(listener.found) != 1), None)
+    if silent is not None:
+        times = len(listeners[silent].found)
+        raise UnsupportedArchitecture(
+            f"{silent}: ran {times} times in one forward, wanted once, with a memory of its own."
+        )
+    return {path: listener.found[0] for path, listener in listeners.items()}
+
+
+def register_listening() -> None:
+    """Make the attention function known that only listens to keys."""
+    register(_LISTENING, _listen, sdpa_mask)
+
+
+def _listen(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+    found = vars(module).get("listener")
+    if isinstance(found, Keys):
+        found.found.append(key.detach())
+    return sdpa_attention_forward(module, query, key, *args, **kwargs)
+
+
+def _way(model: PreTrainedModel, anatomy: Anatomy, path: str, before: Tensor, after: Tensor) -> Way | None:
+    allowed = 5 * max(TOLERANCE.get(before.dtype, 1e-2), TOLERANCE[torch.float32])
+    if largest_difference(before, after) <= allowed / 5:
+        return None
+    for name, buffer, turning in _turnings(model, anatomy, before.shape[-1]):
+        by = turning.table(torch.full((before.shape[2],), _BY, device=before.device), before.dtype)
+        if largest_difference(after, turning.turn(before, by)) <= allowed:
+            return name, buffer, turning.interleaved, turning.first
+    raise UnsupportedArchitecture(
+        f"{path}: its keys turn with position in none of the ways that are known (halves or neighbours, all of a head, "
+        "its first or its last dimensions); positions='running' needs no turning."
+    )
+
+
+def _turnings(model: PreTrainedModel, anatomy: Anatomy, width: int) -> Iterator[tuple[str, str, Turning]]:
+    for rotary in anatomy.rotary:
+        for name, buffer in model.get_submodule(rotary.path).named_buffers(recurse=False):
+            if not name.endswith("inv_freq") or "original" in name or buffer.dim() != 1 or 2 * len(buffer) > width:
+                continue
+            for first in dict.fromkeys((0, width - 2 * len(buffer))):
+                for interleaved in (False, True):
+                    yield rotary.path, name, Turning(buffer, interleaved, first)

@@ -1,0 +1,108 @@
+"""The fields that say how a rope scaling is to be made, and what they may be."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+from ..errors import AttnPatchError
+
+# the same angles at every length: any of them can be written as longrope
+STATIC = ("linear", "ntk", "ntk_by_parts", "yarn", "llama3", "resonance", "clipped")
+KINDS = (*STATIC, "longrope", "dynamic", "dynamic_yarn")
+ALWAYS_CHANGE = ("resonance", "clipped")  # other angles even where the window is not to grow
+SHARPENED = ("yarn", "dynamic_yarn", "longrope")  # cos and sin take a factor of their own
+
+
+def check_number(name: str, value: object, at_least: float | None = None) -> None:
+    """Refuse what is not a finite number above 0 (or at least ``at_least``).
+
+    Raises:
+        AttnPatchError: says the field, what was found and what was wanted.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or (value <= 0 if at_least is None else value < at_least):  # type: ignore[operator]  # a number by now
+        wanted = "above 0" if at_least is None else f"of at least {at_least:g}"
+        raise AttnPatchError(f"{name} is {value!r}; it must be a finite number {wanted}.")
+
+
+def checked_factors(name: str, value: object, kind: str) -> tuple[float, ...] | None:
+    """Return per-frequency divisors as a tuple.
+
+    Raises:
+        AttnPatchError: not a list of finite numbers above 0, or given for another kind than ``longrope``.
+    """
+    if value is None:
+        return None
+    if kind != "longrope":
+        raise AttnPatchError(f"{name} belongs to kind='longrope'; kind={kind!r} would ignore it.")
+    if not isinstance(value, (list, tuple)):
+        raise AttnPatchError(f"{name} is {value!r}; it must be a list, one divisor for each rotated frequency.")
+    for i, each in enumerate(value):
+        check_number(f"{name}[{i}]", each)
+    return tuple(float(each) for each in value)
+
+
+class Scaling(Protocol):
+    """The fields of ``RopeScaling`` that say how to scale."""
+
+    @property
+    def kind(self) -> str: ...  # noqa: D102 - see RopeScaling
+    @property
+    def factor(self) -> float: ...  # noqa: D102 - see RopeScaling
+    @property
+    def beta_fast(self) -> float: ...  # noqa: D102 - see RopeScaling
+    @property
+    def beta_slow(self) -> float: ...  # noqa: D102 - see RopeScaling
+    @property
+    def low_freq_factor(self) -> float: ...  # noqa: D102 - see RopeScaling
+    @property
+    def high_freq_factor(self) -> float: ...  # noqa: D102 - see RopeScaling
+    @property
+    def long_factor(self) -> tuple[float, ...] | None: ...  # noqa: D102 - see RopeScaling
+    @property
+    def short_factor(self) -> tuple[float, ...] | None: ...  # noqa: D102 - see RopeScaling
+    @property
+    def attention_factor(self) -> float | None: ...  # noqa: D102 - see RopeScaling
+    @property
+    def layer_types(self) -> tuple[str, ...] | None: ...  # noqa: D102 - see RopeScaling
+    @property
+    def per_request(self) -> bool: ...  # noqa: D102 - see RopeScaling
+    @property
+    def trained_length(self) -> int | None: ...  # noqa: D102 - see RopeScaling
+    @property
+    def truncate(self) -> bool: ...  # noqa: D102 - see RopeScaling
+    @property
+    def clip_frequencies(self) -> int | None: ...  # noqa: D102 - see RopeScaling
+
+
+def check_belonging(want: Scaling) -> None:
+    """Refuse fields of one kind that are given with another, which would ignore them.
+
+    Raises:
+        AttnPatchError: says the field and the kinds that it belongs to.
+    """
+    ramps = ("yarn", "ntk_by_parts", "dynamic_yarn")
+    for name, idle, kinds in (
+        ("attention_factor", want.attention_factor is None, SHARPENED),
+        ("truncate", want.truncate is True, ramps),
+        ("clip_frequencies", want.clip_frequencies is None, ("clipped",)),
+    ):
+        if not idle and want.kind not in kinds:
+            raise AttnPatchError(f"{name} belongs to kind={' or '.join(kinds)}; kind={want.kind!r} would ignore it.")
+    for name in ("truncate", "per_request"):
+        if getattr(want, name) not in (True, False) or not isinstance(getattr(want, name), bool):
+            raise AttnPatchError(f"{name} is {getattr(want, name)!r}; it must be True or False.")
+    if want.trained_length is not None and not want.per_request:
+        raise AttnPatchError(
+            "trained_length belongs to per_request=True; without, the config says what was trained on."
+        )
+    for name, least in (("clip_frequencies", 2), ("trained_length", 1)):
+        count = getattr(want, name)
+        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < least):
+            raise AttnPatchError(f"{name} is {count!r}; it must be a number, at least {least}.")
+
+
+def changes_something(want: Scaling) -> bool:
+    """Whether a scaling changes any angle."""
+    return bool(want.factor != 1 or want.long_factor or want.short_factor or want.kind in ALWAYS_CHANGE)

@@ -1,0 +1,126 @@
+"""Angles of each row of a batch by the factor of its own request."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from ..errors import AttnPatchError
+from ..twin import Change
+from .config import scaled_fields
+from .request_length import Requests, chosen
+
+_KEPT = 32  # rotary modules of as many lengths; one is a vector
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A scaling whose factor follows from the length of the request.
+
+    Attributes:
+        want: a ``RopeScaling``; the factor that it brings is for ``dynamic``, and for given ``longrope`` divisors.
+        trained: window in tokens up to which nothing changes.
+        compose: whether the kind has to be written as ``longrope``.
+    """
+
+    want: Any
+    trained: int
+    compose: bool
+
+    def at(self, length: int) -> Any:
+        """Return the static scaling of a request of so many tokens."""
+        want, ratio = self.want, length / self.trained
+        fields: dict[str, Any] = {"factor": ratio}
+        if want.kind == "dynamic":
+            fields = {"kind": "ntk", "factor": want.factor * ratio - (want.factor - 1)}
+        elif want.kind == "dynamic_yarn":
+            fields = {"kind": "yarn", "factor": ratio}
+        elif want.long_factor is not None:
+            fields = {}
+        return dataclasses.replace(want, per_request=False, trained_length=None, **fields)
+
+    def config(self, config: PretrainedConfig, module: nn.Module, length: int) -> PretrainedConfig:
+        """Return a copy of a config for requests of so many tokens, at every position of them."""
+        with torch.device("cpu"):  # numbers, also where a model is being built without
+            fields, _ = scaled_fields(self.at(length), config, module, self.trained, self.compose)
+        fields["rope_parameters"] = _unswitched(fields["rope_parameters"])
+        copied = copy.copy(config)
+        for name, value in fields.items():
+            Change("", name, value).assign(copied)
+        return copied
+
+
+class RequestAngles:
+    """Forward hook of a rotary module: rows of requests beyond the trained window get the angles of their own factor.
+
+    Those are computed by a stock rotary module built for that factor, so that a row has the bits of a model that was
+    scaled by it; rows within the window have those of the module itself.
+
+    Args:
+        requests: shared by the hooks of the model.
+        growth: factor by length.
+        names: of the parameters of the module's forward, in order.
+    """
+
+    def __init__(self, requests: Requests, growth: Growth, names: tuple[str, ...]):
+        self.requests, self.growth, self.names = requests, growth, names
+        self.modules: OrderedDict[tuple[int, str], nn.Module] = OrderedDict()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # decides by numbers that are none of the graph's
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+        """Return the angles of every row, or None to keep the module's."""
+        named = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        hidden, positions = named[self.names[0]], named["position_ids"]
+        lengths = chosen(self.requests, hidden.shape[0])
+        if set(lengths) == {self.requests.trained}:
+            return None
+        if len(set(lengths)) == 1:
+            return self._module(module, lengths[0], hidden.device)(**named)
+        if positions.dim() != 2:
+            raise AttnPatchError(
+                f"{type(module).__name__}: position_ids of shape {tuple(positions.shape)}; requests of different "
+                "length in one batch need one row of positions each. Run them one by one."
+            )
+        return self._mixed(module, named, positions.expand(hidden.shape[0], -1), lengths)
+
+    def _mixed(self, module: nn.Module, named: dict[str, Any], positions: Tensor, lengths: tuple[int, ...]) -> Any:
+        """Compute each length's rows by its own module, and put them back in order."""
+        parts, order = [], []
+        for length in dict.fromkeys(lengths):
+            rows = [row for row, n in enumerate(lengths) if n == length]
+            hidden = named[self.names[0]][:1].expand(
+                len(rows), *named[self.names[0]].shape[1:]
+            )  # gives dtype and device
+            inputs = {**named, self.names[0]: hidden, "position_ids": positions[rows]}
+            own = module.forward if length == self.requests.trained else self._module(module, length, hidden.device)
+            parts.append(own(**inputs))
+            order += rows
+        back = torch.tensor(order, device=positions.device).argsort()
+        if isinstance(parts[0], Tensor):
+            return torch.cat(parts)[back]
+        return type(parts[0])(torch.cat(each)[back] for each in zip(*parts, strict=True))
+
+    def _module(self, module: nn.Module, length: int, device: torch.device) -> nn.Module:
+        key = (length, str(device))
+        if key not in self.modules:
+            if len(self.modules) >= _KEPT:
+                self.modules.popitem(last=False)
+            kind: Any = type(module)
+            with torch.device("cpu"):
+                made: nn.Module = kind(self.growth.config(module.config, module, length))
+            self.modules[key] = made.to(device)
+        return self.modules[key]
+
+
+def _unswitched(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return rope parameters whose ``longrope`` divisors are those beyond the window at every position."""
+    new = {key: _unswitched(value) if isinstance(value, Mapping) else value for key, value in parameters.items()}
+    return {**new, "short_factor": list(new["long_factor"])} if new.get("rope_type") == "longrope" else new

@@ -1,0 +1,235 @@
+"""How long a request will become: told once, by ``generate`` or by the user, and kept by the request's cache.
+
+Angles that depend on the length of the text must not change while it is decoded, because keys stay in the cache as
+they were turned. So a length is chosen for each row of a batch when its request begins, and never changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from ..errors import AttnPatchError
+
+Lengths = tuple[int, ...]  # tokens, one number for each row of a batch, or one for all
+
+
+class Requests:
+    """What the hooks of one model share.
+
+    Attributes:
+        trained: tokens that the model was trained on; up to there all lengths count as one.
+    """
+
+    def __init__(self, trained: int):
+        self.trained = trained
+
+    def served(self, lengths: Lengths) -> Lengths:
+        """Return lengths of which each stands for its own angles."""
+        return tuple(max(length, self.trained) for length in lengths)
+
+
+# Per thread, as two threads may run one model: the forward in progress, what `request` says, what `generate` found.
+_FORWARD: ContextVar[tuple[Requests, Lengths] | None] = ContextVar("hf_attnpatch_forward", default=None)
+_TOLD: ContextVar[tuple[tuple[Requests, Lengths], ...]] = ContextVar("hf_attnpatch_told", default=())
+_GENERATING: ContextVar[tuple[tuple[Requests, Lengths | None], ...]] = ContextVar("hf_attnpatch_generating", default=())
+
+
+@contextlib.contextmanager
+def request(model: nn.Module, length: int | Sequence[int]) -> Iterator[None]:
+    """Say how long the requests of the forwards in this block will become, for a model scaled ``per_request``.
+
+    Not needed for ``generate`` (prompt and ``max_new_tokens`` tell it) nor for a forward over whole texts. Needed where
+    a text grows through a cache by one's own forwards, or by several calls of ``generate``, beyond the trained window.
+
+    Args:
+        model: patched, or a wrapper around it.
+        length: tokens of the whole request, what is to be generated included; one number, or one for each row.
+
+    Raises:
+        AttnPatchError: the model chooses nothing by request, or a length is not a number of tokens.
+    """
+    requests = requests_of(model)
+    if requests is None:
+        raise AttnPatchError(
+            f"{type(model).__name__}: no scaling here is chosen per request; patch it with per_request=True first."
+        )
+    lengths = tuple(length) if isinstance(length, Sequence) and not isinstance(length, str) else (length,)
+    if not lengths or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in lengths):
+        raise AttnPatchError(f"length is {length!r}; it must be a number of tokens, or a list of one for each row.")
+    token = _TOLD.set((*_TOLD.get(), (requests, lengths)))
+    try:
+        yield
+    finally:
+        _TOLD.reset(token)
+
+
+def requests_of(model: nn.Module) -> Requests | None:
+    """Return what the hooks of a model share, or None where nothing is chosen per request."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return next((hook.requests for hook in hooks if isinstance(hook, ChooseLengths)), None)
+
+
+def chosen(requests: Requests, rows: int) -> Lengths:
+    """Return the served length of each row of the forward in progress.
+
+    Raises:
+        AttnPatchError: the rotary module was not called from the forward that it belongs to.
+    """
+    found = _FORWARD.get()
+    if found is None or found[0] is not requests:
+        raise AttnPatchError("the rotary module was called outside its model, which tells it how long requests are.")
+    return requests.served(_spread(found[1], rows))
+
+
+class ChooseLengths:
+    """Forward pre-hook of a decoder (or encoder): chooses the length of each row, or keeps what was chosen.
+
+    Args:
+        requests: shared by the hooks of the model.
+        names: of the parameters of the forward, in order.
+    """
+
+    def __init__(self, requests: Requests, names: tuple[str, ...]):
+        self.requests, self.names = requests, names
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # numbers from tensors: never part of a graph
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Look, and change nothing."""
+        named = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if named.get("cu_seq_lens_q") is not None or named.get("block_table") is not None:
+            raise AttnPatchError(
+                f"{type(module).__name__}: requests packed into one row have one length for all of them here; "
+                "per_request needs one row for each (no continuous batching, no packed training)."
+            )
+        cache = named.get("past_key_values")
+        past = _past(cache)
+        now = _lengths(named, past)
+        lengths = self._of(now, cache if past else None)
+        for row, (n, limit) in enumerate(zip(now, self.requests.served(lengths), strict=True)):
+            if n > limit:
+                _refuse(f"row {row} is {n} tokens long, in a request for which {lengths[row]} were chosen")
+        if cache is not None:
+            remember(cache, lengths)
+        _FORWARD.set((self.requests, lengths))
+
+    def _of(self, now: Lengths, cache: Any) -> Lengths:
+        """Return the length of each row; ``cache`` holds keys that are turned already, or is None."""
+        told, rows, served = _told(self.requests), len(now), self.requests.served
+        if cache is None:
+            return now if told is None else _spread(told, rows)
+        kept = getattr(cache, "attnpatch_lengths", None)
+        if kept is None:
+            if max(served(told or now)) > self.requests.trained:
+                _refuse("the cache was filled before the scaling was there, or by other hands")
+            return now
+        kept = _spread(kept, rows)
+        if told is not None and served(_spread(told, rows)) != served(kept):
+            _refuse(
+                f"the cache was begun for requests of {_listed(kept)} tokens, and now {_listed(told)} are asked for"
+            )
+        return kept
+
+
+class KeepLengths:
+    """Forward hook of the same module: what was chosen goes with a cache that the forward has just made."""
+
+    def __init__(self, requests: Requests):
+        self.requests = requests
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Mark the cache among the outputs."""
+        values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+        found = _FORWARD.get()
+        for cache in (value for value in values if isinstance(value, Cache)):
+            if found is not None and found[0] is self.requests:
+                remember(cache, found[1])
+        _FORWARD.set(None)
+
+
+def remember(cache: Any, lengths: Lengths) -> None:
+    """Let a cache carry the lengths that its keys were turned for, through copies too."""
+    cache.attnpatch_lengths = lengths
+
+
+@contextlib.contextmanager
+def generating(requests: Requests) -> Iterator[None]:
+    """Mark a call of ``generate``, whose lengths are not known yet."""
+    token = _GENERATING.set((*_GENERATING.get(), (requests, None)))
+    try:
+        yield
+    finally:
+        _GENERATING.reset(token)
+
+
+def found_by_generate(requests: Requests, lengths: Lengths) -> None:
+    """Set the lengths of the call in progress.
+
+    Raises:
+        AttnPatchError: ``generate`` was called past the instance, or leads beyond what :func:`request` says.
+    """
+    frames = _GENERATING.get()
+    if not frames or frames[-1][0] is not requests:
+        raise AttnPatchError("generate was called past the model it belongs to; call model.generate(...).")
+    told = _explicit(requests)
+    if told is not None and any(
+        a > b for a, b in zip(lengths, requests.served(_spread(told, len(lengths))), strict=True)
+    ):
+        _refuse(f"generate leads to {_listed(lengths)} tokens, and the requests were said to have {_listed(told)}")
+    _GENERATING.set((*frames[:-1], (requests, lengths)))
+
+
+def _told(requests: Requests) -> Lengths | None:
+    found = _explicit(requests)
+    if found is None:
+        frames = _GENERATING.get()
+        found = frames[-1][1] if frames and frames[-1][0] is requests else None
+    return found
+
+
+def _explicit(requests: Requests) -> Lengths | None:
+    return next((lengths for owner, lengths in reversed(_TOLD.get()) if owner is requests), None)
+
+
+def _spread(lengths: Lengths, rows: int) -> Lengths:
+    """Return one length for each row; several rows for each, as for beams, follow one another."""
+    if rows % len(lengths):
+        if len(set(lengths)) == 1:
+            return lengths[:1] * rows
+        raise AttnPatchError(f"{rows} rows in a batch, but lengths of {len(lengths)} requests; give one for each row.")
+    return tuple(length for length in lengths for _ in range(rows // len(lengths)))
+
+
+def _past(cache: Any) -> int:
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+
+
+def _lengths(named: Mapping[str, Any], past: int) -> Lengths:
+    """Return how long the text of each row is by now."""
+    inputs = next(named[name] for name in ("input_ids", "inputs_embeds") if isinstance(named.get(name), Tensor))
+    rows, positions, mask = int(inputs.shape[0]), named.get("position_ids"), named.get("attention_mask")
+    if isinstance(positions, Tensor):
+        last = positions.amax(-1)
+        last = last.amax(0) if last.dim() > 1 else last  # several axes
+        return _spread(tuple(int(n) + 1 for n in last.view(-1).tolist()), rows)
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return tuple(int(n) for n in mask.ne(0).sum(-1).tolist())
+    return (past + int(inputs.shape[1]),) * rows
+
+
+def _listed(lengths: Lengths) -> str:
+    return " and ".join(str(n) for n in dict.fromkeys(lengths))
+
+
+def _refuse(found: str) -> NoReturn:
+    raise AttnPatchError(
+        f"{found}; angles follow from the length of the whole request, and those of keys in a cache stay. Say it "
+        "before the first token: `with hf_attnpatch.request(model, length): ...`."
+    )

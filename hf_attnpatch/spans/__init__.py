@@ -1,0 +1,1 @@
+"""Attention that sees distances otherwise than they are, without training."""

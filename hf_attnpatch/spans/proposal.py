@@ -1,0 +1,166 @@
+"""What the patches that change distances have in common: lengths, reading the model, edits, the choice of a kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, cast
+
+from transformers import PreTrainedModel
+
+from ..anatomy import Anatomy
+from ..configs import config_at
+from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
+from ..errors import AttnPatchError, UnsupportedArchitecture
+from ..functional.spans import Sinks, Span
+from ..patch import Patch, Proposal
+from ..probe import default_inputs, logits_under, trial
+from ..sites import Site
+from .backends import BACKENDS, register_spans
+from .modules import PREFIX, Evicting, SpanGuard, Spanned, span_of
+from .survey import Found, as_found, survey
+
+
+class Spanning(Protocol):
+    """The fields that every patch of distances has."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102 - see Patch
+    @property
+    def trained(self) -> int | None: ...  # noqa: D102 - tokens that the model handles by itself
+    @property
+    def backend(self) -> str: ...  # noqa: D102 - auto, sdpa or eager
+    @property
+    def found(self) -> Any: ...  # noqa: D102 - what the survey found
+
+
+def check_fields(patch: Patch, backend: str, **lengths: int | None) -> None:
+    """Refuse what is no length, and backends that do not exist.
+
+    Raises:
+        AttnPatchError: says the field, what was found and what was wanted.
+    """
+    if backend not in BACKENDS:
+        raise AttnPatchError(f"backend {backend!r} does not exist; choose from {', '.join(BACKENDS)}.")
+    for name, value in lengths.items():
+        least = 0 if name in ("num_sinks", "start") else 1 if name == "group" else 2
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise AttnPatchError(f"{patch.name}: {name} is {value!r}; it must be a whole number, at least {least}.")
+
+
+def trained_length(patch: Spanning, anatomy: Anatomy) -> int:
+    """Return how many tokens the model handles by itself.
+
+    Raises:
+        UnsupportedArchitecture: neither the patch nor the config says.
+    """
+    length = patch.trained or anatomy.max_positions
+    if not isinstance(length, int) or length < 8:
+        raise UnsupportedArchitecture(
+            f"{anatomy.architecture}: its config declares a context of {length!r} tokens; pass trained=, the length it "
+            "was trained at."
+        )
+    return length
+
+
+def target_length(patch: Patch, target: int | None, trained: int) -> int:
+    """Return the length to reach, four times the trained one unless given.
+
+    Raises:
+        AttnPatchError: it is not above the trained length.
+    """
+    if target is not None and target <= trained:
+        raise AttnPatchError(
+            f"{patch.name}: target {target} is not above the {trained} tokens that the model handles by itself; there "
+            "is nothing to extend."
+        )
+    return 4 * trained if target is None else target
+
+
+def within(patch: Patch, trained: int, **lengths: int) -> None:
+    """Refuse distances that the model has never seen.
+
+    Raises:
+        AttnPatchError: one of them is above the trained length.
+    """
+    for name, value in lengths.items():
+        if value > trained:
+            raise AttnPatchError(
+                f"{patch.name}: {name} {value} is above the {trained} tokens that the model was trained on, so that "
+                "distances within it are as foreign to it as those beyond; choose it smaller."
+            )
+
+
+def spanned(
+    patch: Spanning, model: PreTrainedModel, anatomy: Anatomy, span: Span, small: Span, notes: Sequence[str]
+) -> Proposal:
+    """Return the proposal of a patch whose fields are all chosen.
+
+    Args:
+        patch: with every length filled in.
+        model: as in :meth:`Patch.propose`.
+        anatomy: likewise.
+        span: what the patch makes of distances.
+        small: the same kind, so short that a few tokens reach beyond it; the kernels are compared on it.
+        notes: for the report.
+
+    Raises:
+        UnsupportedArchitecture: no module can be served, or no kernel runs here.
+    """
+    held = next((path for path, module in model.named_modules() if span_of(module) is not None), None)
+    if held is not None:
+        raise UnsupportedArchitecture(f"{held}: sees distances by a patch of this package already; revert it first.")
+    found, left = (as_found(patch.found), []) if patch.found else survey(model, anatomy)
+    edits = [*_edits(model, anatomy, found, span), *_caches(model, found, span)]
+    kernel, said = _kernel(patch, model, [*_edits(model, anatomy, found, small)])
+    return Proposal(
+        (*edits, _attention(kernel)),
+        tuple(found),
+        (*notes, *left, *said),
+        stock=False,
+        claims=("the positions",),
+        patch=cast(Patch, dataclasses.replace(cast(Any, patch), found=found)),
+    )
+
+
+def _edits(model: PreTrainedModel, anatomy: Anatomy, found: Found, span: Span) -> Iterator[Edit]:
+    sites: dict[str, Site] = {site.path: site for site in anatomy.sites}
+    for path, (rotary, buffer, interleaved, first) in found.items():
+        held = Spanned(span, model.get_submodule(rotary), buffer, interleaved, first)
+        yield SetAttribute(path, "span", held)
+        config = config_at(model, sites[path].config) if path in sites else model.get_submodule(path).config
+        yield AddPreHook(path, SpanGuard(config), "refuses to run with other distances")
+
+
+def _caches(model: PreTrainedModel, found: Found, span: Span) -> Iterator[Edit]:
+    if not isinstance(span, Sinks):
+        return
+    for path in found:
+        module = model.get_submodule(path)
+        number = getattr(module, "layer_idx", None)
+        if not isinstance(number, int):
+            raise UnsupportedArchitecture(f"{path}: does not say which layer of a cache is its own.")
+        names = tuple(inspect.signature(module.forward).parameters)
+        yield AddPreHook(path, Evicting(names, span, number), "an empty cache becomes one that lets go")
+
+
+def _attention(kernel: str) -> SetAttention:
+    return SetAttention("", PREFIX + kernel, register_spans)
+
+
+def _kernel(patch: Spanning, model: PreTrainedModel, edits: list[Edit]) -> tuple[str, list[str]]:
+    """Return the kernel and what to say about it; flash calls are compared with the dense way on a few tokens."""
+    if patch.found:  # a checkpoint that is being loaded cannot run yet
+        asked = model.config._attn_implementation.removeprefix(PREFIX)
+        return (patch.backend if patch.backend != "auto" else asked if asked in BACKENDS[1:] else "sdpa"), []
+    inputs = default_inputs(model)
+    reference = logits_under(model, [*edits, _attention("eager")], inputs)
+    if patch.backend == "eager":
+        return "eager", ["dense, with every score in memory"]
+    why = trial(model, [*edits, _attention("sdpa")], inputs, reference, backward=False)
+    if why is not None:
+        raise UnsupportedArchitecture(
+            f"{type(model).__name__}: flash calls cannot be merged here: {why}. backend='eager' computes it densely."
+        )
+    return "sdpa", ["flash calls merged by log-sum-exp, equal to the dense way on a few tokens"]
