@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         JetLong,
         NoPosition,
         PositionTable,
+        RelativeXl,
         ReRope,
         RopeScaling,
         Rotary,
@@ -82,6 +83,7 @@ patch_jet_long = _one_line("jet_long", "JetLong")
 patch_no_position = _one_line("no_position", "NoPosition")
 patch_position_table = _one_line("position_table", "PositionTable")
 patch_re_rope = _one_line("re_rope", "ReRope")
+patch_relative_xl = _one_line("relative_xl", "RelativeXl")
 patch_rope_scaling = _one_line("rope_scaling", "RopeScaling")
 patch_rotary = _one_line("rotary", "Rotary")
 patch_segment_recurrence = _one_line("segment_recurrence", "SegmentRecurrence")
@@ -110,6 +112,7 @@ __all__ = [
     "PositionTable",
     "Published",
     "ReRope",
+    "RelativeXl",
     "Report",
     "RopeScaling",
     "RopeSearch",
@@ -138,6 +141,7 @@ __all__ = [
     "patch_no_position",
     "patch_position_table",
     "patch_re_rope",
+    "patch_relative_xl",
     "patch_rope_scaling",
     "patch_rotary",
     "patch_segment_recurrence",
@@ -172,6 +176,7 @@ _DEFINES = {
         "JetLong",
         "NoPosition",
         "PositionTable",
+        "RelativeXl",
         "ReRope",
         "RopeScaling",
         "Rotary",

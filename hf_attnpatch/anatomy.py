@@ -15,6 +15,7 @@ from .configs import config_path
 from .errors import UnsupportedArchitecture
 from .positions.added import CHILD, LearnedPositions, SinusoidalPositions
 from .positions.modules import alibi_of, bias_left_out, turns_nothing
+from .positions.relative import relative_of
 from .positions.turning import rotation_of
 from .sites import Site, read_sites
 
@@ -54,6 +55,7 @@ class Anatomy:
         stilled: modules computing rotary angles that this package made turn nothing.
         inner: paths of attention modules that rotate by a table of their own.
         turned: paths of the modules that this package made rotate.
+        relative: paths of the modules that this package gave Transformer-XL's position terms.
         added: what this package adds to the embeddings: ``sinusoidal``, ``table`` or, for nothing, an empty string.
         base: path of the language model proper, which gets token ids and holds all attention; None where not found.
     """
@@ -71,6 +73,7 @@ class Anatomy:
     stilled: tuple[RotaryModule, ...] = ()
     inner: tuple[str, ...] = ()
     turned: tuple[str, ...] = ()
+    relative: tuple[str, ...] = ()
     added: str = ""
     base: str | None = None
 
@@ -80,7 +83,7 @@ class Anatomy:
         found = [
             *(("rotary", self.rotary or self.turned), ("rotary inside the attention module", self.inner)),
             *(("table", self.tables or self.added == "table"), ("sinusoidal", self.added == "sinusoidal")),
-            ("alibi", self.alibi),
+            *(("alibi", self.alibi), ("relative (Transformer-XL)", self.relative)),
         ]
         return " + ".join(name for name, there in found if there) or "none or inside the attention module"
 
@@ -119,6 +122,7 @@ def describe(model: PreTrainedModel) -> Anatomy:
         stilled=tuple(found for found, turns in rotary if not turns),
         inner=tuple(p for p, module in model.named_modules() if inner_table(module) and not turns_nothing(module)),
         turned=tuple(path for path, module in model.named_modules() if rotation_of(module) is not None),
+        relative=tuple(path for path, module in model.named_modules() if relative_of(module) is not None),
         added="" if base is None else _added(model.get_submodule(base)),
         base=base,
     )

@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from .errors import missing_extra
 from .fused.sight import key_mask, present_key_mask
 from .masks import eager_mask, flash_attention_mask, flex_attention_mask, registered, sdpa_mask
-from .positions import alibi_attention, alibi_flash, turning
+from .positions import alibi_attention, alibi_flash, relative, relative_attention, turning
 from .positions.modules import PREFIX
 
 # backend -> the class flag by which a transformers model says that it dispatches to it
@@ -82,6 +82,19 @@ def register_alibi() -> None:
         register(PREFIX + name, attention, mask)
 
 
+def register_relative() -> None:
+    """Make the attention functions with Transformer-XL's position terms known, each with the masks it understands."""
+    flash = {name: (relative_attention.flash(name), flash_attention_mask) for name in _PACKAGE}
+    pairs: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+        "sdpa": (relative_attention.sdpa, key_mask),
+        "eager": (relative_attention.eager, eager_mask),
+        "flex_attention": (relative_attention.flex, alibi_attention.flex_mask),
+        **flash,
+    }
+    for name, (attention, mask) in pairs.items():
+        register(relative.PREFIX + name, attention, mask)
+
+
 def register_rotary() -> None:
     """Make the attention functions that rotate known; masks are those of the kernel that each calls."""
     flash = {name: (alibi_flash.flash(name), flash_attention_mask) for name in _PACKAGE}
@@ -97,7 +110,9 @@ def register_rotary() -> None:
 
 def kernel_of(implementation: str) -> str:
     """Return the kernel that an attention implementation of this package calls, or the implementation itself."""
-    return implementation.removeprefix(PREFIX).removeprefix(turning.PREFIX)
+    for prefix in (PREFIX, turning.PREFIX, relative.PREFIX):
+        implementation = implementation.removeprefix(prefix)
+    return implementation
 
 
 def ranked(device: torch.device) -> tuple[str, ...]:

@@ -12,6 +12,8 @@ import torch
 
 import hf_attnpatch as ap
 
+PRESCALED = ("opt", "xglm")  # these hand scaled queries to their attention
+
 
 def sinusoid(places, width):
     """Attention Is All You Need, section 3.5, entry by entry."""
@@ -49,18 +51,19 @@ def rotary_of(model):
     return head, False
 
 
-def logits(model, ids, scheme, *, keep=None, places=None, theta=10000.0, table=None):
+def logits(model, ids, scheme, *, keep=None, places=None, theta=10000.0, table=None, terms=None):
     """What the model computes with these positions and no others.
 
     Args:
         model: of transformers, unpatched.
         ids: (batch, length).
-        scheme: ``rotary``, ``alibi``, ``sinusoidal``, ``none``, ``table`` (the rows of ``table`` are added to the
-            embeddings) or ``own table``.
+        scheme: ``rotary``, ``alibi``, ``sinusoidal``, ``none``, ``relative``, ``table`` (the rows of ``table`` are
+            added to the embeddings) or ``own table``.
         keep: (batch, length), bool: tokens that are no padding.
         places: positions, (batch or 1, length); counted by default.
         theta: of rotary positions.
         table: (rows, width).
+        terms: path of each attention module -> Transformer-XL's u, v and W, (heads, d), (heads, d), (heads, d, size).
     """
     twin = copy.deepcopy(model).double()
     anatomy = ap.describe(twin)
@@ -73,6 +76,8 @@ def logits(model, ids, scheme, *, keep=None, places=None, theta=10000.0, table=N
         forward = functools.partial(
             _attention, twin.get_submodule(site.path), twin, site, scheme, places, keep, theta, rotary_of(model)
         )
+        if scheme == "relative":
+            forward.keywords["terms"] = terms[site.path]
         twin.get_submodule(site.path).forward = forward
     embeddings = twin.get_input_embeddings()(ids)
     if scheme == "sinusoidal":
@@ -84,7 +89,17 @@ def logits(model, ids, scheme, *, keep=None, places=None, theta=10000.0, table=N
         return twin(inputs_embeds=embeddings, **given).logits
 
 
-def _attention(module, model, site, scheme, places, keep, theta, rotary, hidden_states, *args, **kwargs):
+def distant(query, key, u, v, weight):
+    """Transformer-XL's u k + (q + v) W R(i - j) for (batch, length, heads, d), distance by distance."""
+    length, size = query.shape[1], weight.shape[-1]
+    spin = torch.arange(-length + 1, length).double()[:, None] / 10000 ** (torch.arange(0, size, 2).double() / size)
+    known = torch.einsum("hds,ns->nhd", weight.double(), torch.cat([spin.sin(), spin.cos()], -1))
+    gaps = torch.arange(length)[:, None] - torch.arange(length) + length - 1
+    by_place = torch.einsum("bqhd,qkhd->bhqk", query + v.double(), known[gaps])
+    return by_place + torch.einsum("hd,bkhd->bhk", u.double(), key)[:, :, None]
+
+
+def _attention(module, model, site, scheme, places, keep, theta, rotary, hidden_states, *args, terms=None, **kwargs):
     layout = site.layout
     parts = [module.get_submodule(p)(hidden_states) for p in (layout.query, layout.key, layout.value)]
     query, key, value = (part[..., rows] for part, rows in zip(parts, site.rows(), strict=True))
@@ -95,6 +110,11 @@ def _attention(module, model, site, scheme, places, keep, theta, rotary, hidden_
     key, value = (t.repeat_interleave(groups, 2) for t in (key, value))
     scores = scale * torch.einsum("bqhd,bkhd->bhqk", query, key)
     length = torch.arange(hidden_states.shape[1])
+    if scheme == "relative":
+        u, v, weight = terms
+        if model.config.model_type in PRESCALED:  # what is added to queries is added to scaled ones
+            u, v = u / scale, v / scale
+        scores = scores + scale * distant(query, key, u, v, weight)
     if scheme == "alibi":
         bias = slopes(query.shape[2])[:, None, None] * (length[:, None] - length).abs()
         scores = scores - bias

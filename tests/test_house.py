@@ -52,7 +52,10 @@ MAY_WRITE = {
     "recurrence/survey.py": ("register", "through backends.register, its own name"),
     "recurrence/streams.py": ("load_state_dict", "of its own memory"),
     "recurrence/memory.py": ("keys values", "of a layer that it has just made"),
-    "__init__.py": ("register __class__ __setattr__", "calls foreign.register; the class of its own module"),
+    "__init__.py": (
+        "register __class__ __setattr__ __name__ __qualname__ __doc__",
+        "calls foreign.register; the class of its own module; the names of its one-liners",
+    ),
     "backends.py": ("register", "the only writer of transformers' attention and mask tables"),
     "spans/backends.py": ("register", "through backends.py"),
     "foreign.py": ("register", "teaches the Auto classes our own model type"),

@@ -8,6 +8,7 @@ from snapshot import snapshot
 import hf_attnpatch as ap
 from hf_attnpatch import embedded
 from hf_attnpatch.evaluation import mean_loss
+from hf_attnpatch.heads.calibration_text import shuffled
 from hf_attnpatch.heads.own_text import ROWS
 
 
@@ -92,3 +93,16 @@ def test_models_that_cannot_are_refused(build, fields, words):
 def test_bad_numbers_are_named(fields):
     with pytest.raises(ap.AttnPatchError, match=f"OwnText: {next(iter(fields))} is"):
         ap.OwnText(**fields)
+
+
+def test_texts_of_several_sources_are_mixed():
+    """Some stages look at the first batches only: those must hold something of every source."""
+    text, own = torch.zeros(16, 8, dtype=torch.long), torch.ones(16, 8, dtype=torch.long)
+    (whole,) = shuffled([{"input_ids": text}, {"input_ids": own}], seed=0)
+    assert 3 < int(whole["input_ids"][:16, 0].sum()) < 13
+    short = {"input_ids": torch.full((16, 5), 2)}
+    pieces = [int(batch["input_ids"][0, 0]) for batch in shuffled([{"input_ids": text}, short], seed=0)]
+    assert sorted(pieces) == [0] * 4 + [2] * 4
+    assert pieces not in ([0] * 4 + [2] * 4, [2] * 4 + [0] * 4)
+    alone = shuffled([{"input_ids": torch.arange(6)[:, None]}], seed=3)
+    assert sorted(alone[0]["input_ids"][:, 0].tolist()) == list(range(6))

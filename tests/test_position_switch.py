@@ -13,10 +13,12 @@ from tolerances import ROUNDING
 
 import hf_attnpatch as ap
 from hf_attnpatch.checkpoint import load
+from hf_attnpatch.positions.relative import relative_of
 from hf_attnpatch.probe import largest_difference
 
 FP32 = ROUNDING[torch.float32]
 LENGTH, THETA, ROWS = 24, 500.0, 40
+RELATIVE = "relative (Transformer-XL)"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ SOURCES = [
     Source("bloom-our-rotary", "bloom", "rotary", (ap.Rotary(theta=77.0),)),
     Source("llama-our-sinusoid", "llama", "sinusoidal", (ap.Sinusoidal(amplitude=0.3),)),
     Source("llama-our-table", "llama", "table", (ap.PositionTable(length=30, init="sinusoidal"),)),
+    Source("llama-our-relative", "llama", RELATIVE, (ap.RelativeXl(),)),
+    Source("bloom-our-relative", "bloom", RELATIVE, (ap.RelativeXl(size=8),)),
     Source("llama-none", "llama", "none or inside the attention module", (ap.NoPosition(),)),
     Source("gptj-none", "gptj", "none or inside the attention module", (ap.NoPosition(),)),
     Source("bert-none", "bert", "none or inside the attention module", (ap.NoPosition(),)),
@@ -64,6 +68,7 @@ TARGETS = {
     "sinusoidal": ap.Sinusoidal(),
     "none": ap.NoPosition(),
     "table": ap.PositionTable(length=ROWS, init="sinusoidal"),
+    "relative": ap.RelativeXl(size=10),
 }
 FAST = (
     "gpt2",
@@ -76,12 +81,14 @@ FAST = (
     "falcon-alibi",
     "llama-our-alibi",
     "gpt2-our-rotary",
+    "llama-our-relative",
 )
 # what cannot be, and why; everything else must
 REFUSED = {
     ("llama-our-alibi", "alibi"): "ALiBi already; revert it first",
     ("gpt2-our-alibi", "alibi"): "ALiBi already; revert it first",
     ("bloom-our-alibi", "alibi"): "ALiBi already; revert it first",
+    **{(f"{t}-our-relative", "relative"): "has Transformer-XL's terms already" for t in ("llama", "bloom")},
     **{(s.name, "table"): "init is for a new table" for s in SOURCES if s.has == "table" and s.name != "xglm"},
 }
 NOTHING_TO_DO = {(s.name, "none") for s in SOURCES if s.name.endswith("-none")}
@@ -100,10 +107,19 @@ def _logits(model, **inputs):
         return model(**inputs).logits
 
 
-def _wanted(source, target, ids):
-    """The formula, from the weights that the source had before any patch."""
+def _wanted(source, target, ids, terms):
+    """The formula, from the weights that the source had before any patch; and Transformer-XL's new parameters."""
     table = sinusoid(torch.arange(ROWS), 64)
-    return reference(source.build(patched=False), ids, target, theta=THETA, table=table)
+    return reference(source.build(patched=False), ids, target, theta=THETA, table=table, terms=terms)
+
+
+def _stirred(model):
+    """Give Transformer-XL's parameters, where there are any, other values than those they begin with."""
+    found = {path: relative_of(model.get_submodule(path)) for path in ap.describe(model).relative}
+    generator = torch.Generator().manual_seed(0)
+    for parameter in (p for terms in found.values() for p in terms.parameters()):
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    return {path: (terms.u.detach(), terms.v.detach(), terms.weight.detach()) for path, terms in found.items()}
 
 
 def _decoded(model, ids, mask=None):
@@ -132,9 +148,10 @@ def test_from_every_scheme_to_every_scheme(source, target, tmp_path):
     ids = tiny_inputs(model, length=LENGTH)["input_ids"]
     before, logits = _state(model), _logits(model, input_ids=ids)
     report = ap.apply(model, TARGETS[target])
+    terms = _stirred(model)
     found = _logits(model, input_ids=ids)
 
-    assert largest_difference(_wanted(source, target, ids), found) < FP32
+    assert largest_difference(_wanted(source, target, ids, terms), found) < FP32
     assert target == "none" or target in ap.describe(model).positions
     wide, mask = _padded(ids)
     assert largest_difference(found, _logits(model, input_ids=wide, attention_mask=mask)[:, 5:]) < FP32

@@ -29,7 +29,11 @@ KINDS = [
 def _build(model_type, alibi=False, **overrides):
     size = {"n_positions": 512} if model_type == "gpt2" else {"max_position_embeddings": 512}
     model = tiny_model(model_type, **{**size, **overrides})
-    if alibi:
+    if alibi == "xl":
+        ap.patch_relative_xl(model, size=8)
+        for parameter in (p for n, p in model.named_parameters() if "relative_xl" in n):
+            parameter.data = 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+    elif alibi:
         ap.patch_alibi(model)
     return model
 
@@ -127,7 +131,7 @@ def test_calls_of_any_length_equal_the_dense_mask(model_type, positions):
 
 
 @pytest.mark.parametrize("kv", [1, 2])
-@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("alibi", [False, True, "xl"])
 def test_grouped_heads(kv, alibi):
     model, ids = _build("llama", alibi, num_key_value_heads=kv), _ids(2, 45)
     assert largest_difference(_dense(model, ids), _logits(_patched(model), ids)) < FP32
@@ -164,6 +168,7 @@ def _recomputed(model, ids, positions):
     ("model_type", "alibi", "positions"),
     [
         *(("llama", False, "bounded"), ("llama", False, "running"), ("llama", True, "bounded")),
+        *(("llama", "xl", "bounded"), ("gpt2", "xl", "bounded")),
         *(("gpt2", False, "bounded"), ("gpt2", False, "running")),
     ],
 )
@@ -203,9 +208,9 @@ def test_gradients_of_rows_that_stand_differently():
 
 
 @pytest.mark.parametrize("positions", ["bounded", "running"])
-@pytest.mark.parametrize("kernel", ["sdpa", "eager", "alibi"])
+@pytest.mark.parametrize("kernel", ["sdpa", "eager", "alibi", "xl"])
 def test_rows_of_different_length_equal_the_same_documents_alone(positions, kernel):
-    model = _build("llama", kernel == "alibi")
+    model = _build("llama", {"alibi": True, "xl": "xl"}.get(kernel, False))
     if kernel == "eager":
         model.set_attn_implementation("eager")
     model = _patched(model, positions)
@@ -314,7 +319,7 @@ def test_beams_take_their_memory_along():
     assert torch.equal(cached, plain)
 
 
-@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("alibi", [False, True, "xl"])
 def test_gradient_checkpointing_meets_the_same_memory(alibi):
     found = []
     for checkpointing in (False, True):
@@ -380,7 +385,7 @@ def test_what_fails_on_the_way_leaves_the_memory_as_it_was():
     assert largest_difference(_logits(model, ids)[:, 12:], found) < FP32
 
 
-@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("alibi", [False, True, "xl"])
 def test_checkpoints_come_back_with_their_memory(alibi, tmp_path):
     model, ids = _patched(_build("llama", alibi)), _ids(2, 40)
     model.save_pretrained(tmp_path)
@@ -388,7 +393,7 @@ def test_checkpoints_come_back_with_their_memory(alibi, tmp_path):
     assert torch.equal(_logits(model, ids), _logits(again, ids))
 
 
-@pytest.mark.parametrize(("model_type", "alibi"), [("llama", False), ("llama", True), ("gpt2", False)])
+@pytest.mark.parametrize(("model_type", "alibi"), [("llama", False), ("llama", True), ("llama", "xl"), ("gpt2", False)])
 def test_invariants(model_type, alibi):
     found = ap.verify(_patched(_build(model_type, alibi)))
     assert found.passed, str(found)

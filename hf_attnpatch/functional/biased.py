@@ -7,6 +7,7 @@ Three ways, all of the same result: columns (linear memory, flash speed: causal,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +34,16 @@ class Distance:
     slope: Tensor
     clip: int | None = None
     rounded: torch.dtype | None = None
+
+
+class Extension(Protocol):
+    """A term of the scores that is an inner product of what a query's place and a key's place give."""
+
+    def columns(self, here: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+        """(batch or 1, q) -> (batch, heads, q, c) and (1, 1, k, c), in the dtype of the queries."""
+
+    def rows(self, here: Tensor, num_keys: int) -> Tensor:
+        """The same multiplied out and scaled, (batch, heads, q, k)."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +110,29 @@ def attend_with(
     key, value = _repeated(key, query.shape[1]), _repeated(value, query.shape[1])
     added = bias_columns(bias, scale, here, query.dtype, sight.keep)
     return _on_columns(query, key, value, added, sight, scale, dropout)
+
+
+def attend_extended(
+    query: Tensor, key: Tensor, value: Tensor, extension: Extension, sight: Sight, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """The same with scores that depend on the query as well, as an inner product of further dimensions.
+
+    The other arguments are those of :func:`attend`.
+    """
+    key, value, sight = _filled(query, key, value, sight)
+    here = positions(query, key, sight)
+    if query.shape[2] <= FEW:
+        rows = extension.rows(here, key.shape[2])
+        return _dense(query, key, value, _seen(rows, here, sight, slice(None)), scale, dropout)
+    left, right = extension.columns(here, key.shape[2])
+    if sight.keep is not None:
+        hiding = padding_columns(here, query.dtype, sight.keep)
+        batch = query.shape[0]
+        left, right = (
+            torch.cat([a.expand(batch, b.shape[1], -1, -1), b.expand(batch, -1, -1, -1)], -1)
+            for a, b in zip(hiding, (left, right), strict=True)
+        )
+    return _on_columns(query, key, value, (left, right), sight, scale, dropout)
 
 
 def _filled(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Sight]:

@@ -16,8 +16,11 @@ from torch import Tensor
 
 from ..functional.biased import HIDDEN, Sight, attend, attend_with
 from ..positions.modules import AlibiBias, NoBias
+from ..positions.relative import RelativeTerms
 from ..positions.turning import Turn
 from .noted import Noted
+
+Distances = AlibiBias | RelativeTerms | NoBias | None
 
 
 @dataclass(frozen=True)
@@ -28,14 +31,14 @@ class Keys(Noted):
         data: (batch, kv heads, k, d).
         shadow: of what the forward believes to hold.
         sight: what queries see, as far as the mask was taken from the forward; None where the forward adds it itself.
-        distance: a bias by distance that counts in the place of the forward's own; ``NoBias`` for none, None keeps it.
+        distance: what counts in the place of the forward's own bias by distance; ``NoBias`` for none, None keeps it.
         turn: the rotation of the queries; these keys have been rotated.
     """
 
     data: Tensor
     shadow: Tensor
     sight: Sight | None
-    distance: AlibiBias | NoBias | None = None
+    distance: Distances = None
     turn: Turn | None = None
 
     @property
@@ -209,6 +212,8 @@ def _attended(weights: Weights, values: Values) -> Tensor:
     if own is not None and sight.mask is not None and sight.mask.dtype != torch.bool:  # the forward's bias may be in it
         seen = sight.mask > HIDDEN / 2
         sight = replace(sight, mask=seen if sight.keep is None else seen & sight.keep[:, None, None])
+    if isinstance(own, RelativeTerms):
+        return own.attend(query, key.to(value.dtype), value, sight, scores.scale, weights.dropped)
     if isinstance(own, AlibiBias):
         distance = own.distance(query.shape[1], query.dtype)
         return attend(query, key.to(value.dtype), value, distance, sight, scores.scale, weights.dropped)
@@ -229,9 +234,9 @@ def _sight(scores: Scores, query: Tensor) -> Sight:
 
 
 def _joined(added: Tensor, sight: Sight, queries: int) -> Tensor:
-    """What the forward added, and what was taken from it: a mask that is written out is all of the truth."""
+    """What the forward added, and what was taken from it; one that hides nothing is no mask, but a bias."""
     seen = sight.mask
-    if seen is None and (queries == 1 or not sight.causal):
+    if seen is None and (queries == 1 or not sight.causal or bool((added < HIDDEN / 2).any())):
         return added
     seen = added.new_ones(queries, added.shape[-1], dtype=torch.bool).tril() if seen is None else seen
     return added.masked_fill(~seen, HIDDEN) if seen.dtype == torch.bool else added + seen

@@ -18,8 +18,9 @@ from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
 from ..errors import AttnPatchError
 from ..functional.biased import Sight
 from ..positions.modules import AlibiBias, NoBias, Still, alibi_of, bias_left_out
+from ..positions.relative import relative_of
 from ..positions.turning import CACHES, PLACES, Rotation, Turn, rotation_of, taken_places
-from .deferred import Keys, Values
+from .deferred import Distances, Keys, Values
 from .sight import read_sight
 
 _BIASES = ("alibi", "position_bias")
@@ -56,6 +57,12 @@ def unbiased(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Edit, ...] | str
     return ways if isinstance(ways, str) else (*_held(anatomy, "alibi", NoBias()), *_deferred(model, anatomy))
 
 
+def deferred(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Edit, ...] | str:
+    """Return the edits that make such a model attend by a fused kernel, none if it does; or why that cannot be."""
+    ways = variants(model, anatomy)
+    return ways if isinstance(ways, str) else tuple(_deferred(model, anatomy))
+
+
 def rotated(model: PreTrainedModel, anatomy: Anatomy, rotation: Rotation) -> tuple[Edit, ...] | str:
     """Return the edits that make such a model rotate queries and keys, or why that cannot be."""
     ways = variants(model, anatomy)
@@ -90,9 +97,7 @@ def _names(module: nn.Module) -> tuple[str, ...]:
 class DeferredCache:
     """What the attention module takes for its cache: stores as the cache does, and hands back notes."""
 
-    def __init__(
-        self, cache: Any, sight: Callable[[int], Sight | None], bias: AlibiBias | NoBias | None, turn: Turn | None
-    ):
+    def __init__(self, cache: Any, sight: Callable[[int], Sight | None], bias: Distances, turn: Turn | None):
         self._cache, self._sight, self._bias, self._turn = cache, sight, bias, turn
 
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Keys, Values]:
@@ -149,7 +154,7 @@ class Deferring:
         cache = getattr(cache, "self_attention_cache", cache)  # of a pair, where cross-attention has the other
         rotation, places = rotation_of(module), taken_places(named)
         turn = None if rotation is None else Turn(rotation, places)
-        bias = NoBias() if bias_left_out(module) else alibi_of(module)
+        bias = relative_of(module) or (NoBias() if bias_left_out(module) else alibi_of(module))
         named[self.cache] = DeferredCache(cache, _Seen(mask, ours, queries), bias, turn)
         return (), named
 

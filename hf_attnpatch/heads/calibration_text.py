@@ -14,6 +14,7 @@ from ..probe import codebooks
 from ..sites import Site
 from .own_text import OwnText
 
+PIECE = 4  # rows of one shape that follow each other, where there are several shapes
 ROOM = 16_000_000  # bytes that the values of one batch may take, seen by every head: more is slower, caches overflow
 
 Batch = Mapping[str, Tensor]
@@ -115,13 +116,22 @@ def check_amount(text: Sequence[Batch], sites: Sequence[Site]) -> None:
 
 
 def shuffled(found: Sequence[Batch], seed: int) -> list[Batch]:
-    """Put batches, and the rows in each, in an order that the seed gives: some stages look at the first ones only."""
+    """Mix the rows of all batches in an order that the seed gives: some stages look at the first ones only.
+
+    Rows of one shape are one batch; where there are several shapes, they come in pieces of a few rows, in turn.
+    """
     generator = torch.Generator().manual_seed(seed)
+    groups: dict[tuple[Any, ...], list[Batch]] = {}
+    for batch in found:
+        shape = tuple((name, tensor.dtype, tensor.shape[1:]) for name, tensor in sorted(batch.items()))
+        groups.setdefault(shape, []).append(batch)
+    whole = [{name: torch.cat([b[name].cpu() for b in group]) for name in group[0]} for group in groups.values()]
     out: list[Batch] = []
-    for number in torch.randperm(len(found), generator=generator).tolist():
-        order = torch.randperm(len(found[number]["input_ids"]), generator=generator)
-        out.append({name: tensor[order] for name, tensor in found[number].items()})
-    return out
+    for number in torch.randperm(len(whole), generator=generator).tolist():
+        rows = len(whole[number]["input_ids"])
+        order, size = torch.randperm(rows, generator=generator), rows if len(whole) == 1 else PIECE
+        out += [{name: tensor[part] for name, tensor in whole[number].items()} for part in order.split(size)]
+    return [out[number] for number in torch.randperm(len(out), generator=generator)] if len(whole) > 1 else out
 
 
 def first(found: Sequence[Batch], tokens: int) -> list[Batch]:

@@ -41,7 +41,7 @@ def _matrices(subject: Subject) -> Iterator[Tensor]:
         subject.run()
     first = next((path for path in paths if calls[path]), None)
     if first is not None:
-        yield from (p for p in subject.model.get_submodule(first).parameters() if p.dim() == 2)
+        yield from (p for p in subject.model.get_submodule(first).parameters() if p.dim() == 2 and p.any())
 
 
 def saved_and_loaded(subject: Subject) -> Answer:

@@ -9,6 +9,7 @@ from .jet_long import JetLong
 from .no_position import NoPosition
 from .position_table import PositionTable
 from .re_rope import ReRope
+from .relative_xl import RelativeXl
 from .rope_scaling import RopeScaling
 from .rotary import Rotary
 from .segment_recurrence import SegmentRecurrence
@@ -25,6 +26,7 @@ __all__ = [
     "NoPosition",
     "PositionTable",
     "ReRope",
+    "RelativeXl",
     "RopeScaling",
     "Rotary",
     "SegmentRecurrence",

@@ -11,18 +11,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..backends import FLAG, Candidate, kernel_of, obstacle, ranked, register_alibi
+from ..backends import Candidate, kernel_of, register_alibi
 from ..configs import config_at
 from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..fused.deferring import rebiased
 from ..patch import Patch, Proposal
-from ..positions.modules import PREFIX, AlibiBias, AlibiGuard
+from ..positions.choice import BACKENDS, choose
+from ..positions.modules import PREFIX, AlibiBias, Guard, alibi_of
 from ..positions.removal import BIAS, check_blind, check_followed, removal, removed
-from ..probe import default_inputs, logits_under, trial
 from ..sites import Place, dispatching
-
-BACKENDS = ("eager", *FLAG)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,30 +128,11 @@ class Alibi(Patch):
         if self.proved:
             asked = kernel_of(model.config._attn_implementation)
             return (self.backend if self.backend != "auto" else asked if asked in BACKENDS else "sdpa"), []
-        if self.backend == "eager":
-            check_blind(model, anatomy, [*common, _attention("eager")])
-            return "eager", [f"{self._what()}; dense, with every score in memory"]
         training = model.training if self.training is None else self.training
         head_dim = max((s.head_dim for s in anatomy.sites), default=0)
-        request, inputs = Candidate(model, model.dtype, head_dim, training), default_inputs(model)
-        check_blind(model, anatomy, [*common, _attention("eager")])
-        bare = {name: tensor for name, tensor in inputs.items() if name != "attention_mask"}  # other masks, or none
-        probes = [(given, logits_under(model, [*common, _attention("eager")], given)) for given in (inputs, bare)]
-        reasons: list[str] = []
-        for name in ranked(model.device) if self.backend == "auto" else (self.backend,):
-            why = obstacle(name, request)
-            for given, reference in probes:
-                why = why or trial(model, [*common, _attention(name)], given, reference, training)
-            if why is None:
-                passed = f"; passed over {'; '.join(reasons)}" if reasons else ""
-                return name, [
-                    f"{self._what()}; {name} on {model.device.type}, equal to the reference on a probe{passed}"
-                ]
-            reasons.append(f"{name}: {why}")
-        raise UnsupportedArchitecture(
-            f"{anatomy.architecture}: no fused kernel adds ALiBi here: {'; '.join(reasons)}. backend='eager' computes "
-            "it densely."
-        )
+        request = Candidate(model, model.dtype, head_dim, training)
+        name, said = choose(anatomy, request, self.backend, common, _attention, "ALiBi")
+        return name, [f"{self._what()}; {said}"]
 
     def _what(self) -> str:
         slopes = "the paper's slopes" if isinstance(self.slopes, str) else "given slopes"
@@ -179,4 +158,4 @@ def _biased(model: PreTrainedModel, places: list[Place], bias: AlibiBias) -> Ite
     for place in places:
         yield SetAttribute(place.path, "alibi", bias)
         config = config_at(model, place.config)
-        yield AddPreHook(place.path, AlibiGuard(config), "refuses to run without its bias")
+        yield AddPreHook(place.path, Guard(config, alibi_of, PREFIX, "ALiBi"), "refuses to run without its bias")

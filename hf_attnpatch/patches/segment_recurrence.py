@@ -11,14 +11,13 @@ from typing import ClassVar
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..backends import FLAG
+from ..backends import FLAG, kernel_of
 from ..configs import config_at
 from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.segments import Segments
 from ..patch import Patch, Proposal
-from ..positions.modules import PREFIX as ALIBI
-from ..recurrence.attention import base, key, register_recurrent
+from ..recurrence.attention import BELOW, base, key, register_recurrent
 from ..recurrence.modules import Recalling, Recurrent, recalling_of
 from ..recurrence.survey import STATIC, Way, ways
 from ..sites import Place, dispatching
@@ -34,7 +33,8 @@ class SegmentRecurrence(Patch):
     what reaches it lies up to depth times memory back; the cost of a token and the memory are constant at any length.
     A call longer than a segment is read so; between calls nothing is carried, unless the caller decodes with the cache
     that the model returned (as ``generate`` does), or opened a stream (:func:`hf_attnpatch.stream`). Gradients end at
-    the border of a segment. The attention kernel stays the one that the model uses, ALiBi of this package included.
+    the border of a segment. The attention kernel stays the one that the model uses, with this package's ALiBi or
+    Transformer-XL terms where the model has those.
 
     Without memory and within one segment the model is bit for bit what it was. Stock transformers cannot express
     the patch, so that checkpoints are of this package's model type; the weights are untouched.
@@ -173,10 +173,10 @@ def _kernel(model: PreTrainedModel) -> str:
         raise UnsupportedArchitecture(f"{held or type(model).__name__}: has a memory already; revert it first.")
     found = str(model.config._attn_implementation)
     found = base(found) or found  # asked for under its new name, where a checkpoint is loaded
-    if found.removeprefix(ALIBI) not in KERNELS:
+    if kernel_of(found) not in KERNELS or found.removesuffix(kernel_of(found)) not in ("", *BELOW):
         raise UnsupportedArchitecture(
             f"{type(model).__name__}: attention {found!r} is of another patch or kernel; a memory goes on top of "
-            f"{', '.join(KERNELS)}, and of these with this package's ALiBi."
+            f"{', '.join(KERNELS)}, and of these with this package's ALiBi or relative_xl."
         )
     return found
 

@@ -41,9 +41,9 @@ def sdpa(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
         return out
-    _refuse(module, kwargs, "softcap", "s_aux", "position_bias", "cache")
+    refuse(module, kwargs, "ALiBi", "softcap", "s_aux", "position_bias", "cache")
     if attention_mask is None:
-        _refuse(module, kwargs, "cu_seq_lens_q")  # only flash attention reads documents from there
+        refuse(module, kwargs, "ALiBi", "cu_seq_lens_q")  # only flash attention reads documents from there
     distance, scale = found.distance(query.shape[1], query.dtype), scale_of(query, scaling)
     sight = read_sight(attention_mask, causal, query.shape[2], key.shape[2])
     return attend(query, key, value, distance, sight, scale, dropout).transpose(1, 2).contiguous(), None
@@ -64,7 +64,7 @@ def eager(
     **kwargs: Any,
 ) -> Output:
     """Every score in memory, in fp32: the reference, and the only one that returns attention weights."""
-    _refuse(module, kwargs, "cache")
+    refuse(module, kwargs, "ALiBi", "cache")
     found, groups = alibi_of(module), query.shape[1] // key.shape[1]
     exact = torch.promote_types(query.dtype, torch.float32)
     keys, values = (t.repeat_interleave(groups, 1) for t in (key, value))
@@ -104,7 +104,7 @@ def flex(
             module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, is_causal=is_causal, **kwargs
         )
         return out
-    _refuse(module, kwargs, "s_aux", "position_bias", "cache", "dropout")
+    refuse(module, kwargs, "ALiBi", "s_aux", "position_bias", "cache", "dropout")
     if not found.exact:
         raise AttnPatchError(f"{type(module).__name__}: flex_attention has the exact bias only; pass exact=True.")
     slope = found.distance(query.shape[1], query.dtype).slope.to(query.device, torch.float32)
@@ -147,12 +147,17 @@ def scale_of(query: Tensor, scaling: float | None) -> float:
     return query.shape[-1] ** -0.5 if scaling is None else float(scaling)
 
 
-def _refuse(module: nn.Module, given: dict[str, Any], *names: str) -> None:
+def refuse(module: nn.Module, given: dict[str, Any], what: str, *names: str) -> None:
+    """Refuse arguments of an attention function that cannot be computed together with ``what``.
+
+    Raises:
+        AttnPatchError: one of ``names`` is given.
+    """
     for name in names:
         if not (given.get(name) is None or (name == "dropout" and not given[name])):
             raise AttnPatchError(
                 f"{type(module).__name__} passes {name} to its attention, which this kernel cannot compute together "
-                "with ALiBi; backend='eager' takes softcap, s_aux and position_bias."
+                f"with {what}; backend='eager' takes softcap, s_aux and position_bias."
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -47,23 +47,26 @@ class NoBias:
         return "no bias"
 
 
-class AlibiGuard:
-    """Forward pre-hook: stops a model whose bias would be missing, because its attention function was exchanged.
+class Guard:
+    """Forward pre-hook: stops a model whose positions would be missing, because its attention function was exchanged.
 
     Args:
         config: whose attention implementation the module asks for.
+        held: what the module has of this package, or None; a later patch may have taken it away.
+        prefix: of the attention functions that understand it.
+        what: it is called.
     """
 
-    def __init__(self, config: Any):
-        self.config = config
+    def __init__(self, config: Any, held: Callable[[nn.Module], Any], prefix: str, what: str):
+        self.config, self.held, self.prefix, self.what = config, held, prefix, what
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Look, and change nothing."""
         found = self.config._attn_implementation
-        if alibi_of(module) is not None and not found.startswith(PREFIX):  # a later patch may have taken it away
+        if self.held(module) is not None and not found.startswith(self.prefix):
             raise AttnPatchError(
-                f"{type(module).__name__}: attention implementation {found!r} knows nothing of this model's ALiBi and "
-                f"would drop it; model.set_attn_implementation('{PREFIX}{found}') keeps it."
+                f"{type(module).__name__}: attention implementation {found!r} knows nothing of this model's "
+                f"{self.what} and would drop it; model.set_attn_implementation('{self.prefix}{found}') keeps it."
             )
 
 

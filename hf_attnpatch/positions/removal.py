@@ -17,9 +17,11 @@ from ..fused.deferring import StillAngles, unbiased
 from ..probe import default_inputs, disagreement, logits_under
 from .added import CHILD, AnyLength
 from .modules import NoBias, NoPositions, ZeroAngles
+from .relative import CHILD as TERMS
 
 _TOWERS = ("vision", "visual", "audio", "image", "speech")
-BIAS, ROTATION, ADDED = "alibi", "rotation", "added"  # what a patch may put in the place of the old by itself
+# what a patch may put in the place of the old by itself
+BIAS, ROTATION, ADDED, RELATIVE = "alibi", "rotation", "added", "relative"
 
 
 def in_tower(path: str) -> bool:
@@ -33,8 +35,8 @@ def removal(model: PreTrainedModel, anatomy: Anatomy, own: str = "") -> tuple[Ed
     Args:
         model: any model.
         anatomy: its.
-        own: what the patch that asks writes itself, ``BIAS``, ``ROTATION`` or ``ADDED``; the attention function goes
-            with the first two.
+        own: what the patch that asks writes itself, ``BIAS``, ``ROTATION``, ``RELATIVE`` or ``ADDED``; the attention
+            function goes with all but the last.
 
     Raises:
         UnsupportedArchitecture: something is there that cannot be taken out.
@@ -46,10 +48,12 @@ def removal(model: PreTrainedModel, anatomy: Anatomy, own: str = "") -> tuple[Ed
         edits += [SetAttribute(path, "alibi", NoBias()) for path in anatomy.biased]
     if own != ROTATION:
         edits += [SetAttribute(path, "rotation", None) for path in anatomy.turned]
+    if own != RELATIVE:
+        edits += [ReplaceModule(f"{path}.{TERMS}", _nothing, "no position terms") for path in anatomy.relative]
     if anatomy.added and own != ADDED:
         edits.append(ReplaceModule(f"{anatomy.base}.{CHILD}".lstrip("."), _nothing, "no positions"))
     kernel = kernel_of(model.config._attn_implementation)
-    if own not in (BIAS, ROTATION) and kernel != model.config._attn_implementation:
+    if own not in (BIAS, ROTATION, RELATIVE) and kernel != model.config._attn_implementation:
         edits.append(SetAttention("", kernel))
     return tuple(edits)
 
@@ -63,6 +67,7 @@ def removed(anatomy: Anatomy) -> Iterator[str]:
         "position tables taken out": ", ".join(tables),
         "bias by distance taken out": "of every head" if anatomy.alibi else "",
         "rotary positions of this package taken out": "of every head" if anatomy.turned else "",
+        "Transformer-XL's terms taken out": "of every head" if anatomy.relative else "",
         "added positions taken out": anatomy.added,
     }
     yield from (f"{what}: {where}" for what, where in found.items() if where)

@@ -16,35 +16,38 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from ..backends import FLAG, register, register_alibi
+from ..backends import FLAG, kernel_of, register, register_alibi, register_relative
 from ..errors import AttnPatchError
 from ..functional.segments import Piece
 from ..masks import called
 from ..positions.modules import PREFIX as ALIBI
+from ..positions.relative import PREFIX as RELATIVE
 from .call import CALL, Call
 from .modules import PREFIX, Recurrent, recurrent_of
 
+BELOW = (ALIBI, RELATIVE)  # what a kernel under a memory may add by itself
 Output = tuple[Tensor, Tensor | None]
 _UNKNOWN = ("position_bias", "cu_seq_lens_q", "cu_seq_lens_k", "cache", "sliding_window")
 
 
 def register_recurrent() -> None:
-    """Make the attention functions with recurrence known, those over ALiBi too."""
+    """Make the attention functions with recurrence known, those over positions of this package too."""
     register_alibi()
+    register_relative()
     for name in ("eager", *FLAG):
-        for prefix in ("", ALIBI):
+        for prefix in ("", *BELOW):
             register(key(prefix + name), attention(prefix + name), mask(prefix + name))
 
 
 def key(kernel: str) -> str:
-    """Return the name under which a kernel with recurrence is registered; that of ALiBi still says so first."""
-    plain = kernel.removeprefix(ALIBI)
+    """Return the name under which a kernel with recurrence is registered; positions that it adds are said first."""
+    plain = kernel_of(kernel)
     return kernel.removesuffix(plain) + PREFIX + plain
 
 
 def base(implementation: str) -> str | None:
     """Return the kernel under a name that :func:`key` gave, or None."""
-    prefix = ALIBI if implementation.startswith(ALIBI) else ""
+    prefix = next((p for p in BELOW if implementation.startswith(p)), "")
     rest = implementation.removeprefix(prefix)
     return prefix + rest.removeprefix(PREFIX) if rest.startswith(PREFIX) else None
 

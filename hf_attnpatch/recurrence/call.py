@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from torch.nn.attention.flex_attention import create_block_mask
 
+from ..backends import kernel_of
 from ..errors import AttnPatchError
 from ..functional.rerotation import Table, Turning
 from ..functional.segments import NOBODY, Piece, Segments, pieces
@@ -103,7 +104,7 @@ class Call:
 
         Args:
             piece: of this call.
-            kernel: name in transformers, ``sdpa`` say, or this package's with ALiBi.
+            kernel: name in transformers, ``sdpa`` say, or this package's with ALiBi or Transformer-XL's terms.
             like: queries, for device and dtype.
 
         Raises:
@@ -115,7 +116,7 @@ class Call:
         return self._cache[key]
 
     def _mask(self, piece: Piece, kernel: str, like: Tensor) -> Any:
-        seen, name = self._seen(piece), kernel.removeprefix("alibi_")
+        seen, name = self._seen(piece), kernel_of(kernel)
         queries, keys = seen.shape[1:]
         if self.doubled and (name != kernel or name.startswith("flash")):
             raise AttnPatchError(

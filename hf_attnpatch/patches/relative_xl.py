@@ -1,0 +1,205 @@
+"""Transformer-XL's relative attention in the place of whatever a model knew positions by."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..anatomy import Anatomy
+from ..backends import Candidate, kernel_of, register_relative
+from ..configs import config_at
+from ..edits import AddModule, AddPreHook, Edit, ReplaceModule, SetAttention
+from ..errors import AttnPatchError, UnsupportedArchitecture
+from ..fused.deferring import deferred
+from ..patch import Patch, Proposal
+from ..positions.choice import BACKENDS, choose
+from ..positions.modules import Guard
+from ..positions.relative import CHILD, PREFIX, RelativeTerms, Term, default_size, relative_of
+from ..positions.removal import RELATIVE, check_blind, check_followed, removal, removed
+from ..rope.fields import check_number
+from ..sites import Site, dispatching
+
+Edits = tuple[Edit, ...]
+Maker = Callable[[Site, torch.Tensor], RelativeTerms]
+INITS = ("recency", "zero")
+REACH = 4096  # tokens over which recency is fitted at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelativeXl(Patch):
+    """Score (q + u) k + (q + v) W R(i - j), R the sinusoid of the distance (Transformer-XL, 1901.02860, section 3.3).
+
+    What told positions before is taken out. u, v and W are new trainable parameters, for each query head of each layer.
+    The position term goes through a fused kernel as further dimensions of queries and keys, in linear memory, where the
+    paper shifts a matrix of scores; backend ``eager`` is dense. Distances have no longest one. A model that was not
+    trained so has to be. Stock transformers cannot express the result, so its checkpoints are of this package's model
+    type. Together with :class:`SegmentRecurrence` this is Transformer-XL.
+
+    Args:
+        size: dimensions of R, even; the kernel's heads become so much wider (FlashAttention takes 256 in all). None
+            takes the size of a head. The paper has the width of the model.
+        theta: base of R's wavelengths.
+        init: ``recency`` begins with ALiBi's preference for what is near, written into v W by least squares within the
+            trained length; ``zero`` begins as a model without positions. Both leave u at zero.
+        backend: ``auto`` (the fastest that runs here and agrees with the reference on a probe), ``sdpa``,
+            ``flex_attention``, ``flash_attention_2``, ``_3``, ``_4``, or ``eager``, the dense reference.
+        training: whether a backward pass is needed; None asks the model (``model.training``).
+
+    Raises:
+        UnsupportedArchitecture: old positions stay, an attention module was not read, or no backend runs.
+        AttnPatchError: an argument out of range.
+    """
+
+    name: ClassVar[str] = "relative_xl"
+    transient: ClassVar[frozenset[str]] = frozenset({"training", "proved"})
+
+    size: int | None = None
+    theta: float = 10000.0
+    init: str = "recency"
+    backend: str = "auto"
+    training: bool | None = None
+    proved: bool = False  # a checkpoint's own structure, which is not tried again while it is being loaded
+
+    def __post_init__(self) -> None:
+        check_number("theta", self.theta, at_least=1)
+        size = self.size
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 2 or size % 2):
+            raise AttnPatchError(f"size is {size!r}; it must be an even number of dimensions, at least 2, or None.")
+        if self.init not in INITS:
+            raise AttnPatchError(f"init {self.init!r} does not exist; choose from: {', '.join(INITS)}.")
+        if self.backend not in ("auto", *BACKENDS):
+            raise AttnPatchError(f"backend {self.backend!r} does not exist; choose from auto, {', '.join(BACKENDS)}.")
+
+    def structure(self) -> Patch:
+        """Return the patch without a probe: a model that is being loaded cannot run yet."""
+        return dataclasses.replace(self, proved=True)
+
+    def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
+        """Say what would be taken out, what put in, and which kernel computes it; see :meth:`Patch.propose`."""
+        if anatomy.relative:
+            raise UnsupportedArchitecture(
+                f"{anatomy.relative[0]}: has Transformer-XL's terms already; revert them first."
+            )
+        sites = _sites(anatomy)
+        away = removal(model, anatomy, own=RELATIVE)
+        ears: dict[str, _Ear] = {}
+        loud = (*away, *_put(model, sites, self._loud(ears)))  # with zeros, any kernel would agree
+        native = not any(site.dispatches for site in sites)
+        rest, said = (self._of_a_native if native else self._dispatched)(model, anatomy, sites, loud)
+        terms = _put(model, sites, self._quiet(min(anatomy.max_positions or 1024, REACH), ears))
+        count = sum(s.num_heads * s.head_dim * (2 + self._size(s)) for s in sites)
+        what = f"u, v and W for each head, R of {self._size(sites[0])} ({self.init}): {count:,} new parameters"
+        paths = tuple(site.path for site in sites)
+        notes = (*removed(anatomy), what, said)
+        return Proposal((*away, *terms, *rest), paths, notes, stock=False, claims=("the positions",))
+
+    def _dispatched(
+        self, model: PreTrainedModel, anatomy: Anatomy, sites: list[Site], loud: Edits
+    ) -> tuple[Edits, str]:
+        dispatching(model, anatomy.sites, anatomy.other, anatomy.unread)
+        guards = [
+            AddPreHook(s.path, Guard(config_at(model, s.config), relative_of, PREFIX, CHILD), "refuses to run without")
+            for s in sites
+        ]
+        if self.proved:
+            asked = kernel_of(model.config._attn_implementation)
+            name = self.backend if self.backend != "auto" else asked if asked in BACKENDS else "sdpa"
+            return (*guards, _attention(name)), name
+        training = model.training if self.training is None else self.training
+        wide = max(s.head_dim + self._size(s) for s in sites)
+        request = Candidate(model, model.dtype, wide, training)
+        name, said = choose(anatomy, request, self.backend, loud, _attention, "Transformer-XL's terms")
+        return (*guards, _attention(name)), said
+
+    def _of_a_native(
+        self, model: PreTrainedModel, anatomy: Anatomy, sites: list[Site], loud: Edits
+    ) -> tuple[Edits, str]:
+        """BLOOM, MPT, GPT-J, CodeGen: their own forwards stay."""
+        if self.backend not in ("auto", "sdpa"):
+            raise AttnPatchError(f"{anatomy.architecture}: its own forward stays, which takes backend='sdpa' only.")
+        more: Edits | str = ()
+        if not anatomy.alibi or anatomy.biased:  # where not, taking its bias out has made it so already
+            more = deferred(model, anatomy)
+        if isinstance(more, str):
+            raise UnsupportedArchitecture(f"{anatomy.architecture}: its forward cannot be followed: {more}.")
+        if not self.proved:
+            check_followed(model, anatomy, (*loud, *more))
+            check_blind(model, anatomy, (*loud, *more))
+        return more, "through torch's kernel inside the forwards that stay"
+
+    def _loud(self, ears: dict[str, _Ear]) -> Maker:
+        def make(site: Site, like: torch.Tensor) -> RelativeTerms:
+            ears[site.path] = _Ear(site.num_heads, site.head_dim, self._size(site), float(self.theta), like)
+            return ears[site.path]
+
+        return make
+
+    def _quiet(self, reach: int, ears: Mapping[str, _Ear]) -> Maker:
+        def make(site: Site, like: torch.Tensor) -> RelativeTerms:
+            terms = RelativeTerms(site.num_heads, site.head_dim, self._size(site), float(self.theta), like)
+            if self.init == "recency" and not like.is_meta:
+                heard = ears[site.path].scale if site.path in ears else None
+                terms.look_back(site.head_dim**-0.5 if heard is None else heard, reach)
+            return terms
+
+        return make
+
+    def _size(self, site: Site) -> int:
+        return self.size or default_size(site.head_dim)
+
+
+class _Ear(RelativeTerms):
+    """Terms with values that no kernel gets right by chance, which hear what scores are multiplied by."""
+
+    scale: float | None = None
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+    def of(self, query: torch.Tensor, scale: float) -> Term:
+        """Listen."""
+        self.scale = scale
+        return super().of(query, scale)
+
+
+def _put(model: PreTrainedModel, sites: list[Site], make: Maker) -> Edits:
+    """Return the edits that give every attention module a child."""
+    found: list[Edit] = []
+    for site in sites:
+        module = model.get_submodule(site.path)
+        like: torch.Tensor = next(module.parameters())
+        made = functools.partial(_made, make, site, like if like.is_floating_point() else like.float())
+        after = f"u, v, W for {site.num_heads} heads"
+        if CHILD in module._modules:  # of an earlier patch, taken out by a later one
+            found.append(ReplaceModule(f"{site.path}.{CHILD}", made, after))
+        else:
+            found.append(AddModule(site.path, CHILD, made, after))
+    return tuple(found)
+
+
+def _made(make: Maker, site: Site, like: torch.Tensor, _: nn.Module) -> nn.Module:
+    return make(site, like)
+
+
+def _sites(anatomy: Anatomy) -> list[Site]:
+    sites = [site for site in anatomy.sites if not site.cross and not site.tower]
+    unread = next(iter({**anatomy.unread, **anatomy.other}.items()), None)
+    if unread is not None or not sites:
+        path, why = unread or (anatomy.architecture, "no attention module was read")
+        raise UnsupportedArchitecture(f"{path}: {why}; the terms need heads of queries and keys in every layer.")
+    return sites
+
+
+def _attention(name: str) -> SetAttention:
+    return SetAttention("", PREFIX + name, register_relative)

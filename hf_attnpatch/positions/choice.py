@@ -1,0 +1,60 @@
+"""Which kernel computes new positions fastest here, proved on a probe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from transformers import PreTrainedModel
+
+from ..anatomy import Anatomy
+from ..backends import FLAG, Candidate, obstacle, ranked
+from ..edits import Edit, SetAttention
+from ..errors import UnsupportedArchitecture
+from ..probe import default_inputs, logits_under, trial
+from .removal import check_blind
+
+BACKENDS = ("eager", *FLAG)
+
+
+def choose(
+    anatomy: Anatomy,
+    request: Candidate,
+    backend: str,
+    common: Sequence[Edit],
+    attention: Callable[[str], SetAttention],
+    what: str,
+) -> tuple[str, str]:
+    """Try kernels, fastest first, and return one that gives what the dense reference gives, with what to say of it.
+
+    Args:
+        anatomy: of the model.
+        request: what the kernel is to serve.
+        backend: the one that was asked for, ``auto`` for the fastest.
+        common: edits that put the positions in, but for the attention function.
+        attention: the edit that puts in the function of a backend, ``eager`` among them.
+        what: the positions are called.
+
+    Raises:
+        UnsupportedArchitecture: none does, or the model tells positions by something else as well.
+    """
+    model: PreTrainedModel = request.model
+    reference = [*common, attention("eager")]
+    check_blind(model, anatomy, reference)
+    if backend == "eager":
+        return "eager", "dense, with every score in memory"
+    inputs = default_inputs(model)
+    bare = {name: tensor for name, tensor in inputs.items() if name != "attention_mask"}  # other masks, or none
+    probes = [(given, logits_under(model, reference, given)) for given in (inputs, bare)]
+    reasons: list[str] = []
+    for name in ranked(model.device) if backend == "auto" else (backend,):
+        why = obstacle(name, request)
+        for given, wanted in probes:
+            why = why or trial(model, [*common, attention(name)], given, wanted, request.training)
+        if why is None:
+            passed = f"; passed over {'; '.join(reasons)}" if reasons else ""
+            return name, f"{name} on {model.device.type}, equal to the reference on a probe{passed}"
+        reasons.append(f"{name}: {why}")
+    raise UnsupportedArchitecture(
+        f"{anatomy.architecture}: no fused kernel adds {what} here: {'; '.join(reasons)}. backend='eager' computes it "
+        "densely."
+    )

@@ -1,0 +1,128 @@
+"""Attention functions for transformers' registry with Transformer-XL's position terms, one for each kernel.
+
+Kernels get queries and keys with further dimensions (:mod:`hf_attnpatch.functional.relative`); a module without terms
+(cross-attention, an image tower) is served as ALiBi's functions serve one without a bias: as the kernel would.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
+from transformers.integrations.flex_attention import flex_attention_forward
+
+from ..functional.biased import Sight, positions
+from ..fused.sight import read_sight
+from . import alibi_attention, alibi_flash
+from .alibi_attention import Output, causal_of, refuse, scale_of
+from .relative import relative_of
+
+_WITH = "Transformer-XL's position terms"
+
+
+def sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> Output:
+    """Torch's kernels."""
+    found, causal = relative_of(module), causal_of(module, is_causal)
+    if found is None:
+        given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+        return alibi_attention.sdpa(module, query, key, value, attention_mask, **given)
+    refuse(module, kwargs, _WITH, "softcap", "s_aux", "position_bias", "cache")
+    if attention_mask is None:
+        refuse(module, kwargs, _WITH, "cu_seq_lens_q")  # only flash attention reads documents from there
+    sight = read_sight(attention_mask, causal, query.shape[2], key.shape[2])
+    out = found.attend(query, key, value, sight, scale_of(query, scaling), dropout)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def eager(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> Output:
+    """Every score in memory, in fp32: the reference, and the only one that returns attention weights."""
+    scale = scale_of(query, scaling)
+    if relative_of(module) is not None:
+        mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
+        here = positions(query, key, Sight(causal_of(module, is_causal), mask=mask))
+        exact = torch.promote_types(query.dtype, torch.float32)
+        query, key, _ = _extended(module, query.to(exact), key.to(exact), value, here, scale)
+    given = {"scaling": scale, "is_causal": is_causal, **kwargs}
+    return alibi_attention.eager(module, query, key, value, attention_mask, **given)
+
+
+def flex(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> Output:
+    """Flex attention."""
+    found, width, scale = relative_of(module), value.shape[-1], scale_of(query, scaling)
+    if found is not None:
+        refuse(module, kwargs, _WITH, "s_aux", "position_bias", "cache", "dropout")
+        offset = getattr(attention_mask, "query_offset", key.shape[2] - query.shape[2])
+        here = torch.arange(query.shape[2], device=query.device)[None] + offset
+        query, key, value = _extended(module, query, key, value, here, scale)
+    out, weights = flex_attention_forward(module, query, key, value, attention_mask, scaling=scale, **kwargs)
+    return out[..., :width], weights
+
+
+@functools.cache
+def flash(name: str) -> Callable[..., tuple[Tensor, None]]:
+    """Return the attention function for one generation of FlashAttention: always the same. None of it ran on a GPU."""
+    plain = alibi_flash.flash(name)
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        width, scale = value.shape[-1], scale_of(query, scaling)
+        if relative_of(module) is not None:
+            refuse(module, kwargs, _WITH, "s_aux", "position_bias", "cache")
+            here = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=query.device)[None]
+            query, key, value = _extended(module, query, key, value, here, scale)
+        out, _ = plain(module, query, key, value, attention_mask, scaling=scale, **kwargs)
+        return out[..., :width], None
+
+    return attention
+
+
+def _extended(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, here: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Put the further dimensions before those of queries and keys, and zeros behind those of values."""
+    found = relative_of(module)
+    assert found is not None
+    left, right = found.of(query, scale).columns(here, key.shape[2])
+    query, key = (
+        torch.cat([more.expand(*states.shape[:3], -1), states], -1)
+        for more, states in ((left, found.content(query)), (right, key))
+    )
+    return query, key, F.pad(value, (0, query.shape[-1] - value.shape[-1]))
