@@ -89,10 +89,11 @@ results-grouped-query: $(VENV)/.installed data/corpus/manifest.json data/smollm2
 results-extend-context: $(VENV)/.installed data/corpus/manifest.json
 	$(BIN)/python recipes/extend_context.py
 
-results-recurrence: $(VENV)/.installed data/corpus/manifest.json
+results-recurrence: $(VENV)/.installed data/corpus/manifest.json data/smollm2/config.json
 	$(BIN)/python scripts/bench_recurrence.py --stream 200000 --out recipes/results/recurrence/bench.json
-	$(BIN)/python recipes/train_recurrent.py --config recipes/configs/train_recurrent_embedded.yaml --resume
-	$(BIN)/python recipes/recurrence_page.py outputs/train_recurrent/metrics.json
+	for name in embedded smollm2 xl; do $(BIN)/python recipes/train_recurrent.py \
+		--config recipes/configs/train_recurrent_$$name.yaml --resume || exit 1; done
+	$(BIN)/python recipes/recurrence_page.py outputs/train_recurrent*/metrics.json
 
 results-switch-positions: $(VENV)/.installed data/corpus/manifest.json outputs/pretrain_learned/model/config.json
 	$(BIN)/python recipes/switch_positions.py

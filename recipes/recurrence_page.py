@@ -2,10 +2,10 @@
 
     python scripts/bench_recurrence.py --stream 200000 --out recipes/results/recurrence/bench.json
     python recipes/train_recurrent.py --config recipes/configs/train_recurrent_embedded.yaml
-    python recipes/recurrence_page.py outputs/train_recurrent/metrics.json
+    python recipes/recurrence_page.py outputs/train_recurrent*/metrics.json
 
-The last copies the metrics beside the bench and writes README.md and recurrence.png there; without a file it writes
-them again from what is there.
+The last copies the metrics beside the bench, each under the name of its configuration, and writes README.md and a
+figure for each there; without a file it writes them again from what is there.
 """
 
 from __future__ import annotations
@@ -76,13 +76,14 @@ def losses(metrics: Json) -> Iterator[str]:
     settings, rows = metrics["settings"], metrics["memory_segments"]
     training, first = settings["train"], next(iter(rows.values()))
     tokens = first["log"][-1]["tokens"]
-    yield "## Before and after a short fine-tune"
+    patches = [f"`{each['patch']}`" for each in settings.get("patches", ())]
+    yield f"## {settings['model']}{', '.join(['', *patches])}: before and after a short fine-tune"
+    heldout, length = settings["heldout"], settings["recurrence"]["segment_length"]
     yield (
-        "`python recipes/train_recurrent.py --config recipes/configs/train_recurrent_embedded.yaml`: "
-        f"{settings['model']}, segments of {settings['recurrence']['segment_length']}, {training['steps']} steps on "
-        f"{tokens:,} tokens of `{settings['data']['source']}` at a rate of {training['lr']:g}, all parameters; "
-        f"{first['before']['tokens']:,} tokens of {settings['heldout']['documents']} documents of "
-        f"`{settings['heldout']['source']}`, read by recurrence. Intervals are over documents, differences paired."
+        f"`python recipes/train_recurrent.py --config recipes/configs/{metrics['config']}`: segments of {length}, "
+        f"{training['steps']} steps on {tokens:,} tokens of `{settings['data']['source']}` at a rate of "
+        f"{training['lr']:g}, all parameters; {first['before']['tokens']:,} tokens of {heldout['documents']} documents "
+        f"of `{heldout['source']}`, read by recurrence. Intervals are over documents, differences paired."
     )
     head = ("segments in memory", "before", "after", "after, less before", "before, less none", "after, less none")
     keys = ("after_less_before", "before_less_none", "after_less_none")
@@ -91,7 +92,7 @@ def losses(metrics: Json) -> Iterator[str]:
         for name, row in rows.items()
     ]
     yield markdown(head, table)
-    yield "![loss by memory and by context](recurrence.png)"
+    yield f"![loss by memory and by context]({Path(metrics['config']).stem}.png)"
     yield "Loss of the same last tokens of each document after the fine-tune, by tokens of context before them:"
     contexts = list(first["loss_by_context"])
     yield markdown(
@@ -139,14 +140,19 @@ def figure(metrics: Json, file: Path) -> None:
 def main() -> None:
     """Write page and figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("metrics", nargs="?", type=Path, help="metrics.json of a run of train_recurrent.py")
+    parser.add_argument("metrics", nargs="*", type=Path, help="metrics.json of runs of train_recurrent.py")
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()
-    if given.metrics is not None:
-        shutil.copyfile(given.metrics, given.out / "metrics.json")
-    bench, metrics = (json.loads((given.out / f"{name}.json").read_text("utf-8")) for name in ("bench", "metrics"))
-    figure(metrics, given.out / "recurrence.png")
-    write_page(given.out / "README.md", ["# Recurrence", *speed(bench), *losses(metrics)])
+    for path in given.metrics:
+        config = json.loads(path.read_text("utf-8"))["config"]
+        shutil.copyfile(path, given.out / f"{Path(config).stem}.json")
+    bench = json.loads((given.out / "bench.json").read_text("utf-8"))
+    runs = [json.loads(path.read_text("utf-8")) for path in sorted(given.out.glob("train_recurrent*.json"))]
+    for run in runs:
+        figure(run, given.out / f"{Path(run['config']).stem}.png")
+    write_page(
+        given.out / "README.md", ["# Recurrence", *speed(bench), *(part for run in runs for part in losses(run))]
+    )
     print(f"written: {given.out}/README.md")
 
 

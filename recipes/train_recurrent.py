@@ -2,10 +2,11 @@
 
     python recipes/train_recurrent.py --config recipes/configs/train_recurrent_embedded.yaml
 
-For each number of segments in memory: the loss of held-out documents by recurrence, a fine-tune on documents that are
-read in order (row r goes on where it stopped), the loss again, and how far back context is of use. Writes to
-`train.output`: metrics.json, and for each memory a folder with log.jsonl, checkpoints/ and model/. `--resume` goes on;
-what was measured is measured again, what was trained is not trained again.
+With `patches`, such as `{patch: relative_xl}`, the model gets those first. For each number of segments in memory: the
+loss of held-out documents by recurrence, a fine-tune on documents that are read in order (row r goes on where it
+stopped), the loss again, and how far back context is of use. Writes to `train.output`: metrics.json, and for each
+memory a folder with log.jsonl, checkpoints/ and model/. `--resume` goes on; what was measured is measured again, what
+was trained is not trained again.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from recipes.loop import Batch, Loss, new_accelerator, train
 from recipes.schedule import TrainConfig
 from recipes.settings import SettingsError
 from recipes.sources import load_model, load_tokenizer, resolve
+
+KEYS = {"model", "patches", "recurrence", "data", "heldout", "context", "train"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,6 +106,9 @@ def one(values: dict[str, Any], memory: int, resume: bool) -> dict[str, Any]:
         lanes = load_lanes(data, tokenizer, config.batch_size, config.seed)
         texts = list(tokenised(resolve(heldout), tokenizer, heldout.documents))
     model = load_model(values["model"], "float32")
+    patches = [ap.from_spec(spec) for spec in values.get("patches", ())]
+    if patches:
+        ap.apply(model, *patches)
     length = recurrent.segment_length
     ap.patch_segment_recurrence(model, segment_length=length, memory_length=memory * length)
     before = recurrence(model, ap.stream(model), texts)
@@ -145,9 +151,13 @@ def main() -> None:
     """Reads the configuration, runs every memory and prints the losses."""
     arguments = settings.parser(__doc__).parse_args()
     values = settings.read(arguments.config, arguments.overrides)
+    if set(values) - KEYS:
+        raise SettingsError(
+            f"{arguments.config}: unknown {', '.join(sorted(set(values) - KEYS))}; choose from {sorted(KEYS)}."
+        )
     recurrent = settings.build(RecurrenceConfig, values["recurrence"], "recurrence")
     found = {memory: one(values, memory, arguments.resume) for memory in recurrent.memory_segments}
-    metrics = summary(found, values)
+    metrics = {"config": Path(arguments.config).name, **summary(found, values)}
     if Accelerator().is_main_process:
         path = Path(values["train"]["output"]) / "metrics.json"
         path.write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")

@@ -144,12 +144,14 @@ def test_more_rows_than_documents():
 
 
 def test_the_page_and_its_figure_follow_from_the_files_that_are_there(tmp_path, monkeypatch):
-    for name in ("bench.json", "metrics.json"):
-        (tmp_path / name).write_text((recurrence_page.OUT / name).read_text())
+    for path in recurrence_page.OUT.glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
     monkeypatch.setattr("sys.argv", ["recurrence_page.py", "--out", str(tmp_path)])
     recurrence_page.main()
     written = (tmp_path / "README.md").read_text()
     assert written == (recurrence_page.OUT / "README.md").read_text()
-    after = json.loads((tmp_path / "metrics.json").read_text())["memory_segments"]["3"]["after"]["nats"]
+    after = json.loads((tmp_path / "train_recurrent_embedded.json").read_text())["memory_segments"]["3"]["after"][
+        "nats"
+    ]
     assert f"{after:.3f} (" in written
-    assert (tmp_path / "recurrence.png").stat().st_size > 10_000
+    assert (tmp_path / "train_recurrent_embedded.png").stat().st_size > 10_000
