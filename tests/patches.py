@@ -91,6 +91,7 @@ CASES = (
     Case("alibi_clipped", ap.Alibi(distance_clip=6, backend="sdpa"), product=False),
     Case("alibi_rounded", ap.Alibi(exact=False, backend="sdpa"), product=False),
     Case("alibi_eager", ap.Alibi(backend="eager"), product=False),
+    Case("relative_xl", ap.RelativeXl()),
     Case("rotary", ap.Rotary(theta=500.0)),
     Case("rotary_linear", ap.Rotary(theta=500.0, kind="linear", factor=2.0), product=False),
     Case("sinusoidal", ap.Sinusoidal()),

@@ -241,12 +241,19 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, biases: Tensor, scale: flo
 
 def positions(query: Tensor, key: Tensor, sight: Sight) -> Tensor:
     """Return the key at whose place each query stands, (batch or 1, q): with a causal mask, the last that it sees."""
+    if sight.causal and sight.mask is None and sight.keep is not None and query.shape[2] == 1:
+        return _last(sight.keep[:, None])  # behind it, a cache of fixed length is empty
     if sight.mask is None or not sight.causal:
         first = key.shape[2] - query.shape[2]
         return torch.arange(first, key.shape[2], device=query.device)[None]
     mask = sight.mask[:, 0]
     visible = mask if mask.dtype == torch.bool else mask > HIDDEN / 2
-    return key.shape[2] - 1 - visible.flip(-1).to(torch.uint8).argmax(-1)
+    return _last(visible)
+
+
+def _last(visible: Tensor) -> Tensor:
+    """Index of the last True along the last dimension."""
+    return visible.shape[-1] - 1 - visible.flip(-1).to(torch.uint8).argmax(-1)
 
 
 def _products(distance: Distance, key: Tensor, keep: Tensor | None) -> Tensor:

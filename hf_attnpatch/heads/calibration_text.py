@@ -130,7 +130,8 @@ def shuffled(found: Sequence[Batch], seed: int) -> list[Batch]:
     for number in torch.randperm(len(whole), generator=generator).tolist():
         rows = len(whole[number]["input_ids"])
         order, size = torch.randperm(rows, generator=generator), rows if len(whole) == 1 else PIECE
-        out += [{name: tensor[part] for name, tensor in whole[number].items()} for part in order.split(size)]
+        parts = [order[start : start + size] for start in range(0, rows, size)]
+        out += [{name: tensor[part] for name, tensor in whole[number].items()} for part in parts]
     return [out[number] for number in torch.randperm(len(out), generator=generator)] if len(whole) > 1 else out
 
 

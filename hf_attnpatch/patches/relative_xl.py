@@ -103,7 +103,13 @@ class RelativeXl(Patch):
     def _dispatched(
         self, model: PreTrainedModel, anatomy: Anatomy, sites: list[Site], loud: Edits
     ) -> tuple[Edits, str]:
-        dispatching(model, anatomy.sites, anatomy.other, anatomy.unread)
+        places = dispatching(model, anatomy.sites, anatomy.other, anatomy.unread)
+        strange = next((place.path for place in places if place.path not in {site.path for site in sites}), None)
+        if strange is not None:
+            why = anatomy.other[strange]
+            raise UnsupportedArchitecture(
+                f"{strange}: {why}; the terms need heads of queries and keys to stand beside."
+            )
         guards = [
             AddPreHook(s.path, Guard(config_at(model, s.config), relative_of, PREFIX, CHILD), "refuses to run without")
             for s in sites
@@ -194,10 +200,9 @@ def _made(make: Maker, site: Site, like: torch.Tensor, _: nn.Module) -> nn.Modul
 
 def _sites(anatomy: Anatomy) -> list[Site]:
     sites = [site for site in anatomy.sites if not site.cross and not site.tower]
-    unread = next(iter({**anatomy.unread, **anatomy.other}.items()), None)
-    if unread is not None or not sites:
-        path, why = unread or (anatomy.architecture, "no attention module was read")
-        raise UnsupportedArchitecture(f"{path}: {why}; the terms need heads of queries and keys in every layer.")
+    if anatomy.unread or not sites:
+        path, why = next(iter(anatomy.unread.items()), (anatomy.architecture, "no self-attention module was read"))
+        raise UnsupportedArchitecture(f"{path}: {why}; the terms need heads of queries and keys to stand beside.")
     return sites
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from transformers.integrations.flex_attention import flex_attention_forward
 
+from ..errors import AttnPatchError
 from ..functional.biased import Sight, positions
 from ..fused.sight import read_sight
 from . import alibi_attention, alibi_flash
@@ -82,6 +83,10 @@ def flex(
     found, width, scale = relative_of(module), value.shape[-1], scale_of(query, scaling)
     if found is not None:
         refuse(module, kwargs, _WITH, "s_aux", "position_bias", "cache", "dropout")
+        if isinstance(attention_mask, Tensor):  # transformers would read scores from it, compiled past its end
+            raise AttnPatchError(
+                f"{type(module).__name__} passes a mask of its own, which flex_attention does not take."
+            )
         offset = getattr(attention_mask, "query_offset", key.shape[2] - query.shape[2])
         here = torch.arange(query.shape[2], device=query.device)[None] + offset
         query, key, value = _extended(module, query, key, value, here, scale)

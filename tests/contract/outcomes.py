@@ -37,6 +37,8 @@ WORDS = (
     "its keys turn with position in none of the ways that are known",
     "no fused attention runs here",
     "no fused kernel adds ALiBi here",
+    "no fused kernel adds Transformer-XL's terms here",
+    "the terms need heads of queries and keys to stand beside",
     "computes its scores by itself and dispatches to no attention function",
     "has layers that see a window or a chunk only",
     "its own forward stays, which takes backend='sdpa' only",
@@ -83,10 +85,7 @@ UPSTREAM_OF_A_KIND = {
 _KERNELS = {"eager attention agrees", "sdpa agrees", "flex attention agrees"}
 MAY_STOP_APPLYING = {
     **dict.fromkeys(("self_extend", "dual_chunk", "re_rope", "jet_long", "attention_sinks"), _KERNELS),
-    "alibi": {
-        *("eager attention agrees", "sdpa agrees", "flex attention agrees"),
-        *("gradients reach the attention", "gradient checkpointing"),
-    },
+    **dict.fromkeys(("alibi", "relative_xl"), {*_KERNELS, "gradients reach the attention", "gradient checkpointing"}),
     "flash": {
         *("eager attention agrees", "sdpa agrees", "flex attention agrees"),  # one of them is the present one now
         *("gradients reach the attention", "gradient checkpointing"),  # flex has no backward on CPU
