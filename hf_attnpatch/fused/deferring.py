@@ -20,6 +20,7 @@ from ..functional.biased import Sight
 from ..positions.modules import AlibiBias, NoBias, Still, alibi_of, bias_left_out
 from ..positions.relative import relative_of
 from ..positions.turning import CACHES, PLACES, Rotation, Turn, rotation_of, taken_places
+from ..sites import Site
 from .deferred import Distances, Keys, Values
 from .sight import read_sight
 
@@ -31,7 +32,7 @@ def variants(model: PreTrainedModel, anatomy: Anatomy) -> list[tuple[Edit, ...]]
 
     They differ in whether the bias that a module is given counts, or is in the mask already.
     """
-    sites = [s for s in anatomy.sites if not s.tower]
+    sites = _own(anatomy)
     if not sites or anatomy.unread or anatomy.other:
         left = next(iter({**anatomy.other, **anatomy.unread}.items()), ("", "no attention module was read"))
         return f"{left[0] or anatomy.architecture}: {left[1]}"
@@ -69,21 +70,26 @@ def rotated(model: PreTrainedModel, anatomy: Anatomy, rotation: Rotation) -> tup
     return ways if isinstance(ways, str) else (*_held(anatomy, "rotation", rotation), *_deferred(model, anatomy))
 
 
+def _own(anatomy: Anatomy) -> list[Site]:
+    """The language model's attention modules; not those of an image or audio tower."""
+    return [site for site in anatomy.sites if not site.tower]
+
+
 def _held(anatomy: Anatomy, name: str, value: object) -> Iterator[Edit]:
-    return (SetAttribute(site.path, name, value) for site in anatomy.sites)
+    return (SetAttribute(site.path, name, value) for site in _own(anatomy))
 
 
 def _deferred(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Edit]:
     """Make attention go through a fused kernel, where it does not already."""
-    first = model.get_submodule(anatomy.sites[0].path)
+    first = model.get_submodule(_own(anatomy)[0].path)
     if not any(isinstance(hook, Deferring) for hook in first._forward_pre_hooks.values()):
         yield from _hooks(model, anatomy, None)
         yield SetAttention("", FUSED, register_fused, True)
 
 
 def _hooks(model: PreTrainedModel, anatomy: Anatomy, unbiased: str | None) -> Iterator[Edit]:
-    config = config_at(model, anatomy.sites[0].config)
-    for site in anatomy.sites:
+    config = config_at(model, _own(anatomy)[0].config)
+    for site in _own(anatomy):
         names = _names(model.get_submodule(site.path))
         cache = next(name for name in CACHES if name in names)
         hook = Deferring(names, cache, config, FUSED, unbiased)

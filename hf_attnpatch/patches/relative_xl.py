@@ -201,7 +201,8 @@ def _made(make: Maker, site: Site, like: torch.Tensor, _: nn.Module) -> nn.Modul
 def _sites(anatomy: Anatomy) -> list[Site]:
     sites = [site for site in anatomy.sites if not site.cross and not site.tower]
     if anatomy.unread or not sites:
-        path, why = next(iter(anatomy.unread.items()), (anatomy.architecture, "no self-attention module was read"))
+        nothing = (anatomy.architecture, "no self-attention module was read")
+        path, why = next(iter({**anatomy.unread, **anatomy.other}.items()), nothing)
         raise UnsupportedArchitecture(f"{path}: {why}; the terms need heads of queries and keys to stand beside.")
     return sites
 

@@ -53,7 +53,7 @@ def choose(
         if why is None:
             passed = f"; passed over {'; '.join(reasons)}" if reasons else ""
             return name, f"{name} on {model.device.type}, equal to the reference on a probe{passed}"
-        reasons.append(f"{name}: {why}")
+        reasons.append(f"{name}: {why.rstrip('.')}")
     raise UnsupportedArchitecture(
         f"{anatomy.architecture}: no fused kernel adds {what} here: {'; '.join(reasons)}. backend='eager' computes it "
         "densely."
