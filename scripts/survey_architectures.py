@@ -102,9 +102,9 @@ def flash(model: PreTrainedModel) -> Answer:
     return patched(model, ap.Flash())
 
 
-def alibi(model: PreTrainedModel) -> Answer:
-    """ALiBi in the place of what told positions."""
-    return patched(model, ap.Alibi())
+def by(patch: ap.Patch) -> Callable[[PreTrainedModel], Answer]:
+    """This patch, whatever the model."""
+    return lambda model: patched(model, patch)
 
 
 CASES: Mapping[str, Callable[[PreTrainedModel], Answer]] = {
@@ -113,7 +113,14 @@ CASES: Mapping[str, Callable[[PreTrainedModel], Answer]] = {
     "grouped_query up": grouped_up,
     **{f"rope_scaling {kind}": rope(kind) for kind in ROPE_KINDS},
     "flash": flash,
-    "alibi": alibi,
+    "alibi": by(ap.Alibi()),
+    "rotary": by(ap.Rotary(theta=500.0)),
+    "relative_xl": by(ap.RelativeXl()),
+    "sinusoidal": by(ap.Sinusoidal()),
+    "position_table": by(ap.PositionTable(length=200)),
+    "no_position": by(ap.NoPosition()),
+    "self_extend": by(ap.SelfExtend(window=6, group=3, trained=10)),  # the probe has some 24 tokens
+    "segment_recurrence": by(ap.SegmentRecurrence(segment_length=8, memory_length=6)),
 }
 
 
@@ -124,7 +131,7 @@ def _halving(model: PreTrainedModel) -> ap.Patch:
 
 def patched(model: PreTrainedModel, patch: ap.Patch) -> Answer:
     """Plans, applies, asks for every invariant and reverts; a refusal to plan is an answer, a later error is not."""
-    runs = isinstance(patch, (ap.Flash, ap.Alibi))  # the model, while they plan
+    runs = isinstance(patch, (ap.Flash, ap.Alibi, ap.RelativeXl))  # the model, while they plan
     refusal = ap.UnsupportedArchitecture if runs else ap.AttnPatchError
     try:
         plan = ap.plan(model, patch)

@@ -52,8 +52,12 @@ def _cases(rows: Mapping[str, Any]) -> list[str]:
 
 def _per_type(rows: Mapping[str, Any]) -> str:
     cases = _cases(rows)
-    short = [case.removeprefix("grouped_query ").removeprefix("rope_scaling ") for case in cases]
-    lines = ["`down`, `up`: grouped_query; `linear` to `llama3`: rope_scaling.", ""]
+    names = {"position_table": "table", "segment_recurrence": "recurrence", "relative_xl": "xl", "no_position": "none"}
+    short = [names.get(case, case.removeprefix("grouped_query ").removeprefix("rope_scaling ")) for case in cases]
+    said = "`down`, `up`: grouped_query; `linear` to `llama3`: rope_scaling; " + ", ".join(
+        f"`{short}`: {name}" for name, short in names.items()
+    )
+    lines = [f"{said}.", ""]
     lines += ["| type | " + " | ".join(short) + " |", "| --- " * (len(cases) + 1) + "|"]
     for name, row in rows.items():
         lines.append(f"| {name} | " + " | ".join(_CELL[row[case]["status"]] for case in cases) + " |")

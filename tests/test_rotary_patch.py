@@ -292,6 +292,7 @@ def test_a_part_of_each_head():
         ("gpt_neox", {"partial": 1.0}, "own modules rotate 0.25 of each head"),
         ("gemma3_text", {"layer_types": ["none"]}, "has no rotary parameters of its own"),
         ("t5", {}, "reads two sequences|has no"),
+        ("mamba", {}, "a state that does not say how many tokens it has seen"),
     ],
 )
 def test_bad_arguments_are_refused(model_type, fields, words):

@@ -13,6 +13,7 @@ from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..probe import default_inputs, disagreement, logits_under
 from .added import CHILD, AddPositions, SinusoidalPositions
 from .removal import names_of
+from .turning import CACHES
 
 
 def adding(
@@ -35,6 +36,11 @@ def adding(
         )
         raise UnsupportedArchitecture(f"{anatomy.architecture}: {why}; positions cannot be added to its embeddings.")
     base = model.get_submodule(anatomy.base)
+    if model.can_generate() and not {"position_ids", *CACHES} & set(names_of(base)):
+        raise UnsupportedArchitecture(
+            f"{anatomy.architecture}: decodes from a state that does not say how many tokens it has seen, so that "
+            "positions cannot be counted on."
+        )
     if CHILD in base._modules:  # of an earlier patch; its hook is there, too
         return (ReplaceModule(f"{anatomy.base}.{CHILD}".lstrip("."), lambda _: make(base), after),)
     hook = AddPreHook(anatomy.base, AddPositions(names_of(base)), "adds positions to the embeddings")

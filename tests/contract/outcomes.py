@@ -24,6 +24,7 @@ WORDS = (
     "heads of no known dimensions",
     "reads two sequences",
     "has no inner model that takes inputs_embeds",
+    "decodes from a state that does not say how many tokens it has seen",
     "does not do with embeddings alone what it does with token ids",
     "is not built from config.rope_parameters alone",
     "its own way to compute attention cannot be followed",
