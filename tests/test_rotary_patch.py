@@ -292,7 +292,6 @@ def test_a_part_of_each_head():
         ("gpt_neox", {"partial": 1.0}, "own modules rotate 0.25 of each head"),
         ("gemma3_text", {"layer_types": ["none"]}, "has no rotary parameters of its own"),
         ("t5", {}, "reads two sequences|has no"),
-        ("mamba", {}, "a state that does not say how many tokens it has seen"),
     ],
 )
 def test_bad_arguments_are_refused(model_type, fields, words):
@@ -360,3 +359,13 @@ def test_positions_that_are_not_recognised_are_refused(model_type, patch):
 def test_an_encoder_without_positions_is_told_what_it_is():
     report = ap.patch_no_position(tiny_model("bert", encoder=True))
     assert "bag of tokens" in " ".join(str(report).split())
+
+
+@pytest.mark.parametrize("patch", [ap.Sinusoidal(), ap.PositionTable(length=64)])
+def test_a_decoder_that_counts_no_tokens_is_refused(patch):
+    """Mamba's state would put every decoded token at position 0."""
+    model = tiny_model("mamba")
+    before = snapshot(model)
+    with pytest.raises(ap.UnsupportedArchitecture, match="a state that does not say how many tokens it has seen"):
+        ap.apply(model, patch)
+    assert snapshot(model) == before
