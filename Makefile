@@ -21,7 +21,7 @@ FAST := -n $(WORKERS) -m "not full and not slow"
 # the workers already fill the cores; a thread pool in each would only get in their way
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-all test-lowest lint format survey bench bench-alibi bench-decode bench-extend check-diagnose \
+.PHONY: demo test test-all test-lowest lint format survey bench bench-alibi bench-relative bench-decode bench-extend check-diagnose \
 	downstream peers results-grouped-query results-extend-context results-recurrence \
 	results-switch-positions clean
 
@@ -57,6 +57,9 @@ bench-decode: $(VENV)/.installed
 
 bench-alibi: $(VENV)/.installed
 	$(BIN)/python scripts/bench_alibi.py
+
+bench-relative: $(VENV)/.installed
+	$(BIN)/python scripts/bench_relative.py
 
 # training-free context extension against plain attention
 bench-extend: $(VENV)/.installed
