@@ -7,16 +7,24 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import transformers
-from accelerate.utils import has_offloaded_params
 from transformers import PreTrainedModel
 
 from . import foreign, record
 from .anatomy import describe
 from .edits import Inverse, SetConfig, SetConfigClass
-from .errors import AttnPatchError, SelfCheckFailed, UnsupportedArchitecture
+from .errors import AttnPatchError, SelfCheckFailed
 from .patch import Patch
 from .plan import Plan, plan
-from .probe import Inputs, Trace, checked_inputs, default_inputs, disagreement, largest_difference, trace
+from .probe import (
+    Inputs,
+    Trace,
+    check_in_memory,
+    checked_inputs,
+    default_inputs,
+    disagreement,
+    largest_difference,
+    trace,
+)
 from .report import Report
 
 
@@ -39,7 +47,7 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
     steps = plan(model, *patches)
     if not steps.edits:
         return Report(steps, {"edits": "none needed; the model is untouched"}, None)
-    _check_in_memory(model)
+    check_in_memory(model)
     sites = tuple(dict.fromkeys(path for step in steps.steps for path in step.proposal.sites))
     inputs = (default_inputs(model) if given is None else given) if self_check else None
     before = None if inputs is None else trace(model, inputs, sites)
@@ -105,15 +113,6 @@ def _bookkeeping(
     kind: Any = type(config)
     if not stock and foreign.config_class(kind) is not kind:
         yield SetConfigClass("", foreign.config_class(kind))
-
-
-def _check_in_memory(model: PreTrainedModel) -> None:
-    """Refuse weights that are not there; planning needs none, so ``plan`` takes a model on the meta device."""
-    for path, module in model.named_modules():
-        absent = next((name for name, p in module.named_parameters(recurse=False) if p.is_meta), None)
-        if absent is not None and not has_offloaded_params(module):
-            name = f"{path}.{absent}".lstrip(".")
-            raise UnsupportedArchitecture(f"{name} has no data (on the meta device); load the weights to patch them.")
 
 
 def _version() -> str:

@@ -115,6 +115,12 @@ def kernel_of(implementation: str) -> str:
     return implementation
 
 
+def dense(implementation: str) -> str:
+    """Return the implementation that computes every score, with what this package's prefixes add to it."""
+    kernel = next((name for name in FLAG if implementation.endswith(name)), implementation)
+    return implementation.removesuffix(kernel) + "eager"
+
+
 def ranked(device: torch.device) -> tuple[str, ...]:
     """Return backends to try on this device, fastest first."""
     if device.type == "cuda":

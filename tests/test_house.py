@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "probe.py": {"errors", "edits"},
     "twin.py": {"configs", "errors", "edits"},
     "heads/projections.py": {"layouts", "sites"},
-    "heads/": {*_CORE, "evaluation", "plotting", "progress", "report", "runtime", "twin"},
+    "heads/": {*_CORE, "backends", "evaluation", "plotting", "progress", "report", "runtime", "twin"},
     "rope/fields.py": {"errors"},
     "rope/parameters.py": {"errors", "functional"},
     "rope/search": {*_CORE, "api", "evaluation", "patch", "patches"},

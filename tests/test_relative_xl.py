@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from architectures import tiny_inputs, tiny_model
+from peft import LoraConfig, get_peft_model
 from snapshot import snapshot
 from test_alibi import _Library, _plain
 from tolerances import ROUNDING
@@ -195,3 +196,46 @@ def test_stock_transformers_says_what_to_install(tmp_path):
     model.save_pretrained(tmp_path)
     assert "pip install hf_attnpatch" in (tmp_path / "config.json").read_text()
     assert _logits(ap.load(tmp_path).eval(), **tiny_inputs(model)).equal(_logits(model, **tiny_inputs(model)))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_peft_trains_a_copy_of_the_terms():
+    """A copy that attention would not see is a model without positions."""
+    model = _patched("llama")
+    inputs = tiny_inputs(model)
+    wanted = _logits(model, **inputs)
+    tuned = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["relative_xl"]))
+    assert torch.equal(_logits(tuned, **inputs), wanted)
+    tuned(**inputs).logits.square().mean().backward()
+    trained = {name: p for name, p in tuned.named_parameters() if "relative_xl" in name and p.requires_grad}
+    assert len(trained) == 6
+    for parameter in trained.values():
+        assert bool(parameter.grad.any())
+        parameter.data.add_(0.5)
+    assert largest_difference(_logits(tuned, **inputs), wanted) > 1e-3
+    with tuned.disable_adapter():
+        assert torch.equal(_logits(tuned, **inputs), wanted)
+
+
+def test_something_unknown_in_the_place_of_the_terms_is_an_error():
+    model = _patched("llama")
+    model.model.layers[0].self_attn.relative_xl = torch.nn.Identity()
+    with pytest.raises(ap.AttnPatchError, match="relative_xl is a Identity, which attention cannot read"):
+        _logits(model, **tiny_inputs(model))
+
+
+@pytest.mark.parametrize("patch", [ap.RelativeXl(), ap.Alibi()])
+def test_heads_are_shared_on_text_under_new_positions(patch):
+    """Damage is measured with attention weights, by the dense attention that has these positions."""
+    model = tiny_model("llama")
+    ap.apply(model, patch)
+    report = ap.patch_grouped_query(model, num_kv_heads=2, calibration=torch.randint(5, 99, (6, 64)), refine_steps=2)
+    assert all(layer.gaps["refined"].attention is not None for layer in report.damage.layers)
+
+
+@pytest.mark.parametrize("patch", [ap.RelativeXl(), ap.Alibi(), ap.Rotary()])
+def test_a_model_without_data_cannot_be_tried(patch):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_model("gpt2").config)
+    with pytest.raises(ap.UnsupportedArchitecture, match="has no data .on the meta device.; load the weights"):
+        ap.plan(model, patch)

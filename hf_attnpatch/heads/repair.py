@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..backends import dense
 from ..edits import SetAttention
 from ..errors import AttnPatchError
 from ..functional.merging import refit
@@ -128,7 +129,7 @@ def _samples(text: Sequence[Batch], done: Conversion) -> list[Batch]:
 def eager(model: PreTrainedModel) -> Iterator[None]:
     """Let modules return their attention weights, where the family has eager attention to switch to."""
     try:
-        inverse = SetAttention("", "eager").run(model)
+        inverse = SetAttention("", dense(str(model.config._attn_implementation))).run(model)
     except (ValueError, AttnPatchError):
         inverse = None
     try:

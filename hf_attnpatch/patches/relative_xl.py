@@ -39,8 +39,9 @@ class RelativeXl(Patch):
     What told positions before is taken out. u, v and W are new trainable parameters, for each query head of each layer.
     The position term goes through a fused kernel as further dimensions of queries and keys, in linear memory, where the
     paper shifts a matrix of scores; backend ``eager`` is dense. Distances have no longest one. A model that was not
-    trained so has to be. Stock transformers cannot express the result, so its checkpoints are of this package's model
-    type. Together with :class:`SegmentRecurrence` this is Transformer-XL.
+    trained so has to be (under LoRA, with ``modules_to_save=["relative_xl"]``). Stock transformers cannot express the
+    result, so its checkpoints are of this package's model type. Together with :class:`SegmentRecurrence` this is
+    Transformer-XL.
 
     Args:
         size: dimensions of R, even; the kernel's heads become so much wider (FlashAttention takes 256 in all). None

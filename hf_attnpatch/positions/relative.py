@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import AttnPatchError
 from ..functional import relative
 from ..functional.alibi import slopes
 from ..functional.biased import Sight, attend_extended
+from .modules import NoPositions
 
 PREFIX = "relative_xl_"  # of the attention functions that add the terms, before the name of the kernel they call
 CHILD = "relative_xl"  # of an attention module; what its parameters' keys in a checkpoint end with
@@ -91,9 +94,22 @@ class Term:
 
 
 def relative_of(module: nn.Module) -> RelativeTerms | None:
-    """Return the terms of an attention module that this package gave some, or None."""
-    found = module._modules.get(CHILD)
-    return found if isinstance(found, RelativeTerms) else None
+    """Return the terms of an attention module that this package gave some, or None.
+
+    Where PEFT trains a copy of them (``modules_to_save``), that copy, while its adapter is on.
+
+    Raises:
+        AttnPatchError: something else stands in their place.
+    """
+    found: Any = module._modules.get(CHILD)
+    if hasattr(found, "original_module"):
+        active = [] if found.disable_adapters else [n for n in found.active_adapters if n in found.modules_to_save]
+        found = found.modules_to_save[active[0]] if active else found.original_module
+    if found is None or isinstance(found, (RelativeTerms, NoPositions)):
+        return found if isinstance(found, RelativeTerms) else None
+    raise AttnPatchError(
+        f"{type(module).__name__}: its {CHILD} is a {type(found).__name__}, which attention cannot read."
+    )
 
 
 def default_size(head_dim: int) -> int:
