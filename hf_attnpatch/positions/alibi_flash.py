@@ -106,7 +106,7 @@ def _by_columns(
         layer_idx=getattr(module, "layer_idx", None),
         **kwargs,
     )
-    return out[..., :width]
+    return out[..., :width].contiguous()
 
 
 def _refuse(

@@ -91,7 +91,7 @@ def flex(
         here = torch.arange(query.shape[2], device=query.device)[None] + offset
         query, key, value = _extended(module, query, key, value, here, scale)
     out, weights = flex_attention_forward(module, query, key, value, attention_mask, scaling=scale, **kwargs)
-    return out[..., :width], weights
+    return out[..., :width].contiguous(), weights
 
 
 @functools.cache
@@ -114,7 +114,7 @@ def flash(name: str) -> Callable[..., tuple[Tensor, None]]:
             here = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=query.device)[None]
             query, key, value = _extended(module, query, key, value, here, scale)
         out, _ = plain(module, query, key, value, attention_mask, scaling=scale, **kwargs)
-        return out[..., :width], None
+        return out[..., :width].contiguous(), None
 
     return attention
 
