@@ -62,7 +62,7 @@ MAY_WRITE = {
     "probe.py": ("training eval register_forward_hook", "modes and counting hooks, restored at once"),
     "verify.py": ("clear update grad copy_ eval", "puts back what probing leaves behind"),
     "invariants/training.py": ("train", "inside verify, which restores the mode"),
-    "invariants/copies.py": ("eval neg_", "of the copy and of what was just loaded"),
+    "invariants/copies.py": ("eval neg_ data", "of the copy and of what was just loaded"),
     "runtime.py": ("register_parameter", "a module's own parameters, in its constructor"),
     "twin.py": ("setattr", "on a copy of the config"),
     "patch.py": ("__setattr__", "a patch normalises its own fields while it is made"),

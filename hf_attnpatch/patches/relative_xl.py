@@ -151,7 +151,7 @@ class RelativeXl(Patch):
     def _quiet(self, reach: int, ears: Mapping[str, _Ear]) -> Maker:
         def make(site: Site, like: torch.Tensor) -> RelativeTerms:
             terms = RelativeTerms(site.num_heads, site.head_dim, self._size(site), float(self.theta), like)
-            if self.init == "recency" and not like.is_meta:
+            if self.init == "recency" and not (like.is_meta or torch.empty(0).is_meta):  # else it is being loaded
                 heard = ears[site.path].scale if site.path in ears else None
                 terms.look_back(site.head_dim**-0.5 if heard is None else heard, reach)
             return terms

@@ -19,7 +19,7 @@ from ..functional.segments import Segments
 from ..patch import Patch, Proposal
 from ..recurrence.attention import BELOW, base, key, register_recurrent
 from ..recurrence.modules import Recalling, Recurrent, recalling_of
-from ..recurrence.survey import STATIC, Way, ways
+from ..recurrence.survey import STATIC, Way, check_runs, ways
 from ..sites import Place, dispatching
 
 KERNELS = ("eager", *FLAG)
@@ -85,10 +85,15 @@ class SegmentRecurrence(Patch):
         self._check(model, anatomy, places, decoder)
         kernel = _kernel(model)
         turning = self._turning(model, anatomy, places)
-        edits = tuple(self._edits(model, anatomy, places, decoder, turning))
+        edits = (
+            *self._edits(model, anatomy, places, decoder, turning),
+            SetAttention("", key(kernel), register_recurrent),
+        )
+        if self.turning is None:
+            check_runs(model, anatomy, edits)
         chosen = dataclasses.replace(self, turning=turning)
         return Proposal(
-            (*edits, SetAttention("", key(kernel), register_recurrent)),
+            edits,
             tuple(place.path for place in places),
             tuple(self._notes(kernel, turning)),
             stock=False,

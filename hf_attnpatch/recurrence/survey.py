@@ -15,8 +15,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..anatomy import Anatomy
 from ..backends import register
-from ..edits import SetAttention, SetAttribute
-from ..errors import UnsupportedArchitecture
+from ..edits import Edit, SetAttention, SetAttribute
+from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.rerotation import Turning
 from ..masks import sdpa_mask
 from ..probe import TOLERANCE, default_inputs, largest_difference, logits_under
@@ -44,6 +44,21 @@ def ways(model: PreTrainedModel, anatomy: Anatomy, paths: Sequence[str]) -> dict
         return dict.fromkeys(paths)
     before, after = _keys(model, paths, 0), _keys(model, paths, _BY)
     return {path: _way(model, anatomy, path, before[path], after[path]) for path in paths}
+
+
+def check_runs(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]) -> None:
+    """Refuse a model that does something of its own with its mask, in whose place the memory stands.
+
+    Raises:
+        UnsupportedArchitecture: it does.
+    """
+    try:
+        logits_under(model, edits, default_inputs(model))
+    except AttnPatchError as error:
+        cause = " ".join(str(error.__cause__ or error).split())[:200]
+        raise UnsupportedArchitecture(
+            f"{anatomy.architecture}: does not run with a memory in the place of its mask ({cause})."
+        ) from error
 
 
 def _keys(model: PreTrainedModel, paths: Sequence[str], place: int) -> dict[str, Tensor]:

@@ -64,6 +64,7 @@ WORDS = (
     "passes no gradient to the query projection",
     "needs a context length to multiply",
     "a memory is of one text",
+    "does not run with a memory in the place of its mask",
     "by which it is told what is new",
     "ran on the probe before the patch and does not after it",
     "no module has key and value heads",
