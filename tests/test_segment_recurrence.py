@@ -465,3 +465,11 @@ def test_inputs_that_a_memory_cannot_take_are_errors():
 def _filled(cache):
     cache.update(torch.zeros(2, 4, 3, 16), torch.zeros(2, 4, 3, 16), 0)
     return cache
+
+
+def test_a_model_that_makes_masks_for_layers_it_has_not():
+    """Qwen2-MoE asks for a windowed mask too, last, and uses none of it: a plain call must get the other."""
+    model = tiny_model("qwen2_moe", sliding_window=2)
+    ids, patched = _ids(2, 3 * L), _patched(model)
+    assert largest_difference(_dense(model, ids), _logits(patched, ids)) < FP32
+    assert largest_difference(_logits(model, ids[:, :L]), _logits(patched, ids[:, :L])) < FP32

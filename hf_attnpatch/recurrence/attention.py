@@ -22,7 +22,7 @@ from ..functional.segments import Piece
 from ..masks import called
 from ..positions.modules import PREFIX as ALIBI
 from ..positions.relative import PREFIX as RELATIVE
-from .call import CALL, Call
+from .call import CALL, Call, Handed
 from .modules import PREFIX, Recurrent, recurrent_of
 
 BELOW = (ALIBI, RELATIVE)  # what a kernel under a memory may add by itself
@@ -53,20 +53,20 @@ def base(implementation: str) -> str | None:
 
 
 @functools.cache
-def mask(kernel: str) -> Callable[..., Call]:
+def mask(kernel: str) -> Callable[..., Handed]:
     """Return the mask function of a kernel: always the same."""
 
-    def mask_of(batch_size: int, q_length: int, *args: Any, **kwargs: Any) -> Call:
+    def mask_of(batch_size: int, q_length: int, *args: Any, **kwargs: Any) -> Handed:
         call = CALL.get()
         if call is None or tuple(call.tokens.keep.shape) != (batch_size, q_length):
             raise AttnPatchError(
                 f"a mask of {batch_size} rows and {q_length} columns was asked for outside of the decoder that this "
                 "model's memory belongs to; call the model itself, not a part of it."
             )
-        if call.plain:
-            make = called(AttentionMaskInterface()[kernel])
-            call.hold(make(batch_size=batch_size, q_length=q_length, **kwargs))
-        return call
+        if not call.plain:
+            return Handed(call)
+        make = called(AttentionMaskInterface()[kernel])
+        return Handed(call, make(batch_size=batch_size, q_length=q_length, **kwargs))
 
     return mask_of
 
@@ -78,14 +78,15 @@ def attention(kernel: str) -> Callable[..., Output]:
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> Output:
-        inner, call, found = _inner(module, kernel), attention_mask, recurrent_of(module)
-        if not isinstance(call, Call) or found is None:
+        inner, found = _inner(module, kernel), recurrent_of(module)
+        if not isinstance(attention_mask, Handed) or found is None:
             raise AttnPatchError(
-                f"{type(module).__name__}: got a mask of type {type(call).__name__} in the place of the memory; masks "
+                f"{type(module).__name__}: got a mask of type {type(attention_mask).__name__} in the place of the memory; masks "
                 "of four dimensions are not taken together with segment recurrence."
             )
+        call = attention_mask.call
         if call.plain:
-            out = inner(module, query, key, value, call.base_mask, *args, **kwargs)
+            out = inner(module, query, key, value, attention_mask.own, *args, **kwargs)
         else:
             _refuse(module, kwargs)
             out = (

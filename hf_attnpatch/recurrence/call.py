@@ -65,12 +65,7 @@ class Call:
         self.aligned = trailing and bool((self._phase == self._phase[0]).all())
         self.plain = not bool(self._count.any()) and tokens.keep.shape[1] <= segments.length
         self.doubled = torch.is_grad_enabled() and not self.aligned and not self.plain
-        self.base_mask: Any = None
         self._numbers = torch.cat([self._held, tokens.number], 1)
-
-    def hold(self, mask: Any) -> None:
-        """Keep the kernel's own mask, which holds where the call is one plain segment."""
-        self.base_mask = mask
 
     def forget(self) -> None:
         """Keep nothing for another call."""
@@ -215,6 +210,19 @@ class Call:
         self._memory.put(self._written, number, turned, count, shift, self.tokens.keep.shape[1])
         self._memory, self._written = None, {}
         CALL.set(None)
+
+
+@dataclass(frozen=True, eq=False)
+class Handed:
+    """What attention modules get in the place of a mask; a model may ask for several, one for each kind of layer.
+
+    Attributes:
+        call: the forward.
+        own: the kernel's own mask, which holds where the call is one plain segment.
+    """
+
+    call: Call
+    own: Any = None
 
 
 @functools.lru_cache(maxsize=8)
