@@ -81,8 +81,8 @@ def attention(kernel: str) -> Callable[..., Output]:
         inner, found = _inner(module, kernel), recurrent_of(module)
         if not isinstance(attention_mask, Handed) or found is None:
             raise AttnPatchError(
-                f"{type(module).__name__}: got a mask of type {type(attention_mask).__name__} in the place of the memory; masks "
-                "of four dimensions are not taken together with segment recurrence."
+                f"{type(module).__name__}: got a mask of type {type(attention_mask).__name__} in the place of the "
+                "memory; masks of four dimensions are not taken together with segment recurrence."
             )
         call = attention_mask.call
         if call.plain:
