@@ -19,6 +19,7 @@ from .commands import search as cli_search
 from .commands import specs as cli_specs
 from .commands import text as cli_text
 from .commands.options import Device, Dtype, Length, Model, Patches, PlanFile, Sequences, Text, Trust, clear_errors
+from .errors import NoWeights
 
 app = typer.Typer(
     name="attnpatch",
@@ -50,15 +51,19 @@ def plan(
     device: Device = "cpu",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Say what `apply` would do, and do nothing. Weights are loaded only for what measures to choose: flash, auto."""
+    """Say what `apply` would do, and do nothing. Weights are loaded only for what is tried or measured to choose."""
     with clear_errors():
         import hf_attnpatch as ap
 
         patches = cli_specs.patches(plan_file, patch)
         source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         patches = cli_text.with_text(patches, calibration, source, sequences, length)
-        probes = any(isinstance(p, ap.Flash) or getattr(p, "num_kv_heads", 0) == "auto" for p in patches)
-        typer.echo(ap.plan(source.model() if probes else source.skeleton(), *patches))
+        measured = any(getattr(patch, "num_kv_heads", 0) == "auto" for patch in patches)
+        try:
+            found = ap.plan(source.model() if measured else source.skeleton(), *patches)
+        except NoWeights:
+            found = ap.plan(source.model(), *patches)
+        typer.echo(found)
 
 
 @app.command()

@@ -12,6 +12,10 @@ class UnsupportedArchitecture(AttnPatchError):
     """The model has no place where this patch could act, or one that cannot be read safely."""
 
 
+class NoWeights(UnsupportedArchitecture):
+    """The model has to be run, and its weights are on the meta device."""
+
+
 class PatchConflict(AttnPatchError):
     """Two patches claim the same place, or a revert would cross a later patch."""
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .edits import Edit, Inverse
-from .errors import AttnPatchError, UnsupportedArchitecture
+from .errors import AttnPatchError, NoWeights
 
 # Largest difference of logits, relative to their largest magnitude, that rounding alone explains.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -34,7 +34,7 @@ def default_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return two rows of ten tokens, the second left-padded by three where the model takes a mask.
 
     Raises:
-        UnsupportedArchitecture: the model's weights are not there to be run.
+        NoWeights: there is nothing to be run.
     """
     check_in_memory(model)
     vocab = model.config.get_text_config(decoder=True).vocab_size
@@ -54,13 +54,13 @@ def check_in_memory(model: PreTrainedModel) -> None:
     """Refuse weights that are not there.
 
     Raises:
-        UnsupportedArchitecture: some are on the meta device, and not because Accelerate has offloaded them.
+        NoWeights: some are on the meta device, and not because Accelerate has offloaded them.
     """
     for path, module in model.named_modules():
         absent = next((name for name, p in module.named_parameters(recurse=False) if p.is_meta), None)
         if absent is not None and not has_offloaded_params(module):
             name = f"{path}.{absent}".lstrip(".")
-            raise UnsupportedArchitecture(
+            raise NoWeights(
                 f"{name} has no data (on the meta device); load the weights: this runs the model, to patch it or to "
                 "see whether it can be patched."
             )

@@ -74,6 +74,13 @@ def test_plan_writes_nothing_and_says_what_would_be(checkpoints, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
+@pytest.mark.parametrize("patch", ["alibi", "relative_xl", "rotary", "sinusoidal"])
+def test_plan_loads_the_weights_of_what_has_to_be_tried(checkpoints, patch):
+    found = run("plan", checkpoints / "gpt2", "--patch", patch)
+    assert found.exit_code == 0, found.output
+    assert "position tables taken out" in " ".join(found.output.split())
+
+
 def test_plan_of_flash_loads_the_weights(checkpoints):
     result = run("plan", checkpoints / "llama", "-p", "flash:backend=sdpa")
     assert result.exit_code == 0, result.output
