@@ -107,6 +107,7 @@ PATCHES = [
     ap.Flash(backend="sdpa", training=False),
     ap.Alibi(distance_clip=64),
     ap.Rotary(theta=500.0, partial=0.5),
+    ap.RelativeXl(size=32, init="zero"),
     ap.Sinusoidal(amplitude=0.5),
     ap.NoPosition(),
     ap.PositionTable(length=2048, method="tile"),
