@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import readme
 import survey_architectures as survey
+import survey_cases
 import survey_table
 
 ASK = {"grouped_query down": ("llama", "native"), "flash": ("gpt2", "native"), "rope_scaling yarn": ("llama", "native")}
@@ -96,11 +97,11 @@ def test_what_transformers_own_model_of_the_config_breaks_is_not_the_patchs():
 def test_only_a_twin_with_the_same_logits_excuses(monkeypatch):
     model = survey.tiny_model("llama")
     survey.ap.patch_grouped_query(model, num_kv_heads=2)
-    monkeypatch.setattr(survey, "broken", lambda twin: {"padding": "1"})
-    assert survey.broken_by_its_twin(model) == {"padding": "1"}
+    monkeypatch.setattr(survey_cases, "broken", lambda twin: {"padding": "1"})
+    assert survey_cases.broken_by_its_twin(model) == {"padding": "1"}
     other = survey.tiny_model("llama", seed=1, num_key_value_heads=2)
-    monkeypatch.setattr(survey, "stock_twin", lambda model: other)
-    assert survey.broken_by_its_twin(model) == {}
+    monkeypatch.setattr(survey_cases, "stock_twin", lambda model: other)
+    assert survey_cases.broken_by_its_twin(model) == {}
 
 
 def test_a_survey_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
