@@ -26,26 +26,18 @@ _WITH = "Transformer-XL's position terms"
 
 
 def sdpa(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Output:
     """Torch's kernels."""
-    found, causal = relative_of(module), causal_of(module, is_causal)
+    found = relative_of(module)
     if found is None:
-        given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
-        return alibi_attention.sdpa(module, query, key, value, attention_mask, **given)
+        return alibi_attention.sdpa(module, query, key, value, attention_mask, **kwargs)
     refuse(module, kwargs, _WITH, "softcap", "s_aux", "position_bias", "cache")
     if attention_mask is None:
         refuse(module, kwargs, _WITH, "cu_seq_lens_q")  # only flash attention reads documents from there
+    causal, scale = causal_of(module, kwargs.get("is_causal")), scale_of(query, kwargs.get("scaling"))
     sight = read_sight(attention_mask, causal, query.shape[2], key.shape[2])
-    out = found.attend(query, key, value, sight, scale_of(query, scaling), dropout)
+    out = found.attend(query, key, value, sight, scale, kwargs.get("dropout", 0.0))
     return out.transpose(1, 2).contiguous(), None
 
 
