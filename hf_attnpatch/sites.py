@@ -87,6 +87,11 @@ class Place:
     config: str
 
 
+def names_of(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters of a module's forward, in order."""
+    return tuple(inspect.signature(module.forward).parameters)
+
+
 def dispatching(
     model: PreTrainedModel, sites: Iterable[Site], other: Mapping[str, str], unread: Mapping[str, str]
 ) -> list[Place]:

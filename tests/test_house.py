@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "fused/": {*_CORE, "backends", "masks", "positions"},
     "positions/": {*_CORE, "backends", "fused", "masks", "record", "twin"},
     "spans/": {*_CORE, "backends", "masks", "patch", "positions", "record"},
-    "recurrence/": {*_CORE, "backends", "masks", "positions"},
+    "recurrence/": {*_CORE, "backends", "fused", "masks", "positions"},
     "patches/": {*_CORE, "backends", "fused", "heads", "patch", "positions", "recurrence", "rope", "spans", "twin"},
     "evaluation/": {"embedded", "errors", "evaluation", "progress"},  # measures a model; knows nothing of patches
 }

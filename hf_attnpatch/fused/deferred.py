@@ -8,6 +8,7 @@ checks every step; an operation that is not listed here raises, and then the pat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -33,6 +34,7 @@ class Keys(Noted):
         sight: what queries see, as far as the mask was taken from the forward; None where the forward adds it itself.
         distance: what counts in the place of the forward's own bias by distance; ``NoBias`` for none, None keeps it.
         turn: the rotation of the queries; these keys have been rotated.
+        instead: what attends, where the queries meet other keys than these, of a memory; None for :func:`attended`.
     """
 
     data: Tensor
@@ -40,6 +42,7 @@ class Keys(Noted):
     sight: Sight | None
     distance: Distances = None
     turn: Turn | None = None
+    instead: Callable[[Weights, Values], Tensor] | None = None
 
     @property
     def _held(self) -> Tensor:
@@ -71,7 +74,7 @@ class Keys(Noted):
         sight = (self.sight or Sight(is_causal)) if attn_mask is None else self.sight
         scores = replace(self, sight=sight, shadow=self.shadow.transpose(-1, -2))._on_matmul(query, None)
         scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale) + attn_mask
-        return _attended(Weights(scores, scores.shadow, dropout_p), value)
+        return (self.instead or attended)(Weights(scores, scores.shadow, dropout_p), value)
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,8 @@ class Weights(Noted):
     def _on_matmul(self, left: Any, right: Any) -> Tensor:
         if left is not self or not isinstance(right, Values):
             raise NotImplementedError("attention weights multiplied by something else than the values")
-        return _attended(self, right).reshape((self.shadow @ right.shadow.to(self.dtype)).shape)
+        out = (self.scores.keys.instead or attended)(self, right)
+        return out.reshape((self.shadow @ right.shadow.to(self.dtype)).shape)
 
     _on_bmm = _on_matmul
 
@@ -196,7 +200,8 @@ class Weights(Noted):
         return self._on_matmul(self, right)
 
 
-def _attended(weights: Weights, values: Values) -> Tensor:
+def attended(weights: Weights, values: Values) -> Tensor:
+    """Compute what was noted, (batch, heads, q, d_v)."""
     scores, key, value = weights.scores, weights.scores.keys.data, values.data
     query = scores.query.reshape(key.shape[0], -1, *scores.query.shape[-2:]).to(value.dtype)
     if scores.keys.turn is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from ..functional.biased import Sight
 from ..positions.modules import AlibiBias, NoBias, Still, alibi_of, bias_left_out
 from ..positions.relative import relative_of
 from ..positions.turning import CACHES, PLACES, Rotation, Turn, rotation_of, taken_places
-from ..sites import Site
+from ..sites import Site, names_of
 from .deferred import Distances, Keys, Values
 from .sight import read_sight
 
@@ -37,10 +36,10 @@ def variants(model: PreTrainedModel, anatomy: Anatomy) -> list[tuple[Edit, ...]]
         left = next(iter({**anatomy.other, **anatomy.unread}.items()), ("", "no attention module was read"))
         return f"{left[0] or anatomy.architecture}: {left[1]}"
     for site in sites:
-        names = _names(model.get_submodule(site.path))
+        names = names_of(model.get_submodule(site.path))
         if site.dispatches or site.cross or "hidden_states" not in names or not set(CACHES) & set(names):
             return f"{site.path}: {site.kind} is no self-attention with a cache that computes its scores by itself"
-    biases = set(_BIASES) & set(_names(model.get_submodule(sites[0].path)))
+    biases = set(_BIASES) & set(names_of(model.get_submodule(sites[0].path)))
     return [(*_hooks(model, anatomy, bias), SetAttention("", FUSED, register_fused, True)) for bias in (None, *biases)]
 
 
@@ -90,14 +89,19 @@ def _deferred(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Edit]:
 def _hooks(model: PreTrainedModel, anatomy: Anatomy, unbiased: str | None) -> Iterator[Edit]:
     config = config_at(model, _own(anatomy)[0].config)
     for site in _own(anatomy):
-        names = _names(model.get_submodule(site.path))
-        cache = next(name for name in CACHES if name in names)
-        hook = Deferring(names, cache, config, FUSED, unbiased)
+        names = names_of(model.get_submodule(site.path))
+        hook = Deferring(names, cache_name(names), config, FUSED, unbiased)
         yield AddPreHook(site.path, hook, "scores go to a fused kernel")
 
 
-def _names(module: nn.Module) -> tuple[str, ...]:
-    return tuple(inspect.signature(module.forward).parameters)
+def cache_name(names: tuple[str, ...]) -> str:
+    """Return the parameter that takes the cache."""
+    return next(name for name in CACHES if name in names)
+
+
+def bias_name(names: tuple[str, ...]) -> str | None:
+    """Return the parameter that takes a bias by distance, or None."""
+    return next((name for name in _BIASES if name in names), None)
 
 
 class DeferredCache:
@@ -148,6 +152,8 @@ class Deferring:
                 "output_attentions, or revert the flash patch."
             )
         mask, ours = named.get("attention_mask"), self.config._attn_implementation == self.key
+        if not (mask is None or isinstance(mask, Tensor)):
+            return args, dict(kwargs)  # of a memory, whose own hook comes next
         if ours and isinstance(mask, Tensor) and mask.dtype == torch.bool:
             named["attention_mask"] = None
         else:

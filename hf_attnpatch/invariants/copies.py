@@ -16,7 +16,6 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from .. import foreign
-from ..backends import FUSED
 from ..probe import _counting, input_device
 from .subject import Answer, Measured, Subject, compare
 
@@ -60,12 +59,14 @@ def _reloaded(subject: Subject, shard: int | str) -> Answer:
     with tempfile.TemporaryDirectory() as folder, _no_progress_bars():
         model.save_pretrained(folder, max_shard_size=shard)
         attention = model.config._attn_implementation
-        known = {} if attention == FUSED else {"attn_implementation": attention}
+        functions = any(site.dispatches for site in subject.anatomy.sites) or not subject.anatomy.sites
+        known = {"attn_implementation": attention} if functions else {}  # the others choose when they are built
         loaded = _loader(model).from_pretrained(folder, dtype=model.dtype, **known)
     for tensor in loaded.parameters():  # a file's bytes lie where its header ends; some kernels round by alignment
         tensor.data = tensor.data.clone()
     twin = Subject(loaded.to(input_device(model)).eval(), subject.anatomy, subject.inputs)
-    return compare(subject, wanted, twin.logits(), 0.0 if known else subject.rounding)  # else another kernel
+    same = loaded.config._attn_implementation == attention  # else another kernel
+    return compare(subject, wanted, twin.logits(), 0.0 if same else subject.rounding)
 
 
 def _loader(model: PreTrainedModel) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import FLAG, Candidate, obstacle
+from ..backends import FLAG, FUSED, Candidate, obstacle
 from ..edits import SetAttention
 from ..probe import TOLERANCE
 from .subject import Answer, Subject, compare
@@ -28,7 +28,9 @@ def flex_agrees(subject: Subject) -> Answer:
 
 def _agrees(subject: Subject, name: str) -> Answer:
     model, present = subject.model, subject.model.config._attn_implementation
-    kernel = next((known for known in ("eager", *FLAG) if present.endswith(known)), "")
+    kernel = next((known for known in ("eager", *FLAG) if present.endswith(known)), present)
+    if kernel.endswith(FUSED):
+        return "its forwards stay, and only ask for masks"
     prefix = present.removesuffix(kernel)  # a model with a patch in its attention asks for functions that know it
     if prefix + name == present:
         return "it is the present one"

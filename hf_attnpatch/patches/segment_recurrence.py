@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,18 +10,21 @@ from typing import ClassVar
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..backends import FLAG, kernel_of
+from ..backends import FLAG, FUSED, kernel_of
 from ..configs import config_at
 from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.segments import Segments
+from ..fused.deferring import bias_name, cache_name, variants
 from ..patch import Patch, Proposal
 from ..recurrence.attention import BELOW, base, key, register_recurrent
 from ..recurrence.modules import Recalling, Recurrent, recalling_of
-from ..recurrence.survey import STATIC, Way, check_runs, ways
-from ..sites import Place, dispatching
+from ..recurrence.native import Remembering, window_of
+from ..recurrence.survey import STATIC, Way, check_agrees, ways
+from ..sites import Place, dispatching, names_of
 
 KERNELS = ("eager", *FLAG)
+_OVER_THE_PROBE = Segments(4, 32)  # longer than what it reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,9 @@ class SegmentRecurrence(Patch):
     A call longer than a segment is read so; between calls nothing is carried, unless the caller decodes with the cache
     that the model returned (as ``generate`` does), or opened a stream (:func:`hf_attnpatch.stream`). Gradients end at
     the border of a segment. The attention kernel stays the one that the model uses, with this package's ALiBi or
-    Transformer-XL terms where the model has those.
+    Transformer-XL terms where the model has those. Families that compute attention by themselves (BLOOM, MPT, Falcon,
+    GPT-J, CodeGen) keep their forwards in a call of one segment; where one meets a memory, torch's kernel attends
+    inside them, with the ALiBi that they have.
 
     Without memory and within one segment the model is bit for bit what it was. Stock transformers cannot express
     the patch, so that checkpoints are of this package's model type; the weights are untouched.
@@ -80,17 +84,19 @@ class SegmentRecurrence(Patch):
             raise UnsupportedArchitecture(
                 f"{other[0]}: {other[1]}, which a memory of keys and values does not carry on."
             )
-        places = dispatching(model, anatomy.sites, {}, {})
+        places, native = _places(model, anatomy)
         decoder = _decoder(model, places)
         self._check(model, anatomy, places, decoder)
-        kernel = _kernel(model)
+        kernel = _native_kernel(model) if native else _kernel(model)
         turning = self._turning(model, anatomy, places)
-        edits = (
-            *self._edits(model, anatomy, places, decoder, turning),
-            SetAttention("", key(kernel), register_recurrent),
-        )
+        hooks = tuple(_remembering(model, places, kernel)) if native else ()
+        attention = SetAttention("", key(kernel), register_recurrent, native)
+        common = (*self._edits(model, places, turning), *hooks, attention)
+        segments = Segments(self.segment_length, self.memory_length)
+        edits = (*common, self._recalling(model, anatomy, places, decoder, segments))
         if self.turning is None:
-            check_runs(model, anatomy, edits)
+            probing = self._recalling(model, anatomy, places, decoder, _OVER_THE_PROBE)
+            check_agrees(model, anatomy, (*common, probing))
         chosen = dataclasses.replace(self, turning=turning)
         return Proposal(
             edits,
@@ -104,28 +110,31 @@ class SegmentRecurrence(Patch):
     def _edits(
         self,
         model: PreTrainedModel,
-        anatomy: Anatomy,
         places: list[Place],
-        decoder: str,
         turning: Mapping[str, Way | None],
     ) -> Iterator[Edit]:
         for number, place in enumerate(places):
             way = turning.get(place.path)
             rotary = () if way is None else (model.get_submodule(way[0]), *way[1:])
             yield SetAttribute(place.path, "recurrence", Recurrent(number, *(rotary or (None,))))
+
+    def _recalling(
+        self, model: PreTrainedModel, anatomy: Anatomy, places: list[Place], decoder: str, segments: Segments
+    ) -> Edit:
         hook = Recalling(
-            tuple(inspect.signature(model.get_submodule(decoder).forward).parameters),
+            names_of(model.get_submodule(decoder)),
             config_at(model, places[0].config),
-            Segments(self.segment_length, self.memory_length),
+            segments,
             self.positions == "bounded",
             len(places),
-            anatomy.max_positions if anatomy.tables else None,
+            anatomy.max_positions if anatomy.tables or anatomy.inner else None,
         )
-        yield AddPreHook(decoder, hook, "hands its attention modules their memory")
+        return AddPreHook(decoder, hook, "hands its attention modules their memory")
 
     def _check(self, model: PreTrainedModel, anatomy: Anatomy, places: list[Place], decoder: str) -> None:
-        names = inspect.signature(model.get_submodule(decoder).forward).parameters
-        absent = next((name for name in ("position_ids", "past_key_values") if name not in names), None)
+        placed = anatomy.rotary or anatomy.inner or anatomy.tables
+        wanted = ("position_ids", "past_key_values") if placed else ("past_key_values",)
+        absent = next((name for name in wanted if name not in names_of(model.get_submodule(decoder))), None)
         if absent is not None:
             raise UnsupportedArchitecture(f"{decoder}: its forward takes no {absent}, by which it is told what is new.")
         windowed = [getattr(config_at(model, p.config), "sliding_window", None) for p in places]
@@ -137,7 +146,7 @@ class SegmentRecurrence(Patch):
                 f"{anatomy.architecture}: has layers that see a window or a chunk only ({', '.join(sorted(types))}), "
                 "which has its own idea of what is let go."
             )
-        if anatomy.tables and (anatomy.max_positions or 0) < self.segment_length:
+        if (anatomy.tables or anatomy.inner) and (anatomy.max_positions or 0) < self.segment_length:
             raise AttnPatchError(
                 f"segment_length {self.segment_length}: the model's table has {anatomy.max_positions} positions; "
                 "choose at most as many."
@@ -172,10 +181,55 @@ class SegmentRecurrence(Patch):
         yield "what a text was before a call is carried where a stream is open or a cache is passed, and nowhere else"
 
 
-def _kernel(model: PreTrainedModel) -> str:
+def _places(model: PreTrainedModel, anatomy: Anatomy) -> tuple[list[Place], bool]:
+    """Return the attention modules, and whether they compute their scores by themselves.
+
+    Raises:
+        UnsupportedArchitecture: some of them do, or all and in a way that cannot be followed.
+    """
+    if not anatomy.sites or any(site.dispatches for site in anatomy.sites):
+        return dispatching(model, anatomy.sites, {}, {}), False
+    if anatomy.turned:
+        raise UnsupportedArchitecture(
+            f"{anatomy.turned[0]}: {anatomy.sites[0].kind} computes its scores by itself and was given rotary "
+            "positions, which a memory does not turn back there."
+        )
+    ways = variants(model, anatomy)
+    if isinstance(ways, str):
+        raise UnsupportedArchitecture(f"{ways}, and no memory can be handed to it.")
+    for site in anatomy.sites:
+        window = window_of(model.get_submodule(site.path))
+        if window is not None:
+            raise UnsupportedArchitecture(
+                f"{site.path}: {site.kind} sees a window only (its buffer {window!r}), which has its own idea of what "
+                "is let go."
+            )
+    return [Place(s.path, s.num_heads, s.causal, s.config) for s in anatomy.sites], True
+
+
+def _remembering(model: PreTrainedModel, places: list[Place], kernel: str) -> Iterator[Edit]:
+    for place in places:
+        names = names_of(model.get_submodule(place.path))
+        config = config_at(model, place.config)
+        hook = Remembering(names, cache_name(names), config, kernel, bias_name(names))
+        yield AddPreHook(place.path, hook, "its cache hands it the memory")
+
+
+def _check_free(model: PreTrainedModel) -> None:
     held = next((path for path, module in model.named_modules() if recalling_of(module) is not None), None)
     if held is not None:
         raise UnsupportedArchitecture(f"{held or type(model).__name__}: has a memory already; revert it first.")
+
+
+def _native_kernel(model: PreTrainedModel) -> str:
+    """``eager`` where the forwards compute scores so at present, torch's kernel through this package's notes if not."""
+    _check_free(model)
+    found = str(model.config._attn_implementation)
+    return "eager" if (base(found) or found) == "eager" else FUSED
+
+
+def _kernel(model: PreTrainedModel) -> str:
+    _check_free(model)
     found = str(model.config._attn_implementation)
     found = base(found) or found  # asked for under its new name, where a checkpoint is loaded
     if kernel_of(found) not in KERNELS or found.removesuffix(kernel_of(found)) not in ("", *BELOW):

@@ -11,8 +11,8 @@ from ..anatomy import Anatomy
 from ..edits import AddModule, AddPreHook, Edit, ReplaceModule
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..probe import default_inputs, disagreement, logits_under
+from ..sites import names_of
 from .added import CHILD, AddPositions, SinusoidalPositions
-from .removal import names_of
 from .turning import CACHES
 
 

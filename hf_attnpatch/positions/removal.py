@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -15,6 +14,7 @@ from ..edits import AddPreHook, Edit, ReplaceModule, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..fused.deferring import StillAngles, unbiased
 from ..probe import default_inputs, disagreement, logits_under
+from ..sites import names_of
 from .added import CHILD, AnyLength
 from .modules import NoBias, NoPositions, ZeroAngles
 from .relative import CHILD as TERMS
@@ -129,11 +129,6 @@ def check_followed(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edi
         raise UnsupportedArchitecture(
             f"{anatomy.architecture}: its own way to compute attention cannot be followed: {cause}."
         ) from error
-
-
-def names_of(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of the parameters of a module's forward, in order."""
-    return tuple(inspect.signature(module.forward).parameters)
 
 
 def _counts(model: PreTrainedModel) -> bool:

@@ -17,10 +17,10 @@ from ..edits import AddPreHook, Edit, ReplaceModule, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..fused.deferring import rotated
 from ..probe import default_inputs, logits_under
-from ..sites import Place, dispatching
+from ..sites import Place, dispatching, names_of
 from ..twin import Change, difference
 from .added import CountedOnly
-from .removal import ROTATION, check_followed, in_tower, names_of, removal
+from .removal import ROTATION, check_followed, in_tower, removal
 from .turning import PREFIX, HandPlaces, Rotation, Turning
 
 _LOCAL = ("sliding", "local", "chunked")

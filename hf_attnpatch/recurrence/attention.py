@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from ..backends import FLAG, kernel_of, register, register_alibi, register_relative
+from ..backends import FLAG, FUSED, kernel_of, register, register_alibi, register_fused, register_relative
 from ..errors import AttnPatchError
 from ..functional.segments import Piece
 from ..masks import called
@@ -34,6 +34,8 @@ def register_recurrent() -> None:
     """Make the attention functions with recurrence known, those over positions of this package too."""
     register_alibi()
     register_relative()
+    register_fused()
+    register(key(FUSED), attention(FUSED), mask(FUSED))
     for name in ("eager", *FLAG):
         for prefix in ("", *BELOW):
             register(key(prefix + name), attention(prefix + name), mask(prefix + name))
@@ -79,12 +81,8 @@ def attention(kernel: str) -> Callable[..., Output]:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> Output:
         inner, found = _inner(module, kernel), recurrent_of(module)
-        if not isinstance(attention_mask, Handed) or found is None:
-            raise AttnPatchError(
-                f"{type(module).__name__}: got a mask of type {type(attention_mask).__name__} in the place of the "
-                "memory; masks of four dimensions are not taken together with segment recurrence."
-            )
-        call = attention_mask.call
+        assert found is not None
+        call = met(module, attention_mask).call
         if call.plain:
             out = inner(module, query, key, value, attention_mask.own, *args, **kwargs)
         else:
@@ -115,16 +113,22 @@ def _piece(
 ) -> Tensor:
     """Attend from one piece, (batch, q, heads, d_v)."""
     queries = query[:, :, piece.start : piece.stop]
-    keys, values = (_joined(call, piece, found.number, side, new) for side, new in enumerate((key, value)))
-    if found.turning is not None:
-        for_queries, for_keys = call.turns(piece, found.turning(), query)
-        queries = queries if for_queries is None else found.turning().turn(queries, for_queries)
-        keys = keys if for_keys is None else found.turning().turn(keys, for_keys)
+    keys, values = (joined(call, piece, found.number, side, new) for side, new in enumerate((key, value)))
+    queries, keys = turned(call, piece, found, queries, keys)
     out, _ = inner(module, queries, keys, values, call.mask(piece, kernel, query), **kwargs)
     return out
 
 
-def _joined(call: Call, piece: Piece, layer: int, side: int, new: Tensor) -> Tensor:
+def turned(call: Call, piece: Piece, found: Recurrent, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring the queries and keys of a piece to positions that go on from each other, where they turn at all."""
+    if found.turning is None:
+        return queries, keys
+    for_queries, for_keys = call.turns(piece, found.turning(), queries)
+    queries = queries if for_queries is None else found.turning().turn(queries, for_queries)
+    return queries, keys if for_keys is None else found.turning().turn(keys, for_keys)
+
+
+def joined(call: Call, piece: Piece, layer: int, side: int, new: Tensor) -> Tensor:
     """Keys or values of a piece: from memory, from the call detached, from the call."""
     columns, live = call.columns(piece)
     first = max(0, piece.low - call.held)
@@ -148,6 +152,20 @@ def _inner(module: nn.Module, kernel: str) -> Callable[..., Output]:
     return found
 
 
+def met(module: nn.Module, mask: Any) -> Handed:
+    """Return what an attention module was handed in the place of a mask.
+
+    Raises:
+        AttnPatchError: it was handed something else, or knows nothing of a memory.
+    """
+    if not isinstance(mask, Handed) or recurrent_of(module) is None:
+        raise AttnPatchError(
+            f"{type(module).__name__}: got a mask of type {type(mask).__name__} in the place of the "
+            "memory; masks of four dimensions are not taken together with segment recurrence."
+        )
+    return mask
+
+
 def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
     kwargs.pop("position_ids", None)  # flash attention would read packed documents from them
     name = next((name for name in _UNKNOWN if kwargs.get(name) is not None), None)
@@ -156,7 +174,12 @@ def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
             f"{type(module).__name__} passes {name} to its attention, of which a memory knows nothing."
         )
     if kwargs.get("output_attentions"):
-        raise AttnPatchError(
-            f"{type(module).__name__}: attention weights of a call that meets its memory are not returned; call "
-            "without output_attentions, or with one segment."
-        )
+        raise no_weights(module)
+
+
+def no_weights(module: nn.Module) -> AttnPatchError:
+    """Say that attention weights are not to be had."""
+    return AttnPatchError(
+        f"{type(module).__name__}: attention weights of a call that meets its memory are not returned; call "
+        "without output_attentions, or with one segment."
+    )

@@ -224,6 +224,10 @@ class Handed:
     call: Call
     own: Any = None
 
+    def to(self, *args: Any, **kwargs: Any) -> Handed:
+        """As the kernel's own mask is cast; MPT wants it to be bool."""
+        return Handed(self.call, None if self.own is None else self.own.to(*args, **kwargs))
+
 
 @functools.lru_cache(maxsize=8)
 def corner(queries: int, keys: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from ..errors import AttnPatchError
+from ..functional import rotary
 from ..functional.rerotation import Turning
 from ..functional.segments import NOBODY, Segments
 from .call import CALL, Call, Tokens
@@ -35,6 +36,7 @@ class Recurrent:
         self.number, self.rotary, self.buffer = number, rotary, buffer
         self.interleaved, self.first = interleaved, first
         self._turning: Turning | None = None
+        self._of: Any = None
 
     def __repr__(self) -> str:
         return f"memory {self.number}"
@@ -45,9 +47,9 @@ class Recurrent:
         return None if self.rotary is None else self._made
 
     def _made(self) -> Turning:
-        frequencies = getattr(self.rotary, self.buffer)
-        if self._turning is None or self._turning.frequencies is not frequencies:
-            self._turning = Turning(frequencies, self.interleaved, self.first)
+        found = getattr(self.rotary, self.buffer)
+        if self._turning is None or self._of is not found:
+            self._of, self._turning = found, Turning(frequencies_of(found), self.interleaved, self.first)
         return self._turning
 
 
@@ -95,7 +97,8 @@ class Recalling:
             call.forget()
         if not (call.plain and same):
             self._check_rows(tokens)
-            named["position_ids"] = tokens.place.clamp(min=0).to(given.device)
+            if "position_ids" in self.names:
+                named["position_ids"] = tokens.place.clamp(min=0).to(given.device)
         CALL.set(call)
         return (), named
 
@@ -182,6 +185,11 @@ def _check_packed(place: Tensor, keep: Tensor, allowed: bool) -> None:
             "position_ids that do not count up (packed documents, images): a memory takes one document a row; give "
             "each its row, and reset(rows) where another begins."
         )
+
+
+def frequencies_of(buffer: Tensor) -> Tensor:
+    """Return the frequencies in radians per position: a buffer of them, or those of GPT-J's and CodeGen's tables."""
+    return buffer if buffer.dim() == 1 else rotary.default(10_000.0, buffer.shape[-1])
 
 
 def recurrent_of(module: nn.Module) -> Recurrent | None:

@@ -15,11 +15,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..anatomy import Anatomy
 from ..backends import register
-from ..edits import Edit, SetAttention, SetAttribute
+from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.rerotation import Turning
+from ..fused.deferring import cache_name
 from ..masks import sdpa_mask
-from ..probe import TOLERANCE, default_inputs, largest_difference, logits_under
+from ..probe import TOLERANCE, default_inputs, largest_difference, logits_under, trace
+from ..sites import names_of
+from .modules import frequencies_of
+from .native import Overhearing
 
 STATIC = ("default", "linear", "yarn", "llama3", "proportional")  # the same angles at every length
 _LISTENING = "listening_sdpa"
@@ -33,6 +37,10 @@ class Keys:
     def __init__(self) -> None:
         self.found: list[Tensor] = []
 
+    def hear(self, key: Tensor, _: Tensor) -> None:
+        """Take keys down."""
+        self.found.append(key.detach())
+
 
 def ways(model: PreTrainedModel, anatomy: Anatomy, paths: Sequence[str]) -> dict[str, Way | None]:
     """Return how each attention module turns its keys; None for one that does not.
@@ -40,33 +48,48 @@ def ways(model: PreTrainedModel, anatomy: Anatomy, paths: Sequence[str]) -> dict
     Raises:
         UnsupportedArchitecture: one turns them in a way that is not known.
     """
-    if not anatomy.rotary:
+    if not (anatomy.rotary or anatomy.inner):
         return dict.fromkeys(paths)
-    before, after = _keys(model, paths, 0), _keys(model, paths, _BY)
+    native = not any(site.dispatches for site in anatomy.sites)
+    before, after = (_keys(model, paths, place, native) for place in (0, _BY))
     return {path: _way(model, anatomy, path, before[path], after[path]) for path in paths}
 
 
-def check_runs(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]) -> None:
+def check_agrees(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]) -> None:
     """Refuse a model that does something of its own with its mask, in whose place the memory stands.
 
+    Args:
+        model: without a memory.
+        anatomy: of it.
+        edits: for a memory, read in several pieces, that reaches over the whole probe and so changes nothing, but for
+            positions that begin anew.
+
     Raises:
-        UnsupportedArchitecture: it does.
+        UnsupportedArchitecture: it does not run so, or its logits are others.
     """
+    inputs = default_inputs(model)
     try:
-        logits_under(model, edits, default_inputs(model))
+        found = logits_under(model, edits, inputs)
     except AttnPatchError as error:
         cause = " ".join(str(error.__cause__ or error).split())[:200]
         raise UnsupportedArchitecture(
             f"{anatomy.architecture}: does not run with a memory in the place of its mask ({cause})."
         ) from error
+    apart = 0.0 if anatomy.tables else largest_difference(trace(model, inputs).logits, found)
+    if apart > _allowed(found.dtype):
+        raise UnsupportedArchitecture(
+            f"{anatomy.architecture}: read in segments with a memory of all that went before, its logits differ by "
+            f"{apart:.2g} of their size, {_allowed(found.dtype):.0e} allowed: it does something of its own with "
+            "positions or masks."
+        )
 
 
-def _keys(model: PreTrainedModel, paths: Sequence[str], place: int) -> dict[str, Tensor]:
+def _keys(model: PreTrainedModel, paths: Sequence[str], place: int, native: bool) -> dict[str, Tensor]:
     listeners = {path: Keys() for path in paths}
-    edits = [SetAttribute(path, "listener", listener) for path, listener in listeners.items()]
+    edits = list(_listening(model, listeners, native))
     ids = default_inputs(model)["input_ids"][:1]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.full_like(ids, place)}
-    logits_under(model, [*edits, SetAttention("", _LISTENING, register_listening)], inputs)
+    logits_under(model, edits, inputs)
     silent = next((path for path, listener in listeners.items() if len(listener.found) != 1), None)
     if silent is not None:
         times = len(listeners[silent].found)
@@ -76,20 +99,32 @@ def _keys(model: PreTrainedModel, paths: Sequence[str], place: int) -> dict[str,
     return {path: listener.found[0] for path, listener in listeners.items()}
 
 
+def _listening(model: PreTrainedModel, listeners: dict[str, Keys], native: bool) -> Iterator[Edit]:
+    for path, listener in listeners.items():
+        if not native:
+            yield SetAttribute(path, "listener", listener)
+            continue
+        names = names_of(model.get_submodule(path))
+        hook = Overhearing(names, cache_name(names), listener.hear)
+        yield AddPreHook(path, hook, "its keys are read")
+    if not native:
+        yield SetAttention("", _LISTENING, register_listening)
+
+
 def register_listening() -> None:
     """Make the attention function known that only listens to keys."""
     register(_LISTENING, _listen, sdpa_mask)
 
 
-def _listen(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _listen(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
     found = vars(module).get("listener")
     if isinstance(found, Keys):
-        found.found.append(key.detach())
-    return sdpa_attention_forward(module, query, key, *args, **kwargs)
+        found.hear(key, value)
+    return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
 
 def _way(model: PreTrainedModel, anatomy: Anatomy, path: str, before: Tensor, after: Tensor) -> Way | None:
-    allowed = 5 * max(TOLERANCE.get(before.dtype, 1e-2), TOLERANCE[torch.float32])
+    allowed = _allowed(before.dtype)
     if largest_difference(before, after) <= allowed / 5:
         return None
     for name, buffer, turning in _turnings(model, anatomy, before.shape[-1]):
@@ -102,7 +137,17 @@ def _way(model: PreTrainedModel, anatomy: Anatomy, path: str, before: Tensor, af
     )
 
 
+def _allowed(dtype: torch.dtype) -> float:
+    """Angles are in fp32 whatever the model is in."""
+    return 5 * max(TOLERANCE.get(dtype, 1e-2), TOLERANCE[torch.float32])
+
+
 def _turnings(model: PreTrainedModel, anatomy: Anatomy, width: int) -> Iterator[tuple[str, str, Turning]]:
+    for path in anatomy.inner:
+        buffer = model.get_submodule(path).embed_positions
+        assert isinstance(buffer, Tensor)
+        for interleaved in (False, True):
+            yield path, "embed_positions", Turning(frequencies_of(buffer), interleaved, 0)
     for rotary in anatomy.rotary:
         for name, buffer in model.get_submodule(rotary.path).named_buffers(recurse=False):
             if not name.endswith("inv_freq") or "original" in name or buffer.dim() != 1 or 2 * len(buffer) > width:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, cast
 
@@ -16,7 +15,7 @@ from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.spans import Sinks, Span
 from ..patch import Patch, Proposal
 from ..probe import default_inputs, logits_under, trial
-from ..sites import Site
+from ..sites import Site, names_of
 from .backends import BACKENDS, register_spans
 from .modules import PREFIX, Evicting, SpanGuard, Spanned, span_of
 from .survey import Found, as_found, survey
@@ -141,7 +140,7 @@ def _caches(model: PreTrainedModel, found: Found, span: Span) -> Iterator[Edit]:
         number = getattr(module, "layer_idx", None)
         if not isinstance(number, int):
             raise UnsupportedArchitecture(f"{path}: does not say which layer of a cache is its own.")
-        names = tuple(inspect.signature(module.forward).parameters)
+        names = names_of(module)
         yield AddPreHook(path, Evicting(names, span, number), "an empty cache becomes one that lets go")
 
 
