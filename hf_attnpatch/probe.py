@@ -212,15 +212,17 @@ def _valid(logits: Tensor, inputs: Inputs) -> Tensor:
 
 @contextlib.contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluate: every module's own training flag is restored, and so is the random state."""
-    modes = [(m, m.training) for m in model.modules()]
+    """Evaluate: every module's attributes are restored (its mode, a state that it keeps), and so is the random state."""
+    before = [(vars(m), dict(vars(m))) for m in model.modules()]
     try:
         with torch.random.fork_rng():
             model.eval()
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for now, kept in before:
+            for name in [name for name, value in now.items() if kept.get(name, now) is not value]:
+                del now[name]
+            now.update(kept)
 
 
 @contextlib.contextmanager

@@ -59,7 +59,7 @@ MAY_WRITE = {
     "backends.py": ("register", "the only writer of transformers' attention and mask tables"),
     "spans/backends.py": ("register", "through backends.py"),
     "foreign.py": ("register", "teaches the Auto classes our own model type"),
-    "probe.py": ("training eval register_forward_hook", "modes and counting hooks, restored at once"),
+    "probe.py": ("eval register_forward_hook", "modes and counting hooks; what a forward leaves on a module is taken away"),
     "verify.py": ("clear update grad copy_ eval", "puts back what probing leaves behind"),
     "invariants/training.py": ("train", "inside verify, which restores the mode"),
     "invariants/copies.py": ("eval neg_ data", "of the copy and of what was just loaded"),

@@ -1,6 +1,7 @@
 """Reverting puts back every object and every bit; a refusal touches none."""
 
 import pytest
+import torch
 from matrix import applicable, idle, refused
 from outcomes import refusal
 from patches import IDENTITIES, build
@@ -55,6 +56,19 @@ def test_identity_settings_change_no_bit(model_type, case):
     assert not report.changed
     assert snapshot(model) == before
     assert (trace(model, inputs).logits == logits).all()
+
+
+def test_a_probe_leaves_no_state():
+    """RecurrentGemma's modules keep the state of the last forward."""
+    model = build("recurrent_gemma", False, IDENTITIES[0])
+    trace(model, default_inputs(model))
+    inputs, before = default_inputs(model), snapshot(model)
+    with torch.no_grad():
+        model(**inputs)
+    assert snapshot(model) != before
+    kept = snapshot(model)
+    trace(model, inputs)
+    assert snapshot(model) == kept
 
 
 def test_reverts_must_go_backwards():
