@@ -13,6 +13,7 @@ from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .configs import all_configs
 from .edits import Edit, Inverse
 from .errors import AttnPatchError, NoWeights
 
@@ -212,17 +213,19 @@ def _valid(logits: Tensor, inputs: Inputs) -> Tensor:
 
 @contextlib.contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluate: every module's attributes are restored (its mode, a state that it keeps), and so is the random state."""
-    before = [(vars(m), dict(vars(m))) for m in model.modules()]
+    """Evaluate, and put back what a forward writes: modes, states and children of modules, configs, random state."""
+    stores = [store for m in model.modules() for store in (vars(m), m._modules, m._buffers)]
+    stores += [vars(c) for c in all_configs(model)] if isinstance(model, PreTrainedModel) else []
+    before = [(store, dict(store)) for store in stores]
     try:
         with torch.random.fork_rng():
             model.eval()
             yield
     finally:
         for now, kept in before:
-            for name in [name for name, value in now.items() if kept.get(name, now) is not value]:
-                del now[name]
-            now.update(kept)
+            if [(n, id(v)) for n, v in now.items()] != [(n, id(v)) for n, v in kept.items()]:
+                now.clear()  # their order, too
+                now.update(kept)
 
 
 @contextlib.contextmanager

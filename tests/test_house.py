@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "edits.py": {"configs", "edit", "errors"},
     "runtime.py": {"errors", "functional"},
     "patch.py": {"errors", "anatomy", "edits"},
-    "probe.py": {"errors", "edits"},
+    "probe.py": {"configs", "errors", "edits"},
     "twin.py": {"configs", "errors", "edits"},
     "heads/projections.py": {"layouts", "sites"},
     "heads/": {*_CORE, "backends", "evaluation", "plotting", "progress", "report", "runtime", "twin"},

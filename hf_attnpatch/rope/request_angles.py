@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from ..errors import AttnPatchError
 from ..twin import Change
 from .config import scaled_fields
 from .request_length import Requests, chosen
@@ -79,34 +78,29 @@ class RequestAngles:
         """Return the angles of every row, or None to keep the module's."""
         named = {**dict(zip(self.names, args, strict=False)), **kwargs}
         hidden, positions = named[self.names[0]], named["position_ids"]
-        lengths = chosen(self.requests, hidden.shape[0])
+        lengths = chosen(self.requests, hidden.shape[-3])  # Gemma-3n's are several versions of each row
         if set(lengths) == {self.requests.trained}:
             return None
         if len(set(lengths)) == 1:
             return self._module(module, lengths[0], hidden.device)(**named)
-        if positions.dim() != 2:
-            raise AttnPatchError(
-                f"{type(module).__name__}: position_ids of shape {tuple(positions.shape)}; requests of different "
-                "length in one batch need one row of positions each. Run them one by one."
-            )
-        return self._mixed(module, named, positions.expand(hidden.shape[0], -1), lengths)
+        return self._mixed(module, named, positions.expand(*positions.shape[:-2], hidden.shape[-3], -1), lengths)
 
     def _mixed(self, module: nn.Module, named: dict[str, Any], positions: Tensor, lengths: tuple[int, ...]) -> Any:
-        """Compute each length's rows by its own module, and put them back in order."""
-        parts, order = [], []
+        """Compute each length's rows by its own module, and put them back in order.
+
+        Positions are (batch, n), or (axes, batch, n) where tokens stand in time and space.
+        """
+        parts, order, hidden = [], [], named[self.names[0]]
         for length in dict.fromkeys(lengths):
             rows = [row for row, n in enumerate(lengths) if n == length]
-            hidden = named[self.names[0]][:1].expand(
-                len(rows), *named[self.names[0]].shape[1:]
-            )  # gives dtype and device
-            inputs = {**named, self.names[0]: hidden, "position_ids": positions[rows]}
+            inputs = {**named, self.names[0]: hidden[..., rows, :, :], "position_ids": positions[..., rows, :]}
             own = module.forward if length == self.requests.trained else self._module(module, length, hidden.device)
             parts.append(own(**inputs))
             order += rows
         back = torch.tensor(order, device=positions.device).argsort()
         if isinstance(parts[0], Tensor):
-            return torch.cat(parts)[back]
-        return type(parts[0])(torch.cat(each)[back] for each in zip(*parts, strict=True))
+            return torch.cat(parts, -3).index_select(-3, back)
+        return type(parts[0])(torch.cat(each, -3).index_select(-3, back) for each in zip(*parts, strict=True))
 
     def _module(self, module: nn.Module, length: int, device: torch.device) -> nn.Module:
         key = (length, str(device))
