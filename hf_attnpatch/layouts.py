@@ -114,7 +114,20 @@ def weight_rows(module: nn.Module) -> Tensor:
     return weight.t() if is_transposed(module) else weight
 
 
-_OUT = ("o_proj", "out_proj", "dense", "c_proj", "wo", "o", "out_lin", "attn_out", "output", "..output.dense")
+_OUT = (
+    "o_proj",
+    "out_proj",
+    "dense",
+    "c_proj",
+    "wo",
+    "Wo",
+    "o",
+    "out_lin",
+    "attn_out",
+    "output",
+    "..output.dense",
+    "output_projection.o_proj",
+)
 
 
 def _fused(name: str, child: str, output: tuple[str, ...], packing: Packing, classes: tuple[str, ...] = ()) -> Layout:

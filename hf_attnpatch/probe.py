@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.utils import has_offloaded_params
@@ -214,18 +216,31 @@ def _valid(logits: Tensor, inputs: Inputs) -> Tensor:
 @contextlib.contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Evaluate, and put back what a forward writes: modes, states and children of modules, configs, random state."""
-    stores = [store for m in model.modules() for store in (vars(m), m._modules, m._buffers)]
+    stores = [vars(m) for m in model.modules()]
     stores += [vars(c) for c in all_configs(model)] if isinstance(model, PreTrainedModel) else []
-    before = [(store, dict(store)) for store in stores]
+    ways_back = [remembered(store) for store in stores]
     try:
         with torch.random.fork_rng():
             model.eval()
             yield
     finally:
-        for now, kept in before:
-            if [(n, id(v)) for n, v in now.items()] != [(n, id(v)) for n, v in kept.items()]:
-                now.clear()  # their order, too
-                now.update(kept)
+        for way_back in ways_back:
+            way_back()
+
+
+def remembered(store: dict[str, Any]) -> Callable[[], None]:
+    """Return a function that makes a namespace, and the plain containers directly in it, what they are now."""
+    containers = [(v, copy.copy(v)) for v in (store, *store.values()) if isinstance(v, (dict, list))]
+
+    def restore() -> None:
+        for container, content in containers:
+            if isinstance(container, dict):
+                container.clear()
+                container.update(content)
+            else:
+                container[:] = content
+
+    return restore
 
 
 @contextlib.contextmanager

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from rich.table import Table
@@ -18,7 +16,7 @@ from .configs import all_configs
 from .errors import AttnPatchError
 from .invariants import INVARIANTS, SAVING, Answer, Subject
 from .invariants.subject import codebooks
-from .probe import checked_inputs, input_device
+from .probe import checked_inputs, input_device, remembered
 
 PASS, FAIL, NOT_APPLICABLE = "pass", "fail", "not applicable"
 
@@ -122,7 +120,7 @@ def untouched(model: PreTrainedModel) -> Iterator[None]:
     stores = [vars(m) for m in model.modules()] + [vars(c) for c in all_configs(model)]
     if model.can_generate() and model.generation_config is not None:
         stores.append(vars(model.generation_config))
-    ways_back = [_remembered(store) for store in stores]
+    ways_back = [remembered(store) for store in stores]
     buffers = [(b, b.clone()) for b in model.buffers()]
     gradients = [(p, p.grad) for p in model.parameters()]
     try:
@@ -136,21 +134,6 @@ def untouched(model: PreTrainedModel) -> Iterator[None]:
         with torch.no_grad():
             for buffer, content in buffers:
                 buffer.copy_(content)
-
-
-def _remembered(store: dict[str, Any]) -> Callable[[], None]:
-    """Return a function that makes a namespace, and the plain containers directly in it, what they are now."""
-    containers = [(v, copy.copy(v)) for v in (store, *store.values()) if isinstance(v, (dict, list))]
-
-    def restore() -> None:
-        for container, content in containers:
-            if isinstance(container, dict):
-                container.clear()
-                container.update(content)
-            else:
-                container[:] = content
-
-    return restore
 
 
 def _failed(name: str, error: Exception) -> Finding:

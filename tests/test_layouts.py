@@ -24,6 +24,7 @@ _NO_PERMUTATION = {
     "diffllama": "heads work in pairs, and values are shared by the pair",
     "doge": "a mask is computed from the values",
     "convbert": "a convolution over all heads beside the attention",
+    "neomme": "what each token adds to the values, head by head",
 }
 _NO_VALUES = {
     **dict.fromkeys(["gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"], "a value norm"),
@@ -32,6 +33,7 @@ _NO_VALUES = {
     "doge": "a mask is computed from the values",
     "yoso": "what a head gives is normalised",
     "convbert": "heads and a convolution share the output projection",
+    "neomme": "what each token adds to the values, head by head",
 }
 _NO_KEYS = {
     "dbrx": "queries, keys and values are clipped",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..probe import TOLERANCE, largest_difference
+from ..probe import largest_difference
+from .noise import rounding
 
 _LOGITS = ("logits", "prediction_logits", "last_hidden_state")
 
@@ -63,10 +65,10 @@ class Subject:
         """Whether it writes from left to right."""
         return bool(self.model.can_generate())
 
-    @property
+    @functools.cached_property
     def rounding(self) -> float:
-        """What rounding alone explains, in this dtype."""
-        return TOLERANCE.get(self.model.dtype, 1e-2)
+        """What rounding alone explains, in this dtype and in this model."""
+        return rounding(self.model, self.logits)
 
     def takes(self, name: str) -> bool:
         """Whether the forward has an argument of this name."""

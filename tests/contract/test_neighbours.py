@@ -13,7 +13,7 @@ from patches import CASES, build
 from snapshot import bits, snapshot
 
 import hf_attnpatch as ap
-from hf_attnpatch.probe import default_inputs, trace
+from hf_attnpatch.probe import codebooks, default_inputs, trace
 
 _GROUPED = {case.name: case for case in CASES if case.kind == "grouped_query"}
 
@@ -82,6 +82,8 @@ def _generations(model):
     inputs = {name: value for name, value in default_inputs(model).items() if not name.startswith("decoder")}
     inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
     kwargs = {"max_new_tokens": 12, "do_sample": False, "num_beams": 1, "pad_token_id": 0, "eos_token_id": None}
+    if codebooks(model) > 1:  # audio decoders pad with what they begin with
+        kwargs |= {"decoder_start_token_id": 0, "num_return_sequences": 1}
     return [model.generate(**inputs, use_cache=use_cache, **kwargs) for use_cache in (True, False, True)]
 
 
