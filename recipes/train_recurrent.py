@@ -12,6 +12,7 @@ was trained is not trained again.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -58,10 +59,16 @@ class ContextConfig:
     targets: int = 128
 
 
-def recurrent_loss(stream: ap.Stream) -> Loss:
-    """Cross-entropy of rows that go on from batch to batch; `labels` are the next tokens."""
+def recurrent_loss(*streams: ap.Stream) -> Loss:
+    """Cross-entropy of rows that go on from batch to batch; `labels` are the next tokens.
+
+    Args:
+        streams: the memory of each pass that a batch is accumulated over, in their order.
+    """
+    passes = itertools.cycle(streams)
 
     def loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        stream = next(passes)
         stream.reset(batch["reset"])
         with stream:
             logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
@@ -82,14 +89,12 @@ def fine_tune(
 ) -> list[dict[str, float]]:
     """Trains a patched model in place; the memory is part of its checkpoints.
 
-    Raises:
-        SettingsError: a batch in several passes, whose rows would share one memory.
+    The passes that a batch is accumulated over are of other rows each, the same ones at every step, so that each has a
+    memory of its own.
     """
-    if config.accumulation != 1:
-        raise SettingsError("train.accumulation: rows keep one memory each, so that a batch is one pass; set it to 1.")
-    stream = ap.stream(model)
-    accelerator.register_for_checkpointing(MemoryState(stream, accelerator))
-    return train(model, lanes, recurrent_loss(stream), config, accelerator=accelerator, resume=resume, also=also)
+    streams = [ap.stream(model) for _ in range(config.accumulation)]
+    accelerator.register_for_checkpointing(*(MemoryState(stream, accelerator) for stream in streams))
+    return train(model, lanes, recurrent_loss(*streams), config, accelerator=accelerator, resume=resume, also=also)
 
 
 def one(values: dict[str, Any], memory: int, resume: bool) -> dict[str, Any]:

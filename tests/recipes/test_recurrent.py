@@ -17,7 +17,6 @@ from recipes.checkpoints import complete
 from recipes.data import DataConfig, DataError
 from recipes.effective_context import effective_context
 from recipes.lanes import IGNORED, Lanes, load_lanes
-from recipes.settings import SettingsError
 
 WORKER = str(Path(__file__).with_name("recurrent_worker.py"))
 
@@ -82,13 +81,15 @@ def test_documents_of_a_folder_become_rows(tmp_path, tokenizer):
         load_lanes(config, tokenizer, 4, 0)
 
 
-def test_a_killed_run_resumes_bit_equal_with_its_memory(tmp_path):
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_killed_run_resumes_bit_equal_with_its_memory(tmp_path, accumulation):
     torch.set_num_threads(1)
-    whole, model, _ = run(tmp_path / "whole", {"save_every": 3})
-    done = start(tmp_path / "cut", {"save_every": 3}, "--kill-step", "5")
+    changes = {"save_every": 3, "accumulation": accumulation}
+    whole, model, _ = run(tmp_path / "whole", changes)
+    done = start(tmp_path / "cut", changes, "--kill-step", "5")
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [path.name for path in complete(tmp_path / "cut/checkpoints")] == ["step_00000003"]
-    resumed, again, _ = run(tmp_path / "cut", {"save_every": 3}, resume=True)
+    resumed, again, _ = run(tmp_path / "cut", changes, resume=True)
     assert losses(resumed) == losses(whole)
     assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())
 
@@ -126,9 +127,16 @@ def test_two_processes_are_the_same_training_as_one(tmp_path):
     assert len(state["memories"]) == 2
 
 
-def test_accumulated_passes_are_refused(tmp_path):
-    with pytest.raises(SettingsError, match="one memory each"):
-        run(tmp_path, {"accumulation": 2})
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulated_passes_are_the_same_training(tmp_path, accumulation):
+    torch.set_num_threads(1)
+    one, model, _ = run(tmp_path / "one", {})
+    many, again, _ = run(tmp_path / "many", {"accumulation": accumulation})
+    for left, right in zip(one, many, strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], abs=1e-5)
+        assert left["tokens"] == right["tokens"]
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], tensor, atol=1e-4, rtol=0)
 
 
 def test_effective_context_counts_gains_of_the_hardest_targets():
