@@ -16,6 +16,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from .. import foreign
+from ..backends import FLAG
 from ..probe import _counting, input_device
 from .subject import Answer, Measured, Subject, compare
 
@@ -59,8 +60,8 @@ def _reloaded(subject: Subject, shard: int | str) -> Answer:
     with tempfile.TemporaryDirectory() as folder, _no_progress_bars():
         model.save_pretrained(folder, max_shard_size=shard)
         attention = model.config._attn_implementation
-        functions = any(site.dispatches for site in subject.anatomy.sites) or not subject.anatomy.sites
-        known = {"attn_implementation": attention} if functions else {}  # the others choose when they are built
+        own = attention not in ("eager", *FLAG) and not any(site.dispatches for site in subject.anatomy.sites)
+        known = {} if own else {"attn_implementation": attention}  # a name of ours for forwards that stay says nothing
         loaded = _loader(model).from_pretrained(folder, dtype=model.dtype, **known)
     for tensor in loaded.parameters():  # a file's bytes lie where its header ends; some kernels round by alignment
         tensor.data = tensor.data.clone()

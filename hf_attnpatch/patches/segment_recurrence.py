@@ -95,8 +95,10 @@ class SegmentRecurrence(Patch):
         segments = Segments(self.segment_length, self.memory_length)
         edits = (*common, self._recalling(model, anatomy, places, decoder, segments))
         if self.turning is None:
-            probing = self._recalling(model, anatomy, places, decoder, _OVER_THE_PROBE)
-            check_agrees(model, anatomy, (*common, probing))
+            turns = bool(anatomy.rotary or anatomy.inner)
+            probed = self if turns else dataclasses.replace(self, positions="running")
+            probing = probed._recalling(model, anatomy, places, decoder, _OVER_THE_PROBE)
+            check_agrees(model, anatomy, (*common, probing), padded=turns)
         chosen = dataclasses.replace(self, turning=turning)
         return Proposal(
             edits,

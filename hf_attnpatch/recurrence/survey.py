@@ -55,19 +55,20 @@ def ways(model: PreTrainedModel, anatomy: Anatomy, paths: Sequence[str]) -> dict
     return {path: _way(model, anatomy, path, before[path], after[path]) for path in paths}
 
 
-def check_agrees(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]) -> None:
+def check_agrees(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit], padded: bool) -> None:
     """Refuse a model that does something of its own with its mask, in whose place the memory stands.
 
     Args:
         model: without a memory.
         anatomy: of it.
-        edits: for a memory, read in several pieces, that reaches over the whole probe and so changes nothing, but for
-            positions that begin anew.
+        edits: for a memory, read in several pieces, that reaches over the whole probe and so changes nothing.
+        padded: whether padding is asked about, too: positions that are added count it in a plain call, and not later.
 
     Raises:
         UnsupportedArchitecture: it does not run so, or its logits are others.
     """
     inputs = default_inputs(model)
+    inputs = inputs if padded else {"input_ids": inputs["input_ids"]}
     try:
         found = logits_under(model, edits, inputs)
     except AttnPatchError as error:
@@ -75,7 +76,7 @@ def check_agrees(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]
         raise UnsupportedArchitecture(
             f"{anatomy.architecture}: does not run with a memory in the place of its mask ({cause})."
         ) from error
-    apart = 0.0 if anatomy.tables else largest_difference(trace(model, inputs).logits, found)
+    apart = largest_difference(trace(model, inputs).logits, found)
     if apart > _allowed(found.dtype):
         raise UnsupportedArchitecture(
             f"{anatomy.architecture}: read in segments with a memory of all that went before, its logits differ by "
