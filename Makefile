@@ -94,7 +94,7 @@ results-extend-context: $(VENV)/.installed data/corpus/manifest.json
 
 results-recurrence: $(VENV)/.installed data/corpus/manifest.json data/smollm2/config.json
 	$(BIN)/python scripts/bench_recurrence.py --stream 200000 --out recipes/results/recurrence/bench.json
-	for name in embedded smollm2 xl; do $(BIN)/python recipes/train_recurrent.py \
+	for name in embedded smollm2 smollm2_sinks xl; do $(BIN)/python recipes/train_recurrent.py \
 		--config recipes/configs/train_recurrent_$$name.yaml --resume || exit 1; done
 	$(BIN)/python recipes/recurrence_page.py outputs/train_recurrent*/metrics.json
 

@@ -77,6 +77,8 @@ def losses(metrics: Json) -> Iterator[str]:
     training, first = settings["train"], next(iter(rows.values()))
     tokens = first["log"][-1]["tokens"]
     patches = [f"`{each['patch']}`" for each in settings.get("patches", ())]
+    sinks = settings["recurrence"].get("num_sinks", 0)
+    patches += [f"the first {sinks} tokens kept"] if sinks else []
     yield f"## {settings['model']}{', '.join(['', *patches])}: before and after a short fine-tune"
     heldout, length = settings["heldout"], settings["recurrence"]["segment_length"]
     yield (

@@ -45,10 +45,14 @@ KEYS = {"model", "patches", "recurrence", "data", "heldout", "context", "train"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecurrenceConfig:
-    """Segments of `segment_length` tokens, and how many before each are in memory: one training for each number."""
+    """Segments of `segment_length` tokens, and how many before each are in memory: one training for each number.
+
+    `num_sinks` first tokens of a text stay in it besides.
+    """
 
     segment_length: int = 128
     memory_segments: tuple[int, ...] = (0, 1, 3)
+    num_sinks: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +119,8 @@ def one(values: dict[str, Any], memory: int, resume: bool) -> dict[str, Any]:
     if patches:
         ap.apply(model, *patches)
     length = recurrent.segment_length
-    ap.patch_segment_recurrence(model, segment_length=length, memory_length=memory * length)
+    sizes = {"segment_length": length, "memory_length": memory * length, "num_sinks": recurrent.num_sinks}
+    ap.patch_segment_recurrence(model, **sizes)
     before = recurrence(model, ap.stream(model), texts)
     folder = Path(config.output)
     again = resume and any((folder / "checkpoints").glob("step_*"))

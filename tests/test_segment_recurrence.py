@@ -6,6 +6,18 @@ import copy
 import pytest
 import torch
 from architectures import tiny_inputs, tiny_model
+from recurring import (
+    DEPTH,
+    NATIVE,
+    L,
+    M,
+    built,
+    logits_of,
+    masked,
+    random_ids,
+    under_the_mask,
+    with_memory,
+)
 from tolerances import EXACT, ROUNDING
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -14,10 +26,11 @@ from hf_attnpatch.functional.segments import NOBODY, Segments, pieces
 from hf_attnpatch.probe import largest_difference
 from hf_attnpatch.recurrence import call as recurrence_call
 from hf_attnpatch.recurrence import memory as recurrence_memory
+from hf_attnpatch.recurrence.forms import keys_alone
+from hf_attnpatch.recurrence.sinks import Sinks
 from recipes.loop import recompute
 
 FP32 = ROUNDING[torch.float32]
-L, M = 8, 12
 ROPE = ["llama", "gpt_neox", "glm", "phi", "cohere"]  # halves, part of a head, neighbours
 KINDS = [
     *((t, p) for t in ROPE for p in ("bounded", "running")),
@@ -27,73 +40,6 @@ KINDS = [
     *((t, p) for t in ("bloom", "mpt", "gptj") for p in ("bounded", "running")),
     *((t, "bounded") for t in ("codegen", "falcon", "gpt_neox_japanese")),
 ]
-NATIVE = {"bloom", "mpt", "gptj", "codegen", "falcon", "gpt_neox_japanese"}  # compute their scores by themselves
-SIZE = {"gpt2": "n_positions", "mpt": "max_seq_len", "gptj": "n_positions", "codegen": "n_positions"}
-
-
-def _build(model_type, alibi=False, **overrides):
-    size = {} if model_type == "bloom" else {SIZE.get(model_type, "max_position_embeddings"): 512}
-    model = tiny_model(model_type, **{**size, **overrides})
-    if alibi == "xl":
-        ap.patch_relative_xl(model, size=8)
-        for parameter in (p for n, p in model.named_parameters() if "relative_xl" in n):
-            parameter.data = 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
-    elif alibi:
-        ap.patch_alibi(model)
-    return model
-
-
-def _ids(rows, tokens, seed=0):
-    return torch.randint(5, 99, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-DEPTH = {"llama": "num_hidden_layers", "falcon": "num_hidden_layers", "mpt": "n_layers"}
-
-
-def _places(model, tokens, positions):
-    if not ap.describe(model).tables:
-        return {}
-    places = torch.arange(tokens) % L if positions == "bounded" else torch.arange(tokens)
-    return {"position_ids": places[None]}
-
-
-def _dense(model, ids, positions="bounded"):
-    """Logits of an unpatched model under the mask of blocks, each with a window before it."""
-    mask = Segments(L, M).mask(ids.shape[1])[None, None].expand(len(ids), 1, -1, -1)
-    if model.config.model_type in NATIVE:
-        with torch.no_grad(), _masked(model, mask):
-            return model(input_ids=ids, use_cache=False).logits
-    with torch.no_grad():
-        return model(
-            input_ids=ids, attention_mask=mask, use_cache=False, **_places(model, ids.shape[1], positions)
-        ).logits
-
-
-@contextlib.contextmanager
-def _masked(model, mask):
-    """Attention modules that compute their scores by themselves get this mask; True is seen."""
-    hidden = ~mask if model.config.model_type == "mpt" else torch.zeros((), dtype=model.dtype).masked_fill(~mask, -1e30)
-
-    def give(module, args, kwargs):
-        return args, {**kwargs, "attention_mask": hidden}
-
-    hooks = [
-        model.get_submodule(s.path).register_forward_pre_hook(give, with_kwargs=True) for s in ap.describe(model).sites
-    ]
-    yield
-    for hook in hooks:
-        hook.remove()
-
-
-def _patched(model, positions="bounded", length=L, memory=M):
-    patched = copy.deepcopy(model)
-    ap.patch_segment_recurrence(patched, segment_length=length, memory_length=memory, positions=positions)
-    return patched
-
-
-@torch.no_grad()
-def _logits(model, ids, **inputs):
-    return model(input_ids=ids, use_cache=False, **inputs).logits
 
 
 @pytest.mark.parametrize(("length", "memory"), [(1, 0), (1, 3), (4, 0), (4, 3), (4, 4), (4, 9), (7, 5), (40, 8)])
@@ -138,37 +84,37 @@ def _attended(model, run):
 )
 def test_one_layer_equals_the_dense_mask_exactly(model_type, alibi, positions):
     """Not a bit differs over 20 segments; rotary angles are in fp32, so that turning them back is not among these."""
-    model, ids = _build(model_type, alibi, **{DEPTH.get(model_type, "n_layer"): 1}).double(), _ids(2, 20 * L)
-    patched = _patched(model, positions)
-    wanted = _attended(model, lambda: _dense(model, ids, positions))
+    model, ids = built(model_type, alibi, **{DEPTH.get(model_type, "n_layer"): 1}).double(), random_ids(2, 20 * L)
+    patched = with_memory(model, positions)
+    wanted = _attended(model, lambda: under_the_mask(model, ids, positions))
     assert wanted.abs().max() > 0.1
-    assert (_attended(patched, lambda: _logits(patched, ids)) - wanted).abs().max() == EXACT
+    assert (_attended(patched, lambda: logits_of(patched, ids)) - wanted).abs().max() == EXACT
 
 
 @pytest.mark.parametrize(("model_type", "positions"), KINDS)
 def test_calls_of_any_length_equal_the_dense_mask(model_type, positions):
-    model, ids = _build(model_type), _ids(2, 50)
-    wanted, model = _dense(model, ids, positions), _patched(model, positions)
-    assert largest_difference(wanted, _logits(model, ids)) < FP32
+    model, ids = built(model_type), random_ids(2, 50)
+    wanted, model = under_the_mask(model, ids, positions), with_memory(model, positions)
+    assert largest_difference(wanted, logits_of(model, ids)) < FP32
     with ap.stream(model) as stream:
-        parts = [_logits(model, ids[:, a:b]) for a, b in [(0, 5), (5, 6), (6, 25), (25, 25 + 2 * L), (41, 50)]]
+        parts = [logits_of(model, ids[:, a:b]) for a, b in [(0, 5), (5, 6), (6, 25), (25, 25 + 2 * L), (41, 50)]]
         assert stream.tokens == [50, 50]
     assert largest_difference(wanted, torch.cat(parts, 1)) < FP32
-    assert largest_difference(wanted, _logits(model, ids)) < FP32  # nothing of the stream is left
+    assert largest_difference(wanted, logits_of(model, ids)) < FP32  # nothing of the stream is left
 
 
 @pytest.mark.parametrize("kv", [1, 2])
 @pytest.mark.parametrize("alibi", [False, True, "xl"])
 def test_grouped_heads(kv, alibi):
-    model, ids = _build("llama", alibi, num_key_value_heads=kv), _ids(2, 45)
-    assert largest_difference(_dense(model, ids), _logits(_patched(model), ids)) < FP32
+    model, ids = built("llama", alibi, num_key_value_heads=kv), random_ids(2, 45)
+    assert largest_difference(under_the_mask(model, ids), logits_of(with_memory(model), ids)) < FP32
 
 
 def test_a_model_without_positions():
-    model = _build("llama")
+    model = built("llama")
     ap.patch_alibi(model, strength=0.0)
-    ids = _ids(2, 45)
-    assert largest_difference(_dense(model, ids), _logits(_patched(model), ids)) < FP32
+    ids = random_ids(2, 45)
+    assert largest_difference(under_the_mask(model, ids), logits_of(with_memory(model), ids)) < FP32
 
 
 def _recomputed(model, ids, positions):
@@ -186,7 +132,7 @@ def _recomputed(model, ids, positions):
         native = model.config.model_type in NATIVE
         given = {"attention_mask": None if native else mask, "position_ids": places}
         given = {} if model.config.model_type in ("bloom", "mpt") else given
-        with _masked(model, mask) if native else contextlib.nullcontext():
+        with masked(model, mask) if native else contextlib.nullcontext():
             out = model(input_ids=ids[:, start : start + L], past_key_values=cache, **given)
         total = total + out.logits.square().sum()
         kept = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
@@ -204,8 +150,8 @@ def _recomputed(model, ids, positions):
 )
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_deep_model_equals_recomputation_with_stop_gradient(model_type, alibi, positions, streamed):
-    model, ids = _build(model_type, alibi, **{DEPTH.get(model_type, "n_layer"): 4}), _ids(2, 20 * L)
-    patched = _patched(model, positions)
+    model, ids = built(model_type, alibi, **{DEPTH.get(model_type, "n_layer"): 4}), random_ids(2, 20 * L)
+    patched = with_memory(model, positions)
     wanted = _recomputed(model, ids, positions)
     wanted.backward()
     if streamed:
@@ -222,8 +168,8 @@ def test_a_deep_model_equals_recomputation_with_stop_gradient(model_type, alibi,
 
 def test_gradients_of_rows_that_stand_differently():
     """Left-padded rows: their segments end at other columns, and so do their gradients."""
-    model, patched = _build("llama"), _patched(_build("llama"))
-    ids, pads = _ids(3, 30), (0, 3, 7)
+    model, patched = built("llama"), with_memory(built("llama"))
+    ids, pads = random_ids(3, 30), (0, 3, 7)
     wide = torch.stack([torch.cat([torch.full((p,), 7), row[: 30 - p]]) for p, row in zip(pads, ids, strict=True)])
     mask = torch.stack([torch.arange(30) >= p for p in pads]).long()
     logits = patched(input_ids=wide, attention_mask=mask, use_cache=False).logits
@@ -240,11 +186,11 @@ def test_gradients_of_rows_that_stand_differently():
 @pytest.mark.parametrize("kernel", ["sdpa", "eager", "alibi", "xl", "bloom", "gptj"])
 def test_rows_of_different_length_equal_the_same_documents_alone(positions, kernel):
     model_type = kernel if kernel in NATIVE else "llama"
-    model = _build(model_type, {"alibi": True, "xl": "xl"}.get(kernel, False))
+    model = built(model_type, {"alibi": True, "xl": "xl"}.get(kernel, False))
     if kernel == "eager":
         model.set_attn_implementation("eager")
-    model = _patched(model, positions)
-    documents = [_ids(1, n, seed=n)[0] for n in (37, 8, 20, 51, 16, 3)]
+    model = with_memory(model, positions)
+    documents = [random_ids(1, n, seed=n)[0] for n in (37, 8, 20, 51, 16, 3)]
     queues = [[documents[0], documents[1]], [documents[2], documents[3]], [documents[4], documents[5]]]
     found = [[], [], []]
     with ap.stream(model) as stream:
@@ -252,7 +198,7 @@ def test_rows_of_different_length_equal_the_same_documents_alone(positions, kern
             columns = [queue[0][:L] if queue else torch.empty(0, dtype=torch.int64) for queue in queues]
             keep = torch.stack([torch.arange(L) < len(c) for c in columns])
             padded = torch.stack([torch.cat([c, torch.full((L - len(c),), 7)]) for c in columns])
-            logits = _logits(model, padded, attention_mask=keep.long())
+            logits = logits_of(model, padded, attention_mask=keep.long())
             ended = []
             for row, queue in enumerate(queues):
                 if queue:
@@ -264,7 +210,7 @@ def test_rows_of_different_length_equal_the_same_documents_alone(positions, kern
             stream.reset(ended)
     alone = [[documents[0], documents[1]], [documents[2], documents[3]], [documents[4], documents[5]]]
     for row, pair in enumerate(alone):
-        wanted = torch.cat([_logits(model, document[None])[0] for document in pair])
+        wanted = torch.cat([logits_of(model, document[None])[0] for document in pair])
         assert largest_difference(wanted, torch.cat(found[row])) < FP32
 
 
@@ -274,10 +220,10 @@ def test_rows_of_different_length_equal_the_same_documents_alone(positions, kern
 )
 @torch.no_grad()
 def test_decoding_left_padded_rows_through_every_kernel(model_type, kernel):
-    model, ids = _build(model_type), _ids(2, 40)
-    wanted = _dense(model, ids)
+    model, ids = built(model_type), random_ids(2, 40)
+    wanted = under_the_mask(model, ids)
     model.set_attn_implementation(kernel)
-    model = _patched(model)
+    model = with_memory(model)
     wide = torch.cat([torch.full((2, 5), 7), ids], 1)
     mask = torch.ones(2, 45, dtype=torch.long)
     mask[:, :5] = 0
@@ -298,10 +244,10 @@ def test_decoding_left_padded_rows_through_every_kernel(model_type, kernel):
 
 @pytest.mark.parametrize("kernel", ["eager", "flex_attention"])
 def test_kernels_agree(kernel):
-    model, ids = _build("llama", num_key_value_heads=2), _ids(2, 43)
-    wanted = _logits(_patched(model), ids)
+    model, ids = built("llama", num_key_value_heads=2), random_ids(2, 43)
+    wanted = logits_of(with_memory(model), ids)
     model.set_attn_implementation(kernel)
-    assert largest_difference(wanted, _logits(_patched(model), ids)) < FP32
+    assert largest_difference(wanted, logits_of(with_memory(model), ids)) < FP32
 
 
 def test_flash_attention_is_told_which_keys_there_are():
@@ -310,25 +256,25 @@ def test_flash_attention_is_told_which_keys_there_are():
     memory = recurrence_memory.Memory()
     memory.begin(2)
     held = torch.tensor([[NOBODY, NOBODY, *range(5)], [*range(1, 8)]])
-    memory.put({}, held, held, torch.tensor([5, 8]), torch.zeros(2, dtype=torch.int64), 8)
+    memory.put({}, Sinks(), held, held, torch.tensor([5, 8]), torch.zeros(2, dtype=torch.int64), 8)
     call = recurrence_call.Call(
         Segments(16, 8), recurrence_call.Tokens(tokens != NOBODY, tokens, tokens), memory, layers=1
     )
     seen = torch.ones(2, 4, 11, dtype=torch.bool).tril(7)
     seen[0, :, :2] = False
     seen[0, :, 10] = False
-    found = recurrence_call._keys_alone(seen, call.tokens.keep)
+    found = keys_alone(seen, call.tokens.keep)
     assert found.tolist() == [[False] * 2 + [True] * 8 + [False], [True] * 11]
-    assert recurrence_call._keys_alone(torch.ones(2, 4, 11, dtype=torch.bool).tril(7), torch.ones(2, 4).bool()) is None
+    assert keys_alone(torch.ones(2, 4, 11, dtype=torch.bool).tril(7), torch.ones(2, 4).bool()) is None
     seen[0, 2, 3] = False
     with pytest.raises(ap.AttnPatchError, match="which keys there are"):
-        recurrence_call._keys_alone(seen, call.tokens.keep)
+        keys_alone(seen, call.tokens.keep)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "bloom", "mpt", "gptj"])
 def test_generate_goes_beyond_any_length_with_constant_memory(model_type):
-    model = _patched(_build(model_type))
-    prompt = _ids(1, 11)
+    model = with_memory(built(model_type))
+    prompt = random_ids(1, 11)
     out = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=600, do_sample=False, use_cache=True,
         eos_token_id=None, return_dict_in_generate=True,
@@ -336,13 +282,13 @@ def test_generate_goes_beyond_any_length_with_constant_memory(model_type):
     cache = out.past_key_values
     assert cache.get_seq_length() == out.sequences.shape[1] - 1 == 610
     assert max(layer.keys.shape[2] for layer in cache.layers) < L + M
-    wanted = _logits(model, out.sequences[:, :-1])[:, 10:].argmax(-1)
+    wanted = logits_of(model, out.sequences[:, :-1])[:, 10:].argmax(-1)
     assert torch.equal(wanted, out.sequences[:, 11:])
 
 
 def test_beams_take_their_memory_along():
-    model = _patched(_build("llama"))
-    prompt = _ids(1, 20)
+    model = with_memory(built("llama"))
+    prompt = random_ids(1, 20)
     options = {"max_new_tokens": 12, "num_beams": 3, "do_sample": False, "eos_token_id": None}
     mask = torch.ones_like(prompt)
     cached, plain = (model.generate(prompt, attention_mask=mask, use_cache=c, **options) for c in (True, False))
@@ -355,12 +301,12 @@ def test_beams_take_their_memory_along():
 def test_gradient_checkpointing_meets_the_same_memory(model_type, alibi):
     found = []
     for checkpointing in (False, True):
-        model = _patched(_build(model_type, alibi))
+        model = with_memory(built(model_type, alibi))
         model.train()
         if checkpointing:
             recompute(model)
         with ap.stream(model) as stream:
-            losses = [model(input_ids=part).logits.square().mean() for part in _ids(2, 6 * L).split(3 * L, 1)]
+            losses = [model(input_ids=part).logits.square().mean() for part in random_ids(2, 6 * L).split(3 * L, 1)]
             sum(losses).backward()
             memory = stream.state_dict()
         found.append((losses, [p.grad for p in model.parameters() if p.grad is not None], memory))
@@ -372,11 +318,11 @@ def test_gradient_checkpointing_meets_the_same_memory(model_type, alibi):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", *sorted(NATIVE)])
 def test_no_memory_and_one_segment_is_the_same_bits(model_type, dtype):
-    model = _build(model_type).to(dtype)
+    model = built(model_type).to(dtype)
     inputs = {**tiny_inputs(model)}
     mask = torch.ones_like(inputs["input_ids"])
     mask[0, :3] = 0
-    patched = _patched(model, length=64, memory=0)
+    patched = with_memory(model, length=64, memory=0)
     for extra in ({}, {"attention_mask": mask}):
         with torch.no_grad():
             wanted, found = (m(**inputs, **extra, use_cache=False).logits for m in (model, patched))
@@ -385,37 +331,37 @@ def test_no_memory_and_one_segment_is_the_same_bits(model_type, dtype):
 
 
 def test_a_stream_can_be_saved_and_gone_on_with():
-    model, ids = _patched(_build("llama")), _ids(2, 50)
+    model, ids = with_memory(built("llama")), random_ids(2, 50)
     with ap.stream(model) as stream:
-        _logits(model, ids[:, :21])
+        logits_of(model, ids[:, :21])
         state = {name: tensor.clone() for name, tensor in stream.state_dict().items()}
-        wanted = _logits(model, ids[:, 21:])
+        wanted = logits_of(model, ids[:, 21:])
     with ap.stream(copy.deepcopy(model)) as stream:
         stream.load_state_dict(state)
     other = copy.deepcopy(model)
     with (stream := ap.stream(other)):
         stream.load_state_dict(state)
-        assert torch.equal(wanted, _logits(other, ids[:, 21:]))
+        assert torch.equal(wanted, logits_of(other, ids[:, 21:]))
         with pytest.raises(ap.AttnPatchError, match="a stream of 2 rows"):
-            _logits(other, ids[:1])
+            logits_of(other, ids[:1])
         with pytest.raises(ap.AttnPatchError, match="rows \\[4\\] cannot be reset"):
             stream.reset([4])
         stream.reset()
-        assert largest_difference(_logits(model, ids[:1]), _logits(other, ids[:1])) < FP32
+        assert largest_difference(logits_of(model, ids[:1]), logits_of(other, ids[:1])) < FP32
 
 
 def test_what_fails_on_the_way_leaves_the_memory_as_it_was():
-    model, ids = _patched(_build("llama")), _ids(1, 30)
+    model, ids = with_memory(built("llama")), random_ids(1, 30)
     with ap.stream(model) as stream:
-        _logits(model, ids[:, :12])
+        logits_of(model, ids[:, :12])
         before = stream.state_dict()
         hook = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            _logits(model, ids[:, 12:])
+            logits_of(model, ids[:, 12:])
         hook.remove()
         assert all(torch.equal(t, before[name]) for name, t in stream.state_dict().items())
-        found = _logits(model, ids[:, 12:])
-    assert largest_difference(_logits(model, ids)[:, 12:], found) < FP32
+        found = logits_of(model, ids[:, 12:])
+    assert largest_difference(logits_of(model, ids)[:, 12:], found) < FP32
 
 
 @pytest.mark.parametrize(
@@ -423,10 +369,10 @@ def test_what_fails_on_the_way_leaves_the_memory_as_it_was():
     [("llama", False), ("llama", True), ("llama", "xl"), ("bloom", False), ("bloom", True), ("gptj", False)],
 )
 def test_checkpoints_come_back_with_their_memory(model_type, alibi, tmp_path):
-    model, ids = _patched(_build(model_type, alibi)), _ids(2, 40)
+    model, ids = with_memory(built(model_type, alibi)), random_ids(2, 40)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(_logits(model, ids), _logits(again, ids))
+    assert torch.equal(logits_of(model, ids), logits_of(again, ids))
 
 
 @pytest.mark.parametrize(
@@ -442,17 +388,17 @@ def test_checkpoints_come_back_with_their_memory(model_type, alibi, tmp_path):
     ],
 )
 def test_invariants(model_type, alibi):
-    found = ap.verify(_patched(_build(model_type, alibi)))
+    found = ap.verify(with_memory(built(model_type, alibi)))
     assert found.passed, str(found)
 
 
 def test_revert_is_bitwise():
-    model, ids = _build("llama"), _ids(1, 30)
-    wanted, before = _logits(model, ids), dict(model.named_modules())
+    model, ids = built("llama"), random_ids(1, 30)
+    wanted, before = logits_of(model, ids), dict(model.named_modules())
     report = ap.patch_segment_recurrence(model, segment_length=L, memory_length=M)
     assert "segments of 8 tokens, each with 12 before it" in " ".join(str(report).split())
     report.revert()
-    assert torch.equal(wanted, _logits(model, ids))
+    assert torch.equal(wanted, logits_of(model, ids))
     assert all(module is before[name] for name, module in model.named_modules())
     assert not model.model._forward_pre_hooks
     with pytest.raises(ap.AttnPatchError, match="patch_segment_recurrence first"):
@@ -491,24 +437,24 @@ def test_arguments_out_of_range(fields, words):
 
 
 def test_inputs_that_a_memory_cannot_take_are_errors():
-    model, ids = _patched(_build("llama")), _ids(2, 30)
+    model, ids = with_memory(built("llama")), random_ids(2, 30)
     cache = DynamicCache()
     with pytest.raises(ap.AttnPatchError, match="makes its own cache"):
-        _logits(model, ids, past_key_values=_filled(cache))
+        logits_of(model, ids, past_key_values=_filled(cache))
     with pytest.raises(ap.AttnPatchError, match="takes \\(batch, tokens\\) only"):
-        _logits(model, ids, attention_mask=torch.ones(2, 1, 30, 30, dtype=torch.bool))
+        logits_of(model, ids, attention_mask=torch.ones(2, 1, 30, 30, dtype=torch.bool))
     with pytest.raises(ap.AttnPatchError, match="packed documents"):
-        _logits(model, ids, position_ids=torch.tensor([[*range(20), *range(10)]]))
+        logits_of(model, ids, position_ids=torch.tensor([[*range(20), *range(10)]]))
     gap = torch.ones(2, 30, dtype=torch.long)
     gap[1, 4:6] = 0
     with pytest.raises(ap.AttnPatchError, match="row 1: padding between tokens"):
-        _logits(model, ids, attention_mask=gap)
+        logits_of(model, ids, attention_mask=gap)
     model.set_attn_implementation("sdpa")
     with pytest.raises(ap.AttnPatchError, match="knows nothing of this model's memory"):
-        _logits(model, ids)
-    table = _patched(_build("gpt2", n_positions=32), "running")
+        logits_of(model, ids)
+    table = with_memory(built("gpt2", n_positions=32), "running")
     with pytest.raises(ap.AttnPatchError, match="the model's table has 32"):
-        _logits(table, _ids(1, 40))
+        logits_of(table, random_ids(1, 40))
 
 
 def _filled(cache):
@@ -519,6 +465,6 @@ def _filled(cache):
 def test_a_model_that_makes_masks_for_layers_it_has_not():
     """Qwen2-MoE asks for a windowed mask too, last, and uses none of it: a plain call must get the other."""
     model = tiny_model("qwen2_moe", sliding_window=2)
-    ids, patched = _ids(2, 3 * L), _patched(model)
-    assert largest_difference(_dense(model, ids), _logits(patched, ids)) < FP32
-    assert largest_difference(_logits(model, ids[:, :L]), _logits(patched, ids[:, :L])) < FP32
+    ids, patched = random_ids(2, 3 * L), with_memory(model)
+    assert largest_difference(under_the_mask(model, ids), logits_of(patched, ids)) < FP32
+    assert largest_difference(logits_of(model, ids[:, :L]), logits_of(patched, ids[:, :L])) < FP32

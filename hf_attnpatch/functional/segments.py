@@ -22,10 +22,12 @@ class Segments:
     Attributes:
         length: of a segment in tokens.
         memory: tokens before its segment that a query sees.
+        sinks: first tokens of a row that every query sees, however far back they are.
     """
 
     length: int
     memory: int
+    sinks: int = 0
 
     def start(self, number: Tensor) -> Tensor:
         """Return the number of the first token of each token's segment, shape as given."""
@@ -41,13 +43,29 @@ class Segments:
         Returns:
             (batch or 1, q, k), bool.
         """
-        oldest = (self.start(query) - self.memory).clamp(min=0)
-        return (key[:, None] >= oldest[..., None]) & (key[:, None] <= query[..., None])
+        return (key[:, None] >= self.oldest(query)[..., None]) & (key[:, None] <= query[..., None])
+
+    def oldest(self, query: Tensor) -> Tensor:
+        """Return the number of the first token that each query sees, sinks apart; shape as given."""
+        return (self.start(query) - self.memory).clamp(min=0)
+
+    def recalled(self, query: Tensor, sink: Tensor) -> Tensor:
+        """Say who sees which sink only because it is one: (batch or 1, q), (batch or 1, sinks) -> (.., q, sinks)."""
+        return (sink != NOBODY)[:, None] & (sink[:, None] < self.oldest(query)[..., None])
+
+    def drawn_near(self, query: Tensor, sink: Tensor) -> Tensor:
+        """Return where sinks stand for queries of one segment, whose distance to them stays bounded (2309.17453).
+
+        Right before the oldest token that is seen, in their order: (batch, 1), (batch, sinks) -> (batch, sinks).
+        """
+        return torch.maximum(sink, self.oldest(query) - self.sinks + sink)
 
     def mask(self, tokens: int) -> Tensor:
         """The mask of a whole text at once, (tokens, tokens), bool: blocks, each with a window before it."""
         number = torch.arange(tokens)[None]
-        return self.visible(number, number)[0]
+        seen = self.visible(number, number)[0]
+        seen[:, : self.sinks] |= self.recalled(number, number[:, : self.sinks])[0]
+        return seen
 
 
 @dataclass(frozen=True)
@@ -65,7 +83,7 @@ class Piece:
     low: int
 
 
-def pieces(segments: Segments, held: int, tokens: int, phase: int | None) -> list[Piece]:
+def pieces(segments: Segments, held: int, tokens: int, phase: int | None, borders: tuple[int, ...] = ()) -> list[Piece]:
     """Cut a call into pieces.
 
     Args:
@@ -74,11 +92,13 @@ def pieces(segments: Segments, held: int, tokens: int, phase: int | None) -> lis
         tokens: columns of the call.
         phase: tokens of the present segment that every row has read already; None where rows differ, and then a piece
             may lie across the border of two segments.
+        borders: columns at which a piece has to end in any case.
     """
     found, start = [], 0
     while start < tokens:
         inside = 0 if phase is None else (phase + start) % segments.length
-        stop = min(tokens, start + segments.length - inside)
+        ends = (tokens, start + segments.length - inside, *(b for b in borders if b > start))
+        stop = min(ends)
         back = (segments.length - 1 if phase is None else inside) + segments.memory
         found.append(Piece(start, stop, max(0, held + start - back)))
         start = stop

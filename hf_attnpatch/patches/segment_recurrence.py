@@ -50,6 +50,9 @@ class SegmentRecurrence(Patch):
             that have passed since, which is exact for rotary angles; a learned table is read from its first row in
             every segment, so that a memory's tokens bear the positions that they had. ``running``: they count on,
             as long as the model can.
+        num_sinks: first tokens of a text that every query sees, however far back they are (2309.17453, section 3):
+            pretrained models rest on them, and lose when they leave the memory. Their keys are turned to stand right
+            before the memory where positions are bounded.
 
     Raises:
         UnsupportedArchitecture: a layer keeps something else than keys and values, sees a window only, or turns its
@@ -63,10 +66,11 @@ class SegmentRecurrence(Patch):
     segment_length: int
     memory_length: int
     positions: str = "bounded"
+    num_sinks: int = 0
     turning: Mapping[str, Way | None] | None = None  # a checkpoint's own, which is not found again while it is loaded
 
     def __post_init__(self) -> None:
-        for name, least in (("segment_length", 1), ("memory_length", 0)):
+        for name, least in (("segment_length", 1), ("memory_length", 0), ("num_sinks", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise AttnPatchError(f"{name} is {value!r}; it must be a number of tokens, at least {least}.")
@@ -84,6 +88,10 @@ class SegmentRecurrence(Patch):
             raise UnsupportedArchitecture(
                 f"{other[0]}: {other[1]}, which a memory of keys and values does not carry on."
             )
+        if self.num_sinks and (anatomy.alibi or anatomy.relative):
+            raise UnsupportedArchitecture(
+                f"{anatomy.architecture}: its scores depend on distance, which a sink has no fixed one of; num_sinks=0."
+            )
         places, native = _places(model, anatomy)
         decoder = _decoder(model, places)
         self._check(model, anatomy, places, decoder)
@@ -92,7 +100,7 @@ class SegmentRecurrence(Patch):
         hooks = tuple(_remembering(model, places, kernel)) if native else ()
         attention = SetAttention("", key(kernel), register_recurrent, native)
         common = (*self._edits(model, places, turning), *hooks, attention)
-        segments = Segments(self.segment_length, self.memory_length)
+        segments = Segments(self.segment_length, self.memory_length, self.num_sinks)
         edits = (*common, self._recalling(model, anatomy, places, decoder, segments))
         if self.turning is None:
             turns = bool(anatomy.rotary or anatomy.inner)
@@ -177,6 +185,8 @@ class SegmentRecurrence(Patch):
             f"segments of {self.segment_length} tokens, each with {self.memory_length} before it, through {kernel}; a "
             f"token costs as much as with {self.segment_length + self.memory_length} at most"
         )
+        if self.num_sinks:
+            yield f"the first {self.num_sinks} tokens of a text stay in the memory for good"
         if turning:
             how = sorted({("neighbours" if way[2] else "halves") for way in turning.values() if way is not None})
             yield f"positions begin anew in each segment; keys in memory are turned back ({', '.join(how)})"

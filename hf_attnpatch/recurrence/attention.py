@@ -138,6 +138,9 @@ def joined(call: Call, piece: Piece, layer: int, side: int, new: Tensor) -> Tens
         parts.insert(0, call.before[layer][side][:, :, piece.low :])
     parts = [part for part in parts if part.shape[2]]
     assert sum(part.shape[2] for part in parts) == len(columns)
+    sinks = call.sinks(piece)
+    if sinks is not None:
+        parts.insert(0, sinks.states(layer, side, new))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 

@@ -7,7 +7,6 @@ layers hand it for the next call is added, and ends in the memory when the last 
 
 from __future__ import annotations
 
-import functools
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
-from torch.nn.attention.flex_attention import create_block_mask
 
 from ..backends import kernel_of
 from ..errors import AttnPatchError
 from ..functional.rerotation import Table, Turning
 from ..functional.segments import NOBODY, Piece, Segments, pieces
-from .memory import Layers, Memory
+from .forms import corner, formed
+from .memory import Memory
+from .sinks import Layers, Sinking, Sinks
 
 CALL: ContextVar[Call | None] = ContextVar("hf_attnpatch_recurrence", default=None)
 
@@ -66,6 +66,9 @@ class Call:
         self.plain = not bool(self._count.any()) and tokens.keep.shape[1] <= segments.length
         self.doubled = torch.is_grad_enabled() and not self.aligned and not self.plain
         self._numbers = torch.cat([self._held, tokens.number], 1)
+        held = Sinks() if memory is None else memory.sinks
+        self._sinks = Sinking(held, segments.sinks, tokens.number, tokens.place) if segments.sinks else None
+        self._sunk: Layers = {}
 
     def forget(self) -> None:
         """Keep nothing for another call."""
@@ -78,8 +81,20 @@ class Call:
 
     def pieces(self) -> list[Piece]:
         """Return what attends together."""
-        phase = int(self._phase[0]) if self.aligned else None
-        return pieces(self.segments, self.held, self.tokens.keep.shape[1], phase)
+        phase, columns = int(self._phase[0]) if self.aligned else None, self.tokens.keep.shape[1]
+        borders = () if self.aligned or self._sinks is None else self._borders()
+        return pieces(self.segments, self.held, columns, phase, borders)
+
+    def _borders(self) -> tuple[int, ...]:
+        """Columns where a segment of any row begins: where sinks stand depends on the segment of the queries."""
+        begins = (self.tokens.number != NOBODY) & (self.segments.start(self.tokens.number) == self.tokens.number)
+        return tuple(begins.any(0).nonzero().flatten().tolist())
+
+    def sinks(self, piece: Piece) -> Sinking | None:
+        """Return the sinks that a piece sees beside its other keys, before them; None if it sees none."""
+        number = self.tokens.number[:, piece.start : piece.stop]
+        seen = None if self._sinks is None else self.segments.recalled(number, self._sinks.number)
+        return self._sinks if seen is not None and bool(seen.any()) else None
 
     def columns(self, piece: Piece) -> tuple[Tensor, int]:
         """Return the keys of a piece as columns of memory and call side by side, and how many of them are live.
@@ -111,27 +126,16 @@ class Call:
         return self._cache[key]
 
     def _mask(self, piece: Piece, kernel: str, like: Tensor) -> Any:
-        seen, name = self._seen(piece), kernel_of(kernel)
-        queries, keys = seen.shape[1:]
+        seen, name, sinks = self._seen(piece), kernel_of(kernel), self.sinks(piece)
+        if sinks is not None:
+            recalled = self.segments.recalled(self.tokens.number[:, piece.start : piece.stop], sinks.number)
+            seen = torch.cat([recalled, seen.expand(len(recalled), -1, -1)], 2)
         if self.doubled and (name != kernel or name.startswith("flash")):
             raise AttnPatchError(
                 f"{kernel}: gradients of rows that stand differently in their segments; pad on the right and read "
                 "whole segments, or train with backend='sdpa' and without ALiBi."
             )
-        if name.startswith("flash"):
-            return _keys_alone(seen, self.tokens.keep[:, piece.start : piece.stop])
-        if bool((seen == corner(queries, keys)).all()):
-            if queries == 1 or (keys == queries and name == "sdpa"):
-                return None
-            seen = corner(queries, keys)[None]
-        seen = seen.to(like.device)
-        if name == "eager":
-            return like.new_zeros(()).masked_fill(~seen[:, None], float(torch.finfo(like.dtype).min))
-        if name == "flex_attention":
-            rows = seen.expand(like.shape[0], -1, -1)
-            sizes = (like.shape[0], None, queries, keys)
-            return create_block_mask(lambda b, _, q, k: rows[b, q, k], *sizes, device=str(like.device))
-        return seen[:, None]
+        return formed(seen, name, self.tokens.keep[:, piece.start : piece.stop], like)
 
     def _seen(self, piece: Piece) -> Tensor:
         """Who sees whom, (batch, q, k), bool; padding sees itself, so that it is a number."""
@@ -160,6 +164,11 @@ class Call:
             shift = place.gather(1, first) - number.gather(1, first)
             columns, _ = self.columns(piece)
             turned, keys = torch.cat([self._turned, self.tokens.place], 1)[:, columns], self._numbers[:, columns]
+            sinks = self.sinks(piece)
+            if sinks is not None:
+                near = self.segments.drawn_near(number.gather(1, first), sinks.number)
+                near = torch.where(sinks.number == NOBODY, NOBODY, near)
+                turned, keys = torch.cat([sinks.turned, turned], 1), torch.cat([near, keys], 1)
             by = [shift + n - at for n, at in ((number, place), (keys, turned))]
             by = [torch.where(n == NOBODY, 0, d) for n, d in zip((number, keys), by, strict=True)]
             self._cache[key] = (
@@ -186,6 +195,8 @@ class Call:
             _taken(self.before.get(layer, (None, None))[i], t.detach(), order, width)
             for i, t in enumerate((key, value))
         )  # type: ignore[assignment]
+        if self._sinks is not None:
+            self._sunk[layer] = (self._sinks.states(layer, 0, key), self._sinks.states(layer, 1, value))
         if len(self._written) == self.layers:
             self._end(order, width)
 
@@ -207,7 +218,8 @@ class Call:
         count = self._count + self.tokens.keep.long().sum(1)
         shift = torch.where(self.tokens.keep, self.tokens.place - self.tokens.number, -(2**62)).amax(1)
         shift = torch.where(self.tokens.keep.any(1), shift, self._memory.shift)
-        self._memory.put(self._written, number, turned, count, shift, self.tokens.keep.shape[1])
+        sinks = Sinks() if self._sinks is None else self._sinks.kept(self._sunk)
+        self._memory.put(self._written, sinks, number, turned, count, shift, self.tokens.keep.shape[1])
         self._memory, self._written = None, {}
         CALL.set(None)
 
@@ -227,12 +239,6 @@ class Handed:
     def to(self, *args: Any, **kwargs: Any) -> Handed:
         """As the kernel's own mask is cast; MPT wants it to be bool."""
         return Handed(self.call, None if self.own is None else self.own.to(*args, **kwargs))
-
-
-@functools.lru_cache(maxsize=8)
-def corner(queries: int, keys: int) -> Tensor:
-    """The causal mask where the last query stands at the last key, (queries, keys), bool."""
-    return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
 
 
 def _columns(states: Tensor, width: int) -> Tensor:
@@ -261,22 +267,3 @@ def _table(by: Tensor, turning: Turning, like: Tensor) -> Table | None:
 def _wide(same: Tensor, width: int) -> Tensor:
     """Give what is said of the last columns to as many more before them, where it is False."""
     return F.pad(same, (width - same.shape[-1], 0))
-
-
-def _keys_alone(seen: Tensor, keep: Tensor) -> Tensor | None:
-    """The mask as FlashAttention takes it: which keys are there, (batch, k); None if all.
-
-    It aligns the last query with the last key, and leaves padding out of both.
-
-    Raises:
-        AttnPatchError: queries of one row see different beginnings, or rows stand differently in their segments.
-    """
-    there = (seen & keep[..., None]).any(1)
-    width = keep.shape[1]
-    wanted = there[:, None] & torch.ones(seen.shape[1:], dtype=torch.bool).tril(seen.shape[2] - width)
-    if not bool((wanted == seen)[keep].all()):
-        raise AttnPatchError(
-            "FlashAttention takes which keys there are, not which query sees which: rows that stand differently in "
-            "their segments need backend='sdpa' or 'flex_attention' (pad on the right, in calls of whole segments)."
-        )
-    return None if bool(there.all()) else there

@@ -11,8 +11,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ..errors import AttnPatchError
 from ..functional.segments import NOBODY
-
-Layers = dict[int, tuple[Tensor, Tensor]]
+from .sinks import Layers, Sinks, named_layers, selected
 
 
 class Memory:
@@ -20,6 +19,7 @@ class Memory:
 
     Attributes:
         layers: number of the attention module -> keys and values, each (batch, kv heads, held, d).
+        sinks: the first tokens of each row, which stay.
         number: token numbers of what is held, (batch, held), int64, on the CPU; -1 where nothing is.
         turned: position for which each key was rotated, (batch, held), int64, on the CPU.
         count: tokens that each row has read, (batch,), int64, on the CPU.
@@ -31,6 +31,7 @@ class Memory:
         self.layers: Layers = {}
         self.number = self.turned = torch.zeros(0, 0, dtype=torch.int64)
         self.count = self.shift = torch.zeros(0, dtype=torch.int64)
+        self.sinks = Sinks()
         self.columns = 0
 
     @property
@@ -53,9 +54,12 @@ class Memory:
                 "so that there must be as many; open another stream, or reset() this one without rows."
             )
 
-    def put(self, layers: Layers, number: Tensor, turned: Tensor, count: Tensor, shift: Tensor, columns: int) -> None:
+    def put(
+        self, layers: Layers, sinks: Sinks, number: Tensor, turned: Tensor, count: Tensor, shift: Tensor, columns: int
+    ) -> None:
         """Replace what is remembered, all at once."""
-        self.layers, self.number, self.turned, self.count, self.shift = layers, number, turned, count, shift
+        self.layers, self.sinks = layers, sinks
+        self.number, self.turned, self.count, self.shift = number, turned, count, shift
         self.columns += columns
 
     def reset(self, rows: Iterable[int] | Tensor | None = None) -> None:
@@ -80,11 +84,12 @@ class Memory:
             )
         self.number, self.count, self.shift = self.number.clone(), self.count.clone(), self.shift.clone()
         self.number[chosen], self.count[chosen], self.shift[chosen] = NOBODY, 0, 0
+        self.sinks = self.sinks.without(chosen)
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order, as often as they are named."""
         here = rows.cpu()
-        self.layers = {n: tuple(t[rows.to(t.device)] for t in pair) for n, pair in self.layers.items()}  # type: ignore[misc]
+        self.layers, self.sinks = selected(self.layers, rows), self.sinks.select(rows)
         self.number, self.turned = self.number[here], self.turned[here]
         self.count, self.shift = self.count[here], self.shift[here]
 
@@ -92,12 +97,11 @@ class Memory:
         """Return everything as named tensors, for a checkpoint."""
         pairs = {f"{n}.{name}": t for n, pair in self.layers.items() for name, t in zip("kv", pair, strict=True)}
         own = {name: getattr(self, name) for name in ("number", "turned", "count", "shift")}
-        return {**pairs, **own, "columns": torch.tensor(self.columns)}
+        return {**pairs, **own, **self.sinks.state_dict(), "columns": torch.tensor(self.columns)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take what :meth:`state_dict` returned; tensors stay on the device that they are on."""
-        names = sorted({int(name.partition(".")[0]) for name in state if name.endswith((".k", ".v"))})
-        self.layers = {n: (state[f"{n}.k"], state[f"{n}.v"]) for n in names}
+        self.layers, self.sinks = named_layers(state), Sinks.of(state)
         self.number, self.turned = state["number"].cpu(), state["turned"].cpu()
         self.count, self.shift, self.columns = state["count"].cpu(), state["shift"].cpu(), int(state["columns"])
 
@@ -118,12 +122,17 @@ class RecurrentCache(Cache):  # type: ignore[misc]  # transformers is not follow
     def layers(self) -> list[DynamicLayer]:
         """What is held, in transformers' form, for whoever counts bytes."""
         found = []
-        for keys, values in self.memory.layers.values():
+        for number, pair in self.memory.layers.items():
+            keys, values = (torch.cat([t, *more], 2) for t, *more in zip(*self._parts(number, pair), strict=True))
             layer = DynamicLayer()
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
             found.append(layer)
         return found
+
+    def _parts(self, number: int, pair: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        sinks = self.memory.sinks.layers.get(number)
+        return [pair] if sinks is None else [sinks, pair]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Return what is new: the attention function knows the rest."""

@@ -25,7 +25,8 @@ from ..positions.modules import PREFIX as ALIBI
 from ..positions.modules import AlibiBias, NoBias, alibi_of, bias_left_out
 from ..positions.relative import relative_of
 from .attention import joined, key, met, no_weights, turned
-from .call import Call, corner
+from .call import Call
+from .forms import corner
 from .modules import Recurrent, recurrent_of
 
 _PUBLISHED = AlibiBias(None, None, True, 1.0)
