@@ -408,7 +408,7 @@ def test_revert_is_bitwise():
 @pytest.mark.parametrize(
     ("model_type", "words"),
     [
-        ("gemma3_text", "a window or a chunk only"),
+        ("llama4_text", "a chunk only"),
         ("cpmant", "no memory can be handed to it"),
         ("gpt_neo", "sees a window only"),
         ("bert", "takes no position_ids"),

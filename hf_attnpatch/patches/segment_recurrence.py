@@ -38,7 +38,7 @@ class SegmentRecurrence(Patch):
     the border of a segment. The attention kernel stays the one that the model uses, with this package's ALiBi or
     Transformer-XL terms where the model has those. Families that compute attention by themselves (BLOOM, MPT, Falcon,
     GPT-J, CodeGen) keep their forwards in a call of one segment; where one meets a memory, torch's kernel attends
-    inside them, with the ALiBi that they have.
+    inside them, with the ALiBi that they have. A layer that sees a window only sees no more of its memory than that.
 
     Without memory and within one segment the model is bit for bit what it was. Stock transformers cannot express
     the patch, so that checkpoints are of this package's model type; the weights are untouched.
@@ -55,8 +55,8 @@ class SegmentRecurrence(Patch):
             before the memory where positions are bounded.
 
     Raises:
-        UnsupportedArchitecture: a layer keeps something else than keys and values, sees a window only, or turns its
-            keys in an unknown way; or the model has an encoder.
+        UnsupportedArchitecture: a layer keeps something else than keys and values, sees chunks, or turns its keys in an
+            unknown way; the model has an encoder, or computes something else with a memory of all that went before.
         AttnPatchError: an argument is out of range, or the table has fewer rows than a segment tokens.
     """
 
@@ -125,8 +125,8 @@ class SegmentRecurrence(Patch):
     ) -> Iterator[Edit]:
         for number, place in enumerate(places):
             way = turning.get(place.path)
-            rotary = () if way is None else (model.get_submodule(way[0]), *way[1:])
-            yield SetAttribute(place.path, "recurrence", Recurrent(number, *(rotary or (None,))))
+            rotary = (None,) if way is None else (model.get_submodule(way[0]), *way[1:])
+            yield SetAttribute(place.path, "recurrence", Recurrent(number, *rotary, window=_window(model, place)))
 
     def _recalling(
         self, model: PreTrainedModel, anatomy: Anatomy, places: list[Place], decoder: str, segments: Segments
@@ -147,14 +147,11 @@ class SegmentRecurrence(Patch):
         absent = next((name for name in wanted if name not in names_of(model.get_submodule(decoder))), None)
         if absent is not None:
             raise UnsupportedArchitecture(f"{decoder}: its forward takes no {absent}, by which it is told what is new.")
-        windowed = [getattr(config_at(model, p.config), "sliding_window", None) for p in places]
         types = set(getattr(config_at(model, places[0].config), "layer_types", None) or ["full_attention"])
-        if types != {"full_attention"} or any(
-            getattr(model.get_submodule(p.path), "sliding_window", w) for p, w in zip(places, windowed, strict=True)
-        ):
+        if not types <= {"full_attention", "sliding_attention"}:
             raise UnsupportedArchitecture(
-                f"{anatomy.architecture}: has layers that see a window or a chunk only ({', '.join(sorted(types))}), "
-                "which has its own idea of what is let go."
+                f"{anatomy.architecture}: has layers that see a chunk only, or keep something else "
+                f"({', '.join(sorted(types))}), which has its own idea of what is let go."
             )
         if (anatomy.tables or anatomy.inner) and (anatomy.max_positions or 0) < self.segment_length:
             raise AttnPatchError(
@@ -217,6 +214,16 @@ def _places(model: PreTrainedModel, anatomy: Anatomy) -> tuple[list[Place], bool
                 "is let go."
             )
     return [Place(s.path, s.num_heads, s.causal, s.config) for s in anatomy.sites], True
+
+
+def _window(model: PreTrainedModel, place: Place) -> int | None:
+    """Return how many tokens, itself included, a token sees in a layer; None for all."""
+    module, config = model.get_submodule(place.path), config_at(model, place.config)
+    kinds, number = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if kinds and number is not None and kinds[number] == "full_attention":
+        return None
+    found = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+    return int(found) if found else None
 
 
 def _remembering(model: PreTrainedModel, places: list[Place], kernel: str) -> Iterator[Edit]:

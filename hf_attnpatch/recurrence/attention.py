@@ -27,7 +27,7 @@ from .modules import PREFIX, Recurrent, recurrent_of
 
 BELOW = (ALIBI, RELATIVE)  # what a kernel under a memory may add by itself
 Output = tuple[Tensor, Tensor | None]
-_UNKNOWN = ("position_bias", "cu_seq_lens_q", "cu_seq_lens_k", "cache", "sliding_window")
+_UNKNOWN = ("position_bias", "cu_seq_lens_q", "cu_seq_lens_k", "cache")
 
 
 def register_recurrent() -> None:
@@ -86,7 +86,7 @@ def attention(kernel: str) -> Callable[..., Output]:
         if call.plain:
             out = inner(module, query, key, value, attention_mask.own, *args, **kwargs)
         else:
-            _refuse(module, kwargs)
+            _refuse(module, found.window, kwargs)
             out = (
                 torch.cat(
                     [_piece(inner, kernel, module, found, call, p, query, key, value, kwargs) for p in call.pieces()], 1
@@ -115,7 +115,7 @@ def _piece(
     queries = query[:, :, piece.start : piece.stop]
     keys, values = (joined(call, piece, found.number, side, new) for side, new in enumerate((key, value)))
     queries, keys = turned(call, piece, found, queries, keys)
-    out, _ = inner(module, queries, keys, values, call.mask(piece, kernel, query), **kwargs)
+    out, _ = inner(module, queries, keys, values, call.mask(piece, kernel, query, found.window), **kwargs)
     return out
 
 
@@ -169,13 +169,16 @@ def met(module: nn.Module, mask: Any) -> Handed:
     return mask
 
 
-def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
+def _refuse(module: nn.Module, window: int | None, kwargs: dict[str, Any]) -> None:
     kwargs.pop("position_ids", None)  # flash attention would read packed documents from them
     name = next((name for name in _UNKNOWN if kwargs.get(name) is not None), None)
     if name is not None:
         raise AttnPatchError(
             f"{type(module).__name__} passes {name} to its attention, of which a memory knows nothing."
         )
+    asked = kwargs.get("sliding_window")
+    if asked is not None and asked != window:
+        raise AttnPatchError(f"{type(module).__name__} asks for a window of {asked} tokens, and had one of {window}.")
     if kwargs.get("output_attentions"):
         raise no_weights(module)
 

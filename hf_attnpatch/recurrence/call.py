@@ -109,26 +109,35 @@ class Call:
         live = torch.arange(max(piece.low, self.held), end)
         return torch.cat([every, live]), len(live)
 
-    def mask(self, piece: Piece, kernel: str, like: Tensor) -> Any:
+    def mask(self, piece: Piece, kernel: str, like: Tensor, window: int | None = None) -> Any:
         """Return the mask of a piece in the form that a kernel takes; None where it is plainly causal.
 
         Args:
             piece: of this call.
             kernel: name in transformers, ``sdpa`` say, or this package's with ALiBi or Transformer-XL's terms.
             like: queries, for device and dtype.
+            window: tokens that a token of the layer sees at most, itself included; None for all of these.
 
         Raises:
             AttnPatchError: the kernel cannot express it.
         """
-        key = (piece, kernel, like.device, like.dtype)
+        key = (piece, kernel, like.device, like.dtype, window)
         if key not in self._cache:
-            self._cache[key] = self._mask(piece, kernel, like)
+            self._cache[key] = self._mask(piece, kernel, like, window)
         return self._cache[key]
 
-    def _mask(self, piece: Piece, kernel: str, like: Tensor) -> Any:
-        seen, name, sinks = self._seen(piece), kernel_of(kernel), self.sinks(piece)
+    def _mask(self, piece: Piece, kernel: str, like: Tensor, window: int | None) -> Any:
+        name, sinks = kernel_of(kernel), self.sinks(piece)
+        if name.startswith("flash") and window is not None:
+            if sinks is not None:
+                raise AttnPatchError(
+                    f"{kernel}: sinks before the window of a layer; use backend='sdpa', or num_sinks=0."
+                )
+            window = None  # the kernel has it
+        seen, number = self._seen(piece, window), self.tokens.number[:, piece.start : piece.stop]
         if sinks is not None:
-            recalled = self.segments.recalled(self.tokens.number[:, piece.start : piece.stop], sinks.number)
+            recalled = self.segments.recalled(number, sinks.number)
+            recalled = recalled if window is None else recalled & _near(number, sinks.number, window)
             seen = torch.cat([recalled, seen.expand(len(recalled), -1, -1)], 2)
         if self.doubled and (name != kernel or name.startswith("flash")):
             raise AttnPatchError(
@@ -137,13 +146,16 @@ class Call:
             )
         return formed(seen, name, self.tokens.keep[:, piece.start : piece.stop], like)
 
-    def _seen(self, piece: Piece) -> Tensor:
+    def _seen(self, piece: Piece, window: int | None) -> Tensor:
         """Who sees whom, (batch, q, k), bool; padding sees itself, so that it is a number."""
         number, (columns, live) = self.tokens.number[:, piece.start : piece.stop], self.columns(piece)
         keep = self.tokens.keep[:, piece.start : piece.stop]
-        if self.aligned and bool(keep.all()) and bool((self._numbers[:, piece.low] != NOBODY).all()):
+        whole = self.aligned and bool(keep.all()) and bool((self._numbers[:, piece.low] != NOBODY).all())
+        if whole and (window is None or window >= len(columns)):
             return corner(number.shape[1], len(columns))[None]  # what it comes to where nothing is missing
-        seen = self.segments.visible(number, self._numbers[:, columns])
+        keys = self._numbers[:, columns]
+        seen = self.segments.visible(number, keys)
+        seen = seen if window is None else seen & _near(number, keys, window)
         if self.doubled:
             start = self.segments.start
             same = start(number)[..., None] == start(self._numbers[:, columns[-live:]])[:, None]
@@ -262,6 +274,11 @@ def _table(by: Tensor, turning: Turning, like: Tensor) -> Table | None:
         return None
     by = by[0] if bool((by == by[:1]).all()) else by
     return turning.table(by.to(like.device), like.dtype)
+
+
+def _near(query: Tensor, key: Tensor, window: int) -> Tensor:
+    """Which keys lie in the window of which queries: (batch, q), (batch, k) -> (batch, q, k), bool."""
+    return query[..., None] - key[:, None] < window
 
 
 def _wide(same: Tensor, width: int) -> Tensor:

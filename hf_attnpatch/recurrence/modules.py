@@ -28,12 +28,20 @@ class Recurrent:
         buffer: under which name it keeps its frequencies.
         interleaved: see :class:`Turning`.
         first: see :class:`Turning`.
+        window: tokens that a token sees at most, itself included; None for all that it is given.
     """
 
     def __init__(
-        self, number: int, rotary: nn.Module | None, buffer: str = "", interleaved: bool = False, first: int = 0
+        self,
+        number: int,
+        rotary: nn.Module | None,
+        buffer: str = "",
+        interleaved: bool = False,
+        first: int = 0,
+        *,
+        window: int | None = None,
     ):
-        self.number, self.rotary, self.buffer = number, rotary, buffer
+        self.number, self.rotary, self.buffer, self.window = number, rotary, buffer, window
         self.interleaved, self.first = interleaved, first
         self._turning: Turning | None = None
         self._of: Any = None
