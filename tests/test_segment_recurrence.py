@@ -37,6 +37,7 @@ KINDS = [
     ("gpt2", "bounded"),
     ("gpt2", "running"),
     ("opt", "bounded"),
+    ("bert", "bounded"),
     *((t, p) for t in ("bloom", "mpt", "gptj") for p in ("bounded", "running")),
     *((t, "bounded") for t in ("codegen", "falcon", "gpt_neox_japanese")),
 ]
@@ -411,7 +412,8 @@ def test_revert_is_bitwise():
         ("llama4_text", "a chunk only"),
         ("cpmant", "no memory can be handed to it"),
         ("gpt_neo", "sees a window only"),
-        ("bert", "takes no position_ids"),
+        ("roformer", "takes no position_ids"),
+        ("roberta", "something of its own with positions"),
         ("mamba", "keeps a state, not keys and values"),
         ("bart", "a memory is of one text"),
     ],

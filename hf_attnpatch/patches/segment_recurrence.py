@@ -92,8 +92,11 @@ class SegmentRecurrence(Patch):
             raise UnsupportedArchitecture(
                 f"{anatomy.architecture}: its scores depend on distance, which a sink has no fixed one of; num_sinks=0."
             )
+        both = next((site.path for site in anatomy.sites if site.causal is False), None)
+        if both is not None:
+            raise UnsupportedArchitecture(f"{both}: looks both ways, so that no token is before another.")
         places, native = _places(model, anatomy)
-        decoder = _decoder(model, places)
+        decoder = _decoder(model, anatomy, places)
         self._check(model, anatomy, places, decoder)
         kernel = _native_kernel(model) if native else _kernel(model)
         turning = self._turning(model, anatomy, places)
@@ -259,8 +262,12 @@ def _kernel(model: PreTrainedModel) -> str:
     return found
 
 
-def _decoder(model: PreTrainedModel, places: list[Place]) -> str:
-    """Return the module that makes the masks: the one that holds the list of layers."""
+def _decoder(model: PreTrainedModel, anatomy: Anatomy, places: list[Place]) -> str:
+    """Return the module that makes the masks: the one that holds the list of layers, or the one around it (BERT)."""
+    if anatomy.base is not None and {"input_ids", "past_key_values"} <= set(
+        names_of(model.get_submodule(anatomy.base))
+    ):
+        return anatomy.base
     parts = places[0].path.split(".")
     cut = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     if cut is None or cut == 0:

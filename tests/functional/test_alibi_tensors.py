@@ -77,7 +77,7 @@ def test_attention_rows_in_fp32_are_exact_at_any_position(heads, length):
 @pytest.mark.parametrize("heads", [8, 12, 40])
 @pytest.mark.parametrize("length", [512, 65536])
 def test_attention_rows_in_half_precision_round_as_a_bias_in_fp32_does(dtype, heads, length):
-    assert _row_error(heads, length, dtype, True) < 1.5 * _row_error(heads, length, dtype, False)
+    assert _row_error(heads, length, dtype, True) <= 1.01 * _row_error(heads, length, dtype, False)
 
 
 def _states(heads=6, kv=3, queries=40, keys=40, width=16, seed=0):
