@@ -60,7 +60,9 @@ def _reloaded(subject: Subject, shard: int | str) -> Answer:
     with tempfile.TemporaryDirectory() as folder, _no_progress_bars():
         model.save_pretrained(folder, max_shard_size=shard)
         attention = model.config._attn_implementation
-        own = attention not in ("eager", *FLAG) and not any(site.dispatches for site in subject.anatomy.sites)
+        own = attention not in ("eager", *FLAG) and not any(
+            site.dispatches for site in subject.anatomy.sites if not site.tower
+        )
         known = {} if own else {"attn_implementation": attention}  # a name of ours for forwards that stay says nothing
         loaded = _loader(model).from_pretrained(folder, dtype=model.dtype, **known)
     for tensor in loaded.parameters():  # a file's bytes lie where its header ends; some kernels round by alignment
