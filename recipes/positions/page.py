@@ -94,9 +94,10 @@ def about(study: Study, store: Store, command: str) -> list[str]:
     measure = study.cells[0].spec["measure"]
     count = next((row["documents"] for row in store.rows.values() if "documents" in row), None)
     lines = [
-        f"`{command}` measures all this and writes it; `metrics.jsonl` has every figure, a line for each cell.",
+        f"`{command} --config recipes/configs/{study.config}` measures all this and writes it; `metrics.jsonl` has "
+        "every figure, a line for each cell.",
         f"Losses are nats per token on the last {measure['targets'] + 1} tokens of {count} held-out documents "
-        f"(`{measure['text']}`), which no model was trained on: the same targets at every length, with more and more "
+        f"(`{measure['text']}`), {study.unseen}: the same targets at every length, with more and more "
         "text before them. Intervals are 95 %, resampling documents; differences are paired by document, and much "
         "narrower than the intervals of the losses suggest.",
     ]

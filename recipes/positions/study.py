@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hf_attnpatch.patch import from_spec
@@ -89,6 +90,8 @@ class Study:
         cells: in the order in which they are run.
         lengths: tokens of context.
         note: how the settings of the trainings were chosen, for the page.
+        config: name of the file that it stands in.
+        unseen: what the documents are to the models.
     """
 
     title: str
@@ -96,6 +99,8 @@ class Study:
     cells: tuple[Cell, ...]
     lengths: tuple[int, ...]
     note: str
+    config: str
+    unseen: str
 
 
 def read(path: str, overrides: list[str]) -> Study:
@@ -105,7 +110,7 @@ def read(path: str, overrides: list[str]) -> Study:
         SettingsError: a key, a patch or a value that cannot be.
     """
     values = settings.read(path, overrides)
-    known = {"title", "output", "note", "measure", "train", "data", "cells"}
+    known = {"title", "output", "note", "unseen", "measure", "train", "data", "cells"}
     if set(values) - known:
         raise SettingsError(f"{path}: unknown {', '.join(sorted(set(values) - known))}; choose from {sorted(known)}.")
     measure = dict(values["measure"])
@@ -120,7 +125,9 @@ def read(path: str, overrides: list[str]) -> Study:
     cells = tuple(_cell(entry, dataclasses.asdict(measuring), values) for entry in entries)
     if len({cell.name for cell in cells}) < len(cells):
         raise SettingsError("cells: two have one name; give each its own.")
-    return Study(values["title"], values["output"], cells, measuring.lengths, values.get("note", ""))
+    unseen = values.get("unseen", "which no model was trained on")
+    note = values.get("note", "")
+    return Study(values["title"], values["output"], cells, measuring.lengths, note, Path(path).name, unseen)
 
 
 def _cell(entry: Entry, measure: Mapping[str, Any], values: Mapping[str, Any]) -> Cell:
