@@ -67,7 +67,9 @@ def check_adding(
     try:
         found = logits_under(model, [*away, *nothing], inputs)
         problem = disagreement(logits_under(model, blind, inputs), found)
-        logits_under(model, whole, inputs)  # some look their ids up again, by the very embeddings
+        logits_under(model, whole, inputs)
+        something = adding(model, anatomy, lambda _: SinusoidalPositions(10000.0, 1.0, 1.0), "")
+        logits_under(model, [*away, *something], inputs)  # some look their ids up again, by the very embeddings
     except AttnPatchError as error:
         problem = str(error.__cause__ or error)
     if problem is not None:

@@ -1,6 +1,8 @@
 """Writes refused.txt and upstream.txt: review the diff.
 
-    PYTHONPATH=.:tests python -W ignore tests/contract/record.py [refused|upstream]
+    PYTHONPATH=.:tests python -W ignore tests/contract/record.py [refused|upstream] [CASE ...]
+
+With cases, only those refusals are asked for again.
 
 The tests assert both files cell by cell, so a change of behaviour shows either there or as a failure.
 """
@@ -10,27 +12,28 @@ import sys
 
 import matrix
 import torch
-from outcomes import NOTHING, REFUSED_FILE, UPSTREAM_FILE, WORDS
+from outcomes import NOTHING, REFUSED_FILE, UPSTREAM_FILE, WORDS, refusal
 from patches import CASES, build
 
 import hf_attnpatch as ap
 from hf_attnpatch.verify import FAIL
 
 
-def refused():
+def refused(cases):
     """Lines ``case | words of the reason | types``, cases with equal lines joined."""
     found = collections.defaultdict(lambda: collections.defaultdict(list))
     for model_type, encoder in matrix.ARCHITECTURES:
         for case in CASES:
-            reason = _reason(model_type, encoder, case)
+            ask = _reason if not cases or {case.name, case.kind} & cases else refusal
+            reason = ask(model_type, encoder, case)
             if reason is not None:
                 found[reason][model_type + "-masked" * encoder].append(case.name)
     for reason, types in found.items():
-        for cases, names in _inverted(types).items():
-            yield f"{' '.join(_by_kind(cases))} | {reason} | {' '.join(names)}"
+        for together, names in _inverted(types).items():
+            yield f"{' '.join(_by_kind(together))} | {reason} | {' '.join(names)}"
 
 
-def upstream():
+def upstream(_):
     """Lines ``type | invariant | what was measured``."""
     for model_type, encoder in matrix.ARCHITECTURES:
         for finding in matrix.verified(model_type, encoder).findings:
@@ -67,11 +70,12 @@ def _inverted(types):
 
 def main():
     torch.set_num_threads(1)
-    wanted = sys.argv[1:] or ["refused", "upstream"]
+    wanted = [word for word in sys.argv[1:] if word in ("refused", "upstream")] or ["refused", "upstream"]
+    cases = {word for word in sys.argv[1:]} - {"refused", "upstream"}
     with torch.compiler.set_stance("force_eager"):
         for name, lines, file in (("refused", refused, REFUSED_FILE), ("upstream", upstream, UPSTREAM_FILE)):
             if name in wanted:
-                file.write_text("\n".join(sorted(lines())) + "\n")
+                file.write_text("\n".join(sorted(lines(cases))) + "\n")
 
 
 if __name__ == "__main__":
