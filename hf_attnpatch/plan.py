@@ -12,6 +12,7 @@ from .anatomy import Anatomy, describe
 from .edits import Edit
 from .errors import AttnPatchError, PatchConflict, UnsupportedArchitecture
 from .patch import Patch, Proposal
+from .recurrence.modules import recalling_of
 from .spans.modules import span_of
 
 
@@ -77,11 +78,22 @@ def plan(model: PreTrainedModel, *patches: Patch) -> Plan:
     _writable(model)
     steps = []
     for patch in patches:
+        _refuse_beneath_a_memory(model, patch)
         proposal = patch.propose(model, anatomy)
         _refuse_stacked(model, patch, proposal)
         steps.append(Step(proposal.patch or patch, proposal, tuple(edit.preview(model) for edit in proposal.edits)))
     _refuse_conflicts(steps)
     return Plan(anatomy, tuple(steps))
+
+
+def _refuse_beneath_a_memory(model: PreTrainedModel, patch: Patch) -> None:
+    """Refuse what would change the positions or the attention that a memory was put on top of."""
+    held = next((path for path, module in model.named_modules() if recalling_of(module) is not None), None)
+    if held is not None and patch.name not in ("grouped_query", "segment_recurrence"):
+        raise PatchConflict(
+            f"{held or type(model).__name__}: has a memory (segment_recurrence), made for the positions and the "
+            f"attention below it. Revert it, apply {patch.name}, and then put the memory on top again."
+        )
 
 
 def _refuse_stacked(model: PreTrainedModel, patch: Patch, proposal: Proposal) -> None:

@@ -50,6 +50,7 @@ MAY_WRITE = {
     "edits.py": ("*", "the only room whose trade it is"),
     "recurrence/attention.py": ("register", "through backends.register, its own names"),
     "recurrence/survey.py": ("register", "through backends.register, its own name"),
+    "recurrence/modules.py": ("setattr", "a mark of its own on the cache that a caller holds"),
     "recurrence/streams.py": ("load_state_dict", "of its own memory"),
     "recurrence/memory.py": ("keys values", "of a layer that it has just made"),
     "__init__.py": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import UserDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -152,7 +153,7 @@ class RelativeXl(Patch):
         def make(site: Site, like: torch.Tensor) -> RelativeTerms:
             terms = RelativeTerms(site.num_heads, site.head_dim, self._size(site), float(self.theta), like)
             if self.init == "recency" and not (like.is_meta or torch.empty(0).is_meta):  # else it is being loaded
-                heard = ears[site.path].scale if site.path in ears else None
+                heard = ears[site.path].heard.get("scale") if site.path in ears else None
                 terms.look_back(site.head_dim**-0.5 if heard is None else heard, reach)
             return terms
 
@@ -165,10 +166,9 @@ class RelativeXl(Patch):
 class _Ear(RelativeTerms):
     """Terms with values that no kernel gets right by chance, which hear what scores are multiplied by."""
 
-    scale: float | None = None
-
     def __init__(self, *args: Any):
         super().__init__(*args)
+        self.heard: UserDict[str, float] = UserDict()  # a probe puts back what a module itself holds
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in self.parameters():
@@ -176,7 +176,7 @@ class _Ear(RelativeTerms):
 
     def of(self, query: torch.Tensor, scale: float) -> Term:
         """Listen."""
-        self.scale = scale
+        self.heard["scale"] = scale
         return super().of(query, scale)
 
 

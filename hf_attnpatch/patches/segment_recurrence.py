@@ -116,7 +116,7 @@ class SegmentRecurrence(Patch):
             tuple(place.path for place in places),
             tuple(self._notes(kernel, turning)),
             stock=False,
-            claims=("the memory",),
+            claims=("the memory", "the positions"),  # of one plan: keys are turned back as the model turns them now
             patch=chosen,
         )
 
@@ -140,9 +140,9 @@ class SegmentRecurrence(Patch):
             segments,
             self.positions == "bounded",
             len(places),
-            anatomy.max_positions if anatomy.tables or anatomy.inner else None,
+            anatomy.max_positions if anatomy.tables or anatomy.inner or anatomy.added == "table" else None,
         )
-        return AddPreHook(decoder, hook, "hands its attention modules their memory")
+        return AddPreHook(decoder, hook, "hands its attention modules their memory", first=True)
 
     def _check(self, model: PreTrainedModel, anatomy: Anatomy, places: list[Place], decoder: str) -> None:
         placed = anatomy.rotary or anatomy.inner or anatomy.tables

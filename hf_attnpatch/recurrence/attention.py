@@ -22,7 +22,7 @@ from ..functional.segments import Piece
 from ..masks import called
 from ..positions.modules import PREFIX as ALIBI
 from ..positions.relative import PREFIX as RELATIVE
-from .call import CALL, Call, Handed
+from .call import CALL, Call, Handed, no_weights
 from .modules import PREFIX, Recurrent, recurrent_of
 
 BELOW = (ALIBI, RELATIVE)  # what a kernel under a memory may add by itself
@@ -63,7 +63,8 @@ def mask(kernel: str) -> Callable[..., Handed]:
         if call is None or tuple(call.tokens.keep.shape) != (batch_size, q_length):
             raise AttnPatchError(
                 f"a mask of {batch_size} rows and {q_length} columns was asked for outside of the decoder that this "
-                "model's memory belongs to; call the model itself, not a part of it."
+                "model's memory belongs to; call the model itself, not a part of it, and let generate make its own "
+                "cache (no cache_implementation)."
             )
         if not call.plain:
             return Handed(call)
@@ -181,11 +182,3 @@ def _refuse(module: nn.Module, window: int | None, kwargs: dict[str, Any]) -> No
         raise AttnPatchError(f"{type(module).__name__} asks for a window of {asked} tokens, and had one of {window}.")
     if kwargs.get("output_attentions"):
         raise no_weights(module)
-
-
-def no_weights(module: nn.Module) -> AttnPatchError:
-    """Say that attention weights are not to be had."""
-    return AttnPatchError(
-        f"{type(module).__name__}: attention weights of a call that meets its memory are not returned; call "
-        "without output_attentions, or with one segment."
-    )

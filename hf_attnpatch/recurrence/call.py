@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from ..backends import kernel_of
@@ -141,8 +141,8 @@ class Call:
             seen = torch.cat([recalled, seen.expand(len(recalled), -1, -1)], 2)
         if self.doubled and (name != kernel or name.startswith("flash")):
             raise AttnPatchError(
-                f"{kernel}: gradients of rows that stand differently in their segments; pad on the right and read "
-                "whole segments, or train with backend='sdpa' and without ALiBi."
+                f"{kernel}: gradients of rows that stand differently in their segments. Where none are wanted, call "
+                "under torch.no_grad(); otherwise pad on the right and read whole segments."
             )
         return formed(seen, name, self.tokens.keep[:, piece.start : piece.stop], like)
 
@@ -284,3 +284,11 @@ def _near(query: Tensor, key: Tensor, window: int) -> Tensor:
 def _wide(same: Tensor, width: int) -> Tensor:
     """Give what is said of the last columns to as many more before them, where it is False."""
     return F.pad(same, (width - same.shape[-1], 0))
+
+
+def no_weights(module: nn.Module) -> AttnPatchError:
+    """Say that attention weights are not to be had."""
+    return AttnPatchError(
+        f"{type(module).__name__}: attention weights of a call that meets its memory are not returned; call "
+        "without output_attentions, or with one segment."
+    )

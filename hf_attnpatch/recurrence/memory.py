@@ -72,7 +72,9 @@ class Memory:
             AttnPatchError: there is no such row.
         """
         if rows is None:
+            read = self.columns
             self.__init__()  # type: ignore[misc]  # the same object: a cache and a stream may both hold it
+            self.columns = read
             return
         chosen = torch.as_tensor(rows if isinstance(rows, Tensor) else list(rows)).cpu()
         chosen = chosen.nonzero().flatten() if chosen.dtype == torch.bool else chosen.to(torch.int64)
@@ -168,7 +170,7 @@ class RecurrentCache(Cache):  # type: ignore[misc]  # transformers is not follow
     def reset(self) -> None:
         """Forget everything."""
         self.memory.reset()
-        self.begun = 0
+        self.begun = self.memory.columns
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let rows go on from other rows."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from ..errors import AttnPatchError
 from ..functional import rotary
 from ..functional.rerotation import Turning
 from ..functional.segments import NOBODY, Segments
-from .call import CALL, Call, Tokens
+from .call import CALL, Call, Tokens, no_weights
 from .memory import Memory, RecurrentCache
 
+_MEMORY = "attnpatch_memory"  # a mark on a cache that a caller made and holds
 PREFIX = "recurrent_"  # of the attention functions with memory, before the name of the kernel they call
 
 
@@ -84,6 +86,12 @@ class Recalling:
         """Carry this memory across calls from now on; None for nothing."""
         self.stream = memory
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recalling:
+        """A copy of the model has no stream open."""
+        copied = memo[id(self)] = object.__new__(type(self))
+        vars(copied).update(copy.deepcopy({**vars(self), "stream": None}, memo))
+        return copied
+
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -101,6 +109,8 @@ class Recalling:
         memory.begin(given.shape[0])
         tokens, same = self._tokens(named, given.shape[0], given.shape[1], memory)
         call = Call(self.segments, tokens, memory, self.layers)
+        if named.get("output_attentions") and not call.plain:
+            raise no_weights(module)
         if not kept:
             call.forget()
         if not (call.plain and same):
@@ -121,14 +131,17 @@ class Recalling:
     def _memory(self, module: nn.Module, named: dict[str, Any]) -> Memory | None:
         """Return the memory that the call reads and writes, and put a view of it in the place of a cache."""
         past = named.get("past_key_values")
+        past = vars(past).get(_MEMORY, past) if type(past) is DynamicCache else past
         if isinstance(past, RecurrentCache):
+            named["past_key_values"] = past
             if self.stream is not None and past.memory is not self.stream:
                 raise AttnPatchError("past_key_values comes from outside of the open stream; pass it after the stream.")
             return past.memory
         if past is not None and (type(past) is not DynamicCache or past.get_seq_length()):
+            size = f" of {past.get_seq_length()} tokens" if isinstance(past, Cache) else ""
             raise AttnPatchError(
-                f"past_key_values is a {type(past).__name__} of {past.get_seq_length()} tokens; a model with segment "
-                "recurrence makes its own cache, of constant size: pass none, or the one that it returned."
+                f"past_key_values is a {type(past).__name__}{size}; a model with segment recurrence makes its own "
+                "cache, of constant size: pass none, or the one that it returned."
             )
         wanted = named.get("use_cache")
         wanted = getattr(self.config, "use_cache", True) if wanted is None else wanted
@@ -138,29 +151,33 @@ class Recalling:
             return self.stream
         memory = Memory() if self.stream is None else self.stream
         named["past_key_values"] = RecurrentCache(memory)
+        if past is not None:  # filled in place, as far as its holder knows
+            setattr(past, _MEMORY, named["past_key_values"])
         return memory
 
     def _tokens(self, named: dict[str, Any], batch: int, columns: int, memory: Memory) -> tuple[Tokens, bool]:
         """Return the new columns, and whether their positions are what the decoder would use anyway."""
         mask, given = named.get("attention_mask"), named.get("position_ids")
-        if isinstance(mask, Tensor) and mask.dim() != 2:
-            raise AttnPatchError(f"attention_mask of shape {tuple(mask.shape)}: a memory takes (batch, tokens) only.")
+        _check_shapes(mask, given, batch, columns)
         keep = torch.ones(batch, columns, dtype=torch.bool)
-        if mask is not None and mask.shape[1] >= columns:
+        if mask is not None:
             keep = mask[:, -columns:].bool().cpu()
         number = memory.count[:, None] + keep.long().cumsum(1) - 1
         _check_gaps(keep, memory.count)
         plain = memory.empty and columns <= self.segments.length
+        on = number + memory.shift[:, None]
+        whole = not plain or self.bounded or not self._keeps(named) or bool(keep.all())
         if given is not None:
             place = given.cpu().long().expand(batch, -1)
             _check_packed(place, keep, plain and not self._keeps(named))
-        elif plain:
+            place = torch.where((memory.count > 0)[:, None], on, place)  # generate counts from its own first token
+        elif plain and whole:
             place = torch.arange(columns).expand(batch, -1)
         else:
-            place = number + memory.shift[:, None]
+            place = on
         if self.bounded and not plain:
             place = number - self.segments.start(number)
-        return Tokens(keep, torch.where(keep, number, NOBODY), place), plain
+        return Tokens(keep, torch.where(keep, number, NOBODY), place), plain and whole
 
     def _keeps(self, named: dict[str, Any]) -> bool:
         return self.stream is not None or named.get("past_key_values") is not None
@@ -172,6 +189,22 @@ class Recalling:
                 f"position {last} was reached and the model's table has {self.rows}; positions='bounded' begin anew "
                 "with each segment."
             )
+
+
+def _check_shapes(mask: Any, given: Any, batch: int, columns: int) -> None:
+    """Refuse a mask or positions that are not of these tokens."""
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        found = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"is a {type(mask).__name__}"
+        raise AttnPatchError(f"attention_mask {found}: a memory takes (batch, tokens) only.")
+    if mask is not None and (mask.shape[0] != batch or mask.shape[1] < columns):
+        raise AttnPatchError(
+            f"attention_mask of shape {tuple(mask.shape)} for {batch} rows of {columns} tokens; wanted one for each "
+            "token, and for those before it if they are named."
+        )
+    if given is not None and (given.dim() != 2 or given.shape[0] not in (1, batch) or given.shape[1] != columns):
+        raise AttnPatchError(
+            f"position_ids of shape {tuple(given.shape)} for {batch} rows of {columns} tokens: give each token its own."
+        )
 
 
 def _check_gaps(keep: Tensor, count: Tensor) -> None:

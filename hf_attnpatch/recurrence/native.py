@@ -24,8 +24,8 @@ from ..fused.deferring import Deferring
 from ..positions.modules import PREFIX as ALIBI
 from ..positions.modules import AlibiBias, NoBias, alibi_of, bias_left_out
 from ..positions.relative import relative_of
-from .attention import joined, key, met, no_weights, turned
-from .call import Call
+from .attention import joined, key, met, turned
+from .call import Call, no_weights
 from .forms import corner
 from .modules import Recurrent, recurrent_of
 

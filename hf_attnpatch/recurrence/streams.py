@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from types import TracebackType
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import AttnPatchError
@@ -47,11 +48,27 @@ class Stream:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the memory as named tensors: with the model's, all that a resumed run needs."""
-        return self._memory.state_dict()
+        return {**self._memory.state_dict(), "segments": self._sizes}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from what :meth:`state_dict` returned."""
+        """Go on from what :meth:`state_dict` returned.
+
+        Raises:
+            AttnPatchError: it is of other segments, another memory or another model.
+        """
+        found, layers = state.get("segments"), sum(name.endswith(".k") and name[0].isdigit() for name in state)
+        if found is None or found.tolist() != self._sizes.tolist() or layers not in (0, self._hook.layers):
+            said = "no sizes" if found is None else f"segments, memory and sinks of {found.tolist()}, {layers} layers"
+            raise AttnPatchError(
+                f"the state has {said}; this model has {self._sizes.tolist()}, {self._hook.layers} layers: load what a "
+                "stream of the same model returned."
+            )
         self._memory.load_state_dict(state)
+
+    @property
+    def _sizes(self) -> Tensor:
+        cut = self._hook.segments
+        return torch.tensor([cut.length, cut.memory, cut.sinks])
 
 
 def stream(model: nn.Module) -> Stream:
