@@ -9,6 +9,7 @@ import pytest
 import torch
 from matrix import applicable
 from patches import build
+from transformers import PretrainedConfig
 
 import hf_attnpatch as ap
 from hf_attnpatch.checkpoint import auto_class
@@ -68,9 +69,17 @@ def _save(folder, name, model_type, encoder, case):
         "name": name,
         "folder": str(folder),
         "auto": auto,
-        "attention": model.config._attn_implementation,
+        "attention": _attention(model.config),
         "use_cache": "use_cache" in inspect.signature(model.forward).parameters,
     }
+
+
+def _attention(config):
+    """As ``from_pretrained`` takes it; by part where parts differ (GOT-OCR2's decoder has another than its tower)."""
+    parts = {name: part for name, part in vars(config).items() if isinstance(part, PretrainedConfig)}
+    if {part._attn_implementation for part in parts.values()} <= {config._attn_implementation}:
+        return config._attn_implementation
+    return {"": config._attn_implementation, **{name: part._attn_implementation for name, part in parts.items()}}
 
 
 @pytest.mark.parametrize("full", [False, pytest.param(True, marks=[pytest.mark.full, pytest.mark.timeout(3600)])])
