@@ -19,7 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from ..backends import FLAG, FUSED, kernel_of, register, register_alibi, register_fused, register_relative
 from ..errors import AttnPatchError
 from ..functional.segments import Piece
-from ..masks import called
+from ..masks import called, registered
 from ..positions.modules import PREFIX as ALIBI
 from ..positions.relative import PREFIX as RELATIVE
 from .call import CALL, Call, Handed, no_weights
@@ -35,7 +35,7 @@ def register_recurrent() -> None:
     register_alibi()
     register_relative()
     register_fused()
-    register(key(FUSED), attention(FUSED), mask(FUSED))
+    AttentionMaskInterface.register(key(FUSED), registered(mask(FUSED)))  # no function, as in register_fused
     for name in ("eager", *FLAG):
         for prefix in ("", *BELOW):
             register(key(prefix + name), attention(prefix + name), mask(prefix + name))
