@@ -22,7 +22,7 @@ FAST := -n $(WORKERS) -m "not full and not slow"
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: demo test test-all test-lowest lint format survey bench bench-alibi bench-relative bench-decode bench-extend check-diagnose \
-	downstream peers results-grouped-query results-extend-context results-recurrence \
+	downstream peers results-grouped-query results-extend-context results-passkey results-recurrence \
 	results-switch-positions clean
 
 demo: $(VENV)/.installed
@@ -91,6 +91,17 @@ results-grouped-query: $(VENV)/.installed data/corpus/manifest.json data/smollm2
 # half an hour of one core, for each of the two; the same command goes on where it was stopped
 results-extend-context: $(VENV)/.installed data/corpus/manifest.json
 	$(BIN)/python recipes/extend_context.py
+
+# half an hour of one core, training included
+results-passkey: $(VENV)/.installed outputs/pretrain_passkey/model/config.json data/passkey/2048/a_retrieval.jsonl
+	$(BIN)/python recipes/extend_context.py --config recipes/configs/extend_context_passkey.yaml
+
+outputs/pretrain_passkey/model/config.json: | $(VENV)/.installed data/passkey/512/a_retrieval.jsonl
+	$(BIN)/python recipes/pretrain.py --config recipes/configs/pretrain_passkey.yaml \
+		$$(ls -d outputs/pretrain_passkey/checkpoints/step_* >/dev/null 2>&1 && echo --resume)
+
+data/passkey/%/a_retrieval.jsonl: | $(VENV)/.installed
+	$(BIN)/python scripts/build_retrieval.py --tokens $* --count $$((819200 / $*)) --out $(@D)
 
 results-recurrence: $(VENV)/.installed data/corpus/manifest.json data/smollm2/config.json
 	$(BIN)/python scripts/bench_recurrence.py --stream 200000 --out recipes/results/recurrence/bench.json

@@ -1,8 +1,9 @@
-"""Pretrains a small model from nothing: tokenizer, data, model, training.
+"""Pretrains a small model from nothing, or goes on from a model that there is: tokenizer, data, model, training.
 
     python recipes/pretrain.py --config recipes/configs/pretrain_embedded.yaml
 
-The embedded model of this package was made by exactly this, on the corpus of `scripts/build_corpus.py`.
+The embedded model of this package was made by exactly this, on the corpus of `scripts/build_corpus.py`. `model` is the
+configuration of a new one, or the name of the one to go on from: a folder, a hub name, `embedded`.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from recipes.log import LossError
 from recipes.loop import Evaluate, new_accelerator, next_token_loss, train
 from recipes.schedule import TrainConfig
 from recipes.settings import SettingsError
+from recipes.sources import load_model, locate, resolve
 from recipes.tokenizer import train_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """A tokenizer to load from `path`, or to train on the training text if nothing is there."""
+    """A tokenizer to load from `path` (or `embedded`), or to train on the training text if nothing is there."""
 
     path: str
     vocab_size: int = 4096
@@ -39,9 +41,27 @@ class TokenizerConfig:
 
 def load_tokenizer(config: TokenizerConfig, data: DataConfig) -> Any:
     """The tokenizer at `config.path`; trains it first where there is none."""
-    if not (Path(config.path) / "tokenizer.json").is_file():
-        train_tokenizer(documents(data), config.path, vocab_size=config.vocab_size, context=data.block)
-    return AutoTokenizer.from_pretrained(config.path)
+    path = locate(config.path)
+    if not (Path(path) / "tokenizer.json").is_file():
+        train_tokenizer(documents(data), path, vocab_size=config.vocab_size, context=data.block)
+    return AutoTokenizer.from_pretrained(path)
+
+
+def first_model(values: dict[str, Any] | str, tokenizer: Any, seed: int) -> PreTrainedModel:
+    """The model that the training begins with: one that there is, by name, or a new one.
+
+    Raises:
+        SettingsError: the model that there is has fewer embeddings than the tokenizer tokens.
+    """
+    if not isinstance(values, str):
+        return new_model(values, tokenizer, seed)
+    model = load_model(values, "float32")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < len(tokenizer):
+        raise SettingsError(
+            f"model: {values} embeds {rows} tokens, and tokenizer.path has {len(tokenizer)}; give the model's own."
+        )
+    return model.train()
 
 
 def new_model(values: dict[str, Any], tokenizer: Any, seed: int) -> PreTrainedModel:
@@ -85,14 +105,15 @@ def main() -> None:
     """Reads the configuration, checks the data, then makes the model, trains and saves it."""
     arguments = settings.parser(__doc__).parse_args()
     values = settings.read(arguments.config, arguments.overrides)
-    data = settings.build(DataConfig, values["data"], "data")
+    data = resolve(settings.build(DataConfig, values["data"], "data"))
     config = settings.build(TrainConfig, values["train"], "train")
     accelerator = new_accelerator(config)
     with accelerator.main_process_first():
         tokenizer = load_tokenizer(settings.build(TokenizerConfig, values["tokenizer"], "tokenizer"), data)
         blocks = load_blocks(data, tokenizer)
-        heldout = load_blocks(dataclasses.replace(data, source=values["heldout"], max_tokens=None), tokenizer)
-    model = new_model(values["model"], tokenizer, config.seed)
+        text = resolve(dataclasses.replace(data, source=values["heldout"], max_tokens=None))
+        heldout = load_blocks(text, tokenizer)
+    model = first_model(values["model"], tokenizer, config.seed)
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"{size:,} parameters, {blocks.tokens.size:,} training tokens, {len(heldout)} held-out blocks", flush=True)
     evaluate = heldout_loss(heldout, 64)

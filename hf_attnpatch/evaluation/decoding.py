@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..errors import EvaluationError
 from ..progress import track
+from ..rope.request_length import told
 from .limits import Limits, limits
 from .memory import held_bytes, peak_memory, weight_bytes
 from .mode import device_of, measuring
@@ -128,12 +129,12 @@ def _at(model: PreTrainedModel, phantom: Phantom, context: int, how: tuple[int, 
     batch, tokens, repeats = how
     steps, fills = [], []
     with peak_memory(device_of(model)) as peak:
-        for _ in range(repeats):
-            seconds, cache = prefill(model, context, batch)
-            fills.append(seconds)
-        cache_bytes = held_bytes(cache)
-        for _ in range(tokens):
-            steps.append(step(model, cache, batch))
+        with told(model, context + tokens):
+            for _ in range(repeats):
+                seconds, cache = prefill(model, context, batch)
+                fills.append(seconds)
+            cache_bytes = held_bytes(cache)
+            steps += [step(model, cache, batch) for _ in range(tokens)]
     fill, each = min(fills), statistics.median(steps)
     flops = _flops(phantom, batch, context)
     read = weight_bytes(model, batch) + cache_bytes

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EvaluationError
+from ..rope.request_length import told
 from .logits import last_logits
 
 
@@ -50,7 +51,7 @@ def greedy(
     done: Callable[[Tensor], bool] | None = None,
     every: int = 8,
 ) -> Tensor:
-    """Continue each row with its most probable tokens.
+    """Continue each row with its most probable tokens; a model scaled per request is told how long it will become.
 
     Args:
         model: a causal language model in eval mode.
@@ -63,13 +64,14 @@ def greedy(
     Returns:
         The added tokens, shape (batch, new_tokens or fewer), int64.
     """
-    logits, past = prefill(model, ids, past)
-    added = [logits.argmax(dim=-1, keepdim=True)]
-    while len(added) < new_tokens:
-        if done is not None and len(added) % every == 0 and done(torch.cat(added, dim=1)):
-            break
-        logits, past = prefill(model, added[-1], past)
-        added.append(logits.argmax(dim=-1, keepdim=True))
+    with told(model, ids.shape[1] + new_tokens, past):
+        logits, past = prefill(model, ids, past)
+        added = [logits.argmax(dim=-1, keepdim=True)]
+        while len(added) < new_tokens:
+            if done is not None and len(added) % every == 0 and done(torch.cat(added, dim=1)):
+                break
+            logits, past = prefill(model, added[-1], past)
+            added.append(logits.argmax(dim=-1, keepdim=True))
     return torch.cat(added, dim=1)
 
 

@@ -16,6 +16,7 @@ from ..errors import AttnPatchError
 from ..evaluation.generation import prefill
 from ..probe import input_device, quiet
 from ..progress import track
+from ..rope.request_length import told
 
 ROWS = 32  # sequences that are written at once
 
@@ -79,7 +80,8 @@ def _sampled(model: PreTrainedModel, first: int, rows: int, length: int) -> Tens
     """(rows, length), by none of the checkpoint's own generation settings, and without an end."""
     ids = [torch.full((rows, 1), first, device=input_device(model))]
     past = None
-    while len(ids) < length:
-        logits, past = prefill(model, ids[-1], past)
-        ids.append(logits.float().softmax(-1).multinomial(1).to(ids[0].device))
+    with told(model, length):
+        while len(ids) < length:
+            logits, past = prefill(model, ids[-1], past)
+            ids.append(logits.float().softmax(-1).multinomial(1).to(ids[0].device))
     return torch.cat(ids, 1).cpu()

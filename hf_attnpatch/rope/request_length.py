@@ -70,6 +70,11 @@ def request(model: nn.Module, length: int | Sequence[int]) -> Iterator[None]:
         _TOLD.reset(token)
 
 
+def told(model: nn.Module, tokens: int, past: Any = None) -> contextlib.AbstractContextManager[None]:
+    """``request`` for so many tokens beyond a cache where a model chooses by request, nothing elsewhere."""
+    return contextlib.nullcontext() if requests_of(model) is None else request(model, _past(past) + tokens)
+
+
 def requests_of(model: nn.Module) -> Requests | None:
     """Return what the hooks of a model share, or None where nothing is chosen per request."""
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())

@@ -7,7 +7,7 @@ from pathlib import Path
 from hf_attnpatch.evaluation import Interval, Score
 from recipes.comparison.store import Store
 from recipes.comparison.tables import markdown, write_page
-from recipes.positions import draw, page
+from recipes.positions import draw, heat, page
 from recipes.positions.page import TRAINED
 from recipes.positions.study import Study
 
@@ -47,6 +47,7 @@ def _figures(study: Study, store: Store, out: Path, groups: dict[str, list[str]]
     above = None if within is None else within.nats
     draw.by_length(store, groups, study.lengths, out / "length.png", "Loss by context", above=above)
     draw.by_position(store, groups, study.lengths[0], out / "position.png", "Loss by position")
+    heat.passkeys(store, page.by_passkey(study, store, ORIGINAL), study.lengths, out / "passkey.png")
 
 
 def _pictures(out: Path, longest: int) -> str:

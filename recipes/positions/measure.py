@@ -40,7 +40,8 @@ def measure(model: PreTrainedModel, tokenizer: Any, texts: Documents, spec: Mapp
 
     Returns:
         `lengths` (length -> losses of the targets by document, or `refused`), `positions` of the longest one (edges,
-        nats and bounds of each bin), and `passkey` (length -> points by depth, or `refused`).
+        nats and bounds of each bin), and `passkey` (length -> points by depth and their mean with its interval, or
+        `refused`).
     """
     found: dict[str, Any] = {"lengths": {}, "positions": None}
     for length in spec["lengths"]:
@@ -110,4 +111,5 @@ def _passkey(model: PreTrainedModel, tokenizer: Any, length: int, spec: Mapping[
         )
     except AttnPatchError as error:
         return {"refused": str(error)}
-    return {"points": list(found.grid()[0])}
+    mean = found.score()
+    return {"points": list(found.grid()[0]), "mean": [round(each, 2) for each in (mean.value, mean.low, mean.high)]}

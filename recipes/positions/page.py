@@ -63,17 +63,19 @@ def refusals(store: Store, names: Sequence[str]) -> str:
 
 def passkeys(study: Study, store: Store, reference: str) -> str:
     """Points of 100 by length and depth."""
-    rows = [store.get(cell.name) for cell in study.cells]
-    asked = [row for row in rows if row is not None and row.get("passkey")]
+    asked = [store.rows[name] for name in by_passkey(study, store, reference)]
     if not asked:
         return ""
     spec = asked[0]["spec"]["measure"]["passkey"]
     depths = ", ".join(f"{depth:g}" for depth in spec["depths"])
     table = [[f"`{row['cell']}`", *(_points(row["passkey"], n) for n in study.lengths)] for row in asked]
-    found = [points for row in asked for each in row["passkey"].values() for points in each.get("points", [])]
+    found = [each.get("points", []) for row in asked for each in row["passkey"].values()]
     within = [row["passkey"][str(study.lengths[0])].get("points", []) for row in asked if row["cell"] == reference]
-    text = f"Points of 100 for keys at depths {depths}; prompts for each length and depth: {spec['samples']}."
-    if not any(found):
+    text = (
+        f"Points of 100, the mean with its 95 % interval over keys and those at depths {depths} each; keys for each "
+        f"length, the same ones at every depth: {spec['samples']}."
+    )
+    if not any(map(any, found)):
         text += " **No model finds one key at any length or depth**"
         text += (
             ", the unpatched one within its context no more than the others: it is too small for the task, which so "
@@ -81,12 +83,27 @@ def passkeys(study: Study, store: Store, reference: str) -> str:
             if within
             else "."
         )
-    return f"## Passkey\n\n{text}\n\n" + markdown(["", *(f"{n:,}" for n in study.lengths)], table)
+    picture = "\n\n![passkeys](passkey.png)" if any(map(any, found)) else ""
+    return f"## Passkey\n\n{text}\n\n" + markdown(["", *(f"{n:,}" for n in study.lengths)], table) + picture
+
+
+def by_passkey(study: Study, store: Store, reference: str) -> list[str]:
+    """The cells that were asked for keys: the reference, then those that find most at the longest length."""
+
+    def order(name: str) -> tuple[bool, float]:
+        points = store.rows[name]["passkey"].get(str(study.lengths[-1]), {}).get("points", [])
+        return name != reference, -sum(points)
+
+    return sorted((cell.name for cell in study.cells if (store.get(cell.name) or {}).get("passkey")), key=order)
 
 
 def _points(found: dict[str, dict[str, list[float]]], length: int) -> str:
-    points = found.get(str(length), {}).get("points")
-    return "refused" if points is None else " / ".join(f"{each:.0f}" for each in points)
+    points, mean = (found.get(str(length), {}).get(key) for key in ("points", "mean"))
+    if points is None:
+        return "refused"
+    return ("" if mean is None else "**{:.0f}** ({:.0f} to {:.0f}): ".format(*mean)) + " / ".join(
+        f"{each:.0f}" for each in points
+    )
 
 
 def about(study: Study, store: Store, command: str) -> list[str]:

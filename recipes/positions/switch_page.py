@@ -7,7 +7,7 @@ from pathlib import Path
 from hf_attnpatch.evaluation import Score
 from recipes.comparison.store import Store
 from recipes.comparison.tables import markdown, write_page
-from recipes.positions import draw, page
+from recipes.positions import draw, heat, page
 from recipes.positions.study import STRENGTH, Study
 
 ORIGINAL = "original"
@@ -21,6 +21,8 @@ def write(study: Study, store: Store, out: Path) -> None:
     draw.by_length(store, groups, study.lengths, out / "length.png", "Loss by context, the same targets")
     draw.by_position(store, groups, study.lengths[0], out / "position.png", "Loss by position")
     draw.curves(store, groups, out / "training.png", "After the switch")
+    reference = f"{next(iter(groups))}/{ORIGINAL}"
+    heat.passkeys(store, page.by_passkey(study, store, reference), study.lengths, out / "passkey.png")
     figures = [f"![{name}]({name}.png)" for name in ("length", "position", "training")]
     there = [each for each in figures if (out / each.partition("(")[2][:-1]).is_file()]
     write_page(
@@ -30,7 +32,7 @@ def write(study: Study, store: Store, out: Path) -> None:
             "\n".join(f"* {line}" for line in _about(study, store)),
             *(_group(study, store, group, names) for group, names in groups.items()),
             "\n\n".join(there),
-            page.passkeys(study, store, f"{next(iter(groups))}/{ORIGINAL}"),
+            page.passkeys(study, store, reference),
             page.refusals(store, [cell.name for cell in study.cells]),
             page.closing(store),
         ],

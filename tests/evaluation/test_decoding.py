@@ -7,6 +7,7 @@ import torch
 from measured_models import gpt2, llama
 from transformers import BertConfig, BertForMaskedLM
 
+import hf_attnpatch as ap
 from hf_attnpatch import EvaluationError, evaluation
 from hf_attnpatch.evaluation import decoding as function
 from hf_attnpatch.evaluation.limits import Limits
@@ -80,3 +81,9 @@ def test_logits_that_are_not_finite_are_an_error():
         model.get_output_embeddings().weight.fill_(torch.nan)
     with pytest.raises(EvaluationError, match="context 8: the logits of the last token are not finite"):
         evaluation.decoding(model, contexts=(8,))
+
+
+def test_a_model_scaled_by_request_decodes_beyond_its_window():
+    model = llama(max_position_embeddings=16)
+    ap.patch_rope_scaling(model, kind="dynamic_yarn", factor=4)
+    assert function(model, contexts=(8, 16), batch=2, tokens=3).rows[-1].context == 16

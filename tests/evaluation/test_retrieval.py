@@ -8,6 +8,7 @@ import pytest
 import torch
 from measured_models import llama
 
+import hf_attnpatch as ap
 from hf_attnpatch import EvaluationError, embedded, evaluation
 from hf_attnpatch.evaluation.retrieval import TASKS, answering, examples, first_number, string_match_all, words
 
@@ -229,3 +230,16 @@ def test_a_tokenizer_that_drops_text_is_an_error():
     """More and more text would be tried for ever."""
     with pytest.raises(EvaluationError, match="the tokenizer drops text"):
         examples(lambda text, **_: {"input_ids": [1, 2, 3]}, task="passkey", lengths=(400,))
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 8192])
+def test_a_model_scaled_by_request_is_told_how_long_it_will_become(tokenizer, batch_tokens):
+    model = embedded.load_model()
+    ap.patch_rope_scaling(model, kind="dynamic_yarn", factor=4)
+    options = {"task": "passkey", "lengths": (512, 600), "depths": (0.5, 1.0), "samples": 2, "new_tokens": 4}
+    found = evaluation.retrieval(model, tokenizer, **options, batch_tokens=batch_tokens)
+    assert found.reused == 0
+    for example, answer in zip(examples(tokenizer, **options), found.answers, strict=True):
+        ids = torch.tensor([example.ids])
+        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+        assert answer.answer == tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)

@@ -13,7 +13,7 @@ import hf_attnpatch as ap
 from hf_attnpatch.evaluation import perplexity, summarise
 from recipes import loop
 from recipes.comparison.store import Store
-from recipes.positions import command, extend_page, measure, page, study, switch_page, worker
+from recipes.positions import command, extend_page, heat, measure, page, study, switch_page, worker
 from recipes.settings import SettingsError
 from recipes.sources import load_model, load_tokenizer
 
@@ -224,8 +224,18 @@ def test_passkeys_that_nobody_finds_are_said_to_say_nothing(folder):
     text = page.passkeys(made, store, "original")
     assert "No model finds one key" in text
     assert "| `yarn` | 0 | 0 | refused |" in text
-    add(store, made.cells[0], [scored([2, 4])] * 3, passkey={**found, "16": {"points": [100.0]}})
-    assert "No model finds" not in page.passkeys(made, store, "original")
+    heat.passkeys(store, ["original", "yarn"], made.lengths, folder / "none.png")
+    assert not (folder / "none.png").exists()  # an even field of zeros shows nothing
+    within = {"16": {"points": [100.0], "mean": [100, 90, 100]}}
+    add(store, made.cells[0], [scored([2, 4])] * 3, passkey={**found, **within})
+    add(store, made.cells[1], [scored([2, 4])] * 3, passkey={**found, "64": {"points": [50.0]}})
+    text = page.passkeys(made, store, "original")
+    assert "No model finds" not in text
+    assert "| `original` | **100** (90 to 100): 100 | 0 | refused |" in text
+    assert page.by_passkey(made, store, "none") == ["yarn", "original"]
+    assert page.by_passkey(made, store, "original") == ["original", "yarn"]
+    heat.passkeys(store, ["original", "yarn"], made.lengths, folder / "passkey.png")
+    assert (folder / "passkey.png").stat().st_size > 5_000
 
 
 def test_a_study_is_checked_before_it_runs(folder):

@@ -12,6 +12,7 @@ from worker import tiny
 
 from hf_attnpatch import embedded
 from recipes import evaluate_embedded, pretrain
+from recipes.settings import SettingsError
 
 MODEL = {
     "hidden_size": 16,
@@ -40,6 +41,20 @@ def configuration(tmp_path, **train):
 def launch(monkeypatch, *arguments):
     monkeypatch.setattr("sys.argv", ["pretrain.py", *arguments])
     pretrain.main()
+
+
+def test_it_goes_on_from_a_model_that_there_is(tmp_path, monkeypatch):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
+    path = configuration(tmp_path)
+    launch(monkeypatch, "--config", path)
+    first = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    again = f"train.output={tmp_path / 'again'}", f"model={tmp_path / 'run/model'}"
+    launch(monkeypatch, "--config", path, *(word for each in (*again, "train.lr=0.0") for word in ("--set", each)))
+    second = AutoModelForCausalLM.from_pretrained(tmp_path / "again/model")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    with pytest.raises(SettingsError, match="give the model's own"):
+        launch(monkeypatch, "--config", path, "--set", again[1], "--set", "tokenizer.path=embedded")
 
 
 def test_two_steps_save_a_model_that_loads_and_go_on(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...progress import track
+from ...rope.request_length import requests_of
 from ..generation import greedy, prefill
 from ..mode import device_of, measuring
 from .examples import Example
@@ -24,7 +25,8 @@ class Answers:
     """Asks a model; counts the tokens of prompts and those that a shared prefix saved.
 
     A prefix is shared only where that is exact: for every length, one row is also read in one piece, and where the two
-    disagree by more than rounding (dynamic rotary frequencies, say), the prompts of this length are read whole.
+    disagree by more than rounding (dynamic rotary frequencies, say), the prompts of this length are read whole, as are
+    all where a model chooses its angles by the length of a request.
 
     Args:
         model: a causal language model with a cache.
@@ -41,6 +43,7 @@ class Answers:
         self._ends = end_tokens(model, tokenizer)
         self._stem: tuple[Tensor, Any] | None = None  # the last shared prefix, shape (1, tokens), and its cache
         self._exact: dict[int, bool] = {}
+        self._shares = requests_of(model) is None  # a cache that was begun for one length serves no other
 
     def __call__(self, examples: Sequence[Example]) -> Iterator[tuple[Example, str]]:
         """Yield every example with its answer, up to where the model ends it.
@@ -62,7 +65,7 @@ class Answers:
 
         self.tokens += ids.numel()
         past = None
-        if shared and self._is_exact(ids[:1], shared):
+        if shared and self._shares and self._is_exact(ids[:1], shared):
             past = copy.deepcopy(self._cached(ids[:1, :shared]))
             past.batch_repeat_interleave(len(ids))
         else:
