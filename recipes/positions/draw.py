@@ -70,8 +70,8 @@ def _measured(store: Store, names: Sequence[str], lengths: Sequence[int]) -> dic
     return {name: pairs for name, pairs in kept.items() if pairs}
 
 
-def by_position(store: Store, groups: Groups, trained: int, path: Path, title: str) -> None:
-    """Loss against position in one pass of the longest length; a line marks the trained context."""
+def by_position(store: Store, groups: Groups, mark: tuple[int, str], path: Path, title: str) -> None:
+    """Loss against position in one pass of the longest length; a dotted line marks a position, with what it is."""
     found = {group: [n for n in names if (store.get(n) or {}).get("positions")] for group, names in groups.items()}
     found = {group: names for group, names in found.items() if names}
     if not found:
@@ -82,8 +82,8 @@ def by_position(store: Store, groups: Groups, trained: int, path: Path, title: s
             rows = store.rows[name]["positions"]
             middle = [(a + b) / 2 for a, b in zip(rows["edges"], rows["edges"][1:], strict=False)]
             axis.plot(middle, rows["nats"], label=label(name), **style(number))
-        axis.axvline(trained, color="#555555", linewidth=1, linestyle=":")
-        axis.set(xlabel=f"position (dotted: trained context, {trained})", ylabel="nats per token", title=group)
+        axis.axvline(mark[0], color="#555555", linewidth=1, linestyle=":")
+        axis.set(xlabel=f"position (dotted: {mark[1]}, {mark[0]:,})", ylabel="nats per token", title=group)
         _legend(axis)
     _save(figure, axes, title, path)
 

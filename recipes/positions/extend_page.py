@@ -46,7 +46,7 @@ def _figures(study: Study, store: Store, out: Path, groups: dict[str, list[str]]
     within = page.score(store, ORIGINAL, study.lengths[0])
     above = None if within is None else within.nats
     draw.by_length(store, groups, study.lengths, out / "length.png", "Loss by context", above=above)
-    draw.by_position(store, groups, study.lengths[0], out / "position.png", "Loss by position")
+    draw.by_position(store, groups, (study.lengths[0], "trained context"), out / "position.png", "Loss by position")
     heat.passkeys(store, page.by_passkey(study, store, ORIGINAL), study.lengths, out / "passkey.png")
 
 

@@ -79,7 +79,7 @@ def passkeys(study: Study, store: Store, reference: str) -> str:
         text += " **No model finds one key at any length or depth**"
         text += (
             ", the unpatched one within its context no more than the others: it is too small for the task, which so "
-            "says nothing about the methods."
+            "says nothing about the methods; `recipes/configs/extend_context_passkey.yaml` asks one that learned it."
             if within
             else "."
         )

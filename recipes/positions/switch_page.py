@@ -19,7 +19,8 @@ def write(study: Study, store: Store, out: Path) -> None:
     for cell in study.cells:
         groups.setdefault(cell.name.partition("/")[0], []).append(cell.name)
     draw.by_length(store, groups, study.lengths, out / "length.png", "Loss by context, the same targets")
-    draw.by_position(store, groups, study.lengths[0], out / "position.png", "Loss by position")
+    block = next((cell.spec["data"]["block"] for cell in study.cells if cell.kind == "train"), study.lengths[0])
+    draw.by_position(store, groups, (block, "blocks of the training"), out / "position.png", "Loss by position")
     draw.curves(store, groups, out / "training.png", "After the switch")
     reference = f"{next(iter(groups))}/{ORIGINAL}"
     heat.passkeys(store, page.by_passkey(study, store, reference), study.lengths, out / "passkey.png")
