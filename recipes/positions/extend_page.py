@@ -151,7 +151,20 @@ def _trained(study: Study, store: Store, names: list[str]) -> str:
     shown = [each for base in bases for each in (base, *(n for n in done if n.partition(TRAINED)[0] == base))]
     return (
         "## After a short training\n\n"
-        + page.training_line(study, store)
-        + f" `skipping`: blocks of the trained context whose positions have gaps up to {study.lengths[-1]:,} (PoSE); "
-        f"the others saw blocks of {study.lengths[-1]:,}.\n\n" + _table(study, store, shown)
+        + " ".join([page.training_line(study, store), *_blocks(store, done)])
+        + "\n\n"
+        + _table(study, store, shown)
     )
+
+
+def _blocks(store: Store, names: list[str]) -> list[str]:
+    """What the trainings read, in sentences."""
+    read = [store.rows[name]["spec"]["data"] for name in names]
+    gaps = sorted({(data["block"], data["skip_to"]) for data in read if data["skip_to"]})
+    whole = sorted({data["block"] for data in read if not data["skip_to"]})
+    said = [
+        f"`skipping`: blocks of {block:,} tokens whose positions have gaps, up to {to:,} (PoSE)." for block, to in gaps
+    ]
+    if whole:
+        said.append(f"{'The others' if gaps else 'They'} read blocks of {' or '.join(f'{n:,}' for n in whole)} tokens.")
+    return said

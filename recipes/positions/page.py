@@ -10,7 +10,6 @@ from recipes.comparison.tables import MISSING, conditions, markdown
 from recipes.positions.study import Study
 
 TRAINED = "/trained"
-CLOSING = " Weights and measurements in float32; training under bfloat16 autocast."
 
 
 def score(store: Store, name: str, length: int) -> Score | None:
@@ -125,8 +124,13 @@ def about(study: Study, store: Store, command: str) -> list[str]:
 
 
 def closing(store: Store) -> str:
-    """Where it was measured."""
-    return "## Conditions\n\n" + conditions(store) + CLOSING if store.rows else ""
+    """Where it was measured, and in which dtypes."""
+    if not store.rows:
+        return ""
+    kinds = {row["spec"]["train"]["mixed_precision"] for row in store.rows.values() if "training" in row}
+    names = sorted("float32" if kind == "no" else f"{kind} autocast" for kind in kinds)
+    trained = f"; training in {' and '.join(names)}" if names else ""
+    return f"## Conditions\n\n{conditions(store)} Weights and measurements in float32{trained}."
 
 
 def training_line(study: Study, store: Store) -> str:
@@ -141,7 +145,7 @@ def training_line(study: Study, store: Store) -> str:
         f"All parameters, {train['steps']} steps, {' or '.join(f'{n:,}' for n in tokens)} tokens of "
         f"`{data['source']}`, AdamW at {train['lr']:g} with {train['warmup']} steps of warm-up and cosine decay: one "
         f"setting for all. {study.note}"
-    )
+    ).strip()
 
 
 def dash(text: str) -> str:
