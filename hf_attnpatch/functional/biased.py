@@ -19,6 +19,7 @@ from .two_way import two_way
 FEW = 4  # queries for which a row of biases costs less than copying the keys
 _CHUNK = 1 << 23  # biases that are in memory at once where rows of them are needed
 HIDDEN = -1e30  # score of a key that a query does not see; finite, so that a row of padding is no nan
+UNSEEN = HIDDEN * 1e-3  # below it is a score that was hidden, and perhaps scaled afterwards
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,13 @@ def bias_rows(
     return _seen(biases, here, sight, part)
 
 
+def hiding(mask: Tensor) -> Tensor:
+    """A mask that is added, with ``HIDDEN`` in it: float16 has no such number, and hides by its lowest."""
+    if mask.dtype != torch.float16:
+        return mask
+    return mask.float().masked_fill(mask <= torch.finfo(torch.float16).min / 2, HIDDEN)
+
+
 def _seen(biases: Tensor, here: Tensor, sight: Sight, part: slice) -> Tensor:
     """Hide what the queries do not see."""
     if sight.mask is not None:
@@ -247,7 +255,7 @@ def positions(query: Tensor, key: Tensor, sight: Sight) -> Tensor:
         first = key.shape[2] - query.shape[2]
         return torch.arange(first, key.shape[2], device=query.device)[None]
     mask = sight.mask[:, 0]
-    visible = mask if mask.dtype == torch.bool else mask > HIDDEN / 2
+    visible = mask if mask.dtype == torch.bool else mask > UNSEEN
     return _last(visible)
 
 

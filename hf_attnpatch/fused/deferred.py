@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..functional.biased import HIDDEN, Sight, attend, attend_with
+from ..functional.biased import HIDDEN, UNSEEN, Sight, attend, attend_with, hiding
 from ..positions.modules import AlibiBias, NoBias
 from ..positions.relative import RelativeTerms
 from ..positions.turning import Turn
@@ -134,7 +134,7 @@ class Scores(Noted):
         if added is None:
             return self
         shadow = self.shadow + added.to("meta")
-        wide = self._wide(added)
+        wide = hiding(self._wide(added))
         if wide.shape[-2] > 1 or (self.keys.sight is None and wide.dtype == torch.bool):
             return replace(self, mask=wide if self.mask is None else self.mask + wide, shadow=shadow)
         return replace(self, bias=wide if self.bias is None else self.bias + wide, shadow=shadow)
@@ -209,13 +209,13 @@ def attended(weights: Weights, values: Values) -> Tensor:
     sight = _sight(scores, query)
     bias = scores.bias
     if bias is not None:  # a mask may have come with it: Falcon writes both into one tensor
-        hidden = bias < HIDDEN / 2
+        hidden = bias < UNSEEN
         bias = bias.masked_fill(hidden, 0.0).expand(-1, query.shape[1], -1, -1)[:, :, 0]
         keep = ~hidden[:, 0, 0].expand(key.shape[0], -1)
         sight = replace(sight, keep=keep if sight.keep is None else keep & sight.keep)
     own = scores.keys.distance
     if own is not None and sight.mask is not None and sight.mask.dtype != torch.bool:  # the forward's bias may be in it
-        seen = sight.mask > HIDDEN / 2
+        seen = sight.mask > UNSEEN
         sight = replace(sight, mask=seen if sight.keep is None else seen & sight.keep[:, None, None])
     if isinstance(own, RelativeTerms):
         return own.attend(query, key.to(value.dtype), value, sight, scores.scale, weights.dropped)
@@ -241,7 +241,7 @@ def _sight(scores: Scores, query: Tensor) -> Sight:
 def _joined(added: Tensor, sight: Sight, queries: int) -> Tensor:
     """What the forward added, and what was taken from it; one that hides nothing is no mask, but a bias."""
     seen = sight.mask
-    if seen is None and (queries == 1 or not sight.causal or bool((added < HIDDEN / 2).any())):
+    if seen is None and (queries == 1 or not sight.causal or bool((added < UNSEEN).any())):
         return added
     seen = added.new_ones(queries, added.shape[-1], dtype=torch.bool).tril() if seen is None else seen
     return added.masked_fill(~seen, HIDDEN) if seen.dtype == torch.bool else added + seen

@@ -18,7 +18,7 @@ from transformers.masking_utils import (
 )
 
 from ..errors import AttnPatchError
-from ..functional.biased import Sight
+from ..functional.biased import UNSEEN, Sight, hiding
 from ..masks import sdpa_mask
 
 
@@ -71,14 +71,14 @@ def read_sight(mask: Tensor | None, causal: bool, queries: int, keys: int) -> Si
         return Sight(causal)
     if mask.shape[-2] == 1 and mask.dtype == torch.bool and mask.shape[1] == 1:
         return Sight(causal, mask[:, 0, 0])
-    mask = mask[..., :keys]
+    mask = hiding(mask[..., :keys])
     if causal and not torch.compiler.is_compiling():
         _check_causal(mask, queries, keys)
     return Sight(causal, mask=mask)
 
 
 def _check_causal(mask: Tensor, queries: int, keys: int) -> None:
-    visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > -1e30 / 2
+    visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > UNSEEN
     last = torch.where(visible.any(-1), keys - 1 - visible.flip(-1).to(torch.uint8).argmax(-1), -1)
     steps = last.diff(dim=-1)
     if bool(((steps != 1) & (last[:, 1:] >= 0) & (last[:, :-1] >= 0)).any()):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
@@ -15,10 +18,13 @@ from ..edits import Edit, SetAttention
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..fused.deferring import variants
 from ..patch import Patch, Proposal
-from ..probe import default_inputs, trace, trial
+from ..probe import Inputs, default_inputs, input_device, largest_difference, logits_under, trace, trial
 
 # what transformers takes for a repository of the kernels hub: owner/name, then a revision and a function if wanted
 _REPOSITORY = re.compile(r"^[^/:@\s]+/[^/:@\s]+(?:@[^/:\s]+)?(?::[^/:\s]+)?$")
+
+TOKENS = 256  # to tell ways apart on
+LIMITS = ("max_position_embeddings", "max_seq_len", "seq_length")  # of tokens, in configs
 
 _HOOKED = (
     "the forwards stay: keys and values from the cache only take notes of what is done with them, and the kernel "
@@ -91,7 +97,7 @@ class Flash(Patch):
         for name in wanted:
             ways = _ways(request, anatomy, name)
             found: tuple[Edit, ...] | str = ways if isinstance(ways, str) else ""
-            for edits in () if isinstance(ways, str) else ways:
+            for edits in () if isinstance(ways, str) else _nearest_first(request.model, ways):
                 reference = trace(request.model, inputs).logits if reference is None else reference
                 why = trial(request.model, edits, inputs, reference, request.training)
                 found = edits if why is None else found or why  # what the first way lacks says most
@@ -120,3 +126,28 @@ def _ways(request: Candidate, anatomy: Anatomy, name: str) -> list[tuple[Edit, .
         ways = variants(request.model, anatomy)
         return ways if not isinstance(ways, str) or why is not None else [(SetAttention("", name),)]
     return [(SetAttention("", name),)] if why is None else why
+
+
+def _nearest_first(model: PreTrainedModel, ways: list[tuple[Edit, ...]]) -> list[tuple[Edit, ...]]:
+    """Order ways by how far the logits go: on few tokens, several may agree within the rounding of a short dtype."""
+    if len(ways) < 2:
+        return ways
+    inputs = _longer(model)
+    reference = trace(model, inputs).logits
+    return sorted(ways, key=lambda edits: _distance(model, edits, inputs, reference))
+
+
+def _longer(model: PreTrainedModel) -> dict[str, Tensor]:
+    """One row of as many tokens as tell a bias by distance from twice that bias, or as the model takes."""
+    config = model.config.get_text_config(decoder=True)
+    limit = next((n for name in LIMITS if isinstance(n := getattr(config, name, None), int)), TOKENS)
+    ids = torch.arange(min(TOKENS, limit), device=input_device(model))[None]
+    return {"input_ids": (ids * 7 + 5) % config.vocab_size}
+
+
+def _distance(model: PreTrainedModel, edits: tuple[Edit, ...], inputs: Inputs, reference: Tensor) -> float:
+    try:
+        found = largest_difference(reference, logits_under(model, edits, inputs))
+    except (AttnPatchError, RuntimeError, ValueError, TypeError):  # the trial says why
+        return math.inf
+    return math.inf if math.isnan(found) else found

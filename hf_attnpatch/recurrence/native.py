@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..backends import FUSED
 from ..errors import AttnPatchError
-from ..functional.biased import HIDDEN, Sight
+from ..functional.biased import UNSEEN, Sight, hiding
 from ..functional.segments import Piece
 from ..fused.deferred import Distances, Keys, Values, Weights, attended
 from ..fused.deferring import Deferring
@@ -180,5 +180,5 @@ def window_of(module: nn.Module) -> str | None:
 
 def _plainly_causal(mask: Tensor) -> bool:
     """Whether what a forward added, (.., q, q), hides what comes later, and nothing else."""
-    seen = mask > HIDDEN / 2
+    seen = hiding(mask) > UNSEEN
     return bool((seen == corner(*mask.shape[-2:]).to(mask.device)).all())
