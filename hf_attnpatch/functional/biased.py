@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from .alibi import bias, bias_columns, columns, extended, padding_columns
+from .autocast import outside_autocast
 from .two_way import two_way
 
 FEW = 4  # queries for which a row of biases costs less than copying the keys
@@ -62,6 +63,7 @@ class Sight:
     mask: Tensor | None = None
 
 
+@outside_autocast
 def attend(
     query: Tensor, key: Tensor, value: Tensor, distance: Distance, sight: Sight, scale: float, dropout: float = 0.0
 ) -> Tensor:
@@ -92,6 +94,7 @@ def attend(
     return two_way(query, key, value, distance.slope, scale, sight.keep)
 
 
+@outside_autocast
 def attend_with(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sight: Sight, scale: float, dropout: float = 0.0
 ) -> Tensor:
@@ -127,11 +130,11 @@ def attend_extended(
         return _dense(query, key, value, _seen(rows, here, sight, slice(None)), scale, dropout)
     left, right = extension.columns(here, key.shape[2])
     if sight.keep is not None:
-        hiding = padding_columns(here, query.dtype, sight.keep)
+        padding = padding_columns(here, query.dtype, sight.keep)
         batch = query.shape[0]
         left, right = (
             torch.cat([a.expand(batch, b.shape[1], -1, -1), b.expand(batch, -1, -1, -1)], -1)
-            for a, b in zip(hiding, (left, right), strict=True)
+            for a, b in zip(padding, (left, right), strict=True)
         )
     return _on_columns(query, key, value, (left, right), sight, scale, dropout)
 

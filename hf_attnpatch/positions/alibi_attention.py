@@ -14,7 +14,7 @@ from transformers.integrations.flex_attention import compile_friendly_flex_atten
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..errors import AttnPatchError
-from ..functional.biased import Sight, attend, bias_rows, positions
+from ..functional.biased import Sight, attend, bias_rows, hiding, positions
 from ..fused.sight import read_sight
 from ..masks import flex_attention_mask
 from .modules import alibi_of
@@ -71,7 +71,7 @@ def eager(
     scores = scale_of(query, scaling) * query.to(exact) @ keys.to(exact).transpose(-1, -2)
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     scores = scores if position_bias is None else scores + position_bias
-    mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
+    mask = None if attention_mask is None else hiding(attention_mask[..., : key.shape[2]])
     if found is not None:
         sight = Sight(causal_of(module, is_causal), mask=mask)
         rows = bias_rows(found.distance(query.shape[1], query.dtype), positions(query, key, sight), key, sight)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
+from transformers.integrations.flash_attention import get_target_dtype
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
 from ..errors import AttnPatchError
@@ -37,6 +38,8 @@ def flash(name: str) -> Callable[..., tuple[Tensor, None]]:
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
+        target = get_target_dtype(query, module) or query.dtype  # before anything is put beside them
+        query, key, value = (states.to(target) for states in (query, key, value))
         found = alibi_of(module)
         causal, scale = causal_of(module, is_causal), scale_of(query, scaling)
         packed = kwargs.get("cu_seq_lens_q") is not None or kwargs.get("position_ids") is not None

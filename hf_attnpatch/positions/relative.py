@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import AttnPatchError
 from ..functional import relative
 from ..functional.alibi import slopes
+from ..functional.autocast import outside_autocast
 from ..functional.biased import Sight, attend_extended
 from .modules import NoPositions
 
@@ -60,7 +61,14 @@ class RelativeTerms(nn.Module):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, sight: Sight, scale: float, dropout: float) -> Tensor:
         """Attend by torch's kernel; the arguments are those of :func:`hf_attnpatch.functional.biased.attend`."""
-        return attend_extended(self.content(query), key, value, self.of(query, scale), sight, scale, dropout)
+        return _attend(query, key, value, self, sight, scale, dropout)
+
+
+@outside_autocast
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, terms: RelativeTerms, sight: Sight, scale: float, dropout: float
+) -> Tensor:
+    return attend_extended(terms.content(query), key, value, terms.of(query, scale), sight, scale, dropout)
 
 
 @dataclass(frozen=True)

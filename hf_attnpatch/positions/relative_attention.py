@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from transformers.integrations.flex_attention import flex_attention_forward
 
 from ..errors import AttnPatchError
-from ..functional.biased import Sight, positions
+from ..functional.biased import Sight, hiding, positions
 from ..fused.sight import read_sight
 from . import alibi_attention, alibi_flash
 from .alibi_attention import Output, causal_of, refuse, scale_of
@@ -54,7 +54,7 @@ def eager(
     """Every score in memory, in fp32: the reference, and the only one that returns attention weights."""
     scale = scale_of(query, scaling)
     if relative_of(module) is not None:
-        mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
+        mask = None if attention_mask is None else hiding(attention_mask[..., : key.shape[2]])
         here = positions(query, key, Sight(causal_of(module, is_causal), mask=mask))
         exact = torch.promote_types(query.dtype, torch.float32)
         query, key, _ = _extended(module, query.to(exact), key.to(exact), value, here, scale)
