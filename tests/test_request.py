@@ -455,3 +455,19 @@ def test_only_its_own_kind_takes_a_switching_model_over(present, kind, factor):
     with pytest.raises(ap.AttnPatchError, match="switches by length itself"):
         ap.patch_rope_scaling(stock, kind=kind, factor=factor, per_request=True)
     assert snapshot(stock) == before
+
+
+@pytest.mark.parametrize("drafts", ["prompt", "itself", "unpatched", "patched for unpatched"])
+@pytest.mark.parametrize("kind", ["yarn", "dynamic"])
+def test_speculation_writes_what_greedy_decoding_writes(kind, drafts):
+    """Candidates may reach beyond the end, and a draft model is called for a few tokens at a time."""
+    model, plain = _patched(kind), _model()
+    asked, helper = (plain, model) if drafts == "patched for unpatched" else (model, plain)
+    helper = copy.deepcopy(model) if drafts == "itself" else helper
+    given = {"prompt_lookup_num_tokens": 3} if drafts == "prompt" else {"assistant_model": helper}
+    prompt = TOKENS[:1, :40].repeat(1, 1)
+    prompt[0, 20:40] = prompt[0, :20]  # something to look up
+    options = {**GREEDY, "attention_mask": torch.ones_like(prompt), "max_new_tokens": 25}
+    wanted = asked.generate(prompt, **options)
+    assert torch.equal(asked.generate(prompt, **options, **given), wanted)
+    assert torch.equal(asked.generate(prompt, **options), wanted)  # nothing is left behind

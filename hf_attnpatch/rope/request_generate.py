@@ -43,6 +43,7 @@ class PrepareCache:
         longest = int(kwargs["max_cache_length"] if "max_cache_length" in kwargs else args[-1]) + 1
         mask = model_kwargs.get("attention_mask")
         padding = mask.eq(0).sum(-1).tolist() if isinstance(mask, Tensor) and mask.dim() == 2 else [0]
-        found_by_generate(self.requests, tuple(longest - n for n in padding))
+        drafts = bool(getattr(generation_config, "is_assistant", False))
+        found_by_generate(self.requests, tuple(longest - n for n in padding), drafts)
         own = type(self.model)._prepare_cache_for_generation
         return own(self.model, generation_config, model_kwargs, *args, **kwargs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -35,10 +36,25 @@ class Requests:
         return tuple(max(length, self.trained) for length in lengths)
 
 
+@dataclass(frozen=True)
+class Call:
+    """A call of ``generate``.
+
+    Attributes:
+        requests: of its model.
+        lengths: that it may reach; None as long as they are not known.
+        drafts: whether it drafts for another model, which checks every token.
+    """
+
+    requests: Requests
+    lengths: Lengths | None = None
+    drafts: bool = False
+
+
 # Per thread, as two threads may run one model: the forward in progress, what `request` says, what `generate` found.
 _FORWARD: ContextVar[tuple[Requests, Lengths] | None] = ContextVar("hf_attnpatch_forward", default=None)
 _TOLD: ContextVar[tuple[tuple[Requests, Lengths], ...]] = ContextVar("hf_attnpatch_told", default=())
-_GENERATING: ContextVar[tuple[tuple[Requests, Lengths | None], ...]] = ContextVar("hf_attnpatch_generating", default=())
+_GENERATING: ContextVar[tuple[Call, ...]] = ContextVar("hf_attnpatch_generating", default=())
 
 
 @contextlib.contextmanager
@@ -118,7 +134,7 @@ class ChooseLengths:
         now = _lengths(named, past)
         lengths = self._of(now, cache if past else None)
         for row, (n, limit) in enumerate(zip(now, self.requests.served(lengths), strict=True)):
-            if n > limit:
+            if n > limit and _generating(self.requests) is None:  # generate drops candidates beyond its end
                 _refuse(f"row {row} is {n} tokens long, in a request for which {lengths[row]} were chosen")
         if cache is not None:
             remember(cache, lengths)
@@ -135,7 +151,9 @@ class ChooseLengths:
                 _refuse("the cache was filled before the scaling was there, or by other hands")
             return now
         kept = _spread(kept, rows)
-        if told is not None and served(_spread(told, rows)) != served(kept):
+        call = _generating(self.requests)
+        drafts = call is not None and call.drafts  # a piece at a time, each of its own length
+        if told is not None and served(_spread(told, rows)) != served(kept) and not drafts:
             _refuse(
                 f"the cache was begun for requests of {_listed(kept)} tokens, and now {_listed(told)} are asked for"
             )
@@ -167,36 +185,41 @@ def remember(cache: Any, lengths: Lengths) -> None:
 @contextlib.contextmanager
 def generating(requests: Requests) -> Iterator[None]:
     """Mark a call of ``generate``, whose lengths are not known yet."""
-    token = _GENERATING.set((*_GENERATING.get(), (requests, None)))
+    token = _GENERATING.set((*_GENERATING.get(), Call(requests)))
     try:
         yield
     finally:
         _GENERATING.reset(token)
 
 
-def found_by_generate(requests: Requests, lengths: Lengths) -> None:
-    """Set the lengths of the call in progress.
+def found_by_generate(requests: Requests, lengths: Lengths, drafts: bool = False) -> None:
+    """Set the lengths of the call in progress; one that drafts takes those of the call that it drafts for.
 
     Raises:
         AttnPatchError: ``generate`` was called past the instance, or leads beyond what :func:`request` says.
     """
-    frames = _GENERATING.get()
-    if not frames or frames[-1][0] is not requests:
+    calls = _GENERATING.get()
+    if not calls or calls[-1].requests is not requests:
         raise AttnPatchError("generate was called past the model it belongs to; call model.generate(...).")
+    if drafts:
+        lengths = next((call.lengths for call in reversed(calls[:-1]) if call.lengths is not None), lengths)
     told = _explicit(requests)
     if told is not None and any(
         a > b for a, b in zip(lengths, requests.served(_spread(told, len(lengths))), strict=True)
     ):
         _refuse(f"generate leads to {_listed(lengths)} tokens, and the requests were said to have {_listed(told)}")
-    _GENERATING.set((*frames[:-1], (requests, lengths)))
+    _GENERATING.set((*calls[:-1], Call(requests, lengths, drafts)))
+
+
+def _generating(requests: Requests) -> Call | None:
+    """Return the call of ``generate`` whose forward is in progress."""
+    calls = _GENERATING.get()
+    return calls[-1] if calls and calls[-1].requests is requests else None
 
 
 def _told(requests: Requests) -> Lengths | None:
-    found = _explicit(requests)
-    if found is None:
-        frames = _GENERATING.get()
-        found = frames[-1][1] if frames and frames[-1][0] is requests else None
-    return found
+    found, call = _explicit(requests), _generating(requests)
+    return call.lengths if found is None and call is not None else found
 
 
 def _explicit(requests: Requests) -> Lengths | None:
