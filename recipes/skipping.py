@@ -10,7 +10,9 @@ import hashlib
 from random import Random
 
 import torch
+from transformers import PreTrainedModel
 
+from hf_attnpatch.probe import input_device, quiet
 from recipes.settings import SettingsError
 
 
@@ -24,6 +26,33 @@ def check(block: int, target: int, chunks: int) -> None:
         raise SettingsError(f"data.skip_to: {target} positions for blocks of {block} tokens; give more positions.")
     if not 2 <= chunks <= block:
         raise SettingsError(f"data.skip_chunks: {chunks}, for blocks of {block} tokens; wanted 2 to {block}.")
+
+
+def check_model(model: PreTrainedModel, target: int) -> None:
+    """Refuses a model that ends before the target, and one that does not read the positions that it is given.
+
+    Raises:
+        SettingsError: says which.
+    """
+    config = model.config.get_text_config(decoder=True)
+    declared = getattr(config, "max_position_embeddings", None)
+    limit = target if declared is None else min(target, declared)
+    ids = torch.tensor([[1, 2, 3, 4]], device=input_device(model)) % config.vocab_size
+    near = torch.arange(4, device=ids.device)[None]
+    far = torch.tensor([[0, 1, limit - 2, limit - 1]], device=ids.device)
+    with quiet(model), torch.no_grad():
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        found = [model(**given, position_ids=places).logits for places in (near, far)]
+    if torch.equal(*found):
+        raise SettingsError(
+            f"data.skip_to: {type(model).__name__} does not read position ids as it is (with ALiBi, relative or no "
+            "positions the order of the tokens counts), so that gaps would change nothing; leave skip_to out."
+        )
+    if limit < target:
+        raise SettingsError(
+            f"data.skip_to: {target} positions, and {type(model).__name__} is made for {declared}; patch it for more "
+            "(a larger factor, a longer table), or lower skip_to."
+        )
 
 
 def skipped_positions(block: int, target: int, chunks: int, index: int) -> torch.Tensor:

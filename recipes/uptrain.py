@@ -40,6 +40,7 @@ from recipes.log import LossError
 from recipes.loop import Batch, Evaluate, Loss, new_accelerator, next_token_loss, prepare_folder, train
 from recipes.run import Run, share_cores, write
 from recipes.settings import SettingsError
+from recipes.skipping import check_model
 from recipes.sources import load_model, load_tokenizer, resolve
 
 
@@ -141,6 +142,8 @@ def execute(run: Run, resume: bool) -> dict[str, Any]:
     loss = choose_loss(run, model)
     report = convert(run, model)
     run.measure("converted", model)
+    if run.blocks.skip is not None:
+        check_model(model, run.blocks.skip[0])
     model, training = uptrain(run, model, loss, resume)
     run.measure("uptrained", model)
     stock = (report.record or {}).get("stock", report.stock)  # patches that the model had before count too

@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 import hf_attnpatch as ap
 from hf_attnpatch import embedded
 from hf_attnpatch.cli import app
+from hf_attnpatch.commands.specs import parse
 from hf_attnpatch.functional import rotary
+from hf_attnpatch.patch import from_spec
 from hf_attnpatch.rope import search as rope_search
 from hf_attnpatch.rope import search_course as rope_search_course
 from hf_attnpatch.rope.evolution import crossed, monotone, mutated, seeds
@@ -185,6 +187,16 @@ def test_the_command_writes_a_stock_checkpoint_and_judges_it_on_other_text(tmp_p
     assert loaded.config.max_position_embeddings == TARGET
     assert loaded.config.attnpatch["commands"][0].startswith("attnpatch search-rope")
     assert (tmp_path / "out" / "tokenizer.json").exists()
+    spec = re.search(r"^as --patch: (.*)$", done.output, re.MULTILINE)[1]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    ap.apply(model, from_spec(parse(spec)))
+    ids = torch.arange(TARGET)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, loaded(ids).logits)
+    monkeypatch.setattr(ap, "search_rope", lambda *_, **__: pytest.fail("searched, with nowhere to write to"))
+    there = CliRunner().invoke(app, words)
+    assert there.exit_code == 1
+    assert "is not empty" in there.output
     few = CliRunner().invoke(app, [*words, "--windows", "999", "--overwrite"])
     assert few.exit_code == 1
     assert "wanted 1001" in few.output

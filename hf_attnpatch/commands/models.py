@@ -93,6 +93,20 @@ class Source:
             raise AttnPatchError(f"--dtype {self.dtype}: choose auto, float32, bfloat16 or float16.")
 
 
+def check_target(target: Path, overwrite: bool) -> Path:
+    """Return the absolute path of a folder that may be written.
+
+    Raises:
+        AttnPatchError: something is in the way.
+    """
+    from ..errors import AttnPatchError
+
+    target = Path(os.path.abspath(target))
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
+        raise AttnPatchError(f"{target} is not empty; choose another OUT, or add --overwrite to replace a folder.")
+    return target
+
+
 @contextlib.contextmanager
 def replacing(target: Path, overwrite: bool, model: str = "") -> Iterator[Path]:
     """Give an empty folder beside ``target`` that takes its name once everything is written, or vanishes.
@@ -107,9 +121,7 @@ def replacing(target: Path, overwrite: bool, model: str = "") -> Iterator[Path]:
     """
     from ..errors import AttnPatchError
 
-    target = Path(os.path.abspath(target))
-    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
-        raise AttnPatchError(f"{target} is not empty; choose another OUT, or add --overwrite to replace a folder.")
+    target = check_target(target, overwrite)
     if model and Path(model).exists() and target.resolve() in Path(model).resolve().parents:
         raise AttnPatchError(f"{target} holds MODEL, {model}, which replacing it would delete; choose another OUT.")
     target.parent.mkdir(parents=True, exist_ok=True)

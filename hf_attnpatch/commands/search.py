@@ -61,6 +61,8 @@ def search_rope(
         import hf_attnpatch as ap
 
         source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        if out is not None:
+            cli_models.check_target(out, overwrite)  # before hours of work
         searched, kept = _parted(read_windows(data, source, windows + held_out, target), windows)
         loaded = source.model()
         effort = {"population": population, "iterations": iterations, "minutes": minutes, "step": step, "seed": seed}
@@ -69,9 +71,8 @@ def search_rope(
         typer.echo(found)
         if kept:
             typer.echo(_judged(loaded, found, kept, target, targets or target // 2))
-        if out is None:
-            typer.echo(f"rope_scaling: {found.patch.to_record()}")
-        else:
+        typer.echo(f"as --patch: {_spec(found.patch)}")
+        if out is not None:
             _save(loaded, found.patch, source, out, cli_specs.spelled(context), overwrite)
             typer.echo(f"saved {out}")
 
@@ -123,6 +124,15 @@ def _judged(model: Any, found: Any, texts: list[Tensor], target: int, targets: i
         name = "found" if patch is found.patch else patch.kind
         lines.append(f"{name:>10}  {score.nats:.4f} [{score.low:.4f}, {score.high:.4f}] nats per token")
     return "\n".join(lines)
+
+
+def _spec(patch: Any) -> str:
+    """Return the patch as --patch takes it; a study's configuration takes the fields as they stand."""
+    lists = {name: getattr(patch, name) for name in ("long_factor", "short_factor") if getattr(patch, name)}
+    fields = {"kind": patch.kind, "factor": patch.factor, "attention_factor": patch.attention_factor}
+    said = [f"{name}={value}" for name, value in fields.items() if value is not None]
+    said += [f"{name}=[{','.join(map(str, values))}]" for name, values in lists.items()]
+    return f"{patch.name}:{','.join(said)}"
 
 
 def _save(model: Any, patch: Any, source: cli_models.Source, out: Path, command: str, overwrite: bool) -> None:

@@ -116,6 +116,8 @@ class Machine(Result):
         for name in (*kinds, *((BANDWIDTH,) if kind in STREAMS else ())):
             if found := [p for p in self.points if p.kind == name and p.dtype == dtype]:
                 return min(found, key=lambda p: _distance(p.size, size))
+        if kind in STREAMS and (found := [p for p in self.points if p.kind in (kind, BANDWIDTH)]):  # a byte is a byte
+            return min(found, key=lambda p: _distance(p.size, size))
         have = sorted({f"{p.kind} in {p.dtype}" for p in self.points})
         raise EvaluationError(
             f"hardware {self.name}: no rate for {kind} in {dtype}; the table has {', '.join(have)}. Add it, or choose "

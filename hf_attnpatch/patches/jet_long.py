@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
@@ -44,7 +44,7 @@ class JetLong(Patch):
     window: int | None = None
     trained: int | None = None
     backend: str = "auto"
-    found: Mapping[str, Any] | None = None
+    found: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_fields(self, self.backend, window=self.window, trained=self.trained)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
@@ -48,7 +48,7 @@ class ReRope(Patch):
     start: int | None = None
     trained: int | None = None
     backend: str = "auto"
-    found: Mapping[str, Any] | None = None
+    found: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         lengths = {"window": self.window, "target": self.target, "start": self.start, "trained": self.trained}

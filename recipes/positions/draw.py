@@ -14,17 +14,27 @@ from recipes.positions.page import TRAINED, score
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777")
 Groups = Mapping[str, Sequence[str]]  # panel -> cells
 MARKERS = "osD^vP*X<>hdp8H"
+LINES = ("-", "--", ":", "-.")
 
 
-def style(number: int) -> dict[str, Any]:
-    """Line number `number` of a figure: colours repeat after eight, markers and line styles then differ."""
-    return {
-        "color": COLOURS[number % len(COLOURS)],
-        "marker": MARKERS[number % len(MARKERS)],
-        "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3],
-        "markersize": 5,
-        "linewidth": 1.3,
-    }
+def styles(groups: Groups) -> dict[str, dict[str, Any]]:
+    """A line for each cell, the same one in all figures: a colour for what was patched, lines for its trainings."""
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    trained = [name.partition(TRAINED)[0] for name in names if TRAINED in name]  # first, to have colours of their own
+    bases = list(dict.fromkeys([*trained, *(name.partition(TRAINED)[0] for name in names)]))
+    found = {}
+    for name in names:
+        number = bases.index(name.partition(TRAINED)[0])
+        variant = [each for each in names if each.partition(TRAINED)[0] == bases[number]].index(name)
+        found[name] = {
+            "color": COLOURS[number % len(COLOURS)],
+            "marker": MARKERS[(number + 3 * variant) % len(MARKERS)],
+            "linestyle": LINES[(number // len(COLOURS) + variant) % len(LINES)],
+            "markersize": 5,
+            "linewidth": 1.3,
+            "clip_on": False,
+        }
+    return found
 
 
 def label(name: str) -> str:
@@ -45,15 +55,15 @@ def by_length(
         title: above the figure.
         above: a loss to draw the differences from, small and large ones to be told apart; None draws the losses.
     """
-    found = {group: _measured(store, names, lengths) for group, names in groups.items()}
+    lines, found = styles(groups), {group: _measured(store, names, lengths) for group, names in groups.items()}
     found = {group: each for group, each in found.items() if each}
     if not found:
         return
     figure, axes = panels(len(found), width=5.5, height=4.4, sharey=False)
     for axis, (group, cells) in zip(axes, found.items(), strict=True):
-        for number, (name, pairs) in enumerate(cells.items()):
+        for name, pairs in cells.items():
             axis.plot(
-                [n for n, _ in pairs], [nats - (above or 0) for _, nats in pairs], label=label(name), **style(number)
+                [n for n, _ in pairs], [nats - (above or 0) for _, nats in pairs], label=label(name), **lines[name]
             )
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
@@ -72,16 +82,19 @@ def _measured(store: Store, names: Sequence[str], lengths: Sequence[int]) -> dic
 
 def by_position(store: Store, groups: Groups, mark: tuple[int, str], path: Path, title: str) -> None:
     """Loss against position in one pass of the longest length; a dotted line marks a position, with what it is."""
-    found = {group: [n for n in names if (store.get(n) or {}).get("positions")] for group, names in groups.items()}
+    lines, found = (
+        styles(groups),
+        {group: [n for n in names if (store.get(n) or {}).get("positions")] for group, names in groups.items()},
+    )
     found = {group: names for group, names in found.items() if names}
     if not found:
         return
     figure, axes = panels(len(found), width=5.5, height=4.4, sharey=False)
     for axis, (group, names) in zip(axes, found.items(), strict=True):
-        for number, name in enumerate(names):
+        for name in names:
             rows = store.rows[name]["positions"]
             middle = [(a + b) / 2 for a, b in zip(rows["edges"], rows["edges"][1:], strict=False)]
-            axis.plot(middle, rows["nats"], label=label(name), **style(number))
+            axis.plot(middle, rows["nats"], label=label(name), **lines[name])
         axis.axvline(mark[0], color="#555555", linewidth=1, linestyle=":")
         axis.set(xlabel=f"position (dotted: {mark[1]}, {mark[0]:,})", ylabel="nats per token", title=group)
         _legend(axis)
@@ -90,15 +103,18 @@ def by_position(store: Store, groups: Groups, mark: tuple[int, str], path: Path,
 
 def curves(store: Store, groups: Groups, path: Path, title: str) -> None:
     """Training losses against tokens."""
-    found = {group: [n for n in names if (store.get(n) or {}).get("training")] for group, names in groups.items()}
+    lines, found = (
+        styles(groups),
+        {group: [n for n in names if (store.get(n) or {}).get("training")] for group, names in groups.items()},
+    )
     found = {group: names for group, names in found.items() if names}
     if not found:
         return
     figure, axes = panels(len(found), width=5.5, height=4.0, sharey=False)
     for axis, (group, names) in zip(axes, found.items(), strict=True):
-        for number, name in enumerate(names):
+        for name in names:
             pairs = store.rows[name]["training"]["curve"]
-            axis.plot([n / 1e3 for n, _ in pairs], [v for _, v in pairs], label=label(name), **style(number))
+            axis.plot([n / 1e3 for n, _ in pairs], [v for _, v in pairs], label=label(name), **lines[name])
         axis.set(xlabel="tokens trained on (thousands)", ylabel="training loss (nats per token)", title=group)
         _legend(axis)
     _save(figure, axes, title, path)

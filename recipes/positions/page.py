@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from hf_attnpatch.evaluation import Interval, Score, difference, summarise
 from recipes.comparison.store import Store
@@ -110,17 +111,23 @@ def about(study: Study, store: Store, command: str) -> list[str]:
     measure = study.cells[0].spec["measure"]
     count = next((row["documents"] for row in store.rows.values() if "documents" in row), None)
     lines = [
-        f"`{command} --config recipes/configs/{study.config}` measures all this and writes it; `metrics.jsonl` has "
+        f"`{command} --config {_shown(study.config)}` measures all this and writes it; `metrics.jsonl` has "
         "every figure, a line for each cell.",
         f"Losses are nats per token on the last {measure['targets'] + 1} tokens of {count} held-out documents "
-        f"(`{measure['text']}`), {study.unseen}: the same targets at every length, with more and more "
-        "text before them. Intervals are 95 %, resampling documents; differences are paired by document, and much "
-        "narrower than the intervals of the losses suggest.",
+        f"(`{measure['text']}`){', ' if study.unseen else ''}{study.unseen}: the same targets at every length, with "
+        "more and more text before them. Intervals are 95 %, resampling documents; differences are paired by document, "
+        "and much narrower than the intervals of the losses suggest.",
     ]
     missing = [f"`{cell.name}`" for cell in study.cells if not store.has(cell)]
     if missing:
         lines.append(f"**{len(missing)} of {len(study.cells)} cells are not measured yet**: {', '.join(missing)}.")
     return lines
+
+
+def _shown(config: str) -> str:
+    """A path from where the command is run, which is the project's root."""
+    path = Path(config).resolve()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def closing(store: Store) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from hf_attnpatch.errors import AttnPatchError
 from hf_attnpatch.patch import from_spec
 from recipes import settings
 from recipes.comparison.cells import Cell
@@ -90,7 +90,7 @@ class Study:
         cells: in the order in which they are run.
         lengths: tokens of context.
         note: how the settings of the trainings were chosen, for the page.
-        config: name of the file that it stands in.
+        config: path of the file that it stands in, as it was given.
         unseen: what the documents are to the models.
     """
 
@@ -124,16 +124,20 @@ def read(path: str, overrides: list[str]) -> Study:
     entries = [settings.build(Entry, each, f"cells[{n}]") for n, each in enumerate(values["cells"])]
     cells = tuple(_cell(entry, dataclasses.asdict(measuring), values) for entry in entries)
     if len({cell.name for cell in cells}) < len(cells):
-        raise SettingsError("cells: two have one name; give each its own.")
-    unseen = values.get("unseen", "which no model was trained on")
+        twice = next(cell.name for n, cell in enumerate(cells) if cell.name in [each.name for each in cells[:n]])
+        raise SettingsError(f"cells: two have the name {twice!r}; give each its own.")
+    unseen = values.get("unseen", "which no model was trained on" if measuring.text.startswith("embedded/") else "")
     note = values.get("note", "")
-    return Study(values["title"], values["output"], cells, measuring.lengths, note, Path(path).name, unseen)
+    return Study(values["title"], values["output"], cells, measuring.lengths, note, path, unseen)
 
 
 def _cell(entry: Entry, measure: Mapping[str, Any], values: Mapping[str, Any]) -> Cell:
     """The cell of an entry; its settings are checked, so that a slip ends the run before the first cell."""
     for spec in entry.patches:
-        from_spec(spec)
+        try:
+            from_spec(spec)
+        except AttnPatchError as error:
+            raise SettingsError(f"{entry.name}: {error}") from error
     spec = {"model": entry.model, "patches": list(entry.patches), "measure": measure, "baseline": entry.baseline}
     if entry.train is None:
         if entry.data is not None or entry.strength_warmup:
@@ -143,6 +147,8 @@ def _cell(entry: Entry, measure: Mapping[str, Any], values: Mapping[str, Any]) -
     data = {**values["data"], **(entry.data or {})}
     if not 0 <= entry.strength_warmup <= 1:
         raise SettingsError(f"{entry.name}: {STRENGTH} is {entry.strength_warmup}; wanted a share of the steps.")
+    if entry.strength_warmup and not any(spec["patch"] == "alibi" for spec in entry.patches):
+        raise SettingsError(f"{entry.name}: {STRENGTH} is of ALiBi's slopes, and no patch of this cell is alibi.")
     spec |= {
         "train": dataclasses.asdict(settings.build(TrainConfig, train, f"{entry.name}: train")),
         "data": dataclasses.asdict(settings.build(DataConfig, data, f"{entry.name}: data")),

@@ -48,10 +48,11 @@ def _about(study: Study, store: Store) -> list[str]:
         found.append(
             f"`warm`: the slopes of ALiBi rise from 0 to their full size over the first {shares} of the steps."
         )
-    found.append(
-        "`original`, trained, had the same training with the positions it came with: what a switch costs is the "
-        "distance to it, not to the original. Where a rate is named, both had it."
-    )
+    if any(f"/{ORIGINAL}{page.TRAINED}" in cell.name for cell in study.cells):
+        found.append(
+            "`original`, trained, had the same training with the positions it came with: what a switch costs is the "
+            "distance to it, not to the original. Where a rate is named, both had it."
+        )
     return [line for line in found if line]
 
 

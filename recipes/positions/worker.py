@@ -26,6 +26,7 @@ from recipes.loop import next_token_loss, train
 from recipes.positions import measure as measuring
 from recipes.positions.study import STRENGTH
 from recipes.schedule import TrainConfig
+from recipes.skipping import check_model
 from recipes.sources import load_model, load_tokenizer, resolve
 
 
@@ -58,7 +59,7 @@ class Runner:
         folder = self.scratch / cell.digest
         try:
             found = measured(cell.spec, folder)
-        except (DataError, OSError, settings.SettingsError) as error:
+        except (DataError, OSError, settings.SettingsError, AttnPatchError) as error:
             raise CellFailed(f"{cell.name}: {error}") from error
         took = {"total_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
         self.store.add(cell, {**found, **{key: round(value, 1) for key, value in took.items()}}, where)
@@ -99,6 +100,8 @@ def trained(model: PreTrainedModel, tokenizer: Any, spec: Mapping[str, Any], fol
     values = json.loads(json.dumps(spec["train"])) | {"output": str(folder)}
     config = settings.build(TrainConfig, values, "train")
     blocks = load_blocks(resolve(settings.build(DataConfig, dict(spec["data"]), "data")), tokenizer)
+    if blocks.skip is not None:
+        check_model(model, blocks.skip[0])
     schedule = strength_schedule(model, spec[STRENGTH], config.steps)
     log = train(
         model,

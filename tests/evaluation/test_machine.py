@@ -62,6 +62,13 @@ def test_reading_what_was_touched_long_ago_takes_longer():
     assert machine.seconds(far) == pytest.approx(10 * machine.seconds(near))
 
 
+def test_a_byte_of_a_dtype_without_a_rate_takes_what_a_byte_takes():
+    """Such as a few biases in float64, on hardware whose table names what models compute in."""
+    assert box().seconds(operation(kind="copy", dtype="float64", reads=((1000, 0),), written=500)) == pytest.approx(
+        1.5e-3
+    )
+
+
 def test_a_missing_rate_is_an_error():
     with pytest.raises(
         ap.EvaluationError, match=r"hardware box: no rate for matmul in bfloat16; the table has attention"

@@ -240,7 +240,8 @@ def test_passkeys_that_nobody_finds_are_said_to_say_nothing(folder):
 
 def test_a_study_is_checked_before_it_runs(folder):
     for cells, message in (
-        ([{"name": "a"}, {"name": "a"}], "two have one name"),
+        ([{"name": "a"}, {"name": "a"}], "two have the name 'a'"),
+        ([{"name": "a", "train": {}, "strength_warmup": 0.5}], "a: strength_warmup is of ALiBi's slopes"),
         ([{"name": "a", "strength_warmup": 0.5}], "belong to a training"),
         ([{"name": "a", "train": {"step": 1}}], "a: train: unknown step"),
         ([{"name": "a", "data": {"block": 1}}], "belong to a training"),
@@ -248,7 +249,7 @@ def test_a_study_is_checked_before_it_runs(folder):
     ):
         with pytest.raises(SettingsError, match=message):
             study.read(written(folder, cells), [])
-    with pytest.raises(ap.AttnPatchError, match="patch 'nothing' does not exist"):
+    with pytest.raises(SettingsError, match="^a: .*patch 'nothing' does not exist"):
         study.read(written(folder, [{"name": "a", "patches": [{"patch": "nothing"}]}]), [])
     with pytest.raises(SettingsError, match="unknown other"):
         study.read(written(folder, [{"name": "a"}], other=1), [])

@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import hf_attnpatch as ap
 from recipes.data import DataConfig, load_blocks
 from recipes.settings import SettingsError
-from recipes.skipping import skipped_positions
+from recipes.skipping import check_model, skipped_positions
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -76,3 +77,17 @@ def test_the_chunks_of_a_block_see_each_other(source, tokenizer):
 def test_what_cannot_be_skipped_is_refused(source, tokenizer, changes, message):
     with pytest.raises(SettingsError, match=message):
         load_blocks(DataConfig(**{**source, "skip_to": 64, **changes}), tokenizer)
+
+
+def test_a_model_that_skipping_teaches_nothing_is_refused():
+    made = {**SIZES, "vocab_size": 64, "max_position_embeddings": 32, "initializer_range": 0.2}
+    with pytest.raises(SettingsError, match="skip_to: 128 positions, and LlamaForCausalLM is made for 32"):
+        check_model(LlamaForCausalLM(LlamaConfig(**made)), 128)
+    for patch in (ap.Alibi(), ap.NoPosition(), ap.RelativeXl()):
+        model = LlamaForCausalLM(LlamaConfig(**made))
+        ap.apply(model, patch)
+        with pytest.raises(SettingsError, match="does not read position ids"):
+            check_model(model, 128)
+    model = LlamaForCausalLM(LlamaConfig(**made))
+    ap.patch_rope_scaling(model, kind="yarn", factor=4)
+    check_model(model, 128)
