@@ -29,10 +29,10 @@ class Alibi(Patch):
 
     Rotary modules are asked for position 0 only, position tables are taken out, and with them the length they ended
     at. The bias goes through a fused kernel as a few more dimensions of queries and keys (or as ``alibi_slopes``, or as
-    flex attention's ``score_mod``), in linear memory. A model that was not trained so has to be; its slopes may
-    rise meanwhile (:func:`hf_attnpatch.set_alibi_strength`), which ended no better in our studies. Stock transformers
-    cannot express the result, so its checkpoints are of this package's model type. BLOOM, MPT and Falcon, which have ALiBi, may get other slopes or
-    clipped distances.
+    flex attention's ``score_mod``), in linear memory. A model that was not trained so has to be; its slopes may rise
+    meanwhile (:func:`hf_attnpatch.set_alibi_strength`), which ended no better in our studies. Stock transformers cannot
+    express the result, so its checkpoints are of this package's model type. BLOOM, MPT and Falcon, which have ALiBi,
+    may get other slopes or clipped distances.
 
     Args:
         slopes: ``"paper"``, or one number for each query head.
