@@ -146,6 +146,8 @@ class Deferring:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Hand over a cache that takes notes, and keep the mask."""
         named = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if isinstance(named.get(self.cache), DeferredCache):
+            return args, dict(kwargs)  # a recorded call that is run again: all is in it
         if named.get("output_attentions"):
             raise AttnPatchError(
                 f"{type(module).__name__}: a fused kernel computes no attention weights; call without "

@@ -80,8 +80,11 @@ def read_sight(mask: Tensor | None, causal: bool, queries: int, keys: int) -> Si
 def _check_causal(mask: Tensor, queries: int, keys: int) -> None:
     visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > UNSEEN
     last = torch.where(visible.any(-1), keys - 1 - visible.flip(-1).to(torch.uint8).argmax(-1), -1)
-    steps = last.diff(dim=-1)
-    if bool(((steps != 1) & (last[:, 1:] >= 0) & (last[:, :-1] >= 0)).any()):
+    steps, counts = last.diff(dim=-1), (last[:, 1:] >= 0) & (last[:, :-1] >= 0)
+    stays = (steps == 0) & counts  # of padding behind a text; of a prefix, which looks ahead, before it
+    after = stays.cumsum(-1) > 0
+    begins = stays[:, :1].any() and bool((stays[:, 0] & (last[:, 0] != keys - queries)).any())
+    if begins or bool((counts & ~stays & ((steps != 1) | after)).any()):
         raise AttnPatchError(
             f"attention mask of shape {tuple(mask.shape)}: some of its {queries} queries see tokens after them (image "
             "blocks, a prefix) or not themselves; distance is defined here for tokens that look back only."
