@@ -471,3 +471,18 @@ def test_speculation_writes_what_greedy_decoding_writes(kind, drafts):
     wanted = asked.generate(prompt, **options)
     assert torch.equal(asked.generate(prompt, **options, **given), wanted)
     assert torch.equal(asked.generate(prompt, **options), wanted)  # nothing is left behind
+
+
+@pytest.mark.parametrize("move", ["reorder_cache", "batch_select_indices"])
+@pytest.mark.parametrize("rows", [[1, 0], [0, 1, 0, 1], [1, 1], [1]])
+@pytest.mark.parametrize("made", ["", "copied", "pickled"])
+def test_lengths_go_where_the_rows_of_a_cache_go(move, rows, made):
+    model, lengths = _patched(), [60, 80]
+    with ap.request(model, lengths):
+        past = model(TOKENS[:2, :40], use_cache=True).past_key_values
+        wanted = model(TOKENS[:2, 40:42], past_key_values=copy.deepcopy(past)).logits[rows]
+    past = {"copied": copy.deepcopy, "pickled": lambda p: pickle.loads(pickle.dumps(p)), "": lambda p: p}[made](past)
+    getattr(past, move)(torch.tensor(rows))
+    with ap.request(model, [lengths[row] for row in rows]):
+        found = model(TOKENS[rows, 40:42], past_key_values=past).logits
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)

@@ -7,6 +7,7 @@ they were turned. So a length is chosen for each row of a batch when its request
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from transformers.cache_utils import Cache
 
 from ..errors import AttnPatchError
 
+MOVES = ("reorder_cache", "batch_select_indices")  # methods of a cache
 Lengths = tuple[int, ...]  # tokens, one number for each row of a batch, or one for all
 
 
@@ -178,8 +180,38 @@ class KeepLengths:
 
 
 def remember(cache: Any, lengths: Lengths) -> None:
-    """Let a cache carry the lengths that its keys were turned for, through copies too."""
+    """Let a cache carry the lengths that its keys were turned for, through copies and wherever its rows go."""
     cache.attnpatch_lengths = lengths
+    if len(set(lengths)) > 1:
+        for name in (name for name in MOVES if hasattr(cache, name) and name not in vars(cache)):
+            setattr(cache, name, Moving(cache, name))
+
+
+class Moving:
+    """In the place of a cache's method that moves its rows: their lengths go with them.
+
+    Args:
+        cache: whose attribute it is; a copy of the cache has a copy of this. Not kept alive by it.
+        name: of the method, which takes the index of each new row.
+    """
+
+    def __init__(self, cache: Any, name: str):
+        self._cache, self.name = weakref.ref(cache), name
+
+    def __call__(self, indices: Tensor) -> None:
+        """Move them."""
+        cache: Any = self._cache()
+        kept = _spread(cache.attnpatch_lengths, int(cache.layers[0].keys.shape[0]))
+        getattr(type(cache), self.name)(cache, indices)
+        cache.attnpatch_lengths = tuple(kept[int(index)] for index in indices)
+
+    def __getstate__(self) -> tuple[Any, str]:
+        """What a copy is made of: a copy of the cache."""
+        return self._cache(), self.name
+
+    def __setstate__(self, state: tuple[Any, str]) -> None:
+        """Belong to that copy."""
+        self._cache, self.name = weakref.ref(state[0]), state[1]
 
 
 @contextlib.contextmanager
