@@ -80,7 +80,10 @@ MAY_WRITE = {
     "positions/alibi_attention.py": ("query_offset", "of the mask that it has just made"),
     "rope/search_course.py": ("settings", "of its own search"),
     "rope/search_state.py": ("losses population iteration settled settings began", "of a state just made"),
-    "rope/request_length.py": ("attnpatch_lengths", "a mark of its own on the cache of a request"),
+    "rope/request_length.py": (
+        "attnpatch_lengths setattr",
+        "a mark of its own on the cache of a request, and what moves it with the rows",
+    ),
     "positions/lengthening.py": ("requires_grad_", "of the table that it has just made"),
     "positions/strength.py": ("strength", "of its own bias; a recipe drives it"),
     "patches/grouped_query.py": ("conversion", "what its own preparation found, for its own edits"),
@@ -137,7 +140,7 @@ def test_rooms_import_in_one_direction(name):
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("functional/")])
 def test_mathematics_knows_torch_and_nothing_else(name):
     assert set(_imports(TREES[name], name)) <= {"functional"}
-    own = {"torch", "math", "itertools", "collections", "typing", "dataclasses", "__future__"}
+    own = {"torch", "math", "itertools", "functools", "collections", "typing", "dataclasses", "__future__"}
     assert set(_outside(TREES[name])) <= own | {"networkx"}  # matching; torch itself depends on it
 
 

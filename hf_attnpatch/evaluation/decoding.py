@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..errors import EvaluationError
 from ..progress import track
-from ..rope.request_length import told
+from .announcing import announced
 from .limits import Limits, limits
 from .memory import held_bytes, peak_memory, weight_bytes
 from .mode import device_of, measuring
@@ -129,7 +129,7 @@ def _at(model: PreTrainedModel, phantom: Phantom, context: int, how: tuple[int, 
     batch, tokens, repeats = how
     steps, fills = [], []
     with peak_memory(device_of(model)) as peak:
-        with told(model, context + tokens):
+        with announced(model, context + tokens):
             for _ in range(repeats):
                 seconds, cache = prefill(model, context, batch)
                 fills.append(seconds)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EvaluationError
-from ..rope.request_length import told
+from .announcing import announced
 from .logits import last_logits
 
 
@@ -64,7 +64,7 @@ def greedy(
     Returns:
         The added tokens, shape (batch, new_tokens or fewer), int64.
     """
-    with told(model, ids.shape[1] + new_tokens, past):
+    with announced(model, ids.shape[1] + new_tokens, past):
         logits, past = prefill(model, ids, past)
         added = [logits.argmax(dim=-1, keepdim=True)]
         while len(added) < new_tokens:

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 
 from ..errors import EvaluationError
-from ..rope.request_length import told
+from .announcing import announced
 from .listener import Listener, Pass
 from .memory import held_bytes
 
@@ -81,7 +81,7 @@ class Phantom:
 
     def _inference(self, batch: int, context: int) -> tuple[Pass, Pass]:
         self.model.eval()
-        with self._explained(), self.mode, torch.no_grad(), told(self.model, context + 1):
+        with self._explained(), self.mode, torch.no_grad(), announced(self.model, context + 1):
             ids = torch.zeros(batch, context, dtype=torch.long)
             cache = _Watched(config=self.model.config) if self.decodes else None
             more: dict[str, Any] = {"past_key_values": cache, "use_cache": True} if self.decodes else {}

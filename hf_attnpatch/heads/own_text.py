@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import AttnPatchError
+from ..evaluation.announcing import announced
 from ..evaluation.generation import prefill
 from ..probe import input_device, quiet
 from ..progress import track
-from ..rope.request_length import told
 
 ROWS = 32  # sequences that are written at once
 
@@ -80,7 +80,7 @@ def _sampled(model: PreTrainedModel, first: int, rows: int, length: int) -> Tens
     """(rows, length), by none of the checkpoint's own generation settings, and without an end."""
     ids = [torch.full((rows, 1), first, device=input_device(model))]
     past = None
-    with told(model, length):
+    with announced(model, length):
         while len(ids) < length:
             logits, past = prefill(model, ids[-1], past)
             ids.append(logits.float().softmax(-1).multinomial(1).to(ids[0].device))

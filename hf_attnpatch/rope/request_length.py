@@ -81,16 +81,17 @@ def request(model: nn.Module, length: int | Sequence[int]) -> Iterator[None]:
     lengths = tuple(length) if isinstance(length, Sequence) and not isinstance(length, str) else (length,)
     if not lengths or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in lengths):
         raise AttnPatchError(f"length is {length!r}; it must be a number of tokens, or a list of one for each row.")
+    with _telling(requests, lengths):
+        yield
+
+
+@contextlib.contextmanager
+def _telling(requests: Requests, lengths: Lengths) -> Iterator[None]:
     token = _TOLD.set((*_TOLD.get(), (requests, lengths)))
     try:
         yield
     finally:
         _TOLD.reset(token)
-
-
-def told(model: nn.Module, tokens: int, past: Any = None) -> contextlib.AbstractContextManager[None]:
-    """``request`` for so many tokens beyond a cache where a model chooses by request, nothing elsewhere."""
-    return contextlib.nullcontext() if requests_of(model) is None else request(model, _past(past) + tokens)
 
 
 def requests_of(model: nn.Module) -> Requests | None:
@@ -121,6 +122,10 @@ class ChooseLengths:
 
     def __init__(self, requests: Requests, names: tuple[str, ...]):
         self.requests, self.names = requests, names
+
+    def announced(self, length: int) -> contextlib.AbstractContextManager[None]:
+        """Take the length of all rows for the forwards of a block, as :func:`request` does."""
+        return _telling(self.requests, (length,))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # numbers from tensors: never part of a graph
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

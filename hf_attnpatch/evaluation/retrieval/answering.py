@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...progress import track
-from ...rope.request_length import requests_of
+from ..announcing import listener
 from ..generation import greedy, prefill
 from ..mode import device_of, measuring
 from .examples import Example
@@ -43,7 +43,7 @@ class Answers:
         self._ends = end_tokens(model, tokenizer)
         self._stem: tuple[Tensor, Any] | None = None  # the last shared prefix, shape (1, tokens), and its cache
         self._exact: dict[int, bool] = {}
-        self._shares = requests_of(model) is None  # a cache that was begun for one length serves no other
+        self._shares = listener(model) is None  # a cache that was begun for one length serves no other
 
     def __call__(self, examples: Sequence[Example]) -> Iterator[tuple[Example, str]]:
         """Yield every example with its answer, up to where the model ends it.
