@@ -28,12 +28,18 @@ def check(block: int, target: int, chunks: int) -> None:
         raise SettingsError(f"data.skip_chunks: {chunks}, for blocks of {block} tokens; wanted 2 to {block}.")
 
 
-def check_model(model: PreTrainedModel, target: int) -> None:
+def check_model(model: PreTrainedModel, target: int | None) -> None:
     """Refuses a model that ends before the target, and one that does not read the positions that it is given.
+
+    Args:
+        model: to be trained.
+        target: positions are below it; None where none are skipped, which any model can do.
 
     Raises:
         SettingsError: says which.
     """
+    if target is None:
+        return
     config = model.config.get_text_config(decoder=True)
     declared = getattr(config, "max_position_embeddings", None)
     limit = target if declared is None else min(target, declared)

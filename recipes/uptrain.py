@@ -142,8 +142,7 @@ def execute(run: Run, resume: bool) -> dict[str, Any]:
     loss = choose_loss(run, model)
     report = convert(run, model)
     run.measure("converted", model)
-    if run.blocks.skip is not None:
-        check_model(model, run.blocks.skip[0])
+    check_model(model, run.job.data.skip_to)
     model, training = uptrain(run, model, loss, resume)
     run.measure("uptrained", model)
     stock = (report.record or {}).get("stock", report.stock)  # patches that the model had before count too

@@ -100,8 +100,7 @@ def trained(model: PreTrainedModel, tokenizer: Any, spec: Mapping[str, Any], fol
     values = json.loads(json.dumps(spec["train"])) | {"output": str(folder)}
     config = settings.build(TrainConfig, values, "train")
     blocks = load_blocks(resolve(settings.build(DataConfig, dict(spec["data"]), "data")), tokenizer)
-    if blocks.skip is not None:
-        check_model(model, blocks.skip[0])
+    check_model(model, spec["data"]["skip_to"])
     schedule = strength_schedule(model, spec[STRENGTH], config.steps)
     log = train(
         model,
