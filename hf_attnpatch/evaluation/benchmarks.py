@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..upstream import words
-from ..upstream.caches import first, returned
+from ..upstream.caches import returned
 from ..upstream.roles import run
 from .listener import Pass
 from .machine import MIB, Point
@@ -76,7 +77,7 @@ def _reference(layers: int, device: torch.device) -> Reference:
 @torch.no_grad()
 def _step_seconds(model: LlamaForCausalLM, device: torch.device) -> float:
     context = torch.zeros(1, _CONTEXT, dtype=torch.long, device=device)
-    cache = first(returned(run(model, {words.TOKENS: context, words.USE_CACHE: True})).values())
+    cache: Any = next(iter(returned(run(model, {words.TOKENS: context, words.USE_CACHE: True})).values()), None)
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
     found = []
     for index in range(_STEPS):

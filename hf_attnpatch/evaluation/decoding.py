@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..errors import EvaluationError
 from ..progress import track
 from ..upstream import words
-from ..upstream.caches import first, returned
+from ..upstream.caches import returned
 from ..upstream.roles import predicted, run
 from .announcing import announced
 from .limits import Limits, limits
@@ -168,7 +168,7 @@ def prefill(model: PreTrainedModel, context: int, batch: int) -> tuple[float, An
         raise EvaluationError(
             f"context {context}: {type(model).__name__} cannot look up so many positions; choose shorter contexts."
         ) from error
-    cache = first(returned(out).values())
+    cache = next(iter(returned(out).values()), None)
     if cache is None:
         raise EvaluationError(f"{type(model).__name__} returned no cache, so there is no decoding to measure.")
     if not bool(predicted(out).isfinite().all()):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import EvaluationError
 from ..upstream import words
-from ..upstream.caches import first, length, returned
+from ..upstream.caches import length, returned
 from ..upstream.roles import roles_of, unwrapped
 from .announcing import announced
 from .logits import last_logits
@@ -32,7 +32,7 @@ def prefill(model: nn.Module, ids: Tensor, past: Any = None) -> tuple[Tensor, An
     """
     given = {words.USE_CACHE: True, **({} if past is None else {words.CACHE: past})}
     logits, output = last_logits(model, ids, roles_of(unwrapped(model)).call(**given))
-    cache = first(returned(output).values())
+    cache = next(iter(returned(output).values()), None)
     if cache is None:
         raise EvaluationError(
             f"{type(model).__name__} returned no cache although it was asked for one, and decoding needs a cache; "

@@ -53,6 +53,12 @@ def flash(name: str) -> Callable[..., tuple[Tensor, None]]:
     return attention
 
 
+def _flash_attention_forward(*args: Any, **kwargs: Any) -> Any:
+    return find("_flash_attention_forward", "modeling_flash_attention_utils", "ALiBi on FlashAttention")(
+        *args, **kwargs
+    )
+
+
 def _target(query: Tensor, module: nn.Module) -> torch.dtype:
     """The dtype that the library is to compute in: that of the model where queries came out of it as fp32."""
     found = find("get_target_dtype", "integrations.flash_attention", "ALiBi on FlashAttention")(query, module)
@@ -109,8 +115,7 @@ def _by_columns(
         query, key, value = extended(query, key, value, columns(slope, scale, here, key.shape[2], query.dtype))
     elif width != query.shape[-1]:
         value = F.pad(value, (0, query.shape[-1] - width))
-    forward = find("_flash_attention_forward", "modeling_flash_attention_utils", "ALiBi on FlashAttention")
-    out: Tensor = forward(
+    out: Tensor = _flash_attention_forward(
         *(t.transpose(1, 2) for t in (query, key, value)),
         mask,
         query_length=query.shape[2],

@@ -88,6 +88,8 @@ def _keys(model: PreTrainedModel, paths: Sequence[str], place: int, native: bool
     listeners = {path: Keys() for path in paths}
     edits = list(_listening(model, listeners, native))
     ids = tokens_of(model, default_inputs(model))[:1]
+    if not roles_of(model).takes(words.POSITIONS):
+        raise UnsupportedArchitecture(f"{type(model).__name__}: its forward takes no positions to try other ones with.")
     at = {words.TOKENS: ids, words.MASK: torch.ones_like(ids), words.POSITIONS: torch.full_like(ids, place)}
     logits_under(model, edits, roles_of(model).call(**at))
     silent = next((path for path, listener in listeners.items() if len(listener.found) != 1), None)

@@ -84,10 +84,19 @@ def returned(output: Any) -> Mapping[str, Any]:
     A field that holds a cache is one, whatever it is called; a state of another kind (Mamba's in some releases) is
     known by its name.
     """
-    fields = dict(output.items()) if isinstance(output, Mapping) else {}
+    fields = output_fields(output)
     found = {name: value for name, value in fields.items() if isinstance(value, Cache)}
     known = {name: fields[name] for name in words.ARGUMENTS[words.CACHE] if fields.get(name) is not None}
     return found or known
+
+
+def output_fields(output: Any) -> Mapping[str, Any]:
+    """Return the fields of a model's output by name; those of a tuple are numbered."""
+    if isinstance(output, Mapping):
+        return {name: output[name] for name in output}
+    if isinstance(output, tuple):
+        return {str(number): value for number, value in enumerate(output)}
+    return vars(output) if hasattr(output, "__dict__") else {}
 
 
 def own(cache: Any) -> Any:

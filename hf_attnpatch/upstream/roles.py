@@ -21,7 +21,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..configs import skeleton
 from . import words
-from .caches import first, returned
+from .caches import first, output_fields, returned
 from .find import changed
 
 _ROWS, _LENGTH = 3, 11  # of the probe: sizes that no model has by chance
@@ -73,8 +73,8 @@ class Roles:
         return Arguments(self, args, kwargs)
 
     def call(self, **given: Any) -> dict[str, Any]:
-        """Return keywords for this forward from values by role; roles that it has no name for are left out."""
-        return {self.names[role]: value for role, value in given.items() if role in self.names}
+        """Return keywords for this forward from values by role; roles that it declares no argument for are left out."""
+        return {self.names[role]: value for role, value in given.items() if self.takes(role)}
 
 
 class Arguments:
@@ -128,16 +128,26 @@ class Arguments:
 
 def roles_of(module: nn.Module) -> Roles:
     """Return what a module's forward calls its arguments: as found by :func:`learn`, else by the vocabulary."""
-    declared = inspect.signature(module.forward).parameters
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = tuple(name for name, p in declared.items() if p.kind not in variadic)
-    opened = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in declared.values())
+    parameters, opened = _declared(module.forward)
+    for owner in type(module).__mro__[1:] if opened and not parameters else ():
+        inherited = vars(owner).get("forward")  # of a class that hands everything on to the one below it
+        if inherited is not None and _declared(inherited)[0]:
+            parameters = _declared(inherited)[0][1:]
+            break
     guessed = {role: _guess(spellings, parameters, opened) for role, spellings in words.ARGUMENTS.items()}
     known = {role: name for role, name in guessed.items() if name is not None}
     names = {**known, **_FOUND.get(_key(module), {})}
     spelled = [(other, name) for role, name in names.items() for other in words.ARGUMENTS[role] if other != name]
     aliases = {other: name for other, name in spelled if other not in parameters and name in parameters}
     return Roles(type(module).__name__, parameters, names, aliases, opened)
+
+
+def _declared(forward: Any) -> tuple[tuple[str, ...], bool]:
+    """Return the names of a forward's parameters, less those that take what is left, and whether it takes that."""
+    declared = inspect.signature(forward).parameters
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = tuple(name for name, p in declared.items() if p.kind not in variadic)
+    return names, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in declared.values())
 
 
 def _guess(spellings: Sequence[str], parameters: Sequence[str], opened: bool) -> str | None:
@@ -206,8 +216,11 @@ def resumed(model: nn.Module, output: Any) -> dict[str, Any]:
 
 def predicted(output: Any) -> Tensor:
     """Return the logits that an output of a model holds, or its hidden states where it has none."""
-    found = next((output[name] for name in words.PREDICTIONS if name in output), None)
-    found = output[0] if found is None else found
+    fields = output_fields(output)
+    named = (getattr(output, name, fields.get(name)) for name in words.PREDICTIONS)
+    found = next((value for value in named if isinstance(value, Tensor)), None)
+    if found is None:  # of another name: the first that has a row of numbers for each token
+        found = next(t for t in fields.values() if isinstance(t, Tensor) and t.is_floating_point() and t.dim() >= 2)
     assert isinstance(found, Tensor)
     return found
 

@@ -40,7 +40,7 @@ ARGUMENTS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 
 # Roles that a forward with ``**kwargs`` hands on to its attention modules without declaring them.
-HANDED_ON: Final = frozenset({"position_ids"})
+HANDED_ON: Final = frozenset({"position_ids", "output_attentions"})
 # Arguments of forwards that play none of these roles.
 OTHER_ARGUMENTS: Final = frozenset(
     {
