@@ -23,6 +23,7 @@ from .worker import MARK
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUTS = ROOT / "outputs/drift"
+WORKER = ("-W", "ignore", "-m", "drifting.worker")
 LIMIT = 300  # seconds for one cell, waiting for a busy machine included
 
 Cell = tuple[str, str]  # family, case
@@ -110,7 +111,7 @@ def _one_process(root: Path, job: Mapping[str, Any], limit: float) -> Iterator[t
     paths = [root, ROOT / "scripts", ROOT / "tests", ROOT]
     quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     env = {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(map(str, paths))}
-    command = [sys.executable, "-W", "ignore", "-m", "drifting.worker", json.dumps(job)]
+    command = [sys.executable, *WORKER, json.dumps(job)]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env, cwd=ROOT)
         assert process.stdout is not None

@@ -26,9 +26,9 @@ def counts(answers: Answers) -> Counter[str]:
 
 
 def passed(answers: Answers) -> bool:
-    """Whether nothing crashed or was silently wrong, and enough still works."""
+    """Whether something was asked, nothing crashed or was silently wrong, and enough still works."""
     found = counts(answers)
-    return not any(found[status] for status in BAD) and found["same"] >= WANTED * sum(found.values())
+    return bool(answers) and not any(found[status] for status in BAD) and found["same"] >= WANTED * sum(found.values())
 
 
 def summary(answers: Answers) -> str:
