@@ -98,7 +98,7 @@ def ask_copies(
     mutations: Sequence[Mutation], cells: Iterable[Cell], reference: Reference, workers: int
 ) -> Iterator[tuple[str, Cell, Found]]:
     """Yield the answers of all mutations, `workers` of them at a time; each is kept as it comes."""
-    code, cells = reference.release.code, [cell for cell in cells if cell[1] != UNPATCHED]
+    code, cells = reference.release.code, list(cells)
     known = remembered(ANSWERS, code)
     waiting, answers = list(mutations)[::-1], queue.Queue()
     digests = {m.name: copies.digest(reference.release.package, m.changes) for m in mutations}

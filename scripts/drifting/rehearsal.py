@@ -164,7 +164,7 @@ def rehearse(
 
     Args:
         mutation: to be rehearsed.
-        cells: that the release has; those of a family need not stand together.
+        cells: that the release has, `UNPATCHED` among them for each family.
         reference: the release's numbers.
         known: answers of an earlier run, which are not asked again.
     """
@@ -175,7 +175,7 @@ def rehearse(
     except InvalidMutation as error:
         yield from (((family, UNPATCHED), {"status": "invalid", "detail": str(error)}) for family in families)
         return
-    order = [cell for family in families for cell in [(family, UNPATCHED), *(c for c in cells if c[0] == family)]]
+    order = [c for family in families for c in sorted((c for c in cells if c[0] == family), key=_proof_first)]
     invalid = set()
     old = [(cell, known[cell]) for cell in order if cell in known]
     todo = [cell for cell in order if cell not in known]
@@ -186,6 +186,10 @@ def rehearse(
             yield cell, {**found, "status": "invalid"}
         elif cell[0] not in invalid:
             yield cell, _named(mutation, found)
+
+
+def _proof_first(cell: Cell) -> bool:
+    return cell[1] != UNPATCHED
 
 
 def _named(mutation: Mutation, found: Found) -> Found:

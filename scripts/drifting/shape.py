@@ -94,11 +94,11 @@ class PassByKeyword:
 
     def concerns(self, name: str, text: str) -> bool:
         """Whether a file may have something to change."""
-        return re.search(self.files, name) is not None
+        return re.search(self.files, name) is not None and re.search(_loose(self.calls), text) is not None
 
     def edit(self, source: Source) -> None:
         """Note the edits of one file."""
-        for found in source.nodes():
+        for found in source.nodes(_loose(self.calls)):
             node = found.node
             if not (isinstance(node, ast.Call) and re.search(self.calls, source.words(node.func))):
                 continue
@@ -146,12 +146,13 @@ class WrapReturn:
 
     def concerns(self, name: str, text: str) -> bool:
         """Whether a file may have something to change."""
-        return re.search(self.files, name) is not None
+        either = f"{_loose(self.definition.split('[.]')[0])}|{_loose(self.unpack or '(?!)')}"
+        return re.search(self.files, name) is not None and re.search(either, text) is not None
 
     def edit(self, source: Source) -> None:
         """Note the edits of one file."""
         wrapped = False
-        for found in source.nodes():
+        for found in source.nodes(rf"\breturn\b|{_loose(self.unpack or '(?!)')}"):
             node = found.node
             if isinstance(node, ast.Return) and re.search(self.definition, found.place):
                 wrapped |= self._wrap(source, node)
@@ -171,6 +172,11 @@ class WrapReturn:
         inner = ", ".join(source.words(part) for part in value.elts)
         source.replace(start, end, f"{self.type}({inner})")
         return True
+
+
+def _loose(pattern: str) -> str:
+    """A pattern of a whole expression, as one of a line that may hold it."""
+    return pattern.replace("^", "").replace("$", "")
 
 
 def _first_statement(source: Source) -> int:
