@@ -39,7 +39,7 @@ ANSWERS = OUTPUTS / "answers.jsonl"  # one a line, as they come
 # of each way in which a patch can act
 FAMILIES = (
     *("llama", "gpt2", "opt", "gpt_neox", "bloom", "mpt", "falcon"),
-    *("qwen3", "gemma3_text", "phi3", "mistral", "gptj", "bert", "t5"),
+    *("qwen3", "gemma3_text", "phi3", "mistral", "granite", "gptj", "bert", "t5"),
 )
 # every patch, a setting or two of each
 CASES = (

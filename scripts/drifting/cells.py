@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import tempfile
 import traceback
@@ -17,6 +18,14 @@ from torch import Tensor
 UNPATCHED = "unpatched"
 ENCODERS = ("bert",)  # of a type that has both classes, the masked one
 SEQ2SEQ = ("t5",)
+# a keyword that is lost must cost something: scores not divided by the root of the head size, shared heads, dropout
+NOT_THE_DEFAULT: Mapping[str, Mapping[str, Any]] = {
+    "gemma3_text": {"query_pre_attn_scalar": 7},
+    "gpt2": {"scale_attn_by_inverse_layer_idx": True},
+    "granite": {"attention_multiplier": 0.4},
+    "llama": {"attention_dropout": 0.3},
+    "mistral": {"num_key_value_heads": 2},
+}
 TOLERANCE = 1e-5  # of the largest logit, fp32
 LENGTH, PADDING, PREFILL, NEW = 20, 4, 15, 6  # tokens; longer than the window that the rotary cases cut to 16
 STEPS = (1, 1, 1, 2)  # what follows the prefill
@@ -69,6 +78,15 @@ def forward(speaker: Speaker) -> Tensor:
     return torch.cat([found[0], found[1, PADDING:]])
 
 
+def training(speaker: Speaker) -> Tensor:
+    """The same in training mode, where probabilities are dropped; the seed says which."""
+    speaker.model.train()
+    try:
+        return forward(speaker)
+    finally:
+        speaker.model.eval()
+
+
 def decoding(speaker: Speaker) -> Tensor:
     """Logits of a prefill, of single steps and of a step of two tokens, at tokens that are not padding."""
     pieces, state, start = [], {}, 0
@@ -107,6 +125,7 @@ def _loaded(model: Any, folder: str) -> Any:
 
 STAGES: Mapping[str, Callable[[Speaker], Tensor]] = {
     "forward": forward,
+    "training": training,
     "decoding": decoding,
     "generation": generation,
     "save and load": reloading,
@@ -114,8 +133,9 @@ STAGES: Mapping[str, Callable[[Speaker], Tensor]] = {
 
 
 def stages_of(speaker: Speaker) -> list[str]:
-    """The stages that a model has: one that does not generate has no cache either."""
-    return [stage for stage in STAGES if speaker.model.can_generate() or stage in ("forward", "save and load")]
+    """The stages of a model: one that does not generate does not decode either."""
+    without = ("decoding", "generation") if not speaker.model.can_generate() else ()
+    return [stage for stage in STAGES if stage not in without]
 
 
 def speakers(family: str, case: str, words: Mapping[str, str]) -> Iterator[tuple[str, Speaker]]:
@@ -140,7 +160,8 @@ def speakers(family: str, case: str, words: Mapping[str, str]) -> Iterator[tuple
     if family in SEQ2SEQ:
         model = _tiny(family, **{k: v for k, v in chosen.overrides.items() if k == "attn_implementation"})
     else:
-        model = patches.build(family, family in ENCODERS, chosen)
+        overrides = {**NOT_THE_DEFAULT.get(family, {}), **chosen.overrides}
+        model = patches.build(family, family in ENCODERS, dataclasses.replace(chosen, overrides=overrides))
     hf_attnpatch.apply(model, chosen.patch)
     per_request = getattr(chosen.patch, "per_request", False)
     yield "", Speaker(model, words, (lambda n: hf_attnpatch.request(model, n)) if per_request else _nothing)
@@ -151,7 +172,7 @@ def _tiny(family: str, **overrides: Any) -> Any:
     from transformers import AutoModelForSeq2SeqLM
 
     if family not in SEQ2SEQ:
-        return tiny_model(family, encoder=family in ENCODERS, **overrides)
+        return tiny_model(family, encoder=family in ENCODERS, **NOT_THE_DEFAULT.get(family, {}), **overrides)
     config = tiny_config(family, encoder=True)
     model = AutoModelForSeq2SeqLM.from_config(config, **overrides)
     randomise(model)

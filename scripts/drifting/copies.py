@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from .move import Move
@@ -20,13 +20,14 @@ Change = Rename | Move | AddArgument | PassByKeyword | WrapReturn
 _UNUSED = re.compile(r"(^|/)(modular_\w+|convert_\w+)\.py$")
 
 
-def make(root: Path, place: Path, changes: Sequence[Change]) -> int:
+def make(root: Path, place: Path, changes: Sequence[Change], models: Collection[str] = ()) -> int:
     """Write the copy, or keep one that is there with the same changes.
 
     Args:
         root: folder of the installed package.
         place: folder for the copy, which is what goes onto ``sys.path``.
         changes: in order.
+        models: folders below ``models`` that are changed, the others staying as they are; all where there are none.
 
     Returns:
         The number of files that are changed.
@@ -34,12 +35,12 @@ def make(root: Path, place: Path, changes: Sequence[Change]) -> int:
     Raises:
         InvalidMutation: a change is not consistent, or changes nothing.
     """
-    done, wanted = place / "made", digest(root, changes)
+    done, wanted = place / "made", digest(root, (*changes, *sorted(models)))
     if done.is_file() and done.read_text("utf-8").split()[0] == wanted:
         return int(done.read_text("utf-8").split()[1])
     texts: dict[str, str] = {}
     for change in changes:
-        if not sum(_apply(root, change, texts)):
+        if not sum(_apply(root, change, texts, models)):
             raise InvalidMutation(f"nothing is changed by {change}")
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(root, place / PACKAGE, copy_function=_link)
@@ -49,24 +50,25 @@ def make(root: Path, place: Path, changes: Sequence[Change]) -> int:
     return len(texts)
 
 
-def digest(root: Path, changes: Sequence[Change]) -> str:
+def digest(root: Path, changes: Sequence[object]) -> str:
     """Name the copy by its changes, by the code that makes them and by the release that is changed."""
     own = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     parts = [own, repr(tuple(changes)).encode(), (root / "__init__.py").read_bytes()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
-def files(root: Path) -> Iterator[str]:
-    """Yield the paths of the files that models may import."""
+def files(root: Path, models: Collection[str] = ()) -> Iterator[str]:
+    """Yield the paths of the files that these models may import, or any."""
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
-        if not _UNUSED.search(name):
+        family = re.match(r"models/(\w+)/", name)
+        if not _UNUSED.search(name) and (not models or family is None or family.group(1) in models):
             yield name
 
 
-def _apply(root: Path, change: Change, texts: dict[str, str]) -> Iterator[bool]:
+def _apply(root: Path, change: Change, texts: dict[str, str], models: Collection[str]) -> Iterator[bool]:
     """Apply one change to all files, those that earlier ones have written as they are now."""
-    for name in dict.fromkeys([*files(root), *texts]):
+    for name in dict.fromkeys([*files(root, models), *texts]):
         text = texts[name] if name in texts else (root / name).read_text("utf-8")
         if not change.concerns(name, text):
             continue

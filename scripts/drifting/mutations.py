@@ -59,10 +59,6 @@ _MASKS = r"^create_\w*mask(s_for_generate)?$"
 _FUNCTIONS = ("name", "parameter", "keyword")
 
 
-def _renamed(**names: str) -> Mutation:
-    return Mutation(", ".join(names), tuple(Rename(old, new) for old, new in names.items()))
-
-
 def _named(name: str, *changes: Change, **says: str) -> Mutation:
     return Mutation(name, changes, {word.replace("output_", "output:"): new for word, new in says.items()})
 
@@ -153,6 +149,13 @@ def by_name(name: str) -> Mutation:
     if found is None:
         raise InvalidMutation(f"{name}: no such mutation; there are {', '.join(m.name for m in MUTATIONS)}")
     return found
+
+
+def together(*names: str) -> Mutation:
+    """Several mutations of the table in one copy."""
+    found = [by_name(name) for name in names]
+    says = {word: now for m in found for word, now in m.says.items()}
+    return Mutation(" and ".join(names), tuple(change for m in found for change in m.changes), says)
 
 
 def renaming(text: str) -> Mutation:

@@ -69,11 +69,18 @@ def installed() -> Release:
 
 
 class Reference:
-    """The release's own numbers, asked for once per code."""
+    """The release's own numbers, asked for once per code.
 
-    def __init__(self, release: Release, limit: float = LIMIT):
-        self.release, self.limit = release, limit
-        self.place = OUTPUTS / "reference" / release.code
+    Args:
+        release: to be asked.
+        limit: seconds for one cell.
+        outputs: folder for numbers and copies.
+        models: folders of models that a copy changes, the others staying as they are; all where there are none.
+    """
+
+    def __init__(self, release: Release, limit: float = LIMIT, outputs: Path = OUTPUTS, models: Sequence[str] = ()):
+        self.release, self.limit, self.outputs, self.models = release, limit, outputs, models
+        self.place = outputs / "reference" / release.code
 
     def ask(self, cells: Iterable[Cell], words: Mapping[str, str]) -> Iterator[tuple[Cell, Found]]:
         """Yield the cells with what the release makes of them; asked where not known yet."""
@@ -168,10 +175,10 @@ def rehearse(
         reference: the release's numbers.
         known: answers of an earlier run, which are not asked again.
     """
-    place = OUTPUTS / "copies" / "".join(c if c.isalnum() else "_" for c in mutation.name)
+    place = reference.outputs / "copies" / "".join(c if c.isalnum() else "_" for c in mutation.name)
     families = list(dict.fromkeys(family for family, _ in cells))
     try:
-        copies.make(reference.release.package, place, mutation.changes)
+        copies.make(reference.release.package, place, mutation.changes, reference.models)
     except InvalidMutation as error:
         yield from (((family, UNPATCHED), {"status": "invalid", "detail": str(error)}) for family in families)
         return
