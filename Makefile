@@ -21,7 +21,7 @@ FAST := -n $(WORKERS) -m "not full and not slow"
 # the workers already fill the cores; a thread pool in each would only get in their way
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-all test-lowest lint format survey bench bench-alibi bench-relative bench-decode bench-extend check-diagnose \
+.PHONY: demo test test-all test-lowest lint format survey drift bench bench-alibi bench-relative bench-decode bench-extend check-diagnose \
 	downstream peers results-grouped-query results-extend-context results-passkey results-recurrence \
 	results-switch-positions clean
 
@@ -48,6 +48,10 @@ format: $(VENV)/.installed
 
 survey: $(VENV)/.installed
 	$(BIN)/python scripts/survey_architectures.py --workers $(WORKERS)
+
+# every patch on copies of transformers with a change each; the same command goes on where it was stopped
+drift: $(VENV)/.installed
+	$(BIN)/python scripts/rehearse_drift.py --workers $(WORKERS)
 
 bench: $(VENV)/.installed bench-decode
 	$(BIN)/python scripts/bench_apply.py
