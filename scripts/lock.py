@@ -63,7 +63,7 @@ def resolve(torch: str, upgrade: bool) -> str:
 
 def with_newest(text: str, version: str) -> str:
     """The text of hf_attnpatch/tested.py with another newest release."""
-    return re.sub(r'^NEWEST = ".*"$', f'NEWEST = "{version}"', text, flags=re.MULTILINE)
+    return re.sub(r'^NEWEST = ".*?"', f'NEWEST = "{version}"', text, flags=re.MULTILINE)
 
 
 def changes(before: dict[str, str], after: dict[str, str]) -> list[str]:

@@ -35,7 +35,7 @@ class Names:
         forwards = {kind: counts.pop(kind) for kind in FORWARDS if kind in counts}
         kinds = ", ".join(f"{kind} {count}" for kind, count in forwards.items())
         words = [f"{sum(forwards.values())} forwards ({kinds})"] if forwards else []
-        return ", ".join(words + [f"{count} {kind}" for kind, count in counts.items()])
+        return ", ".join(words + [f"{count} {kind}" for kind, count in sorted(counts.items())])
 
 
 @dataclass

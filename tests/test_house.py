@@ -21,6 +21,7 @@ _CORE = {"anatomy", "configs", "edits", "errors", "functional", "layouts", "prob
 MAY_IMPORT = {
     "functional/": set(),
     "errors.py": set(),
+    "tested.py": set(),
     "configs.py": {"errors"},
     "layouts.py": {"errors", "runtime"},
     "sites.py": {"configs", "errors", "layouts"},
