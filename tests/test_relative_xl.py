@@ -199,7 +199,6 @@ def test_stock_transformers_says_what_to_install(tmp_path):
     assert _logits(ap.load(tmp_path).eval(), **tiny_inputs(model)).equal(_logits(model, **tiny_inputs(model)))
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_peft_trains_a_copy_of_the_terms():
     """A copy that attention would not see is a model without positions."""
     model = _patched("llama")

@@ -122,7 +122,6 @@ def test_operations_are_followed_without_data_and_leave_no_trace():
         assert _logits(model, input_ids=ids).isfinite().all()
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_an_adapter_is_rotated_too():
     """Merged and unmerged agree: what LoRA adds to queries and keys is rotated with them."""
     model = tiny_model("gpt2")
