@@ -27,6 +27,7 @@ from .probe import (
 )
 from .report import Report
 from .selfcheck import decoding
+from .tested import warn_if_newer
 
 
 def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, self_check: bool = True) -> Report:
@@ -44,6 +45,7 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
     Raises:
         AttnPatchError: see :func:`plan`; and ``SelfCheckFailed`` where the patched model does not do as promised.
     """
+    warn_if_newer()
     given = None if probe is None else checked_inputs("probe", probe)
     steps = plan(model, *patches)
     if not steps.edits:

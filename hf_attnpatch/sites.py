@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from .configs import config_path
 from .errors import UnsupportedArchitecture
@@ -242,5 +242,6 @@ def _output(path: str, model: PreTrainedModel, module: nn.Module, layout: Layout
 
 
 def _dispatches(kind: type[nn.Module]) -> bool:
-    """Whether the forward goes through transformers' attention registry (the interface of its own classes)."""
-    return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(kind.forward).__code__.co_names
+    """Whether the forward goes through transformers' attention registry: whether its code names such a table."""
+    forward = inspect.unwrap(kind.forward)
+    return any(isinstance(forward.__globals__.get(name), AttentionInterface) for name in forward.__code__.co_names)

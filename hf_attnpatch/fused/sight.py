@@ -32,7 +32,7 @@ def key_mask(
     whole = {**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     sizes = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function)
     if torch.compiler.is_compiling() or not _plain(q_length, kv_length, q_offset, mask_function):
-        full: Tensor = sdpa_mask(*sizes, attention_mask=attention_mask, **whole)
+        full: Tensor = sdpa_mask(*sizes, attention_mask, **whole)
         return full
     if attention_mask is None:
         return None

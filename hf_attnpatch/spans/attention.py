@@ -103,7 +103,7 @@ def place_mask(
     if mask_function is not CAUSAL:
         whole = {**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         sizes = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function)
-        full: Tensor = sdpa_mask(*sizes, attention_mask=attention_mask, **whole)
+        full: Tensor = sdpa_mask(*sizes, attention_mask, **whole)
         return full
     device, end = kwargs.get("device", "cpu"), int(q_offset) + q_length
     index = torch.arange(kv_length, device=device)

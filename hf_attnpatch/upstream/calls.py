@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
 from . import words
-from .caches import returned
 from .find import changed, find
-from .roles import roles_of
+from .roles import learn, resumed, roles_of
 
 Function = Callable[..., Any]
 _LISTENING = "listening_hf_attnpatch"  # a name with a kernel's name in it is refused by families that have none of it
@@ -205,12 +204,13 @@ def _listen() -> _Heard:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
             config = AutoConfig.for_model("llama", **sizes, **heads, attention_dropout=_DROPOUT)
             model = AutoModelForCausalLM.from_config(config, attn_implementation=_LISTENING).train()
+            learn(model)
             roles = roles_of(model)
             tokens = torch.ones(_ROWS, _CACHED + _NEW, dtype=torch.int64)
             keep = torch.ones_like(tokens)
             keep[1, 0] = 0
             head = {words.TOKENS: tokens[:, :_CACHED], words.MASK: keep[:, :_CACHED], words.USE_CACHE: True}
-            state = returned(model(**roles.call(**head)))
+            state = resumed(model, model(**roles.call(**head)))
             rest = {words.TOKENS: tokens[:, _CACHED:], words.MASK: keep, words.USE_CACHE: True}
             model(**roles.call(**rest), **state)
     except (ValueError, TypeError, AttributeError, LookupError, RuntimeError, StopIteration) as error:
