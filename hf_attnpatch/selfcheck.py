@@ -55,7 +55,7 @@ def decoding(
         with first_layers(model, *short):
             problem, _ = _asked(model, inputs, (), steps)
         if problem is None:
-            return None, f"{said}, one row left-padded, in the first {short[1]} layers"
+            return None, f"{said}, one row left-padded, in the first {short[1]} of its layers"
     problem, found = _asked(model, inputs, promises, steps)
     return problem, found or f"{said}, one row left-padded"
 
@@ -99,7 +99,7 @@ def one_of_each(model: PreTrainedModel, sites: Sequence[str]) -> tuple[str, int]
     if not isinstance(layers, nn.ModuleList) or not all(site.startswith(f"{path}.") for site in sites):
         return None
     kinds = [_kind(layer) for layer in layers]
-    count = max(2, 1 + max(kinds.index(kind) for kind in kinds))
+    count = 1 + max(kinds.index(kind) for kind in kinds)
     return (path, count) if count < len(layers) else None
 
 
