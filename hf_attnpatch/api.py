@@ -39,7 +39,7 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
     Args:
         model: a transformers model with its weights in memory.
         patches: in order.
-        probe: inputs for the self-check; by default two rows of seven tokens, one left-padded.
+        probe: inputs for the self-check; by default two rows of eight tokens, one left-padded.
         self_check: run the model on the probe before and after. Turn off only where it cannot run here.
 
     Raises:

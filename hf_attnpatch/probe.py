@@ -52,12 +52,12 @@ def default_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def brief_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return two rows of seven of the default tokens, the second left-padded by two: what ``apply`` runs by itself.
+    """Return two rows of eight of the default tokens, the second left-padded by two: what ``apply`` runs by itself.
 
     Raises:
         NoWeights: there is nothing to be run.
     """
-    return {name: tensor[:, 1:8] for name, tensor in default_inputs(model).items()}
+    return {name: tensor[:, 1:9] for name, tensor in default_inputs(model).items()}
 
 
 def tokens_of(model: PreTrainedModel, inputs: Inputs) -> Tensor:

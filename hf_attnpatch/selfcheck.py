@@ -53,9 +53,9 @@ def decoding(
     short = None if promises else one_of_each(model, sites)
     if short is not None:
         with first_layers(model, *short):
-            problem, _ = _asked(model, inputs, (), steps)
+            problem, found = _asked(model, inputs, (), steps)
         if problem is None:
-            return None, f"{said}, one row left-padded, in the first {short[1]} of its layers"
+            return None, found or f"{said}, one row left-padded, in the first {short[1]} of its layers"
     problem, found = _asked(model, inputs, promises, steps)
     return problem, found or f"{said}, one row left-padded"
 
