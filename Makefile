@@ -33,7 +33,7 @@ FAST := -n $(WORKERS) -m "not full and not slow"
 # the workers already fill the cores; a thread pool in each would only get in their way
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-all test-lowest test-newest lock newest lint format survey drift bench bench-alibi bench-relative \
+.PHONY: demo test test-all test-lowest test-newest check-releases lock newest lint format survey drift bench bench-alibi bench-relative \
 	bench-decode bench-extend check-diagnose \
 	downstream peers results-grouped-query results-extend-context results-passkey results-recurrence \
 	results-switch-positions clean
@@ -49,6 +49,14 @@ test-all: $(INSTALLED)
 
 test-lowest: $(LOW)/.installed
 	$(QUIET) PYTHONPATH=$(CURDIR) $(LOW)/bin/python -m pytest $(FAST) -k "$(LOW_SKIPS)" $(CORE)
+
+# checkpoints written on one release load on the other, with equal logits
+check-releases: $(LOW)/.installed
+	rm -rf outputs/releases
+	for one in $(BIN) $(LOW)/bin; do PYTHONPATH=$(CURDIR) $(QUIET) $$one/python -W ignore scripts/check_releases.py \
+		write outputs/releases/$$(basename $$(dirname $$one)) || exit 1; done
+	PYTHONPATH=$(CURDIR) $(QUIET) $(LOW)/bin/python -W ignore scripts/check_releases.py read outputs/releases/$(notdir $(VENV))
+	PYTHONPATH=$(CURDIR) $(QUIET) $(BIN)/python -W ignore scripts/check_releases.py read outputs/releases/lowest
 
 # the newest that the registry has today, where the lock has another one
 test-newest: $(INSTALLED)

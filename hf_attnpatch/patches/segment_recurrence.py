@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from transformers import PreTrainedModel
 
-from ..anatomy import Anatomy
+from ..anatomy import Anatomy, angle_table
 from ..backends import FLAG, FUSED, kernel_of
 from ..configs import config_at
 from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
@@ -181,7 +181,8 @@ class SegmentRecurrence(Patch):
         paths = [place.path for place in places]
         if self.turning is not None:  # of a checkpoint, where tuples are lists
             given = ((path, self.turning[path]) for path in paths if self.turning.get(path) is not None)
-            return {path: (str(w[0]), str(w[1]), bool(w[2]), int(w[3])) for path, w in given if w is not None}
+            told = {path: (str(w[0]), str(w[1]), bool(w[2]), int(w[3])) for path, w in given if w is not None}
+            return {path: (*located(model, anatomy, path, way[:2]), *way[2:]) for path, way in told.items()}
         found = ways(model, anatomy, paths) if self.positions == "bounded" else {}
         return {path: way for path, way in found.items() if way is not None}
 
@@ -196,6 +197,23 @@ class SegmentRecurrence(Patch):
             how = sorted({("neighbours" if way[2] else "halves") for way in turning.values() if way is not None})
             yield f"positions begin anew in each segment; keys in memory are turned back ({', '.join(how)})"
         yield "what a text was before a call is carried where a stream is open or a cache is passed, and nowhere else"
+
+
+def located(model: PreTrainedModel, anatomy: Anatomy, path: str, said: tuple[str, str]) -> tuple[str, str]:
+    """Return where this release keeps the angles that a checkpoint, perhaps of another, says stand somewhere.
+
+    Raises:
+        UnsupportedArchitecture: it keeps none there, nor in a table.
+    """
+    modules = dict(model.named_modules())
+    if said[0] in modules and hasattr(modules[said[0]], said[1]):
+        return said
+    tables = [each for each in anatomy.inner if each == path] or list(anatomy.inner)
+    if not tables:
+        raise UnsupportedArchitecture(
+            f"{said[0]}: the checkpoint was written where this module kept its angles as {said[1]!r}; here it does not."
+        )
+    return tables[0], str(angle_table(modules[tables[0]]))
 
 
 def _places(model: PreTrainedModel, anatomy: Anatomy) -> tuple[list[Place], bool]:

@@ -11,7 +11,7 @@ from transformers import Cache
 
 from ..errors import AttnPatchError
 from ..functional.segments import NOBODY
-from ..upstream.caches import DynamicLayer, overriding
+from ..upstream.caches import DynamicLayer, overriding, queries
 from .sinks import Layers, Sinks, named_layers, selected
 
 
@@ -150,9 +150,9 @@ class RecurrentCache(Cache):  # type: ignore[misc]  # transformers is not follow
         """No limit."""
         return -1
 
-    def get_mask_sizes(self, query_length: int, *_: Any, **__: Any) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: Any, *_: Any, **__: Any) -> tuple[int, int]:
         """Sizes of the mask of the new columns alone."""
-        return query_length, 0
+        return queries(query_length), 0
 
     @property
     def is_compileable(self) -> bool:
