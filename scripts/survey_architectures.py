@@ -3,7 +3,7 @@
     python scripts/survey_architectures.py                       # everything; JSON and the README's support table
     python scripts/survey_architectures.py --resume              # the same, going on where one was cut off
     python scripts/survey_architectures.py --types llama gpt2    # some; printed, nothing written
-    python scripts/survey_architectures.py --quick               # what applies now and did not, and the reverse; no invariants
+    python scripts/survey_architectures.py --quick               # what applies now and did not, or the reverse
     python scripts/survey_architectures.py --render              # the README's table again, from the JSON
     python scripts/survey_architectures.py --check               # exit 1 unless README and JSON agree
 
@@ -163,7 +163,7 @@ def survey(
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Yield each cell that is of another status than in an earlier survey, the lost ones first, and how many are equal."""
+    """Yield each cell that applied in an earlier survey and does not, or the reverse; then how many are as before."""
     pairs = [
         (row, case, before["rows"].get(row, {}).get(case, {}).get("status", "-"), found)
         for row, cases in now["rows"].items()
@@ -185,9 +185,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=[], help="only these model types; nothing is written")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--limit", type=int, default=LIMIT, help="seconds for one question; more on a busy machine")
-    parser.add_argument(
-        "--quick", action="store_true", help="apply and revert only; prints the differences to the JSON"
-    )
+    parser.add_argument("--quick", action="store_true", help="apply and revert only; prints what changed")
     parser.add_argument("--resume", action="store_true", help="keep the answers of a survey that was cut off")
     parser.add_argument("--render", action="store_true", help="write the README's table from the JSON that is there")
     parser.add_argument("--check", action="store_true", help="exit 1 unless the README's table is that of the JSON")
