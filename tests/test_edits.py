@@ -147,13 +147,24 @@ def test_attention_is_set_in_every_config_and_each_gets_its_own_back():
     assert model.config.text_config._attn_implementation == "eager"
 
 
-def test_a_replaced_module_keeps_mode_and_order():
-    model = tiny_model("llama")
-    attention = model.model.layers[0].self_attn.train()
+@pytest.mark.parametrize("training", [True, False])
+def test_a_new_module_keeps_mode_and_order(training):
+    model = tiny_model("llama").train(training)
+    attention = model.model.layers[0].self_attn
+    attention.v_proj.train(not training)  # whatever stands beside it
     names = list(attention._modules)
     EDITS["a module"].run(model)
-    assert attention.k_proj.training
+    EDITS["a child that was not there"].run(model)
+    assert attention.k_proj.training is training
+    assert model.model.added.training is training
     assert list(attention._modules) == names
+
+
+def test_a_replaced_module_has_the_mode_of_the_one_it_replaces():
+    model = tiny_model("llama")
+    model.model.layers[0].self_attn.k_proj.train()  # alone: what surrounds it is in eval mode
+    EDITS["a module"].run(model)
+    assert model.model.layers[0].self_attn.k_proj.training
 
 
 def test_new_tensors_are_made_only_when_an_edit_runs():

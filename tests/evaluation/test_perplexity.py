@@ -70,6 +70,18 @@ def test_a_first_token_counts_in_the_length():
     assert found[32].nats == pytest.approx(sum(map(sum, rows)) / 20, abs=1e-6)
 
 
+def test_a_first_token_stands_before_a_window_that_is_shorter_by_it():
+    """Documents longer than the windows, so that a window at the wrong place is another one."""
+    model, texts = llama(), documents((40, 45))
+    found = evaluation.perplexity(model, texts, lengths=(32,), targets=10, window=16, stride=5, bos_token_id=7)
+    rows = [by_hand(model, [7, *ids[-31:]], 10) for ids in texts]
+    assert found[32].nats == pytest.approx(sum(map(sum, rows)) / 20, abs=1e-6)
+    rows = [by_hand(model, [7, *ids[-15:]], 10) for ids in texts]
+    assert found.truncated.nats == pytest.approx(sum(map(sum, rows)) / 20, abs=1e-6)
+    rows = [by_hand(model, [7, *ids[: len(ids) - back][-15:]], 5) for ids in texts for back in (5, 0)]
+    assert found.sliding.nats == pytest.approx(sum(map(sum, rows)) / 20, abs=1e-6)
+
+
 @pytest.mark.parametrize("elements", [2**25, 300])
 def test_by_position_is_a_plain_loop(elements, monkeypatch):
     monkeypatch.setattr(logits, "_ELEMENTS", elements)
