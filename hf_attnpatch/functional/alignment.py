@@ -49,7 +49,7 @@ def _rotations(rows: Tensor) -> Tensor:
     """Orthogonal matrices (members, size, size) that turn each member's rows towards the mean of all turned ones."""
     mean = rows[0]
     turn = torch.eye(rows.shape[1], dtype=rows.dtype).expand(len(rows), -1, -1)
-    for _ in range(ROUNDS if rows.shape[1] else 0):
+    for _ in range(ROUNDS):
         u, _, v = torch.linalg.svd(mean @ rows.transpose(1, 2))
         turn = u @ v
         mean = (turn @ rows).mean(dim=0)
