@@ -27,12 +27,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", help="paths inside hf_attnpatch; none: all of the config")
     parser.add_argument("--survivors", action="store_true", help="only mutants that were not killed when last run")
+    parser.add_argument("--tree", type=Path, default=worker.ROOT, help="another checkout, such as the one before")
     parser.add_argument("--list", action="store_true", help="count mutants and run nothing")
     args = parser.parse_args()
     config = yaml.safe_load(CONFIG.read_text("utf-8"))
+    worker.enter(args.tree)
     for name in args.modules or config["modules"]:
         if args.list:
-            print(name, len(mutants.mutants((worker.ROOT / "hf_attnpatch" / name).read_text("utf-8"))))
+            print(name, len(mutants.mutants(Path("hf_attnpatch", name).read_text("utf-8"))))
         else:
             run(name, config, args.survivors)
 
@@ -40,7 +42,7 @@ def main() -> None:
 def run(name: str, config: dict, survivors: bool) -> None:  # type: ignore[type-arg]
     """One module: its tests as they are, then with each mutant, then the files of results."""
     started = time.monotonic()
-    path = worker.ROOT / "hf_attnpatch" / name
+    path = Path.cwd() / "hf_attnpatch" / name
     own = {**config["defaults"], **config["modules"][name]}
     everything = mutants.mutants(path.read_text("utf-8"))
     modules, rows = page.read(RESULTS)
@@ -50,7 +52,7 @@ def run(name: str, config: dict, survivors: bool) -> None:  # type: ignore[type-
         drawn = [one for one in everything if one.key in alive]
         if not drawn:
             return
-    tests = worker.baseline(path, own["tests"])
+    tests = worker.baseline(path, [file for file in own["tests"] if Path(file).exists()])
     found: dict[tuple[str, ...], page.Row] = {}
     outcomes: Counter[str] = Counter()
     for one in drawn:

@@ -112,6 +112,12 @@ class _Served(importlib.machinery.SourceFileLoader, importlib.abc.MetaPathFinder
         return compile(self.source, self.path, "exec", dont_inherit=True)
 
 
+def enter(tree: Path) -> None:
+    """Take package and tests from this checkout."""
+    os.chdir(tree)
+    sys.path.insert(0, str(tree.resolve()))
+
+
 def baseline(path: Path, files: Sequence[str]) -> Baseline:
     """Run the tests of a module as it is, in a fork, and import here what they imported of other projects.
 
@@ -204,8 +210,6 @@ def _forked(work: Callable[[], int], limit: float, show: bool = False) -> tuple[
 def _in_child(work: Callable[[], int], show: bool) -> None:
     code = 3
     try:
-        os.chdir(ROOT)
-        sys.path.insert(0, str(ROOT))
         torch.set_num_threads(1)
         if not show:
             null = os.open(os.devnull, os.O_WRONLY)
