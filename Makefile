@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
 LOW := $(VENV)/lowest
+MUTATE := $(VENV)/mutation
+MUTMUT := mutmut==3.8.1
 LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 # what must hold on the lowest transformers; the other contract tests compare with what the newest does wrong by itself
 CORE := tests/functional tests/test_edits.py tests/test_anatomy.py tests/test_grouped_query.py tests/test_rope_scaling.py \
@@ -21,7 +23,7 @@ FAST := -n $(WORKERS) -m "not full and not slow"
 # the workers already fill the cores; a thread pool in each would only get in their way
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-all test-lowest lint format survey bench bench-alibi bench-relative bench-decode bench-extend check-diagnose \
+.PHONY: demo test test-all test-lowest mutation lint format survey bench bench-alibi bench-relative bench-decode bench-extend check-diagnose \
 	downstream peers results-grouped-query results-extend-context results-passkey results-recurrence \
 	results-switch-positions clean
 
@@ -36,6 +38,10 @@ test-all: $(VENV)/.installed
 
 test-lowest: $(LOW)/.installed
 	$(QUIET) PYTHONPATH=$(CURDIR) $(LOW)/bin/python -m pytest $(FAST) -k "$(LOW_SKIPS)" $(CORE)
+
+# what the tests do not notice: about two hours of one core; `scripts/mutation.py --survivors` is quicker
+mutation: $(MUTATE)/.installed
+	$(QUIET) $(MUTATE)/bin/python scripts/mutation.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -133,6 +139,13 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install $(TORCH)
 	@echo "== 3/3 installing hf_attnpatch and its development tools"
 	$(BIN)/python -m pip install -e '.[dev]'
+	@touch $@
+
+$(MUTATE)/.installed: $(VENV)/.installed
+	@echo "== installing $(MUTMUT), whose operators scripts/mutants.py uses"
+	$(PYTHON) -m venv $(MUTATE)
+	$(abspath $(BIN))/python -c "import site; print(site.getsitepackages()[0])" > $$(echo $(MUTATE)/lib/python3*/site-packages)/base.pth
+	$(MUTATE)/bin/python -m pip install --quiet $(MUTMUT)
 	@touch $@
 
 # another transformers in front of the packages of $(VENV), so that torch is there once only

@@ -58,7 +58,7 @@ def mutants(source: str) -> list[Mutant]:
     seen: Counter[tuple[str, str, str]] = Counter()
     found = []
     for place, operator, node, new in collector.found:
-        text = deep_replace(wrapper.module, node, new).code  # type: ignore[union-attr]
+        text = deep_replace(wrapper.module, node, new).code
         old_lines, new_lines = _changed(source, text)
         key = place[0], old_lines, new_lines
         if old_lines != new_lines and _compiles(text):
@@ -196,7 +196,7 @@ class _Collector(cst.CSTVisitor):
 
 
 def _results(operator: object, node: cst.CSTNode) -> Iterable[cst.CSTNode]:
-    return list(operator(node))  # type: ignore[operator]
+    return list(operator(node))
 
 
 def _hidden(node: cst.CSTNode) -> bool:

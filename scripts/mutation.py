@@ -39,7 +39,7 @@ def main() -> None:
             run(name, config, args.survivors)
 
 
-def run(name: str, config: dict, survivors: bool) -> None:  # type: ignore[type-arg]
+def run(name: str, config: dict, survivors: bool) -> None:
     """One module: its tests as they are, then with each mutant, then the files of results."""
     started = time.monotonic()
     path = Path.cwd() / "hf_attnpatch" / name
@@ -72,20 +72,20 @@ def run(name: str, config: dict, survivors: bool) -> None:  # type: ignore[type-
     print(f"{name}: {len(drawn)} of {len(everything)} in {seconds} s, {dict(outcomes)}", flush=True)
 
 
-def _reason(one: mutants.Mutant, own: dict) -> str:  # type: ignore[type-arg]
+def _reason(one: mutants.Mutant, own: dict) -> str:
     """Why no test could see it, of the config's entries: a function, and a pattern that the new lines match."""
     entries = (e for e in own.get("equivalent", ()) if e["in"] == one.function and re.search(e["new"], one.new))
     return next((e["why"] for e in entries), "")
 
 
-def _outcome(name: str, path: Path, one: mutants.Mutant, tests: worker.Baseline, own: dict) -> str:  # type: ignore[type-arg]
+def _outcome(name: str, path: Path, one: mutants.Mutant, tests: worker.Baseline, own: dict) -> str:
     chosen = tests.tests(one.lines)
     limit = own["patience"] + 4 * sum(tests.seconds[test] for test in chosen)
     module = "hf_attnpatch." + name.removesuffix(".py").replace("/", ".")
     return worker.outcome(module, path, one.source, chosen, limit)
 
 
-def _merge(rows: dict, found: dict, name: str, survivors: bool) -> None:  # type: ignore[type-arg]
+def _merge(rows: dict, found: dict, name: str, survivors: bool) -> None:
     """Keep what a mutant did first; drop those that were killed both times; mark those whose code is gone."""
     for key, row in found.items():
         if key in rows:

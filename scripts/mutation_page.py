@@ -119,7 +119,7 @@ def _bullet(row: Row) -> str:
     return f"* {place}: {change}" + (f": {row.why}" if row.why else f" ({row.now})")
 
 
-def _rows(path: Path, kind: type) -> list:  # type: ignore[type-arg]
+def _rows(path: Path, kind: type) -> list:
     if not path.is_file():
         return []
     numbers = {f.name for f in fields(kind) if f.type == "int"}
@@ -127,7 +127,7 @@ def _rows(path: Path, kind: type) -> list:  # type: ignore[type-arg]
         return [kind(**{k: int(v) if k in numbers else v for k, v in row.items()}) for row in csv.DictReader(file)]
 
 
-def _save(path: Path, kind: type, rows: list) -> None:  # type: ignore[type-arg]
+def _save(path: Path, kind: type, rows: list) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(kind)], lineterminator="\n")
         writer.writeheader()

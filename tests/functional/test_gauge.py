@@ -121,10 +121,10 @@ def test_a_seed_draws_the_same_gauge():
 
 @pytest.mark.parametrize("frame", [rotary(400, 400, True), unrotated(200)], ids=["planes", "block"])
 def test_the_spread_is_that_of_the_factors_logarithms(frame):
-    for given in ((), (1.0,)):
-        key, _ = random_gauge(frame, torch.Generator().manual_seed(0), *given)
+    for asked in ((), (1.0,)):
+        key, _ = random_gauge(frame, torch.Generator().manual_seed(0), *asked)
         logarithms = torch.linalg.svdvals(key).log()
-        assert float(logarithms.std()) == pytest.approx(*given or (0.5,), rel=0.15)
+        assert float(logarithms.std()) == pytest.approx(*asked or (0.5,), rel=0.15)
         assert float(logarithms.mean().abs()) < 0.2
 
 
