@@ -5,7 +5,8 @@
         assert out.device == CUDA
 
 What is written for a GPU runs, with numbers to compare, and a tensor that was made on the CPU by mistake is an error,
-as it would be there. Kernels that the CPU has not (flash attention of CUDA) need stand-ins of their own.
+as it would be there; so is an index from the CPU, which a GPU takes, but has to wait for. Kernels that the CPU has not
+(flash attention of CUDA) need stand-ins of their own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA, MPS, CPU = torch.device("cuda", 0), torch.device("mps", 0), torch.device("cpu")
-_INDEXING = ("__getitem__", "__setitem__", "index")  # an index may be on the CPU
 
 
 class PretendedGpu(TorchFunctionMode):
@@ -39,12 +39,7 @@ class PretendedGpu(TorchFunctionMode):
         if name == "to":  # like another tensor
             assert not any(isinstance(a, str) for a in args), "say torch.device(...)"
             asked += [self.device if self._here(t) else CPU for t in args[1:] if isinstance(t, torch.Tensor)]
-        if (
-            not asked
-            and here
-            and name not in _INDEXING
-            and any(t.dim() and t.numel() and not self._here(t) for t in tensors)
-        ):
+        if not asked and here and any(t.dim() and t.numel() and not self._here(t) for t in tensors):
             raise RuntimeError(f"{name}: tensors on {self.device} and cpu")
         args, kwargs = tree_map(lambda a: CPU if isinstance(a, torch.device) else a, (args, kwargs))
         kwargs = {**kwargs, **({"device": CPU} if kwargs.get("device") else {})}

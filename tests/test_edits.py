@@ -8,6 +8,7 @@ from torch import nn
 
 import hf_attnpatch as ap
 from hf_attnpatch import foreign
+from hf_attnpatch.edit import short
 from hf_attnpatch.edits import (
     AddModule,
     AddPreHook,
@@ -19,6 +20,7 @@ from hf_attnpatch.edits import (
     SetConfig,
     SetConfigClass,
 )
+from hf_attnpatch.rope.request_angles import RequestAngles
 
 
 class _Hook:
@@ -199,6 +201,52 @@ def test_a_user_s_hook_is_not_lost_without_a_word(hang):
     with pytest.raises(ap.AttnPatchError, match=r"h\.0\.attn\.c_attn: carries the hook <lambda>.*take it off"):
         ap.patch_grouped_query(model, num_kv_heads=1, method="mean")
     assert snapshot(model) == before
+
+
+class _Named(_Hook):
+    """A hook that is no function."""
+
+
+def test_hooks_that_a_new_module_still_has_are_not_lost():
+    model = tiny_model("llama")
+    old = model.model.norm
+    hook = _Named()
+    old.register_forward_pre_hook(hook, with_kwargs=True)
+    ReplaceModule("model.norm", nn.Sequential, "around it").run(model)
+    assert model.model.norm[0] is old
+    with pytest.raises(ap.AttnPatchError, match=r"^model\.norm\.0: carries the hook _Named, which"):
+        ReplaceModule("model.norm.0", lambda _: nn.Identity(), "instead of it").run(model)
+
+
+@pytest.mark.parametrize("hang", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+def test_a_hook_deep_inside_counts_and_one_of_this_package_does_not(hang):
+    model = tiny_model("llama")
+    own = RequestAngles(None, None, ())
+    getattr(model.model.layers[1].mlp.up_proj, hang)(own)
+    inverse = ReplaceModule("model.layers.1", lambda _: nn.Identity(), "").run(model)
+    inverse.undo()
+    getattr(model.model.layers[1].mlp.up_proj, hang)(_Named())
+    with pytest.raises(ap.AttnPatchError, match=r"model\.layers\.1: carries the hook _Named"):
+        ReplaceModule("model.layers.1", lambda _: nn.Identity(), "").run(model)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_none_is_a_value_and_not_an_absence(there):
+    model = tiny_model("llama")
+    if there:
+        model.lm_head.note = "old"
+    inverse = SetAttribute("lm_head", "note", None).run(model)
+    assert inverse.stands()
+    del model.lm_head.note
+    assert not inverse.stands()
+
+
+@pytest.mark.parametrize("length", [1, 59, 60, 61, 62, 200])
+def test_a_value_is_shown_on_one_line_of_sixty_characters(length):
+    value = "a b".ljust(length, "x")[:length]
+    shown = short(value.replace(" ", "\n  \t"))
+    assert len(shown) <= 60
+    assert shown == value if length <= 60 else (shown == value[:57] + "...")
 
 
 def test_nor_is_a_parametrization():

@@ -9,7 +9,7 @@ from measured_models import MODELS, gpt2, llama
 from transformers import LlamaForCausalLM
 
 from hf_attnpatch import EvaluationError, evaluation
-from hf_attnpatch.evaluation import logits
+from hf_attnpatch.evaluation import logits, windows
 
 
 def documents(sizes=(40, 33, 48, 40)):
@@ -120,6 +120,34 @@ def test_logits_are_made_for_the_targets_only(elements, monkeypatch):
     model.lm_head = Widest(32, 40, bias=False)
     evaluation.perplexity(model, documents(), lengths=(32,), targets=6, window=32, stride=6, batch_tokens=128)
     assert model.lm_head.widest == (4 * 6 if elements > 400 else 4 * (400 // 160))
+
+
+def test_documents_longer_than_a_batch_go_one_by_one():
+    model = llama()
+    model.lm_head = Widest(32, 40, bias=False)
+    found = evaluation.perplexity(model, documents(), lengths=(32,), targets=6, window=32, stride=6, batch_tokens=31)
+    assert model.lm_head.widest == 6
+    assert found[32].tokens == 24
+
+
+def test_documents_may_be_tensors_of_any_integers():
+    wanted = evaluation.perplexity(llama(), documents(), lengths=(16,), targets=4)
+    for dtype in (torch.int32, torch.int64, torch.uint8):
+        texts = [torch.tensor(ids, dtype=dtype) for ids in documents()]
+        assert evaluation.perplexity(llama(), texts, lengths=(16,), targets=4) == wanted
+
+
+def test_tokens_go_to_the_model_s_device(monkeypatch):
+    seen = []
+
+    def losses(model, ids, targets):
+        seen.extend([ids.device, targets.device])
+        return torch.zeros(targets.shape)
+
+    monkeypatch.setattr(windows, "token_losses", losses)
+    monkeypatch.setattr(windows, "device_of", lambda model: torch.device("meta"))
+    evaluation.perplexity(llama(), documents(), lengths=(16,), targets=4)
+    assert set(seen) == {torch.device("meta")}
 
 
 def test_a_head_that_cannot_be_narrowed_is_left_alone():
