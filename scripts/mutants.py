@@ -205,6 +205,9 @@ def _hidden(node: cst.CSTNode) -> bool:
     checker = m.Call(func=m.Name("cast") | m.Name("TypeVar") | m.Name("ParamSpec"))
     names = m.SimpleStatementLine(body=[m.Assign(targets=[m.AssignTarget(m.Name("__all__"))])])
     ours = m.Arg(keyword=m.Name("strict"))  # of zip: an assertion, which only a mistake of our own would meet
-    checking = m.If(test=m.Name("TYPE_CHECKING"))
-    unread = checking | m.Annotation() | m.Decorator() | m.Import() | m.ImportFrom() | docstring | checker | names | ours
+    chosen = m.Param(default=m.Integer() | m.Float() | m.Tuple())  # a default is a choice, not a consequence
+    checking = chosen | m.If(test=m.Name("TYPE_CHECKING"))
+    unread = (
+        checking | m.Annotation() | m.Decorator() | m.Import() | m.ImportFrom() | docstring | checker | names | ours
+    )
     return m.matches(node, unread)

@@ -95,6 +95,36 @@ def test_by_position_is_a_plain_loop(elements, monkeypatch):
     assert evaluation.loss_by_position(model, texts, bins=32).edges[-1] == 33  # the shortest document
 
 
+def test_a_stride_is_a_quarter_of_the_targets():
+    for targets, stride in [(12, 3), (10, 2), (3, 1)]:
+        found = evaluation.perplexity(llama(), documents(), lengths=(16,), targets=targets, resamples=10)
+        assert found.stride == stride
+
+
+def test_as_many_resamples_as_asked_for():
+    few, more = (evaluation.perplexity(llama(), documents(), lengths=(16,), targets=4, resamples=n) for n in (3, 200))
+    assert few[16].nats == more[16].nats
+    assert few[16].high - few[16].low != more[16].high - more[16].low
+
+
+def test_a_first_token_is_one():
+    short, options = [[5] * 30], {"targets": 4, "bos_token_id": 7}
+    assert evaluation.perplexity(llama(), short, lengths=(31,), **options)[31].tokens == 4
+    with pytest.raises(EvaluationError, match="document 0: 30 tokens, wanted at least 31"):
+        evaluation.perplexity(llama(), short, lengths=(32,), **options)
+
+
+def test_the_table_has_a_line_for_each_length_and_both_baselines():
+    found = evaluation.perplexity(llama(), documents(), lengths=(8, 16), targets=4, window=12, stride=2)
+    head, *lines = str(found).split("\n")
+    assert head == "last 4 tokens of 4 documents, nats per token (95 % over documents), perplexity"
+    scores = (found[8], found[16], found.truncated, found.sliding)
+    assert [line[:18].strip() for line in lines] == ["8", "16", "truncated 12", "sliding 12"]
+    for line, score in zip(lines, scores, strict=True):
+        shown = f"{score.nats:.4f} [{score.low:.4f}, {score.high:.4f}]  {math.exp(score.nats):.2f}"
+        assert line[18:].strip() == shown
+
+
 def test_a_mapping_names_the_documents():
     texts = dict(zip("abcd", documents(), strict=True))
     found = evaluation.perplexity(llama(), texts, lengths=(16,), targets=4)
@@ -190,6 +220,8 @@ def test_a_nan_names_its_document_and_never_averages_away():
     ("options", "message"),
     [
         ({"lengths": ()}, "at least one length"),
+        ({"lengths": (16,), "targets": 0}, "at least one length, one target"),
+        ({"lengths": (16,), "targets": 4, "stride": -1}, "a stride of 1 or more"),
         ({"lengths": (16,), "targets": 16}, "at most 15 targets"),
         ({"lengths": (16,), "targets": 8, "window": 8}, "at most 7 targets"),
         ({"lengths": (16, 400), "targets": 8}, "document 0: 40 tokens, wanted at least 400"),
