@@ -95,6 +95,12 @@ def test_by_position_is_a_plain_loop(elements, monkeypatch):
     assert evaluation.loss_by_position(model, texts, bins=32).edges[-1] == 33  # the shortest document
 
 
+def test_one_target_is_enough():
+    model, texts = llama(), documents()
+    found = evaluation.perplexity(model, texts, lengths=(2,), targets=1)
+    assert found[2].nats == pytest.approx(sum(by_hand(model, ids[-2:], 1)[0] for ids in texts) / 4, abs=1e-6)
+
+
 def test_a_stride_is_a_quarter_of_the_targets():
     for targets, stride in [(12, 3), (10, 2), (3, 1)]:
         found = evaluation.perplexity(llama(), documents(), lengths=(16,), targets=targets, resamples=10)
