@@ -29,6 +29,7 @@ import pytest
 import torch
 import transformers  # noqa: F401 - what takes the longest, before any fork
 from hypothesis import Phase, settings
+from hypothesis.internal.conjecture import providers
 
 ROOT = Path(__file__).resolve().parents[1]
 _OFF = ("cacheprovider", "xdist", "unraisableexception", "threadexception")  # the last two collect garbage: 0.4 s a run
@@ -114,6 +115,7 @@ class _Served(importlib.machinery.SourceFileLoader, importlib.abc.MetaPathFinder
 
 def enter(tree: Path) -> None:
     """Take package and tests from this checkout."""
+    providers.is_local_module_file = lambda path: False  # or every fork reads all sources for numbers to try
     os.chdir(tree)
     sys.path.insert(0, str(tree.resolve()))
 
