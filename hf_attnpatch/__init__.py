@@ -19,6 +19,7 @@ from .errors import (
     PatchConflict,
     SelfCheckFailed,
     UnsupportedArchitecture,
+    UpstreamChanged,
 )
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ __all__ = [
     "Site",
     "Stream",
     "UnsupportedArchitecture",
+    "UpstreamChanged",
     "Verification",
     "apply",
     "compare",

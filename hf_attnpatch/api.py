@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import transformers
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from . import foreign, record
 from .anatomy import describe
-from .edits import Inverse, SetConfig, SetConfigClass
+from .edits import Edit, Inverse, SetConfig, SetConfigClass
 from .errors import AttnPatchError, SelfCheckFailed
 from .patch import Patch
 from .plan import Plan, plan
@@ -26,6 +26,8 @@ from .probe import (
     trace,
 )
 from .report import Report
+from .selfcheck import decoding
+from .tested import warn_if_newer
 
 
 def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, self_check: bool = True) -> Report:
@@ -43,6 +45,7 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
     Raises:
         AttnPatchError: see :func:`plan`; and ``SelfCheckFailed`` where the patched model does not do as promised.
     """
+    warn_if_newer()
     given = None if probe is None else checked_inputs("probe", probe)
     steps = plan(model, *patches)
     if not steps.edits:
@@ -57,11 +60,13 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
             "weights and dtype, or pass probe={...} with inputs that it was made for."
         )
     findings = {s.patch.name: s.proposal.prepare(model) for s in steps.steps if s.proposal.prepare is not None}
-    inverses: list[Inverse] = []
+    edits, inverses = (*steps.edits, *_bookkeeping(model, steps, findings)), list[Inverse]()
     try:
-        for edit in (*steps.edits, *_bookkeeping(model, steps, findings)):
-            inverses.append(edit.run(model))
-        checks = {"self-check": "not run"} if inputs is None or before is None else _check(model, steps, inputs, before)
+        _run(model, edits, inverses)
+        checks = {"self-check": "not run"}
+        if inputs is not None and before is not None:
+            checks = _check(model, steps, inputs, before)
+            checks |= _check_decoding(model, steps, inputs, edits, inverses)
     except BaseException:
         _unwind(inverses)
         raise
@@ -144,12 +149,6 @@ def _check(model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Trace) -
             raise SelfCheckFailed(
                 f"{path}: ran {after.calls.get(path, 0)} times on the probe, {count} before; the patch has no effect."
             )
-    if any(edit.rung == "hook" for edit in steps.edits):
-        problem = disagreement(after.logits, trace(model, inputs, use_cache=True).logits)
-        if problem:
-            raise SelfCheckFailed(
-                f"with a cache the patched model computes something else: {problem}. It is unchanged."
-            )
     difference = largest_difference(before.logits, after.logits)
     if all(s.proposal.preserves or not s.proposal.edits for s in steps.steps):
         problem = disagreement(before.logits, after.logits)
@@ -160,6 +159,40 @@ def _check(model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Trace) -
         "sites called": f"{len(before.calls)} of {len(before.calls)}, as often as before",
         "largest change of a logit": f"{difference:.3g} of the largest logit",
     }
+
+
+def _check_decoding(
+    model: PreTrainedModel, steps: Plan, inputs: Inputs, edits: Sequence[Edit], inverses: list[Inverse]
+) -> dict[str, str]:
+    """Hold cached decoding to the full forward; a fault that the model had before the patch is said, not refused.
+
+    Raises:
+        SelfCheckFailed: the patched model decodes something else than it computes at once, and did not before.
+    """
+    promises = [s.proposal.promise for s in steps.steps if s.proposal.promise is not None]
+    problem, said = decoding(model, inputs, promises)
+    if problem is None:
+        return {"cached decoding": said}
+    _unwind(inverses)
+    before, _ = decoding(model, inputs)
+    if before is None:
+        raise SelfCheckFailed(
+            f"the patched {type(model).__name__} does not decode what it computes at once: {problem}. Before the patch "
+            "it did. The model is unchanged; please report it."
+        )
+    alone, _ = decoding(model, inputs, steps=(1, 1))
+    _run(model, edits, inverses)
+    if alone is None:
+        problem, said = decoding(model, inputs, promises, steps=(1, 1))
+        if problem is not None:
+            raise SelfCheckFailed(f"the patched {type(model).__name__} does not decode token by token: {problem}.")
+        return {"cached decoding": f"{said}; two tokens at once fail as before the patch: {before}"}
+    return {"cached decoding": f"differs from the full forward, as before the patch: {before}"}
+
+
+def _run(model: PreTrainedModel, edits: Sequence[Edit], inverses: list[Inverse]) -> None:
+    for edit in edits:
+        inverses.append(edit.run(model))
 
 
 def _unwind(inverses: list[Inverse]) -> None:

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from architectures import tiny_inputs, tiny_model
+from caches import CACHE
 from tolerances import ROUNDING
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.masking_utils import sliding_window_overlay
@@ -164,7 +165,7 @@ def test_greedy_generation_equals_forwards_without_a_cache(model_type, cache):
         cache
     ]
     options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    found = model.generate(**inputs, attention_mask=mask, past_key_values=kind(), **options)
+    found = model.generate(**inputs, attention_mask=mask, **{CACHE: kind()}, **options)
     ids = inputs["input_ids"]
     for _ in range(10):
         ids = torch.cat(

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from .. import foreign
 from ..backends import FLAG
 from ..probe import _counting, input_device
+from ..upstream.find import auto_classes
 from .subject import Answer, Measured, Subject, compare
 
 
@@ -77,7 +77,7 @@ def _loader(model: PreTrainedModel) -> Any:
     name = type(model).__name__.removeprefix("Patched")
     for auto, cls in foreign._auto_models(type(model.config)).items():
         if cls.removeprefix("Patched") == name:
-            return getattr(modeling_auto, auto)
+            return getattr(auto_classes(), auto)
     return foreign.twin_of(name, model.config) or type(model)
 
 

@@ -15,13 +15,15 @@ from ..configs import config_at
 from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.segments import Segments
-from ..fused.deferring import bias_name, cache_name, variants
+from ..fused.deferring import variants
 from ..patch import Patch, Proposal
 from ..recurrence.attention import BELOW, base, key, register_recurrent
 from ..recurrence.modules import Recalling, Recurrent, recalling_of
 from ..recurrence.native import Remembering, window_of
 from ..recurrence.survey import STATIC, Way, check_agrees, ways
-from ..sites import Place, dispatching, names_of
+from ..sites import Place, dispatching
+from ..upstream import words
+from ..upstream.roles import roles_of
 
 KERNELS = ("eager", *FLAG)
 _OVER_THE_PROBE = Segments(4, 32)  # longer than what it reads
@@ -135,7 +137,7 @@ class SegmentRecurrence(Patch):
         self, model: PreTrainedModel, anatomy: Anatomy, places: list[Place], decoder: str, segments: Segments
     ) -> Edit:
         hook = Recalling(
-            names_of(model.get_submodule(decoder)),
+            roles_of(model.get_submodule(decoder)),
             config_at(model, places[0].config),
             segments,
             self.positions == "bounded",
@@ -146,8 +148,11 @@ class SegmentRecurrence(Patch):
 
     def _check(self, model: PreTrainedModel, anatomy: Anatomy, places: list[Place], decoder: str) -> None:
         placed = anatomy.rotary or anatomy.inner or anatomy.tables
-        wanted = ("position_ids", "past_key_values") if placed else ("past_key_values",)
-        absent = next((name for name in wanted if name not in names_of(model.get_submodule(decoder))), None)
+        wanted, roles = (
+            (words.POSITIONS, words.CACHE) if placed else (words.CACHE,),
+            roles_of(model.get_submodule(decoder)),
+        )
+        absent = next((role for role in wanted if not roles.takes(role)), None)
         if absent is not None:
             raise UnsupportedArchitecture(f"{decoder}: its forward takes no {absent}, by which it is told what is new.")
         types = set(getattr(config_at(model, places[0].config), "layer_types", None) or ["full_attention"])
@@ -231,9 +236,7 @@ def _window(model: PreTrainedModel, place: Place) -> int | None:
 
 def _remembering(model: PreTrainedModel, places: list[Place], kernel: str) -> Iterator[Edit]:
     for place in places:
-        names = names_of(model.get_submodule(place.path))
-        config = config_at(model, place.config)
-        hook = Remembering(names, cache_name(names), config, kernel, bias_name(names))
+        hook = Remembering(roles_of(model.get_submodule(place.path)), config_at(model, place.config), kernel)
         yield AddPreHook(place.path, hook, "its cache hands it the memory")
 
 
@@ -264,9 +267,7 @@ def _kernel(model: PreTrainedModel) -> str:
 
 def _decoder(model: PreTrainedModel, anatomy: Anatomy, places: list[Place]) -> str:
     """Return the module that makes the masks: the one that holds the list of layers, or the one around it (BERT)."""
-    if anatomy.base is not None and {"input_ids", "past_key_values"} <= set(
-        names_of(model.get_submodule(anatomy.base))
-    ):
+    if anatomy.base is not None and roles_of(model.get_submodule(anatomy.base)).takes(words.TOKENS, words.CACHE):
         return anatomy.base
     parts = places[0].path.split(".")
     cut = next((i for i, part in enumerate(parts) if part.isdigit()), None)

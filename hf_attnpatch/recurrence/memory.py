@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import Cache
 
 from ..errors import AttnPatchError
 from ..functional.segments import NOBODY
+from ..upstream.caches import DynamicLayer, overriding
 from .sinks import Layers, Sinks, named_layers, selected
 
 
@@ -108,8 +109,9 @@ class Memory:
         self.count, self.shift, self.columns = state["count"].cpu(), state["shift"].cpu(), int(state["columns"])
 
 
+@overriding("SegmentRecurrence", "get_mask_sizes")
 class RecurrentCache(Cache):  # type: ignore[misc]  # transformers is not followed
-    """What ``generate`` and manual decoding hold as ``past_key_values``: a view of a :class:`Memory`.
+    """What ``generate`` and manual decoding hold as their cache: a view of a :class:`Memory`.
 
     Attention modules pass it by: their attention function reads and writes the memory.
 

@@ -9,9 +9,6 @@ from snapshot import snapshot
 import hf_attnpatch as ap
 from hf_attnpatch.probe import default_inputs, trace
 
-# PEFT 0.21 itself still asks by the old name
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-
 # model type -> query and output projections, and the key or fused projection that the patch has replaced
 TARGETS = {
     "llama": (["q_proj", "o_proj"], "k_proj"),

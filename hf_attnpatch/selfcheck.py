@@ -1,0 +1,97 @@
+"""What ``apply`` asks of a patched model beyond one forward: that it decodes what it computes at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .errors import SelfCheckFailed
+from .invariants.noise import rounding
+from .probe import Inputs, default_inputs, disagreement, largest_difference, quiet, valid
+from .stepwise import STEPS, NoCache, in_pieces, rereads
+from .upstream import words
+from .upstream.roles import predicted, roles_of
+
+Promise = Callable[[Any], str | None]  # is shown the cache of a decoded text, and says what is wrong with it
+_TEXT = (words.TOKENS, words.MASK, words.POSITIONS, words.DECODER_TOKENS)
+NO_CACHE = "generate was seen to read the whole text again for each token: there is no cache to check"
+
+
+def decoding(
+    model: PreTrainedModel, inputs: Inputs, promises: Iterable[Promise] = (), steps: tuple[int, ...] = STEPS
+) -> tuple[str | None, str]:
+    """Compare decoding with the full forward: a prefill, two single tokens and two at once, one row left-padded.
+
+    Args:
+        model: patched or not; left as it was.
+        inputs: of its forward; where there is more in them than text, the default ones are taken.
+        promises: of patches about the cache.
+        steps: tokens of each step after the prefill.
+
+    Returns:
+        What is wrong, or None; and what was found, in a few words.
+
+    Raises:
+        SelfCheckFailed: a promise is broken, or the model generates with a cache that was not found.
+    """
+    if not model.can_generate():
+        return None, "the model does not generate"
+    roles = roles_of(model)
+    text = {roles.names.get(role) for role in _TEXT}
+    given = _placed(model, inputs if set(inputs) <= text else default_inputs(model))
+    caches: list[Any] = []
+    with quiet(model), torch.no_grad():
+        try:
+            wanted, found = _both(model, given, steps, caches)
+        except NoCache as error:
+            if rereads(model, {name: t for name, t in given.items() if name in text - {roles.names.get(words.MASK)}}):
+                return None, NO_CACHE
+            raise SelfCheckFailed(
+                f"{error} Its cached decoding could not be checked; the model is unchanged."
+            ) from error
+        except (ValueError, TypeError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
+            text_of = " ".join(f"{type(error).__name__}: {error}".split())
+            return f"decoding with a cache fails ({text_of[:200]})", ""
+        problem = _apart(model, given, wanted, found)
+    for promise in promises:
+        broken = None if not caches else promise(caches[-1])
+        if broken is not None:
+            raise SelfCheckFailed(f"{broken}. The model is unchanged.")
+    said = " and ".join(f"{n} token{'s' * (n > 1)}" for n in dict.fromkeys(steps))
+    return problem, f"a prefill and steps of {said} equal the full forward, one row left-padded"
+
+
+def _placed(model: PreTrainedModel, inputs: Inputs) -> dict[str, Tensor]:
+    """Return the inputs with positions as ``generate`` passes them, where the model takes any and none are given."""
+    roles = roles_of(model)
+    mask = inputs.get(roles.names.get(words.MASK, ""))
+    if mask is None or not roles.takes(words.POSITIONS) or roles.name(words.POSITIONS) in inputs:
+        return dict(inputs)
+    return {**inputs, roles.name(words.POSITIONS): (mask.cumsum(-1) - 1).clamp_min(0)}
+
+
+def _both(model: PreTrainedModel, given: Inputs, steps: tuple[int, ...], caches: list[Any]) -> tuple[Tensor, Tensor]:
+    """Return the predictions of the full forward, and of the same text fed in pieces."""
+    roles = roles_of(model)
+    stream = roles.names.get(words.DECODER_TOKENS, "")
+    length = given[stream if stream in given else roles.name(words.TOKENS)].shape[-1]
+    sizes = [length - sum(steps), *steps] if length > sum(steps) else [1] * length
+    found = in_pieces(model, given, sizes, caches.append)
+    without = roles.call(**{words.USE_CACHE: False}) if roles.takes(words.USE_CACHE) else {}
+    return predicted(model(**given, **without)), found
+
+
+def _apart(model: PreTrainedModel, given: Inputs, wanted: Tensor, found: Tensor) -> str | None:
+    """Say how far apart both are, or None where rounding explains it: usually, or as measured in this model."""
+    problem = disagreement(valid(model, wanted, given), valid(model, found, given))
+    if problem is None or wanted.shape != found.shape or not found.isfinite().all():
+        return problem
+    apart = largest_difference(valid(model, wanted, given), valid(model, found, given))
+    return None if apart <= rounding(model, lambda: predicted(model(**given))) else problem
+
+
+__all__ = ["NO_CACHE", "Promise", "decoding"]
