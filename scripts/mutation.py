@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("modules", nargs="*", help="paths inside hf_attnpatch; none: all of the config")
     parser.add_argument("--survivors", action="store_true", help="only mutants that were not killed when last run")
     parser.add_argument("--tree", type=Path, default=worker.ROOT, help="another checkout, such as the one before")
+    parser.add_argument("--sample", type=int, help="mutants of each module, in the place of the config's numbers")
     parser.add_argument("--list", action="store_true", help="count mutants and run nothing")
     args = parser.parse_args()
     config = yaml.safe_load(CONFIG.read_text("utf-8"))
@@ -35,17 +36,17 @@ def main() -> None:
         if args.list:
             print(name, len(mutants.mutants(Path("hf_attnpatch", name).read_text("utf-8"))))
         else:
-            run(name, config, args.survivors)
+            own = {**config["defaults"], **config["modules"][name], "seed": config["seed"]}
+            run(name, {**own, **({"sample": args.sample} if args.sample else {})}, args.survivors)
 
 
-def run(name: str, config: dict, survivors: bool) -> None:
+def run(name: str, own: dict, survivors: bool) -> None:
     """One module: its tests as they are, then with each mutant, then the files of results."""
     started = time.monotonic()
     path = Path.cwd() / "hf_attnpatch" / name
-    own = {**config["defaults"], **config["modules"][name]}
     everything = mutants.mutants(path.read_text("utf-8"))
     modules, rows = page.read(RESULTS)
-    drawn = mutants.sample(everything, own["sample"], config["seed"])
+    drawn = mutants.sample(everything, own["sample"], own["seed"])
     if survivors:
         alive = {row.key[1:] for row in rows.values() if row.module == name and row.now != "killed"}
         drawn = [one for one in everything if one.key in alive]

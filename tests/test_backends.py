@@ -8,13 +8,12 @@ import pytest
 import torch
 from architectures import tiny_model
 from transformers import AttentionInterface
-from transformers.integrations.flex_attention import flex_attention_forward
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
 from hf_attnpatch import MissingExtra, backends
 from hf_attnpatch.backends import Candidate, dense, kernel_of, obstacle, ranked
-from hf_attnpatch.positions import alibi_attention, alibi_flash, relative_attention
+from hf_attnpatch.positions import alibi_attention, alibi_flash, relative_attention, turning
+from hf_attnpatch.upstream.calls import flex_attention, sdpa_attention
 
 HALF = (torch.float16, torch.bfloat16)
 # (oldest compute capability, packages): FlashAttention's README: 2 for Ampere, Ada and Hopper; 3 for Hopper; 4 for
@@ -171,13 +170,10 @@ def test_each_kernel_gets_its_function_and_the_masks_it_understands(prefix, regi
 def test_rotating_functions_are_those_of_the_kernels(monkeypatch):
     _forget(monkeypatch, "rotary_")
     backends.register_rotary()
-    inner = {"sdpa": sdpa_attention_forward, "flex_attention": flex_attention_forward, "eager": alibi_attention.eager}
+    inner = {"sdpa": sdpa_attention, "flex_attention": flex_attention, "eager": alibi_attention.eager}
     for name in (*backends.FLAG, "eager"):
         attention, _ = _registered("rotary_" + name)
-        calls = []
-        wanted = inner.get(name) or alibi_flash.flash(name)
-        free = [cell.cell_contents for cell in attention.__closure__ or ()] + [getattr(attention, "__wrapped__", None)]
-        assert any(value is wanted for value in free), (name, calls)
+        assert attention is turning.turning(inner.get(name) or alibi_flash.flash(name))
 
 
 def test_masks_without_a_function_for_families_that_compute_attention_themselves(monkeypatch):

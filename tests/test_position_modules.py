@@ -24,6 +24,7 @@ from hf_attnpatch.positions.modules import (
     bias_left_out,
     turns_nothing,
 )
+from hf_attnpatch.upstream.roles import roles_of
 
 EMBEDDINGS = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
 
@@ -79,17 +80,22 @@ def test_a_table_that_is_gone_adds_a_zero_of_any_kind():
 # -- hooks ------------------------------------------------------------------------------------------------------------
 
 
+class Rotary(nn.Module):
+    """A rotary module, for what it calls its arguments."""
+
+    def forward(self, x, position_ids, layer_type=None):
+        return x, position_ids, layer_type
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
-def test_zero_angles_puts_every_token_at_the_start(dtype):
-    hook, states, places = ZeroAngles(1), torch.ones(1, 3), torch.arange(3).to(dtype)[None]
-    args, kwargs = hook(nn.Identity(), (states,), {"position_ids": places, "layer_type": "full"})
-    assert args == (states,)
-    assert set(kwargs) == {"position_ids", "layer_type"}
-    assert torch.equal(kwargs["position_ids"], torch.zeros(1, 3, dtype=dtype))
-    args, kwargs = hook(nn.Identity(), (states, places), {"layer_type": "full"})
-    assert args[0] is states
-    assert torch.equal(args[1], torch.zeros(1, 3, dtype=dtype))
-    assert kwargs == {"layer_type": "full"}
+@pytest.mark.parametrize("named", [True, False])
+def test_zero_angles_puts_every_token_at_the_start(dtype, named):
+    rotary, states, places = Rotary(), torch.ones(1, 3), torch.arange(3).to(dtype)[None]
+    rotary.register_forward_pre_hook(ZeroAngles(roles_of(rotary)), with_kwargs=True)
+    found = rotary(states, position_ids=places, layer_type="full") if named else rotary(states, places, "full")
+    assert found[0] is states
+    assert torch.equal(found[1], torch.zeros(1, 3, dtype=dtype))
+    assert found[2] == "full"
     assert torch.equal(places, torch.arange(3).to(dtype)[None])  # what a caller holds is as it was
 
 
@@ -98,7 +104,7 @@ def test_marks_are_found_where_they_stand():
     assert not turns_nothing(module)
     module.register_forward_pre_hook(lambda *_: None)
     assert not turns_nothing(module)
-    module.register_forward_pre_hook(ZeroAngles(0), with_kwargs=True)
+    module.register_forward_pre_hook(ZeroAngles(roles_of(module)), with_kwargs=True)
     assert turns_nothing(module)
     assert alibi_of(module) is None
     assert not bias_left_out(module)
