@@ -45,27 +45,27 @@ def run(name: str, own: dict, survivors: bool) -> None:
     started = time.monotonic()
     path = Path.cwd() / "hf_attnpatch" / name
     everything = mutants.mutants(path.read_text("utf-8"))
-    modules, rows = page.read(RESULTS)
     drawn = mutants.sample(everything, own["sample"], own["seed"])
     if survivors:
-        alive = {row.key[1:] for row in rows.values() if row.module == name and row.now != "killed"}
-        drawn = [one for one in everything if one.key in alive]
-        if not drawn:
-            return
-    tests = worker.baseline(path, [file for file in own["tests"] if Path(file).exists()])
+        left = [row for row in page.read(RESULTS)[1].values() if row.module == name and row.now in page.ALIVE]
+        drawn = [one for one in everything if one.key in {row.key[1:] for row in left}]
+    tests = worker.baseline(path, [file for file in own["tests"] if Path(file).exists()]) if drawn else None
     found: dict[tuple[str, ...], page.Row] = {}
     outcomes: Counter[str] = Counter()
     for one in drawn:
-        result = _outcome(name, path, one, tests, own)
-        outcomes[result] += 1
-        why = _reason(one, own) if result == "survived" else ""
+        why = _reason(one, own)
+        result = "survived" if why and survivors else _outcome(name, path, one, tests, own)
+        why = why if result == "survived" else ""
+        outcomes["equivalent" if why else result] += 1
         row = page.Row(name, *one.key, one.operator, one.lines[0], result, "equivalent" if why else result, why)
         found[row.key] = row
-        if result != "killed":
+        if result != "killed" and not why:
             print(f"{result:12}{name}:{one.lines[0]} {one.function} [{one.operator}]\n    - {one.old}\n    + {one.new}")
     seconds = round(time.monotonic() - started)
+    modules, rows = page.read(RESULTS)  # now: another module may have been written meanwhile
     if name not in modules:
-        counts = (outcomes[k] for k in ("killed", "survived", "timeout", "not covered"))
+        alive = outcomes["survived"] + outcomes["equivalent"]
+        counts = (outcomes["killed"], alive, outcomes["timeout"], outcomes["not covered"])
         modules[name] = page.Module(name, len(everything), len(drawn), *counts, seconds)
     _merge(rows, found, name, survivors)
     page.write(RESULTS, modules, rows)
@@ -78,7 +78,8 @@ def _reason(one: mutants.Mutant, own: dict) -> str:
     return next((e["why"] for e in entries), "")
 
 
-def _outcome(name: str, path: Path, one: mutants.Mutant, tests: worker.Baseline, own: dict) -> str:
+def _outcome(name: str, path: Path, one: mutants.Mutant, tests: worker.Baseline | None, own: dict) -> str:
+    assert tests is not None
     chosen = tests.tests(one.lines)
     limit = own["patience"] + 4 * sum(tests.seconds[test] for test in chosen)
     module = "hf_attnpatch." + name.removesuffix(".py").replace("/", ".")
@@ -93,7 +94,7 @@ def _merge(rows: dict, found: dict, name: str, survivors: bool) -> None:
         if row.first != "killed" or row.now != "killed":
             rows[key] = row
     for key, row in rows.items():
-        if row.module == name and key not in found and not (survivors and row.now == "killed"):
+        if row.module == name and key not in found and (not survivors or row.now in page.ALIVE):
             row.now = "gone"
 
 

@@ -24,9 +24,10 @@ _COLUMNS = {
     "alive": "survive now",
     "bare": "not reached now",
     "same": "equivalent",
+    "gone": "code gone",
     "seconds": "seconds",
 }
-_ALIVE = ("survived", "not covered")
+ALIVE = ("survived", "not covered")
 
 
 @dataclass
@@ -97,12 +98,13 @@ def _page(modules: dict[str, Module], rows: list[Row]) -> str:
     for name, module in sorted(modules.items()):
         own = Counter(row.now for row in rows if row.module == name)
         cells = {**asdict(module), "alive": own["survived"], "bare": own["not covered"], "same": own["equivalent"]}
+        cells["gone"] = own["gone"]
         cells.pop("module")
         sums.update(cells)
         lines.append(_line(f"`{name}`", cells))
     head = ("| module | " + " | ".join(_COLUMNS.values()) + " |", "| --- |" + " ---: |" * len(_COLUMNS))
     text = _HEAD + "\n".join([*head, *lines, _line("all", sums)]) + "\n"
-    for title, wanted in (("Alive", _ALIVE), ("Equivalent: no test can see them", ("equivalent",))):
+    for title, wanted in (("Alive", ALIVE), ("Equivalent: no test can see them", ("equivalent",))):
         found = [row for row in rows if row.now in wanted]
         if found:
             text += f"\n## {title}\n\n" + "\n".join(map(_bullet, found)) + "\n"

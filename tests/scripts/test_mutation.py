@@ -72,7 +72,7 @@ def test_pages_count_what_is_left(tmp_path):
     assert modules == {module.module: module}
     assert again == {row.key: row for row in rows}
     text = (tmp_path / "README.md").read_text()
-    assert "| `functional/a.py` | 90 | 40 | 35 | 1 | 4 | 0 | 1 | 0 | 1 | 12 |" in text
-    assert "| all | 90 | 40 | 35 | 1 | 4 | 0 | 1 | 0 | 1 | 12 |" in text
+    assert "| `functional/a.py` | 90 | 40 | 35 | 1 | 4 | 0 | 1 | 0 | 1 | 0 | 12 |" in text
+    assert "| all | 90 | 40 | 35 | 1 | 4 | 0 | 1 | 0 | 1 | 0 | 12 |" in text
     assert text.count("`` x = 1 `` ->") == 2
     assert "as good" in text
