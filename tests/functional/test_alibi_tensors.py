@@ -289,3 +289,22 @@ def test_positions_among_padding_are_counted_for_a_rounded_bias():
     )
     counts = torch.tensor([[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]])
     assert torch.equal(found, torch.tensor([0.5, 0.25])[:, None] * counts[:, None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_two_ways_far_apart_weigh_as_they_should(dtype):
+    """Columns of far queries are rounded by whole nats, the same for all keys of a pass, but not for both passes."""
+    slope, length = alibi.slopes(12)[8:11], 500  # no powers of two
+    states = [t.to(dtype).requires_grad_() for t in _states(heads=3, kv=3, queries=length, keys=length)]
+    found = biased.attend(*states, Distance(slope), Sight(False), 0.3)
+    exact = [t.detach().double().requires_grad_() for t in states]
+    matrix = alibi.bias(slope, torch.arange(length), torch.arange(length))
+    wanted, _ = reference.attention(*exact, scale=0.3, bias=matrix)
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
+    assert found.dtype == dtype
+    assert (found.double() - wanted).abs().max() < tolerance * wanted.abs().max()
+    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    got = torch.autograd.grad((found.double() * weight).sum(), states)
+    for one, two in zip(got, torch.autograd.grad((wanted * weight).sum(), exact), strict=True):
+        assert one.dtype == dtype
+        assert (one.double() - two).abs().max() < 2 * tolerance * two.abs().max()
