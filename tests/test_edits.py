@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
 from architectures import tiny_model
 from snapshot import snapshot
 from torch import nn
@@ -228,6 +229,27 @@ def test_a_hook_deep_inside_counts_and_one_of_this_package_does_not(hang):
     getattr(model.model.layers[1].mlp.up_proj, hang)(_Named())
     with pytest.raises(ap.AttnPatchError, match=r"model\.layers\.1: carries the hook _Named"):
         ReplaceModule("model.layers.1", lambda _: nn.Identity(), "").run(model)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_accelerate_s_hook_goes_with_the_place_and_keeps_each_module_s_own_weights(nested):
+    model = tiny_model("llama")
+    old = model.model.layers[0].self_attn.k_proj
+    kept = old.weight.detach().clone()
+    hook = AlignDevicesHook(execution_device="cpu", offload=True)
+    add_hook_to_module(old, SequentialHook(hook) if nested else hook)
+    weights = dict(hook.weights_map)
+    inverse = EDITS["a module"].run(model)
+    new = model.model.layers[0].self_attn.k_proj
+    own = new._hf_hook.hooks[0] if nested else new._hf_hook
+    assert own is not hook
+    assert own.offload
+    assert own.weights_map["weight"].shape == (2 * old.out_features, old.in_features)
+    assert all(hook.weights_map[name] is tensor for name, tensor in weights.items())  # the old one's are as they were
+    assert new(torch.ones(1, old.in_features)).shape == (1, 2 * old.out_features)
+    inverse.undo()
+    assert model.model.layers[0].self_attn.k_proj is old
+    torch.testing.assert_close(old(torch.eye(old.in_features)), kept.T)
 
 
 @pytest.mark.parametrize("there", [True, False])
