@@ -11,6 +11,7 @@ import hf_attnpatch as ap
 from hf_attnpatch import foreign
 from hf_attnpatch.edit import short
 from hf_attnpatch.edits import (
+    AddHook,
     AddModule,
     AddPreHook,
     Edit,
@@ -29,6 +30,11 @@ class _Hook:
         return args, kwargs
 
 
+class _Behind:
+    def __call__(self, module, args, kwargs, output):
+        return output
+
+
 def _wider(old):
     return nn.Linear(old.in_features, 2 * old.out_features, bias=False)
 
@@ -43,6 +49,7 @@ EDITS = {
     "a child that was not there": AddModule("model", "added", lambda base: nn.Linear(2, 2), "a small one"),
     "a buffer": SetBuffer("model.rotary_emb", "inv_freq", lambda old: old + 1, "one more"),
     "a hook": AddPreHook("model.layers.0.self_attn", _Hook(), "does nothing"),
+    "a hook behind it": AddHook("model.layers.1.self_attn", _Behind(), "does nothing"),
     "the attention function": SetAttention("", "eager"),
     "the class of the config": SetConfigClass("", foreign.config_class(type(tiny_model("llama").config))),
 }
@@ -64,7 +71,59 @@ def test_an_edit_stands_until_its_inverse_takes_it_back(edit):
 
 
 def test_every_edit_is_tested_here():
-    assert {type(edit) for edit in EDITS.values()} == set(Edit.__subclasses__())
+    kinds = Edit.__subclasses__()
+    kinds += [deeper for kind in kinds for deeper in kind.__subclasses__()]
+    assert {type(edit) for edit in EDITS.values()} == set(kinds)
+    assert all(f"{edit.rung}," in Edit.__doc__ or f"{edit.rung}." in Edit.__doc__ for edit in EDITS.values())
+
+
+def test_what_was_not_there_is_shown_as_nothing():
+    model = tiny_model("llama")
+    new = ("a child that was not there", "a hook", "a hook behind it")
+    assert [name for name, edit in EDITS.items() if edit.preview(model)[0] == "-"] == [*new]
+    assert [EDITS[name].preview(model)[1] for name in new] == ["a small one", "does nothing", "does nothing"]
+
+
+@pytest.mark.parametrize("kind", [AddPreHook, AddHook])
+@pytest.mark.parametrize("first", [None, True, False])
+def test_hooks_stand_behind_those_there_unless_they_are_to_be_first(kind, first):
+    model, order = tiny_model("llama"), []
+    norm = model.model.norm
+
+    class Noting:
+        def __init__(self, name):
+            self.name = name
+
+        def __call__(self, module, args, kwargs, *output):
+            order.append(self.name)
+
+    hang = norm.register_forward_pre_hook if kind is AddPreHook else norm.register_forward_hook
+    hang(Noting("theirs"), with_kwargs=True)
+    inverse = kind("model.norm", Noting("ours"), "", **({} if first is None else {"first": first})).run(model)
+    norm(torch.ones(1, norm.weight.shape[0]))
+    assert order == (["ours", "theirs"] if first else ["theirs", "ours"])
+    inverse.undo()
+    order.clear()
+    norm(torch.ones(1, norm.weight.shape[0]))
+    assert order == ["theirs"]
+
+
+def test_a_config_that_names_no_attention_names_none_again():
+    model = tiny_model("gemma3")
+    del model.config.vision_config.__dict__["_attn_implementation_internal"]
+    inverse = SetAttention("", "eager").run(model)
+    assert model.config.vision_config._attn_implementation == "eager"
+    inverse.undo()
+    assert "_attn_implementation_internal" not in vars(model.config.vision_config)
+
+
+def test_a_family_that_chooses_its_attention_when_built_is_left_as_it_was():
+    """transformers only logs that it will not."""
+    model = tiny_model("falcon", attn_implementation="eager")
+    before = snapshot(model)
+    with pytest.raises(ap.UnsupportedArchitecture, match="chooses its attention when it is built"):
+        SetAttention("", "sdpa").run(model)
+    assert snapshot(model) == before
 
 
 def test_claims_tell_places_apart():

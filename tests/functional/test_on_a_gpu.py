@@ -191,6 +191,7 @@ def _backward(part, efficient):
     assert grad.is_contiguous()
     assert grad.shape == out.shape == (*part.query.shape[:3], part.value.shape[3])
     assert part.philox_seed.dtype == part.philox_offset.dtype == torch.int64
+    assert part.philox_seed.device == part.philox_offset.device == part.query.device
     grad = grad.double()
     rows = (_scores(part) - part.logsumexp[..., None].double()).exp()
     on_scores = rows * (grad @ part.value.double().mT - (grad * out).sum(-1, keepdim=True))
@@ -213,7 +214,7 @@ def kernels(monkeypatch):
 
 
 @pytest.mark.parametrize("kv", [4, 2, 1])
-@pytest.mark.parametrize("width", [8, 12])
+@pytest.mark.parametrize("width", [8, 10])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_flash_kernels_are_given_what_they_take(kv, width, causal, dtype, kernels):
