@@ -10,6 +10,8 @@ LOCK ?= constraints.txt
 
 BIN := $(VENV)/bin
 LOW := $(VENV)/lowest
+MUTATE := $(VENV)/mutation
+MUTMUT := mutmut==3.8.1
 NEW := $(VENV)/newest
 LOCKING := $(VENV)/locking
 INSTALLED := $(VENV)/.installed$(if $(LOCK),,-unlocked)
@@ -34,7 +36,8 @@ FAST := -n $(WORKERS) -m "not full and not slow"
 # the workers already fill the cores; a thread pool in each would only get in their way
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-all test-lowest test-newest check-releases lock newest lint format survey drift bench bench-alibi bench-relative \
+.PHONY: demo test test-all test-lowest test-newest check-releases mutation lock newest lint format survey drift \
+	bench bench-alibi bench-relative \
 	bench-decode bench-extend check-diagnose \
 	downstream peers results-grouped-query results-extend-context results-passkey results-recurrence \
 	results-switch-positions clean
@@ -69,6 +72,10 @@ test-newest: $(INSTALLED)
 	if [ "$$newest" = "$$locked" ]; then echo "transformers $$newest is the newest and the locked one: not run twice"; else \
 	echo "== core tests on transformers $$newest (locked: $$locked)"; \
 	$(QUIET) PYTHONPATH=$(CURDIR) $(NEW)/bin/python -m pytest $(FAST) $(CORE); fi
+
+# what the tests do not notice: hours of one core; `scripts/mutation.py --survivors` asks again for what was left
+mutation: $(MUTATE)/.installed
+	$(QUIET) $(MUTATE)/bin/python scripts/mutation.py
 
 lock: $(LOCKING)/.installed
 	$(LOCKING)/bin/python scripts/lock.py --torch $(TORCH)
@@ -198,6 +205,12 @@ $(LOW)/.installed: $(INSTALLED)
 	@echo "== installing transformers $(LOWEST), the lowest that pyproject.toml declares"
 	$(call layered,$(LOW))
 	$(LOW)/bin/python -m pip install --quiet transformers==$(LOWEST)
+	@touch $@
+
+$(MUTATE)/.installed: $(INSTALLED)
+	@echo "== installing $(MUTMUT), whose operators scripts/mutants.py uses"
+	$(call layered,$(MUTATE))
+	$(MUTATE)/bin/python -m pip install --quiet $(MUTMUT)
 	@touch $@
 
 $(LOCKING)/.installed: Makefile

@@ -126,7 +126,7 @@ def kernel_of(implementation: str) -> str:
 
 def dense(implementation: str) -> str:
     """Return the implementation that computes every score, with what this package's prefixes add to it."""
-    kernel = next((name for name in FLAG if implementation.endswith(name)), implementation)
+    kernel = next((name for name in (*FLAG, "eager") if implementation.endswith(name)), implementation)
     return implementation.removesuffix(kernel) + "eager"
 
 

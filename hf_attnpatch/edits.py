@@ -57,9 +57,7 @@ class SetConfig(Edit):
         field = config.attribute_map.get(self.field, self.field)
         old = store.get(field, _ABSENT)
         setattr(config, self.field, self.value)  # lets the config validate
-        store[field] = old
-        if old is _ABSENT:
-            del store[field]
+        store[field] = old  # or its absence, as the swap knows it
         return _swap(store, field, self.value, self.claim)
 
 

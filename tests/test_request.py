@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import hf_attnpatch as ap
 from hf_attnpatch.invariants.training import _checkpoint
+from hf_attnpatch.rope.request_angles import RequestAngles
 
 WINDOW, FACTOR = 32, 4.0
 KINDS = ("linear", "ntk", "ntk_by_parts", "yarn", "llama3", "resonance", "clipped")
@@ -154,6 +155,19 @@ def test_nothing_leaks_from_one_request_to_the_next():
         model(TOKENS[:, :20] + 1000)  # no such token
     assert torch.equal(model(TOKENS[:, :20]).logits, short)
     assert torch.equal(model(TOKENS).logits, long)
+
+
+def test_modules_of_old_lengths_are_let_go():
+    model = _patched()
+    hook = next(hook for hook in model.model.rotary_emb._forward_hooks.values() if isinstance(hook, RequestAngles))
+    first = model(TOKENS[:1, : WINDOW + 1]).logits
+    for length in range(WINDOW + 1, WINDOW + 41):
+        model(TOKENS[:1, :length])
+    assert [length for length, _ in hook.modules] == [*range(WINDOW + 9, WINDOW + 41)]  # the last 32
+    assert torch.equal(model(TOKENS[:1, : WINDOW + 1]).logits, first)  # made anew
+    newest = hook.modules[(WINDOW + 40, "cpu")]
+    model(TOKENS[:1, : WINDOW + 40])
+    assert hook.modules[(WINDOW + 40, "cpu")] is newest
 
 
 def test_two_threads_keep_their_own_lengths():

@@ -9,7 +9,7 @@ from hf_attnpatch.functional import pieces, reference, rotary, spanned
 from hf_attnpatch.functional.rerotation import Turning
 from hf_attnpatch.functional.spans import Bifocal, Chunked, Clipped, Grouped, Sinks
 
-LENGTH, WIDTH, SCALE = 61, 16, 0.25
+LENGTH, WIDTH, SCALE = 61, 16, 0.3  # no kernel's default scale
 SPANS = [
     Grouped(7, 3, 10),
     Grouped(8, 4, 8),
@@ -18,6 +18,7 @@ SPANS = [
     Bifocal(4, 11),
     Chunked(9, 3, 12),
     Chunked(9, 2, 9),
+    Chunked(9, 3, 4),
     Sinks(2, 6),
     Sinks(0, 6),
 ]
