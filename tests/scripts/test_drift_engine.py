@@ -137,6 +137,11 @@ def test_an_argument_goes_in_front():
     assert changed(functions, text) == wanted
 
 
+def test_a_function_from_outside_gets_no_argument():
+    text = "from outside import make_mask\n\nmake_mask(1)\n"
+    assert changed(AddArgument("^make_mask$", "purpose", calls="^make_mask$"), text) == text
+
+
 @pytest.mark.parametrize(
     "choice", ["kind = MadeAttention if a else Other\n", "kind = {1: MadeAttention}\n", "kind = Other()\n"]
 )
