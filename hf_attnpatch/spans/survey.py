@@ -118,9 +118,14 @@ def _way(
         if all(largest_difference(now, then) <= allowed for now, then in zip(after.calls[0][:2], turned, strict=True)):
             return rotary, buffer, turning.interleaved, turning.first
     raise UnsupportedArchitecture(
-        f"{path}: its keys turn with position in none of the ways that are known (halves or neighbours, all of a head, "
+        f"{path}: its keys turn with position in none of the ways that are known, by the frequencies found in "
+        f"{', '.join(sorted(_read(model, anatomy))) or 'no buffer'} (halves or neighbours, all of a head, "
         "its first or its last dimensions), so that they cannot be turned further."
     )
+
+
+def _read(model: PreTrainedModel, anatomy: Anatomy) -> set[str]:
+    return {f"{r.path}.{name}" for r in anatomy.rotary for name in frequencies(model.get_submodule(r.path))}
 
 
 def _ways(model: PreTrainedModel, anatomy: Anatomy, width: int) -> Iterator[tuple[str, str, Turning]]:
