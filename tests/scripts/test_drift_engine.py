@@ -100,6 +100,16 @@ def test_the_same_name_elsewhere_is_no_collision():
     assert changed(Rename("mask", "seen"), text) == text.replace("mask", "seen")
 
 
+@pytest.mark.parametrize("text", ['f"{x}mask"', 'f"{x}_mask"', 'f"{x}.mask"', 'f"{x}.mask.{y}"', 'f"{x}" f"{y}_mask"'])
+def test_a_name_made_of_parts_follows(text):
+    assert changed(Rename("mask", "seen"), text) == text.replace("mask", "seen")
+
+
+@pytest.mark.parametrize("text", ['f"{x} mask"', 'f"{x}mask is no name"', 'f"mask {x}"', 'f"{x}_masks"', 'f"{a_mask}"'])
+def test_words_of_a_message_do_not(text):
+    assert changed(Rename("mask", "seen"), text) == text
+
+
 def test_roles_and_patterns_choose():
     text = 'class Cache:\n    def update(self, x):\n        return x.update(self.layers[0].update(x), "update")\n'
     method = Rename("update", "append", ("method",), inside="Cache")
