@@ -13,7 +13,7 @@ from .edits import first_layers
 from .errors import SelfCheckFailed
 from .invariants.noise import rounding
 from .probe import Inputs, default_inputs, disagreement, largest_difference, quiet, valid
-from .stepwise import STEPS, NoCache, in_pieces, rereads
+from .stepwise import STEPS, NoCache, in_pieces, remembers, rereads, writes_as_it_reads
 from .upstream import words
 from .upstream.roles import predicted, roles_of
 
@@ -71,8 +71,14 @@ def _asked(
         try:
             wanted, found = _both(model, given, steps, caches)
         except NoCache as error:
-            if rereads(model, {name: t for name, t in given.items() if name in text - {roles.names.get(words.MASK)}}):
+            if _apart(model, given, _whole(model, given), error.found) is None:
+                return None, "modules keep their own state, by which single steps equal the full forward"
+            plain = {name: t for name, t in given.items() if name in text - {roles.names.get(words.MASK)}}
+            if rereads(model, plain):
                 return None, NO_CACHE
+            alone = {name: t for name, t in plain.items() if name == roles.name(words.TOKENS)}
+            if remembers(model, plain) and writes_as_it_reads(model, alone):
+                return None, "modules keep their own state; the tokens of generate are those of full forwards"
             raise SelfCheckFailed(
                 f"{error} Its cached decoding could not be checked; the model is unchanged."
             ) from error
@@ -132,9 +138,11 @@ def _both(model: PreTrainedModel, given: Inputs, steps: tuple[int, ...], caches:
     stream = roles.names.get(words.DECODER_TOKENS, "")
     length = given[stream if stream in given else roles.name(words.TOKENS)].shape[-1]
     sizes = [length - sum(steps), *steps] if length > sum(steps) else [1] * length
-    found = in_pieces(model, given, sizes, caches.append)
-    without = roles.call(**{words.USE_CACHE: False}) if roles.takes(words.USE_CACHE) else {}
-    return predicted(model(**given, **without)), found
+    return _whole(model, given), in_pieces(model, given, sizes, caches.append)
+
+
+def _whole(model: PreTrainedModel, given: Inputs) -> Tensor:
+    return predicted(model(**given, **roles_of(model).call(**{words.USE_CACHE: False})))
 
 
 def _apart(model: PreTrainedModel, given: Inputs, wanted: Tensor, found: Tensor) -> str | None:

@@ -91,7 +91,8 @@ def returned(output: Any) -> Mapping[str, Any]:
     """
     fields = output_fields(output)
     found = {name: value for name, value in fields.items() if isinstance(value, Cache)}
-    known = {name: fields[name] for name in words.ARGUMENTS[words.CACHE] if fields.get(name) is not None}
+    others = (*words.ARGUMENTS[words.CACHE], *words.OTHER_STATES)
+    known = {name: fields[name] for name in others if fields.get(name) is not None}
     return found or known
 
 

@@ -47,8 +47,12 @@ OTHER_ARGUMENTS: Final = frozenset(
         *("labels", "return_dict", "output_hidden_states", "output_router_logits", "logits_to_keep", "cache_position"),
         *("encoder_outputs", "encoder_hidden_states", "encoder_attention_mask", "decoder_attention_mask", "head_mask"),
         *("decoder_inputs_embeds", "pixel_values", "next_sentence_label", "num_logits_to_keep"),
+        *("perm_mask", "target_mapping", "input_mask", "use_mems", "mems"),  # XLNet
     }
 )
+
+# Fields of an output by which older families go on from it, which hold no cache of keys and values.
+OTHER_STATES: Final = ("state", "past_buckets_states", "mems")
 
 # Columns of a tokenizer's output and of data sets, which are no part of any model.
 INPUT_IDS: Final = "input_ids"
