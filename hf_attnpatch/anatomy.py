@@ -18,7 +18,7 @@ from .positions.relative import relative_of
 from .positions.turning import rotation_of
 from .sites import Site, read_sites
 from .upstream import words
-from .upstream.roles import learn, makes_angles, roles_of
+from .upstream.roles import frequencies, learn, makes_angles, roles_of
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,7 @@ def _wrapper_message(model: Any) -> str:
 
 def _rotary(model: PreTrainedModel) -> Iterator[tuple[RotaryModule, bool]]:
     for path, module in model.named_modules():
-        names = {n for n, _ in module.named_buffers(recurse=False)}
-        if any(n.endswith("inv_freq") for n in names):
+        if frequencies(module):
             kind: Any = getattr(module, "rope_type", "default")
             types = dict(kind) if isinstance(kind, Mapping) else str(kind)
             config = config_path(model, getattr(module, "config", None))

@@ -18,9 +18,9 @@ from .plan import Plan, plan
 from .probe import (
     Inputs,
     Trace,
+    brief_inputs,
     check_in_memory,
     checked_inputs,
-    default_inputs,
     disagreement,
     largest_difference,
     trace,
@@ -39,7 +39,7 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
     Args:
         model: a transformers model with its weights in memory.
         patches: in order.
-        probe: inputs for the self-check; by default two rows of ten tokens, one left-padded.
+        probe: inputs for the self-check; by default two rows of eight tokens, one left-padded.
         self_check: run the model on the probe before and after. Turn off only where it cannot run here.
 
     Raises:
@@ -52,7 +52,7 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
         return Report(steps, {"edits": "none needed; the model is untouched"}, None)
     check_in_memory(model)
     sites = tuple(dict.fromkeys(path for step in steps.steps for path in step.proposal.sites))
-    inputs = (default_inputs(model) if given is None else given) if self_check else None
+    inputs = (brief_inputs(model) if given is None else given) if self_check else None
     before = None if inputs is None else trace(model, inputs, sites)
     if before is not None and not before.logits.isfinite().all():
         raise AttnPatchError(
@@ -144,6 +144,9 @@ def _check(model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Trace) -
     if before.logits.shape != after.logits.shape or not after.logits.isfinite().all():
         problem = disagreement(before.logits, after.logits)
         raise SelfCheckFailed(f"after patching, the logits are wrong on the probe: {problem}. The model is unchanged.")
+    silent = next((s.patch.name for s in steps.steps if s.proposal.edits and not s.proposal.sites), None)
+    if silent is not None:
+        raise SelfCheckFailed(f"{silent} names no module whose calls could be counted: nothing would prove its effect.")
     for path, count in before.calls.items():
         if after.calls.get(path, 0) != count or not count:
             raise SelfCheckFailed(
@@ -170,20 +173,21 @@ def _check_decoding(
         SelfCheckFailed: the patched model decodes something else than it computes at once, and did not before.
     """
     promises = [s.proposal.promise for s in steps.steps if s.proposal.promise is not None]
-    problem, said = decoding(model, inputs, promises)
+    sites = [path for step in steps.steps for path in step.proposal.sites]
+    problem, said = decoding(model, inputs, sites, promises)
     if problem is None:
         return {"cached decoding": said}
     _unwind(inverses)
-    before, _ = decoding(model, inputs)
+    before, _ = decoding(model, inputs, sites)
     if before is None:
         raise SelfCheckFailed(
             f"the patched {type(model).__name__} does not decode what it computes at once: {problem}. Before the patch "
             "it did. The model is unchanged; please report it."
         )
-    alone, _ = decoding(model, inputs, steps=(1, 1))
+    alone, _ = decoding(model, inputs, sites, steps=(1, 1))
     _run(model, edits, inverses)
     if alone is None:
-        problem, said = decoding(model, inputs, promises, steps=(1, 1))
+        problem, said = decoding(model, inputs, sites, promises, steps=(1, 1))
         if problem is not None:
             raise SelfCheckFailed(f"the patched {type(model).__name__} does not decode token by token: {problem}.")
         return {"cached decoding": f"{said}; two tokens at once fail as before the patch: {before}"}

@@ -51,6 +51,15 @@ def default_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: tensor.to(input_device(model)) for name, tensor in roles_of(model).call(**inputs).items()}
 
 
+def brief_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return two rows of eight of the default tokens, the second left-padded by two: what ``apply`` runs by itself.
+
+    Raises:
+        NoWeights: there is nothing to be run.
+    """
+    return {name: tensor[:, 1:9] for name, tensor in default_inputs(model).items()}
+
+
 def tokens_of(model: PreTrainedModel, inputs: Inputs) -> Tensor:
     """Return the token ids, (batch, length), among inputs of a model's forward."""
     return inputs[roles_of(model).name(words.TOKENS)]

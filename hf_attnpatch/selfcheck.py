@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .edits import first_layers
 from .errors import SelfCheckFailed
 from .invariants.noise import rounding
 from .probe import Inputs, default_inputs, disagreement, largest_difference, quiet, valid
@@ -22,12 +23,20 @@ NO_CACHE = "generate was seen to read the whole text again for each token: there
 
 
 def decoding(
-    model: PreTrainedModel, inputs: Inputs, promises: Iterable[Promise] = (), steps: tuple[int, ...] = STEPS
+    model: PreTrainedModel,
+    inputs: Inputs,
+    sites: Sequence[str],
+    promises: Iterable[Promise] = (),
+    steps: tuple[int, ...] = STEPS,
 ) -> tuple[str | None, str]:
     """Compare decoding with the full forward: a prefill, two single tokens and two at once, one row left-padded.
 
+    The first layers are asked, as many as it takes to have one of each kind; where they disagree, or a promise is
+    about all of them, the whole model.
+
     Args:
         model: patched or not; left as it was.
+        sites: paths of modules inside the layers that may be left out.
         inputs: of its forward; where there is more in them than text, the default ones are taken.
         promises: of patches about the cache.
         steps: tokens of each step after the prefill.
@@ -40,6 +49,20 @@ def decoding(
     """
     if not model.can_generate():
         return None, "the model does not generate"
+    said = f"a prefill and steps of {' and '.join(map(str, dict.fromkeys(steps)))} tokens equal the full forward"
+    short = None if promises else one_of_each(model, sites)
+    if short is not None:
+        with first_layers(model, *short):
+            problem, found = _asked(model, inputs, (), steps)
+        if problem is None:
+            return None, found or f"{said}, one row left-padded, in the first {short[1]} of its layers"
+    problem, found = _asked(model, inputs, promises, steps)
+    return problem, found or f"{said}, one row left-padded"
+
+
+def _asked(
+    model: PreTrainedModel, inputs: Inputs, promises: Iterable[Promise], steps: tuple[int, ...]
+) -> tuple[str | None, str]:
     roles = roles_of(model)
     text = {roles.names.get(role) for role in _TEXT}
     given = _placed(model, inputs if set(inputs) <= text else default_inputs(model))
@@ -61,8 +84,37 @@ def decoding(
         broken = None if not caches else promise(caches[-1])
         if broken is not None:
             raise SelfCheckFailed(f"{broken}. The model is unchanged.")
-    said = " and ".join(f"{n} token{'s' * (n > 1)}" for n in dict.fromkeys(steps))
-    return problem, f"a prefill and steps of {said} equal the full forward, one row left-padded"
+    return problem, ""
+
+
+def one_of_each(model: PreTrainedModel, sites: Sequence[str]) -> tuple[str, int] | None:
+    """Return the list of layers that holds some modules, and how many of its first have one of each kind of layer.
+
+    None where it is no such list, or nothing would be saved.
+    """
+    parts = sites[0].split(".") if sites else []
+    cut = next((n for n, part in enumerate(parts) if part.isdigit()), 0)
+    path = ".".join(parts[:cut])
+    layers = model.get_submodule(path) if cut else None
+    if not isinstance(layers, nn.ModuleList) or not all(site.startswith(f"{path}.") for site in sites):
+        return None
+    kinds = [_kind(layer) for layer in layers]
+    count = 1 + max(kinds.index(kind) for kind in kinds)
+    return (path, count) if count < len(layers) else None
+
+
+def _kind(layer: nn.Module) -> Any:
+    """What tells layers apart: their modules' classes, hooks and plain attributes, but for the layer's own number."""
+    return [
+        (
+            path,
+            type(module),
+            [type(hook) for hook in module._forward_pre_hooks.values()],
+            [(k, v) for k, v in vars(module).items() if isinstance(v, (bool, float, str)) and k != "training"],
+            {k: v for k, v in vars(module).items() if isinstance(v, int) and k not in words.LAYER_NUMBER},
+        )
+        for path, module in layer.named_modules()
+    ]
 
 
 def _placed(model: PreTrainedModel, inputs: Inputs) -> dict[str, Tensor]:

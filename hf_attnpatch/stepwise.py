@@ -34,14 +34,12 @@ def in_pieces(
         seen: is shown the last cache.
 
     Raises:
-        NoCache: the forward takes no request for a cache, or returns none that it would take again.
+        NoCache: the forward returns no cache that it would take again.
     """
     roles = roles_of(model)
     both = roles.names.get(words.DECODER_TOKENS) in inputs
     stream = roles.name(words.DECODER_TOKENS if both else words.TOKENS)
     mask, positions = roles.names.get(words.MASK, ""), roles.names.get(words.POSITIONS, "")
-    if not roles.takes(words.USE_CACHE):
-        raise NoCache(f"{roles.owner}: its forward takes no argument by which a cache is asked for.")
     state: dict[str, Any] = {}
     found, start = [], 0
     for size in sizes:

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "constraints.txt"
 TESTED = ROOT / "hf_attnpatch" / "tested.py"
 PYTHONS = ("3.11", "3.12", "3.13")  # installed on each; the newest transformers wants 3.11 at least
+BUILDING = "wheel\neditables"  # pip builds with them what comes as source, and this package
 CUDA = re.compile(r"(nvidia|cuda|triton)\b")
 HEADER = """\
 # Every package that `make demo` and `make test` install, pinned. `make lock` writes this, `make newest` refreshes it.
@@ -54,7 +55,7 @@ def resolve(torch: str, upgrade: bool) -> str:
     command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "-", "--extra", "dev", "--universal"]
     command += ["--python-version", PYTHONS[0], "--no-annotate", "--no-emit-index-url", "--quiet", "-o", LOCK.name]
     command += ["--upgrade"] if upgrade else []
-    wanted = f"{torch}\nwheel\n"  # wheel: what comes as source is built with it by the pip of Python 3.11
+    wanted = f"{torch}\n{BUILDING}\n"
     done = subprocess.run(command, cwd=ROOT, input=wanted, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"lock: uv found no packages that fit together; constraints.txt is as it was.\n{done.stderr}")

@@ -39,6 +39,7 @@ from survey_table import summary, table
 
 import hf_attnpatch as ap
 from hf_attnpatch.invariants import INVARIANTS
+from hf_attnpatch.upstream.calls import interface
 
 sys.path.insert(0, str(readme.README.parent / "tests"))
 
@@ -81,6 +82,7 @@ def answer(question: Question, file: str) -> None:
 def ask_all(questions: Sequence[Question], workers: int, limit: float = LIMIT) -> Iterator[tuple[Question, Answer]]:
     """Asks in `workers` processes at a time, each for `limit` seconds at most, and yields answers as they come."""
     fork = multiprocessing.get_context("fork")
+    interface()  # learned once, before the processes part
     gc.freeze()  # what is here now is not looked through, and so not copied, in each process
     waiting, running = list(questions)[::-1], {}
     with tempfile.TemporaryDirectory() as folder:

@@ -66,7 +66,8 @@ def test_the_logits_stay_with_and_without_a_cache(name, dtype):
     with torch.no_grad():
         wanted = model(**inputs, use_cache=False).logits
         ap.patch_flash(model)
-        assert model.config._attn_implementation == FUSED
+        dispatches = ap.describe(model).sites[0].dispatches  # GPT-J and CodeGen from 5.24 on
+        assert model.config._attn_implementation == ("sdpa" if dispatches else FUSED)
         found = model(**inputs, use_cache=False).logits
         cached = model(**inputs, use_cache=True)
     assert largest_difference(wanted[seen], found[seen]) < ROUNDING[dtype]
@@ -110,7 +111,7 @@ def test_memory_is_linear_in_length(name):
     sizes = {}
     for patched in (False, True):
         for length in (128, 256):
-            model = tiny_model(FAMILIES[name][0], n_positions=256, max_seq_len=256)
+            model = tiny_model(FAMILIES[name][0], n_positions=256, max_seq_len=256, attn_implementation="eager")
             if patched:
                 ap.patch_flash(model)
             inputs, _ = _padded(model, length)

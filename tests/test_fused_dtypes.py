@@ -56,4 +56,4 @@ def test_falcon_counts_its_bias_once():
     ways = [
         {hook.unbiased for m in each.modules() for hook in m._forward_pre_hooks.values()} for each in (model, short)
     ]
-    assert ways[0] == ways[1] == {"alibi"}
+    assert ways[0] == ways[1] == {True}

@@ -413,7 +413,7 @@ def test_revert_is_bitwise():
         ("llama4_text", "a chunk only"),
         ("cpmant", "no memory can be handed to it"),
         ("gpt_neo", "sees a window only"),
-        ("roformer", "takes no position_ids"),
+        ("roformer", "takes no positions"),
         ("roberta", "something of its own with positions"),
         ("mamba", "keeps a state, not keys and values"),
         ("bart", "a memory is of one text"),

@@ -35,13 +35,13 @@ def copied(subject: Subject) -> Answer:
 
 
 def _matrices(subject: Subject) -> Iterator[Tensor]:
-    """Yield the projections of the first attention module that runs."""
+    """Yield the projections of the first attention module that runs; of the whole model where none does."""
     paths = tuple(site.path for site in subject.anatomy.sites)
     with _counting(subject.model, paths) as calls:
         subject.run()
     first = next((path for path in paths if calls[path]), None)
-    if first is not None:
-        yield from (p for p in subject.model.get_submodule(first).parameters() if p.dim() == 2 and p.any())
+    module = subject.model if first is None else subject.model.get_submodule(first)
+    yield from (p for p in module.parameters() if p.dim() == 2 and p.any())
 
 
 def saved_and_loaded(subject: Subject) -> Answer:

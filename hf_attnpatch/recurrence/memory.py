@@ -142,15 +142,15 @@ class RecurrentCache(Cache):  # type: ignore[misc]  # transformers is not follow
         """Return what is new: the attention function knows the rest."""
         return key_states, value_states
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
         """Columns read since the cache was made."""
         return self.memory.columns - self.begun
 
-    def get_max_length(self, layer_idx: int | None = None) -> int:
+    def get_max_length(self, *_: Any, **__: Any) -> int:
         """No limit."""
         return -1
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int, *_: Any, **__: Any) -> tuple[int, int]:
         """Sizes of the mask of the new columns alone."""
         return query_length, 0
 

@@ -20,7 +20,7 @@ from ..functional.rerotation import Turning
 from ..probe import TOLERANCE, default_inputs, largest_difference, logits_under, tokens_of, trace
 from ..upstream import words
 from ..upstream.calls import sdpa_attention, sdpa_mask
-from ..upstream.roles import roles_of
+from ..upstream.roles import frequencies, roles_of
 from .modules import frequencies_of
 from .native import Overhearing
 
@@ -151,8 +151,8 @@ def _turnings(model: PreTrainedModel, anatomy: Anatomy, width: int) -> Iterator[
         for interleaved in (False, True):
             yield path, table, Turning(frequencies_of(buffer), interleaved, 0)
     for rotary in anatomy.rotary:
-        for name, buffer in model.get_submodule(rotary.path).named_buffers(recurse=False):
-            if not name.endswith("inv_freq") or "original" in name or buffer.dim() != 1 or 2 * len(buffer) > width:
+        for name, buffer in frequencies(model.get_submodule(rotary.path)).items():
+            if "original" in name or 2 * len(buffer) > width:
                 continue
             for first in dict.fromkeys((0, width - 2 * len(buffer))):
                 for interleaved in (False, True):

@@ -21,7 +21,7 @@ from ..functional.rerotation import Turning
 from ..probe import TOLERANCE, default_inputs, largest_difference, logits_under
 from ..sites import dispatching
 from ..upstream import words
-from ..upstream.roles import roles_of
+from ..upstream.roles import frequencies, roles_of
 from .backends import register_spans
 from .modules import PREFIX, Listener, ShiftedAngles
 
@@ -126,8 +126,8 @@ def _way(
 def _ways(model: PreTrainedModel, anatomy: Anatomy, width: int) -> Iterator[tuple[str, str, Turning]]:
     for rotary in anatomy.rotary:
         module: nn.Module = model.get_submodule(rotary.path)
-        for name, buffer in module.named_buffers(recurse=False):
-            if not name.endswith("inv_freq") or "original" in name or buffer.dim() != 1 or 2 * len(buffer) > width:
+        for name, buffer in frequencies(module).items():
+            if "original" in name or 2 * len(buffer) > width:
                 continue
             for first in dict.fromkeys((0, width - 2 * len(buffer))):
                 for interleaved in (False, True):

@@ -73,7 +73,8 @@ def interface() -> Interface:
     """
     global _KNOWN
     if _KNOWN is None:
-        _KNOWN = _learned()
+        with torch.device("cpu"):  # a model that asks may be in the middle of being built without data
+            _KNOWN = _learned()
     return _KNOWN
 
 
@@ -201,7 +202,7 @@ def _listen() -> _Heard:
     sizes = {"hidden_size": _HEADS * _HEAD_DIM, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 16}
     heads = {"num_attention_heads": _HEADS, "num_key_value_heads": _KV_HEADS, "head_dim": _HEAD_DIM}
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
             config = AutoConfig.for_model("llama", **sizes, **heads, attention_dropout=_DROPOUT)
             model = AutoModelForCausalLM.from_config(config, attn_implementation=_LISTENING).train()
             learn(model)

@@ -160,6 +160,16 @@ def makes_angles(module: nn.Module) -> bool:
     return _key(module) in _MAKE_ANGLES
 
 
+def frequencies(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers of a module that hold its angles per position, (dimensions / 2,), by name.
+
+    Known by their name, or as all rows of numbers of a module that was seen to make angles.
+    """
+    rows = {name: b for name, b in module._buffers.items() if b is not None and b.dim() == 1 and b.is_floating_point()}
+    named = {name: b for name, b in rows.items() if name.endswith(words.FREQUENCIES)}
+    return named or (rows if makes_angles(module) else {})
+
+
 def learn(model: PreTrainedModel) -> None:
     """Find what the forwards of a model's class call their arguments, by running it once without data.
 
@@ -238,7 +248,8 @@ class _Probe:
             self.tokens = torch.zeros(_ROWS, _LENGTH, dtype=torch.int64)
             self.positions = torch.zeros(_ROWS, _LENGTH, dtype=torch.int64)
             self.keep = torch.ones(_ROWS, _LENGTH, dtype=torch.int64)
-        self.arrived: set[int] = set()
+        self.arrived: set[int] = set()  # what reached a module inside the language model
+        self.cached = False  # whether one of those got a cache
         self.made: list[tuple[Any, Any]] = []  # what modules returned that looks like angles, and their forwards
 
     def run(self) -> None:
@@ -246,18 +257,33 @@ class _Probe:
         self._forward({})
         if roles_of(self.model).takes(words.MASK):
             self._forward({roles_of(self.model).name(words.MASK): self.keep})  # ends where its numbers are looked at
-        roles = roles_of(self.model)
-        known = {name for spellings in words.ARGUMENTS.values() for name in spellings}
-        strange = [name for name in roles.parameters if name not in known and name not in words.OTHER_ARGUMENTS]
-        sentinels = {words.CACHE: self._cache(), words.POSITIONS: self.positions, words.MASK: self.keep}
-        for role, value in sentinels.items():
-            if value is None or roles.takes(role) or words.CACHE in roles.names and not self.model.can_generate():
+        known = {name for spellings in words.ARGUMENTS.values() for name in spellings} | words.OTHER_ARGUMENTS
+        for name in roles_of(self.model).parameters:
+            if name not in known:
+                self._try(name)
+
+    def _try(self, name: str) -> None:
+        """Give an argument of an unknown name a cache, positions, a mask, True: until one of them plays a role."""
+        for role, value in self._sentinels().items():
+            if roles_of(self.model).takes(role):
                 continue
-            for name in strange:
-                self._forward({name: value})
-                if id(value) in self.arrived:
-                    _FOUND.setdefault(_key(self.model), {})[role] = name
-                    break
+            self._forward({name: value})
+            if role == words.USE_CACHE:
+                plays = self.cached and not self._keeps(name)
+            else:
+                plays = id(value) in self.arrived
+            if plays:
+                _FOUND.setdefault(_key(self.model), {})[role] = name
+                return
+
+    def _sentinels(self) -> dict[str, Any]:
+        wanted = {words.CACHE: self._cache(), words.POSITIONS: self.positions, words.MASK: self.keep}
+        return {**{role: value for role, value in wanted.items() if value is not None}, words.USE_CACHE: True}
+
+    def _keeps(self, name: str) -> bool:
+        """Whether attention modules get a cache although an argument is False."""
+        self._forward({name: False})
+        return self.cached
 
     def _cache(self) -> Any:
         if not self.model.can_generate():
@@ -270,9 +296,11 @@ class _Probe:
     def _forward(self, more: Mapping[str, Any]) -> None:
         self.arrived.clear()
         self.made.clear()
+        self.cached = False
         roles = roles_of(self.model)
         given = {words.TOKENS: self.tokens, words.DECODER_TOKENS: self.tokens, words.USE_CACHE: True}
         given |= {words.POSITIONS: self.positions, words.CACHE: self._cache()} if not more else {}
+        given = {role: value for role, value in given.items() if roles.names.get(role) not in more}
         inputs = {k: v for k, v in roles.call(**given).items() if k in roles.parameters and v is not None}
         with self._watched(), torch.no_grad(), contextlib.suppress(*_FAILURES):
             self.model(**inputs, **more)
@@ -281,9 +309,8 @@ class _Probe:
     def _watched(self) -> Iterator[None]:
         handles = []
         for module in self.model.modules():
-            if module._modules or isinstance(module, PreTrainedModel):
-                handles.append(module.register_forward_pre_hook(self._look, with_kwargs=True))
-            else:
+            handles.append(module.register_forward_pre_hook(self._look, with_kwargs=True))
+            if not module._modules:
                 handles.append(module.register_forward_hook(self._note))
         try:
             yield
@@ -294,8 +321,12 @@ class _Probe:
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         declared = roles_of(module).parameters
         named = {**dict(zip(declared, args, strict=False)), **kwargs}
-        if module is not self.model:
+        deep = not isinstance(module, PreTrainedModel)
+        if deep:
             self.arrived |= {id(value) for value in named.values()}
+            self.cached = self.cached or any(isinstance(value, Cache) for value in named.values())
+        elif module is not self.model:  # a mask of two dimensions goes no deeper
+            self.arrived |= {id(value) for value in named.values() if value is self.keep}
         by_role: dict[str, list[str]] = {}
         for name, value in named.items():
             by_role.setdefault(self._role(value), []).append(name)
@@ -322,7 +353,8 @@ class _Probe:
             return words.MASK
         if isinstance(value, Tensor):
             whole = value.dim() == 3 and value.shape[:2] == (_ROWS, _LENGTH) and value.is_floating_point()
-            return words.STATES if whole else ""
+            square = value.dim() == 4 and value.shape[1] == 1 and value.shape[-2:] == (_LENGTH, _LENGTH)
+            return words.STATES if whole else words.MASK if square else ""
         pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, Tensor) for v in value)
         return words.ANGLES if pair and value[0].shape == value[1].shape and value[0].shape[-2] == _LENGTH else ""
 

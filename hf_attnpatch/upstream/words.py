@@ -92,6 +92,10 @@ UPDATE: Final = ("update",)
 LENGTH: Final = ("get_seq_length",)
 MOVES: Final = ("reorder_cache", "batch_select_indices")
 
+# Buffers of a rotary module: radians per position, as now and as of the original window.
+FREQUENCIES: Final = "inv_freq"
+ORIGINAL_FREQUENCIES: Final = "original_inv_freq"
+
 # What attention modules call things of their own.
 LAYER_NUMBER: Final = ("layer_idx", "layer_number", "layer_id")
 CROSS_ATTENTION: Final = ("is_cross_attention",)

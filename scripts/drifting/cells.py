@@ -173,7 +173,7 @@ def _tiny(family: str, **overrides: Any) -> Any:
 
     if family not in SEQ2SEQ:
         return tiny_model(family, encoder=family in ENCODERS, **NOT_THE_DEFAULT.get(family, {}), **overrides)
-    config = tiny_config(family, encoder=True)
+    config = tiny_config(family, encoder=True, decoder_start_token_id=0)
     model = AutoModelForSeq2SeqLM.from_config(config, **overrides)
     randomise(model)
     return model.eval()

@@ -16,6 +16,8 @@ from .source import PACKAGE, InvalidMutation, Source
 
 Change = Rename | Move | AddArgument | PassByKeyword | WrapReturn
 
+_ENGINE = ("copies", "move", "rename", "shape", "source")
+
 # what no model imports: sources of other files, and conversions of checkpoints of others
 _UNUSED = re.compile(r"(^|/)(modular_\w+|convert_\w+)\.py$")
 
@@ -52,7 +54,7 @@ def make(root: Path, place: Path, changes: Sequence[Change], models: Collection[
 
 def digest(root: Path, changes: Sequence[object]) -> str:
     """Name the copy by its changes, by the code that makes them and by the release that is changed."""
-    own = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    own = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in _ENGINE)
     parts = [own, repr(tuple(changes)).encode(), (root / "__init__.py").read_bytes()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 

@@ -185,6 +185,9 @@ def _in_fstring(source: Source, node: ast.JoinedStr, name: str) -> Iterator[tupl
     inside = defaultdict(bool, braces)
     for match in re.finditer(rf"\b{name}\b", text):
         if not inside[match.start()]:
+            # a prefix in braces, then the name: `f"{layer_type}_inv_freq"` is another word, `f"{prefix}inv_freq"` is it
+            if text[match.start() - 1] == "}" and text[match.end()] in "'\"":
+                yield "string", start + match.start()
             continue
         before, after = text[: match.start()].rstrip()[-1:], text[match.end() :].lstrip()[:2]
         called = after[:1] == "=" and after != "==" and before in "(,"

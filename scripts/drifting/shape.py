@@ -54,12 +54,24 @@ class AddArgument:
         return called in held or re.search(self.calls, called) is not None
 
     def _held(self, source: Source) -> Iterator[str]:
-        """Yield `self.x` where a class whose forward matches is made and kept."""
-        for node in ast.walk(source.tree):
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+        """Yield `self.x` where a class whose forward matches is made and kept, by its name or by another."""
+        assigned = [node for node in ast.walk(source.tree) if isinstance(node, ast.Assign)]
+        names = {
+            node.targets[0].id for node in assigned if isinstance(node.targets[0], ast.Name) and self._chosen(node)
+        }
+        for node in assigned:
+            if isinstance(node.value, ast.Call):
                 made = source.words(node.value.func).split("[")[0]
-                if made[:1].isupper() and re.search(self.definition, f"{made}.forward"):
+                if made in names or self._matches(made):
                     yield source.words(node.targets[0])
+
+    def _chosen(self, node: ast.Assign) -> bool:
+        """Whether one of several classes is what is assigned, or a table of them."""
+        several = isinstance(node.value, (ast.IfExp, ast.Dict))
+        return several and any(isinstance(n, ast.Name) and self._matches(n.id) for n in ast.walk(node.value))
+
+    def _matches(self, kind: str) -> bool:
+        return kind[:1].isupper() and re.search(self.definition, f"{kind}.forward") is not None
 
     def _in_signature(self, source: Source, node: ast.FunctionDef, method: bool) -> None:
         arguments = [*node.args.posonlyargs, *node.args.args]

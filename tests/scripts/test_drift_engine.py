@@ -137,6 +137,15 @@ def test_an_argument_goes_in_front():
     assert changed(functions, text) == wanted
 
 
+@pytest.mark.parametrize(
+    "choice", ["kind = MadeAttention if a else Other\n", "kind = {1: MadeAttention}\n", "kind = Other()\n"]
+)
+def test_a_class_may_be_chosen_from_several(choice):
+    text = f"{choice}self.attn = kind[a](b)\nself.attn(x)\n"
+    wanted = text.replace("self.attn(x)", "self.attn(None, x)") if "Made" in choice else text
+    assert changed(AddArgument(r"Attention[.]forward$", "context"), text) == wanted
+
+
 def test_a_position_becomes_a_keyword():
     change = PassByKeyword("^interface$", 2, ("mask", "bias"))
     assert changed(change, "interface(q, k, m, dropout=0)\n") == "interface(q, k, mask=m, dropout=0)\n"

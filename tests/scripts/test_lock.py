@@ -16,6 +16,7 @@ tomllib = pytest.importorskip("tomllib", reason="Python 3.11 has it, from which 
 PROJECT = tomllib.loads((lock.ROOT / "pyproject.toml").read_text("utf-8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 WANTED = [
+    *lock.BUILDING.split(),
     *PROJECT["build-system"]["requires"],
     *PROJECT["project"]["dependencies"],
     *(line for extra in ("dev", "recipes", "smollm2", "eval") for line in EXTRAS[extra]),
