@@ -45,11 +45,11 @@ def causal(queries):
     return reference.causal(queries, KEYS)[None, None]
 
 
-def rows(owner, query, key, mask, scale=None, softcap=None, sinks=None, position_bias=None, causal_bias=False):
-    """Attention rows in fp64; sinks take their share."""
+def rows(owner, query, key, mask, scale=None, softcap=None, sinks=None, position_bias=None, here=None):
+    """Attention rows in fp64; sinks take their share. The queries are the last tokens unless ``here`` says."""
     scale, query = WIDTH**-0.5 if scale is None else scale, query.double()
     keys = key.double().repeat_interleave(HEADS // key.shape[1], 1)
-    here = torch.arange(KEYS - query.shape[2], KEYS)
+    here = torch.arange(KEYS - query.shape[2], KEYS) if here is None else here
     terms = owner._modules.get(CHILD)
     content = query if terms is None else query + terms.u.double()[:, None]
     scores = content @ keys.mT
@@ -158,6 +158,22 @@ def test_on_a_gpu_all_of_it_is_there(kind, function):
     torch.testing.assert_close(found[real], wanted[real], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["alibi", "relative"])
+@pytest.mark.parametrize("function", ["eager", "sdpa", "flex"])
+@pytest.mark.parametrize("clip", [None, 2])
+def test_queries_stand_where_the_mask_says_in_a_cache_of_fixed_length(kind, function, clip):
+    """Behind them it is empty."""
+    owner = module(kind, **({"clip": clip} if kind == "alibi" else {}))
+    (query, key, value), here = states(3), torch.tensor([2, 3, 4])
+    seen = (torch.arange(KEYS) <= here[:, None])[None, None]
+    mask = {"sdpa": seen, "eager": torch.zeros(seen.shape).masked_fill(~seen, -1e30)}.get(function)
+    if function == "flex":
+        where = {"q_offset": 2, "mask_function": causal_mask_function, "device": "cpu"}
+        mask = alibi_attention.flex_mask(2, 3, KEYS, **where)
+    found, _ = getattr(ROOMS[kind], function)(owner, query, key, value, mask)
+    close(found, rows(owner, query, key, seen, here=here), value)
+
+
 def test_without_a_bias_and_without_a_mask_everything_is_seen():
     owner, (query, key, value) = module("plain"), states(3)
     found, weights = alibi_attention.eager(owner, query, key, value, None)
@@ -186,6 +202,9 @@ def test_flex_attention(kind, queries, kv, both, softcap):
     found, _ = ROOMS.get(kind, alibi_attention).flex(owner, query, key, value, mask, scaling=0.3, softcap=softcap)
     seen = KEEP[:, None, None].expand(-1, -1, queries, -1) if both else masked(queries)
     close(found, rows(owner, query, key, seen, 0.3, softcap), value, seen.any(-1))
+    if both:  # without a mask the queries are the last ones
+        found, _ = ROOMS.get(kind, alibi_attention).flex(owner, query, key, value, None, scaling=0.3, softcap=softcap)
+        close(found, rows(owner, query, key, None, 0.3, softcap), value)
 
 
 @pytest.mark.parametrize("both", [False, True])
