@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pretended_gpu import CUDA, PretendedGpu
 from torch import nn
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
@@ -44,11 +45,11 @@ def causal(queries):
     return reference.causal(queries, KEYS)[None, None]
 
 
-def rows(owner, query, key, mask, scale=None, softcap=None, sinks=None, position_bias=None, causal_bias=False):
-    """Attention rows in fp64; sinks take their share."""
+def rows(owner, query, key, mask, scale=None, softcap=None, sinks=None, position_bias=None, here=None):
+    """Attention rows in fp64; sinks take their share. The queries are the last tokens unless ``here`` says."""
     scale, query = WIDTH**-0.5 if scale is None else scale, query.double()
     keys = key.double().repeat_interleave(HEADS // key.shape[1], 1)
-    here = torch.arange(KEYS - query.shape[2], KEYS)
+    here = torch.arange(KEYS - query.shape[2], KEYS) if here is None else here
     terms = owner._modules.get(CHILD)
     content = query if terms is None else query + terms.u.double()[:, None]
     scores = content @ keys.mT
@@ -132,10 +133,52 @@ def test_torch_s_kernels_with_every_form_of_mask(kind, queries, shape):
         pytest.skip("padding alone says nothing of a chunk on top of a cache")
     whole = masked(queries)
     mask = {"keys": KEEP[:, None, None], "whole": whole, "added": torch.zeros(whole.shape).masked_fill(~whole, -1e30)}
-    found, weights = ROOMS.get(kind, alibi_attention).sdpa(owner, query, key, value, mask[shape])
-    assert weights is None
-    assert found.is_contiguous()
-    close(found, rows(owner, query, key, whole), value, whole.any(-1))
+    sdpa = ROOMS.get(kind, alibi_attention).sdpa
+    for scaling in (None, 0.3):
+        found, weights = sdpa(owner, query, key, value, mask[shape], scaling=scaling)
+        assert weights is None
+        assert found.is_contiguous()
+        close(found, rows(owner, query, key, whole, scaling), value, whole.any(-1))
+
+
+@pytest.mark.parametrize("kind", ["alibi", "relative", "plain"])
+@pytest.mark.parametrize("function", ["sdpa", "eager"])
+def test_on_a_gpu_all_of_it_is_there(kind, function):
+    """One that is pretended: no tensor of the CPU gets in between."""
+    owner, parts, whole = module(kind), states(), masked(KEYS)
+    mask = KEEP[:, None, None] if function == "sdpa" else torch.zeros(whole.shape).masked_fill(~whole, -1e30)
+    call = getattr(ROOMS.get(kind, alibi_attention), function)
+    wanted, _ = call(owner, *parts, mask)
+    with PretendedGpu():
+        for name, parameter in list(owner.named_parameters()):
+            owner.get_submodule(name.rpartition(".")[0])._parameters[name.rpartition(".")[2]] = parameter.to(CUDA)
+        found, _ = call(owner, *(t.to(CUDA) for t in (*parts, mask)))
+        assert found.device == CUDA
+    real = KEEP[:, :, None, None].expand_as(found)
+    torch.testing.assert_close(found[real], wanted[real], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["alibi", "relative"])
+@pytest.mark.parametrize("function", ["eager", "sdpa", "flex"])
+@pytest.mark.parametrize("clip", [None, 2])
+def test_queries_stand_where_the_mask_says_in_a_cache_of_fixed_length(kind, function, clip):
+    """Behind them it is empty."""
+    owner = module(kind, **({"clip": clip} if kind == "alibi" else {}))
+    (query, key, value), here = states(3), torch.tensor([2, 3, 4])
+    seen = (torch.arange(KEYS) <= here[:, None])[None, None]
+    mask = {"sdpa": seen, "eager": torch.zeros(seen.shape).masked_fill(~seen, -1e30)}.get(function)
+    if function == "flex":
+        where = {"q_offset": 2, "mask_function": causal_mask_function, "device": "cpu"}
+        mask = alibi_attention.flex_mask(2, 3, KEYS, **where)
+    found, _ = getattr(ROOMS[kind], function)(owner, query, key, value, mask)
+    close(found, rows(owner, query, key, seen, here=here), value)
+
+
+def test_without_a_bias_and_without_a_mask_everything_is_seen():
+    owner, (query, key, value) = module("plain"), states(3)
+    found, weights = alibi_attention.eager(owner, query, key, value, None)
+    close(found, rows(owner, query, key, None), value)
+    assert weights.shape == (2, HEADS, 3, KEYS)
 
 
 def test_padding_alone_leaves_a_module_that_looks_both_ways_as_it_is():
@@ -159,15 +202,23 @@ def test_flex_attention(kind, queries, kv, both, softcap):
     found, _ = ROOMS.get(kind, alibi_attention).flex(owner, query, key, value, mask, scaling=0.3, softcap=softcap)
     seen = KEEP[:, None, None].expand(-1, -1, queries, -1) if both else masked(queries)
     close(found, rows(owner, query, key, seen, 0.3, softcap), value, seen.any(-1))
+    if both:  # without a mask the queries are the last ones
+        found, _ = ROOMS.get(kind, alibi_attention).flex(owner, query, key, value, None, scaling=0.3, softcap=softcap)
+        close(found, rows(owner, query, key, None, 0.3, softcap), value)
 
 
 @pytest.mark.parametrize("both", [False, True])
 def test_flex_attention_clips_distances(both):
-    owner, (query, key, value) = module(causal=not both, clip=3, strength=0.5), states()
+    owner = module(causal=not both, clip=3, strength=0.5)
     function = bidirectional_mask_function if both else causal_mask_function
-    mask = alibi_attention.flex_mask(2, KEYS, KEYS, mask_function=function, device="cpu")
-    found, _ = alibi_attention.flex(owner, query, key, value, mask)
-    close(found, rows(owner, query, key, None if both else causal(KEYS)), value)
+    for queries in (KEYS, 4):
+        query, key, value = states(queries)
+        where = {"q_offset": KEYS - queries, "mask_function": function, "device": "cpu"}
+        found, _ = alibi_attention.flex(owner, query, key, value, alibi_attention.flex_mask(2, queries, KEYS, **where))
+        close(found, rows(owner, query, key, None if both else causal(queries)), value)
+        if both:  # without a mask the queries are the last ones
+            found, _ = alibi_attention.flex(owner, query, key, value, None)
+            close(found, rows(owner, query, key, None), value)
 
 
 def test_where_queries_stand_among_keys_that_were_cut_off():

@@ -95,6 +95,8 @@ def test_hooks_stand_behind_those_there_unless_they_are_to_be_first(kind, first)
             self.name = name
 
         def __call__(self, module, args, kwargs, *output):
+            assert kwargs == {}
+            assert len(output) == (kind is AddHook)
             order.append(self.name)
 
     hang = norm.register_forward_pre_hook if kind is AddPreHook else norm.register_forward_hook

@@ -114,6 +114,7 @@ def test_marks_are_found_where_they_stand():
     module.alibi = NoBias()
     assert alibi_of(module) is None
     assert bias_left_out(module)
+    assert repr(module.alibi) == "no bias"
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,6 @@ def _rotations(rows: Tensor) -> Tensor:
     mean, turn = rows[0], rows
     for _ in range(ROUNDS):
         u, _, v = torch.linalg.svd(mean @ rows.transpose(1, 2))
-        turn = u @ v
+        turn: Tensor = u @ v
         mean = (turn @ rows).mean(dim=0)
     return turn

@@ -85,6 +85,8 @@ def test_every_span_equals_its_formula(span, turning, small_blocks):
     assert (found - wanted).abs().max() < 1e-5
     assert (chunk - wanted[:, :, 40:]).abs().max() < 1e-5
     assert (rows.double() @ value.double().repeat_interleave(2, 1) - wanted).abs().max() < 1e-5
+    some = spanned.weights(near[:, :, 40:], keys, places, span, turning, SCALE).softmax(-1)
+    assert (some - rows[:, :, 40:]).abs().max() < 1e-6
     for n in (0, 5, 11, 12, 30, 60):
         one = spanned.attend(
             near[:, :, n : n + 1], keys[:, :, : n + 1], value[:, :, : n + 1], places[:, : n + 1], span, turning, SCALE

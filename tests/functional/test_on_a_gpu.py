@@ -53,6 +53,11 @@ def _turned_first(query):
     return TURN.turn_first(query, TURN.table(torch.arange(5, device=query.device)))
 
 
+@torch.no_grad()
+def _turned_first_without_gradients(query):
+    return _turned_first(query)
+
+
 PLAIN = {
     "tiled": (lambda t: tables.lengthened(t, 9, "tile"), ROW),
     "interpolated": (lambda t: tables.lengthened(t, 30, "interpolate"), ROW),
@@ -67,6 +72,7 @@ PLAIN = {
     "relative": (_relative, states(queries=3)[0], states()[0][0, :, 0], torch.ones(4, 8, 6), PLACES),
     "turned": (_turned, states()[0]),
     "turned first": (_turned_first, states()[0]),
+    "turned first, without gradients": (_turned_first_without_gradients, states()[0]),
 }
 
 

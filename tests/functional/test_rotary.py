@@ -193,10 +193,12 @@ def test_clipped_frequencies_end_in_half_a_cosine(count):
 
 
 @pytest.mark.parametrize("truncate", [None, True, False])
-def test_yarn_s_own_limits_are_transformers(truncate):
+@pytest.mark.parametrize(("theta", "dim", "window"), [(10000.0, 32, 512), (10.0, 8, 477), (10.0, 8, 64), (1e6, 8, 7)])
+def test_yarn_s_own_limits_are_transformers(truncate, theta, dim, window):
+    """Also where the ramp would begin before the first frequency, or end behind the last."""
     given = {} if truncate is None else {"truncate": truncate}
-    wanted, _ = upstream(10000.0, 32, 512, 4.0, "yarn", **given)
-    close(rotary.yarn(10000.0, 32, 4.0, 512, **given), wanted)
+    wanted, _ = upstream(theta, dim, window, 4.0, "yarn", **given)
+    close(rotary.yarn(theta, dim, 4.0, window, **given), wanted)
 
 
 @pytest.mark.parametrize("factor", [0.25, 0.999, 1.0])
