@@ -91,6 +91,7 @@ def restore(model: PreTrainedModel) -> None:
     found = record.read(model.config)
     if found is None:
         return
+    warn_if_newer()
     for patch in found.restore():
         for edit in patch.propose(model, describe(model)).edits:
             edit.run(model)
