@@ -46,7 +46,7 @@ def _phases(frame: Frame, rows: Tensor) -> Tensor:
 
 def _rotations(rows: Tensor) -> Tensor:
     """Orthogonal matrices (members, size, size) that turn each member's rows towards the mean of all turned ones."""
-    mean, turn = rows[0], rows
+    mean = rows[0]
     for _ in range(ROUNDS):
         u, _, v = torch.linalg.svd(mean @ rows.transpose(1, 2))
         turn: Tensor = u @ v
