@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 import hf_attnpatch as ap
 from hf_attnpatch.commands import doctor as cli_doctor  # noqa: F401 - the module that the tests below patch
 from hf_attnpatch.doctoring import environment, expected, trial
-from hf_attnpatch.doctoring.decoding import NoCache, by_hand, generated, texts
+from hf_attnpatch.doctoring.decoding import by_hand, generated, texts
 from hf_attnpatch.doctoring.environment import Extra, Package
 from hf_attnpatch.doctoring.expected import CASES, EXTRAS, KERNELS, Case
 from hf_attnpatch.doctoring.kernels import Kernel
@@ -23,6 +23,7 @@ from hf_attnpatch.doctoring.result import DoctorReport
 from hf_attnpatch.doctoring.text import clean
 from hf_attnpatch.doctoring.trial import FAILS, Trial
 from hf_attnpatch.patch import REGISTRY
+from hf_attnpatch.stepwise import NoCache
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -155,7 +156,7 @@ def test_a_model_that_returns_no_cache_fails():
         return output
 
     model.forward = forward
-    with pytest.raises(NoCache, match="none of which is a cache"):
+    with pytest.raises(NoCache, match="returned none that it takes again"):
         by_hand(model, texts(model)[0])
 
 

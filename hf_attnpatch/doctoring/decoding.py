@@ -1,7 +1,7 @@
 """Cached decoding, held to forwards of each text alone: no mask, no padding, no cache.
 
-Nothing here knows what transformers calls a cache. ``generate`` passes it on by itself; in forwards of one's own it is
-the ``Cache`` among the output's fields, and goes back in under the field's name. Where there is none, that is an error.
+``generate`` passes the cache on by itself; in forwards of one's own :mod:`..stepwise` does. Where there is none, an
+error says so.
 """
 
 from __future__ import annotations
@@ -14,19 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
-from ..errors import AttnPatchError
 from ..probe import largest_difference
 from ..rope.request_length import request, requests_of
+from ..stepwise import NoCache, in_pieces
+from ..upstream import words
+from ..upstream.roles import predicted, roles_of, run
 
 LENGTHS = (20, 13)  # tokens of the texts; the second is left-padded
 STEPS = 6  # tokens decoded after each
 PIECES = (16, 1, 1, 2)  # of the first text, in forwards of one's own
-
-
-class NoCache(AttnPatchError):
-    """The model decodes, and no cache was seen: nothing has been compared."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +55,8 @@ def alone(model: PreTrainedModel, text: Tensor, more: int = 0) -> Tensor:
         more: tokens that its request will have beside these; angles may depend on that.
     """
     with torch.no_grad(), announced(model, len(text) + more):
-        logits: Tensor = model(text[None].to(model.device), use_cache=False).logits[0]
-    return logits.float().cpu()
+        given = {words.TOKENS: text[None].to(model.device), words.USE_CACHE: False}
+        return predicted(run(model, given))[0].float().cpu()
 
 
 def generated(model: PreTrainedModel, prompts: Sequence[Tensor], steps: int = STEPS) -> Decoded:
@@ -71,7 +68,7 @@ def generated(model: PreTrainedModel, prompts: Sequence[Tensor], steps: int = ST
     with _sizes(model) as sizes:
         output = _generate(model, prompts, steps)
     if len(sizes) != steps or any(size != 1 for size in sizes[1:]):
-        raise NoCache(f"generate handed {sizes} tokens to the forwards of {steps} steps: no cache was used")
+        raise NoCache(f"generate handed {sizes} tokens to the forwards of {steps} steps: no cache was used", prompts[0])
     found = torch.stack([step.float().cpu() for step in output.logits], 1)  # rows, steps, vocabulary
     wanted = []
     for row, prompt in zip(output.sequences.cpu(), prompts, strict=True):
@@ -89,16 +86,10 @@ def by_hand(model: PreTrainedModel, text: Tensor, pieces: Sequence[int] = PIECES
     Raises:
         NoCache: no field of the output is a cache.
     """
-    state: dict[str, Any] = {}
-    logits = []
-    for piece in torch.split(text, list(pieces)):
-        with torch.no_grad():
-            output = model(piece[None].to(model.device), use_cache=True, **state)
-        state = {name: value for name, value in output.items() if isinstance(value, Cache)}
-        if not state:
-            raise NoCache(f"the output has {', '.join(output)}, none of which is a cache")
-        logits.append(output.logits[0].float().cpu())
-    return largest_difference(alone(model, text), torch.cat(logits))
+    ids = {roles_of(model).name(words.TOKENS): text[None].to(model.device)}
+    with torch.no_grad():
+        found = in_pieces(model, ids, pieces)[0].float().cpu()
+    return largest_difference(alone(model, text), found)
 
 
 def announced(model: PreTrainedModel, length: int) -> contextlib.AbstractContextManager[None]:
@@ -110,14 +101,14 @@ def _generate(model: PreTrainedModel, prompts: Sequence[Tensor], steps: int) -> 
     width = max(map(len, prompts))
     ids = torch.stack([nn.functional.pad(prompt, (width - len(prompt), 0), value=7) for prompt in prompts])
     mask = torch.stack([torch.arange(width) >= width - len(prompt) for prompt in prompts]).long()
+    roles = {words.MASK: mask.to(model.device), words.USE_CACHE: True}
     with torch.no_grad():
         return model.generate(
             ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            **roles_of(model).call(**roles),
             max_new_tokens=steps,
             min_new_tokens=steps,
             do_sample=False,
-            use_cache=True,
             output_logits=True,
             return_dict_in_generate=True,
             pad_token_id=0,

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 
+from .. import tested
 from .expected import EXTRAS
 from .text import clean
 from .trial import CRASHES, FAILS
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "huggingface_hub")
-# Lowest and newest release that this package's tests passed on; hf_attnpatch/tested.py is to say so once it is there.
-TESTED: Mapping[str, tuple[str, str]] = {"transformers": ("5.0.0", "5.23.0"), "torch": ("2.13.0", "2.13.0")}
+# Lowest and newest release that this package's tests passed on.
+TESTED: Mapping[str, tuple[str, str]] = {"transformers": (tested.LOWEST, tested.NEWEST), "torch": ("2.13.0", "2.13.0")}
 
 INSTALLED, ABSENT = "works", "not installed"
 

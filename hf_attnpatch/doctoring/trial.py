@@ -16,7 +16,8 @@ from ..errors import AttnPatchError, SelfCheckFailed
 from ..patch import from_spec
 from ..probe import TOLERANCE, largest_difference
 from ..rope.request_length import requests_of
-from .decoding import NoCache, alone, announced, by_hand, generated, texts
+from ..stepwise import NoCache
+from .decoding import alone, announced, by_hand, generated, texts
 from .expected import REFUSES, WORKS, Case
 from .text import clean
 
@@ -106,7 +107,7 @@ def _tried(label: str, name: str, model: PreTrainedModel, case: Case, before: Ma
         if case.held is not None and figures["held"] > case.held:
             raise Wrong(f"the cache holds {figures['held']} tokens, {case.held} allowed")
         if before is not None:
-            figures["change"] = _change(before["logits"], _logits(model))
+            figures["change"] = _change(before["answers"], _logits(model))
             _judge_change(figures["change"], name in case.same, TOLERANCE[model.dtype])
     except CRASHES as error:
         return _fails(label, name, case, error, **figures)
@@ -176,7 +177,7 @@ def _picture(model: PreTrainedModel) -> dict[str, Any]:
         "modules": {path: type(module) for path, module in model.named_modules()},
         "config": copy.deepcopy(model.config.to_dict()),
         "attention": model.config._attn_implementation,
-        "logits": _logits(model),
+        "answers": _logits(model),
     }
 
 
@@ -187,7 +188,7 @@ def _difference_in(before: Mapping[str, Any], model: PreTrainedModel) -> str | N
         new = after[what]
         if what == "tensors":
             same = old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
-        elif what == "logits":
+        elif what == "answers":
             same = all(map(torch.equal, old, new))
         else:
             same = old == new
