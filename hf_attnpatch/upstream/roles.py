@@ -129,10 +129,11 @@ class Arguments:
 def roles_of(module: nn.Module) -> Roles:
     """Return what a module's forward calls its arguments: as found by :func:`learn`, else by the vocabulary."""
     parameters, opened = _declared(module.forward)
-    for owner in type(module).__mro__[1:] if opened and not parameters else ():
+    replaced = "forward" in vars(module)  # on the instance: what it hands on goes to the class's own
+    for owner in type(module).__mro__[not replaced :] if opened and (replaced or not parameters) else ():
         inherited = vars(owner).get("forward")  # of a class that hands everything on to the one below it
         if inherited is not None and _declared(inherited)[0]:
-            parameters = _declared(inherited)[0][1:]
+            parameters += tuple(name for name in _declared(inherited)[0][1:] if name not in parameters)
             break
     guessed = {role: _guess(spellings, parameters, opened) for role, spellings in words.ARGUMENTS.items()}
     known = {role: name for role, name in guessed.items() if name is not None}
