@@ -132,8 +132,9 @@ def test_a_patch_that_is_wrong_only_where_nothing_tells_positions_fails(monkeypa
         true = model.forward
 
         def forward(*args, position_ids=None, **kwargs):
-            if args and args[0].shape[1] < 3 and position_ids is None:
-                position_ids = torch.zeros_like(args[0])
+            ids = args[0] if args else kwargs.get("input_ids")
+            if ids is not None and ids.shape[1] < 3 and position_ids is None:
+                position_ids = torch.zeros_like(ids)
             return true(*args, position_ids=position_ids, **kwargs)
 
         model.forward = forward
@@ -142,7 +143,7 @@ def test_a_patch_that_is_wrong_only_where_nothing_tells_positions_fails(monkeypa
     Faulty(monkeypatch, fault)
     found = tried("Rotary")
     assert found.outcome == FAILS
-    assert "forwards of one's own" in found.note
+    assert "forwards of one's own" in found.note, found.note
 
 
 def test_a_model_that_returns_no_cache_fails():
