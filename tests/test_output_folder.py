@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from architectures import tiny_model
 from test_cli import fails, run
 
@@ -365,3 +366,48 @@ def test_a_signal_leaves_no_hidden_folder(tmp_path, name, code):
     assert process.returncode != 0
     assert code is None or process.returncode == code, stderr
     assert not list(tmp_path.iterdir())
+
+
+# -- results that are written into a folder or a file ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["report.md", "report.html", "metrics.json", "retrieval.png"])
+def test_compare_writes_over_no_file_but_its_own(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(torch.nn.Module, "__call__", lambda *_, **__: pytest.fail("a model was run"))
+    (tmp_path / name).write_text("mine")
+    assert fails(run("compare", "embedded", "embedded", "--out", tmp_path), f"holds {name}, which is no earlier result")
+    assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["report.txt", "metrics.json", "model"])
+def test_the_demo_writes_over_no_file_but_its_own(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("work was done"))
+    (tmp_path / name).write_text("mine")
+    assert fails(run("demo", "--output", tmp_path), f"holds {name}, which is no earlier result")
+    assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ["mine", "{}", '{"name": "a package"}', "[" * 100_000, None])
+@pytest.mark.parametrize("command", [("eval", "--out"), ("diagnose", "--json")])
+def test_a_file_that_is_no_earlier_result_stays(source, tmp_path, monkeypatch, command, content):
+    for name in ("model", "skeleton"):
+        monkeypatch.setattr(cli_models.Source, name, lambda _: pytest.fail("work was done"))
+    file = tmp_path / "package.json"
+    if content is None:
+        file.symlink_to(tmp_path / "nowhere")
+    else:
+        file.write_text(content)
+    assert fails(run(command[0], source, command[1], file), "no earlier result of this command")
+    assert content is None or file.read_text() == content
+
+
+def test_results_honour_the_umask(tmp_path):
+    from hf_attnpatch.comparing.store import write
+
+    before = os.umask(0o007)
+    try:
+        write(tmp_path / "new" / "a.json", "{}")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new" / "a.json").stat().st_mode & 0o777 == 0o660
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.json"]
