@@ -5,6 +5,7 @@ torch and transformers are imported by the commands, not by this file: ``attnpat
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -87,23 +88,22 @@ def apply(
     with clear_errors():
         import hf_attnpatch as ap
 
-        from . import record
+        from .commands.place import check_room
+        from .commands.replacing import replacing
 
         patches = cli_specs.patches(plan_file, patch)
         if damage is not None:
             cli_text.check_figure(damage)
         source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         patches = cli_text.with_text(patches, calibration, source, sequences, length)
-        with cli_models.replacing(out, overwrite, model) as folder:
-            loaded = source.model()
+        inputs = {"MODEL": model, "--plan": plan_file, "--calibration": calibration, "--damage": damage}
+        with replacing(out, overwrite, inputs) as folder:
+            loaded, tokenizer = source.model(), source.tokenizer()
+            check_room(out, cli_models.size_of(loaded))
             report = ap.apply(loaded, *patches)
             if damage is not None:
                 cli_text.draw(report, damage)
-            loaded.save_pretrained(folder)
-            record.note_command(folder, cli_specs.spelled(context))
-            tokenizer = source.tokenizer()
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
+            cli_models.save(loaded, tokenizer, folder, cli_specs.spelled(context))
         typer.echo(report)
         typer.echo(f"saved {out}{'' if tokenizer is not None else ' (no tokenizer in the source)'}")
 
@@ -138,8 +138,15 @@ app.command("search-rope")(cli_search.search_rope)
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; asked to end, it ends as after an error: nothing half-made stays."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:  # nohup ignores one
+            signal.signal(getattr(signal, name), _ended)
     app()
+
+
+def _ended(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

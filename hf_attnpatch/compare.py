@@ -16,8 +16,8 @@ from .comparing import settings, texts
 from .comparing.digest import digest_of, model_digest
 from .comparing.models import Named, about, check_vocabulary, context, loaded, tokenizer_for
 from .comparing.parts import Pair, all_parts, machine, why_not
-from .comparing.result import VERSION, Comparison
-from .comparing.store import Store
+from .comparing.result import FILES, METRICS, VERSION, WANTED, Comparison
+from .comparing.store import Store, check_results
 from .comparing.tables import BOTH
 from .errors import AttnPatchError
 from .plotting import import_pyplot
@@ -91,6 +91,7 @@ def _pair(
     import_pyplot("drawing a comparison")  # before an hour of measuring, not after it; so is the folder
     if out.exists() and not out.is_dir():
         raise AttnPatchError(f"compare: {out} is a file; wanted a folder for the report.")
+    check_results(out, FILES, METRICS, WANTED)
     out.mkdir(parents=True, exist_ok=True)
     models = {w: loaded(m, loading, say) for w, m in zip(BOTH, (original, patched), strict=True)}
     check_vocabulary(models["original"], models["patched"])

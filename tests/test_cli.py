@@ -123,27 +123,28 @@ def test_a_patched_checkpoint_is_patched_again_and_keeps_its_task_head(checkpoin
 
 
 def test_overwrite_is_asked_for(checkpoints, tmp_path):
-    (tmp_path / "precious.txt").write_text("mine")
-    arguments = ["apply", checkpoints / "llama", tmp_path, "-p", "grouped_query:num_kv_heads=2"]
+    out = tmp_path / "out"
+    tiny_model("gpt2").save_pretrained(out)
+    arguments = ["apply", checkpoints / "llama", out, "-p", "grouped_query:num_kv_heads=2"]
     assert fails(run(*arguments), "not empty", "--overwrite")
-    assert (tmp_path / "precious.txt").read_text() == "mine"
+    assert "gpt2" in (out / "config.json").read_text()
     result = run(*arguments, "--overwrite")
     assert result.exit_code == 0, result.output
-    assert not (tmp_path / "precious.txt").exists()
-    assert (tmp_path / "config.json").exists()
+    assert "llama" in (out / "config.json").read_text()
 
 
 def test_a_failure_leaves_out_as_it_was(checkpoints, tmp_path, monkeypatch):
+    tiny_model("gpt2").save_pretrained(tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
     def broken(self, folder, **_):
         (folder / "config.json").write_text("half")
         raise OSError("disk full")
 
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", broken)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old.txt").write_text("old")
     arguments = ["apply", checkpoints / "llama", tmp_path / "out", "-p", "grouped_query:num_kv_heads=2", "--overwrite"]
     assert fails(run(*arguments), "disk full")
-    assert [p.name for p in tmp_path.rglob("*")] == ["out", "old.txt"]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_the_folder_that_holds_the_model_is_never_replaced(whole, tmp_path, monk
     for out in (tmp_path, tmp_path / "in"):
         assert fails(run("apply", tmp_path / "in" / "llama", out, *HEADS, "--overwrite"), "holds MODEL")
     monkeypatch.chdir(tmp_path / "in")
-    assert fails(run("apply", "llama", ".", *HEADS, "--overwrite"), "holds MODEL")
+    assert fails(run("apply", "llama", ".", *HEADS, "--overwrite"), "is the current folder")
     assert (tmp_path / "in" / "llama" / "model.safetensors").is_file()
     done = run("apply", "llama", "llama", *HEADS, "--overwrite")  # itself is what --overwrite is for
     assert done.exit_code == 0, done.output

@@ -35,7 +35,7 @@ def diagnose(
     On the CPU no weights are loaded, unless a fused kernel must be proved on them.
     """
     with clear_errors():
-        check_file(json_file, "--json")
+        check_file(json_file, "--json", {"lacks", "prescriptions"})
         import hf_attnpatch as ap
 
         source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

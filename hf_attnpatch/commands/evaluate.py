@@ -90,7 +90,7 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint: perplexity by context, retrieval, fidelity, decoding, tasks of lm-eval."""
     with clear_errors():
-        check_file(out, "--out")
+        check_file(out, "--out", {"model", "results"})
         names = _names(suite, tasks)
         options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         source = Source(name=model, **options)  # type: ignore[arg-type]  # three options by name

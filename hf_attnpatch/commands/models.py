@@ -1,11 +1,8 @@
-"""Models and folders for the command line: load what a name means, write a checkpoint whole or not at all."""
+"""Models for the command line: load what a name means, save what was made of it."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,53 +90,35 @@ class Source:
             raise AttnPatchError(f"--dtype {self.dtype}: choose auto, float32, bfloat16 or float16.")
 
 
-def check_target(target: Path, overwrite: bool) -> Path:
-    """Return the absolute path of a folder that may be written.
-
-    Raises:
-        AttnPatchError: something is in the way.
-    """
-    from ..errors import AttnPatchError
-
-    target = Path(os.path.abspath(target))
-    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
-        raise AttnPatchError(f"{target} is not empty; choose another OUT, or add --overwrite to replace a folder.")
-    return target
+def size_of(model: PreTrainedModel) -> int:
+    """Return the bytes of a model's tensors, each counted once: those of its checkpoint, near enough."""
+    return sum(tensor.nbytes for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
 
 
-@contextlib.contextmanager
-def replacing(target: Path, overwrite: bool, model: str = "") -> Iterator[Path]:
-    """Give an empty folder beside ``target`` that takes its name once everything is written, or vanishes.
+def save(model: PreTrainedModel, tokenizer: Any | None, folder: Path, command: str) -> None:
+    """Write a patched model with its tokenizer and the command line that made it.
 
     Args:
-        target: where the folder is wanted; must not exist, or be empty.
-        overwrite: whether a folder that is there may be replaced.
-        model: where it is made from; a folder that this lies in is never replaced.
+        model: patched.
+        tokenizer: None where there is none.
+        folder: where to, empty.
+        command: as a reader would type it.
 
     Raises:
-        AttnPatchError: something is in the way.
+        AttnPatchError: it cannot be written.
     """
+    from safetensors import SafetensorError
+
+    from .. import record
     from ..errors import AttnPatchError
 
-    target = check_target(target, overwrite)
-    if model and Path(model).exists() and target.resolve() in Path(model).resolve().parents:
-        raise AttnPatchError(f"{target} holds MODEL, {model}, which replacing it would delete; choose another OUT.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        new, old = aside / "new", aside / "old"
-        new.mkdir()
-        yield new
-        if target.exists():
-            target.rename(old)
-        try:
-            new.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-    finally:
-        shutil.rmtree(aside)
+        model.save_pretrained(folder)
+        record.note_command(folder, command)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    except SafetensorError as error:  # a full disk, as the library tells of it
+        raise AttnPatchError(f"the checkpoint cannot be written: {' '.join(str(error).split())[:300]}") from error
 
 
 @contextlib.contextmanager

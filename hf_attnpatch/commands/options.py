@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -32,12 +33,18 @@ Device = Annotated[str, typer.Option(help="Where the model is loaded: cpu, cuda,
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that the checkpoint carries run.")]
 
 
-def check_file(path: Path | None, option: str) -> None:
-    """Refuse a file that could not be written, before the work whose outcome it is to hold.
+def check_file(path: Path | None, option: str, keys: Collection[str]) -> None:
+    """Refuse a file that could not or must not be written, before the work whose outcome it is to hold.
+
+    Args:
+        path: of JSON; None for none.
+        option: by which the user named it.
+        keys: that an earlier result of the same command has; any other file stays.
 
     Raises:
-        AttnPatchError: a folder has its name, or a file that of one of its folders.
+        AttnPatchError: a folder has its name, or a file that of one of its folders, or it holds something else.
     """
+    from ..comparing.store import is_result
     from ..errors import AttnPatchError
 
     if path is None:
@@ -46,6 +53,8 @@ def check_file(path: Path | None, option: str) -> None:
     if path.is_dir() or not there.is_dir():
         found = f"{path} is a folder" if path.is_dir() else f"{there} is no folder"
         raise AttnPatchError(f"{option} {path}: {found}; wanted the name of a file.")
+    if os.path.lexists(path) and not is_result(path, keys):
+        raise AttnPatchError(f"{option} {path}: is there, and no earlier result of this command; name another file.")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,8 @@ from .store import write
 
 VERSION = 1
 METRICS = "metrics.json"
-_WANTED = {"version", "original", "patched", "settings", "text", "command", "machine", "parts", "left_out", "seconds"}
+WANTED = {"version", "original", "patched", "settings", "text", "command", "machine", "parts", "left_out", "seconds"}
+FILES = {METRICS, "report.md", "report.html", *(figure[1] for figure in figures.FIGURES)}
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Comparison:
             found = json.loads(file.read_text("utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise AttnPatchError(f"{file}: not JSON ({error}); run the comparison again.") from error
-        missing = sorted(_WANTED - set(found)) if isinstance(found, dict) else ["everything"]
+        missing = sorted(WANTED - set(found)) if isinstance(found, dict) else ["everything"]
         if missing or found["version"] != VERSION:
             problem = f"lacks {', '.join(missing)}" if missing else f"is of version {found['version']}"
             raise AttnPatchError(f"{file}: {problem}; wanted version {VERSION}; run the comparison again.")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
+import secrets
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,14 +52,39 @@ class Store:
 def write(file: Path, data: str | bytes) -> None:
     """Write a file that is there whole or not at all, also where the machine stops in the middle."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    aside = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as target:
+        with open(aside, "xb") as target:  # not mkstemp, whose files only their owner may read: the umask says who may
             target.write(data.encode() if isinstance(data, str) else data)
             target.flush()
             os.fsync(target.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, file)
+        os.replace(aside, file)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
         raise
+
+
+def is_result(file: Path, keys: Collection[str]) -> bool:
+    """Whether a file is JSON with at least these keys: a result that was written here, and may be written again."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):  # no file, no text, no JSON
+        return False
+    return isinstance(found, dict) and set(keys) <= set(found)
+
+
+def check_results(folder: Path, names: Collection[str], metrics: str, keys: Collection[str]) -> None:
+    """Refuse a folder in which results would take the place of somebody else's files.
+
+    Args:
+        folder: need not be there.
+        names: of the files that will be written.
+        metrics: the one of them that is JSON, by which an earlier result is known.
+        keys: that it has.
+
+    Raises:
+        AttnPatchError: a file of one of these names is there, and is no earlier result.
+    """
+    there = sorted(name for name in names if os.path.lexists(folder / name))
+    if there and not is_result(folder / metrics, keys):
+        raise AttnPatchError(f"{folder} holds {there[0]}, which is no earlier result; choose another folder.")
