@@ -73,7 +73,8 @@ def _asked(
         except NoCache as error:
             if _apart(model, given, _whole(model, given), error.found) is None:
                 return None, "modules keep their own state, by which single steps equal the full forward"
-            plain = {name: t for name, t in given.items() if name in text - {roles.names.get(words.MASK)}}
+            ids = {roles.names.get(words.TOKENS), roles.names.get(words.DECODER_TOKENS)}
+            plain = {name: t for name, t in given.items() if name in ids}
             if rereads(model, plain):
                 return None, NO_CACHE
             alone = {name: t for name, t in plain.items() if name == roles.name(words.TOKENS)}

@@ -1,5 +1,6 @@
 """What all tests share: no network, one thread each, and upstream's deprecations are errors."""
 
+import importlib
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +14,8 @@ from transformers.utils import logging
 
 
 def pytest_configure(config):
+    # its releases before 5.3 compile functions on import, whose warnings the compiler only knows as Python's own
+    importlib.import_module("transformers.models.gpt_bigcode.modeling_gpt_bigcode")
     WATCH.start()
     config.addinivalue_line("markers", "compiled: with torch.compile, which the other tests go without")
     config.addinivalue_line("markers", "deprecated(name): uses on purpose what transformers calls deprecated")
