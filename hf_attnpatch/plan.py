@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -79,11 +79,18 @@ def plan(model: PreTrainedModel, *patches: Patch) -> Plan:
     steps = []
     for patch in patches:
         _refuse_beneath_a_memory(model, patch)
-        proposal = patch.propose(model, anatomy)
+        proposal = _counted(anatomy, patch.propose(model, anatomy))
         _refuse_stacked(model, patch, proposal)
         steps.append(Step(proposal.patch or patch, proposal, tuple(edit.preview(model) for edit in proposal.edits)))
     _refuse_conflicts(steps)
     return Plan(anatomy, tuple(steps))
+
+
+def _counted(anatomy: Anatomy, proposal: Proposal) -> Proposal:
+    """Return a proposal with modules whose calls can be counted: attention that was not read, where it names none."""
+    if proposal.sites or not proposal.edits:
+        return proposal
+    return replace(proposal, sites=tuple(anatomy.unread) or tuple(anatomy.other))
 
 
 def _refuse_beneath_a_memory(model: PreTrainedModel, patch: Patch) -> None:

@@ -16,11 +16,12 @@ from .layouts import LAYOUTS, Layout, Rows, is_projection, weight_rows
 from .upstream import words
 from .upstream.calls import says_causal
 
+_CONVOLVED = "keys pass a convolution of their own for each head, which shared heads cannot"
 # What a module's own children and parameters are called where it keeps something else than keys and values.
 _OTHER = {
     "latent attention caches a compressed vector, which has no heads to share": r"kv_[ab]_proj.*|kv_lora.*",
     "one projection gives keys and values, spread over heads in the module's own way": r"kv_proj",
-    "keys pass a convolution of their own for each head, which shared heads cannot": r"k_sconv",
+    _CONVOLVED: r"k_sconv",
     "linear attention keeps a state, not keys and values": r"A_log|dt_bias|slope_rate|.*conv1d.*|receptance",
 }
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "num_q_heads", "n_head")
@@ -132,6 +133,9 @@ def read_sites(model: PreTrainedModel) -> tuple[tuple[Site, ...], dict[str, str]
             if _looks_like_attention(module) and not _in_tower(path):
                 unread[path] = f"{kind}: matches no row of hf_attnpatch/layouts.py"
             continue
+        if _convolved(module, layout):
+            other[path] = f"{kind}: {_CONVOLVED}"
+            continue
         site = _site(model, path, module, layout)
         if isinstance(site, str):
             unread[path] = site
@@ -152,6 +156,13 @@ def _other_state(module: nn.Module) -> str | None:
     if "q_proj" in names and "k_proj" not in names:
         return "takes keys and values from an earlier layer"
     return next((why for why, pattern in _OTHER.items() if any(re.fullmatch(pattern, n) for n in names)), None)
+
+
+def _convolved(module: nn.Module, layout: Layout) -> bool:
+    """Whether the projection of keys stands in a module beside other weights: its rows are not yet the keys."""
+    wrapper, _, name = layout.key.rpartition(".")
+    inner = module.get_submodule(wrapper).named_parameters() if wrapper else ()
+    return any(not path.startswith(f"{name}.") for path, _ in inner)
 
 
 def _in_tower(path: str) -> bool:

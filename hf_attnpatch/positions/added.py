@@ -108,10 +108,11 @@ class AnyLength:
 
     Args:
         roles: of the arguments of its forward.
+        segments: whether it keeps segment ids; one that keeps none may take their absence for something else.
     """
 
-    def __init__(self, roles: Roles):
-        self.roles = roles
+    def __init__(self, roles: Roles, segments: bool):
+        self.roles, self.segments = roles, segments and roles.takes(words.SEGMENTS)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -123,7 +124,7 @@ class AnyLength:
             if embeddings is None:
                 return None  # the model complains better
             like = embeddings[..., 0].long()
-        if self.roles.takes(words.SEGMENTS) and given.get(words.SEGMENTS) is None:
+        if self.segments and given.get(words.SEGMENTS) is None:
             given.put(words.SEGMENTS, torch.zeros_like(like))
         if self.roles.takes(words.POSITIONS) and given.get(words.POSITIONS) is None:
             given.put(words.POSITIONS, positions(given, like).expand_as(like))

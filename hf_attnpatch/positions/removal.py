@@ -159,7 +159,8 @@ def _emptied(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Edit]:
     owners = [model.get_submodule(path.rpartition(".")[0]) for path in tables]
     if anatomy.base is not None and any(map(_counts_in_buffers, owners)):
         roles = roles_of(model.get_submodule(anatomy.base))
-        yield AddPreHook(anatomy.base, AnyLength(roles), "position and segment ids of any length")
+        segments = any(name in owner._buffers for owner in owners for name in words.ARGUMENTS[words.SEGMENTS])
+        yield AddPreHook(anatomy.base, AnyLength(roles, segments), "position and segment ids of any length")
 
 
 def _counts_in_buffers(owner: nn.Module) -> bool:
