@@ -132,13 +132,16 @@ class Injection:
             os._exit(0)
 
     def _answer(self) -> None:
-        assert self.pipe is not None
+        if self.pipe is None:
+            raise  # noqa: PLE0704 - from the keyboard
         try:
             said = self.judge()
         except Exception as error:  # noqa: BLE001 - whatever it is, the model is damaged
-            said = f"damaged: {type(error).__name__}: {str(error)[:200]} {traceback.format_exc()[-200:]}"
-        os.write(self.pipe, said.encode())
-        os._exit(0)
+            said = f"damaged: {type(error).__name__}: {str(error)[:200]}"
+        try:
+            os.write(self.pipe, said.encode())
+        finally:  # never go on as a second parent
+            os._exit(0)
 
 
 def _place(frame: Any) -> Any:
@@ -307,10 +310,10 @@ def page(rows: list[dict[str, str]]) -> str:
         f"{total['tried'] / max(total['places'], 1):.0%} of the places in {cells} pairs of family and patch.",
         "",
         "`make interrupt` (`scripts/interrupt.py`): a place is a line with the functions of the package through which "
-        "it was reached; in loops that write or put back, the first, second, fourth ... time. Before the line runs, the "
-        "process forks. The child raises there and compares the model with what it was (every object, container, field "
-        "and bit, logits) and with what it was to become (every bit), then torch's modes, the random state, the handler "
-        "of Ctrl-C and the lock; `revert` is called again and must finish. `interruption.csv` has each pair.",
+        "it was reached; in loops that write or put back, the first, second, fourth ... time. Before the line runs, "
+        "the process forks. The child raises there and compares the model with what it was (every object, container, "
+        "field and bit, logits) and with what it was to become (every bit), then torch's modes, the random state, the "
+        "handler of Ctrl-C and the lock; `revert` is called again and must finish. `interruption.csv` has each pair.",
         "",
         "| action | pairs | places | tried | before | after | damaged |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
