@@ -106,6 +106,23 @@ def test_a_lock_is_no_part_of_the_model_and_goes_with_it():
     assert key not in exclusive._LOCKS
 
 
+def test_a_forward_of_another_thread_in_the_self_check_is_counted():
+    model, ran = tiny_model("gpt2"), []
+
+    def serve(*_):
+        if model.config.n_positions == 200 and not ran:
+            ran.append(True)
+            elsewhere(lambda: model(TOKENS))
+
+    model.register_forward_pre_hook(serve)
+    registries()
+    before = snapshot(model)
+    with pytest.raises(ap.SelfCheckFailed, match="ran 2 times on the probe, 1 before"):
+        ap.apply(model, ap.PositionTable(length=200))
+    assert ran
+    assert snapshot(model) == before
+
+
 def test_another_thread_does_not_move_the_memory_of_a_stream():
     model, parts = recurrent(), TOKENS.split(10, 1)
     with torch.no_grad(), ap.stream(model) as stream:
