@@ -27,7 +27,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -325,6 +325,10 @@ def page(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["family"], row["patch"], row["action"]
+
+
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -338,24 +342,24 @@ def main() -> None:
     given = parser.parse_args()
     table, console = given.out / "interruption.csv", Console()
     given.out.mkdir(parents=True, exist_ok=True)
-    rows = list(csv.DictReader(table.open())) if table.exists() else []
-    done = {(row["family"], row["patch"], row["action"]) for row in rows}
+    rows = {_key(row): row for row in csv.DictReader(table.open())} if table.exists() else {}
+    whole = {key for key, row in rows.items() if row["tried"] == row["places"] or given.sample}
     torch.set_num_threads(1)
     torch.compiler.set_stance("force_eager")
     for name in given.patches if not given.render else []:
         for family in given.families:
-            actions = [action for action in given.actions if (family, name, action) not in done]
+            actions = [action for action in given.actions if (family, name, action) not in whole]
             if not actions or (given.until and time.strftime("%H:%M") >= given.until):
                 continue
             for row in interrupt(family, name, actions, given.sample):
                 console.print(*(f"{row[key]}" for key in COLUMNS), highlight=False, soft_wrap=True)
-                rows.append({key: str(value) for key, value in row.items()})
+                rows[_key(row)] = {key: str(value) for key, value in row.items()}
                 with table.open("w", newline="") as file:
                     writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
                     writer.writeheader()
-                    writer.writerows(rows)
-    (given.out / "README.md").write_text(page(rows))
-    sys.exit(any(int(row["damaged"]) for row in rows))
+                    writer.writerows(rows.values())
+    (given.out / "README.md").write_text(page(list(rows.values())))
+    sys.exit(any(int(row["damaged"]) for row in rows.values()))
 
 
 if __name__ == "__main__":
