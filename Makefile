@@ -88,7 +88,8 @@ newest: $(LOCKING)/.installed
 
 # Ctrl-C at every line, of every patch on five families: hours of one core; the same command goes on where it was stopped
 interrupt: $(INSTALLED)
-	$(QUIET) $(BIN)/python -W ignore scripts/interrupt.py
+	$(QUIET) $(BIN)/python -W ignore scripts/interrupt.py --by line
+	$(QUIET) $(BIN)/python -W ignore scripts/interrupt.py --sample 40
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
     python scripts/interrupt.py                                  # everything; goes on where it was stopped
     python scripts/interrupt.py --families gpt2 --patches alibi  # some
+    python scripts/interrupt.py --by line                        # every line once, by whichever way it is reached first
     python scripts/interrupt.py --sample 40                      # 40 places of each, spread evenly: what CI runs
     python scripts/interrupt.py --render                         # the page again, from the table
 
@@ -19,6 +20,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import itertools
 import json
 import os
 import signal
@@ -57,7 +59,20 @@ PATCHES = (
     *("dual_chunk", "jet_long", "grouped_2_principal", "grouped_2_calibrated"),
 )
 ACTIONS = ("apply", "revert", "plan", "patched", "verify")
-COLUMNS = ("family", "patch", "action", "lines", "places", "tried", "before", "after", "damaged", "seconds", "examples")
+COLUMNS = (
+    "family",
+    "patch",
+    "action",
+    "by",
+    "lines",
+    "places",
+    "tried",
+    "before",
+    "after",
+    "damaged",
+    "seconds",
+    "examples",
+)
 OUTCOMES = ("before", "after", "damaged")
 PATIENCE = 60  # seconds for a child, which may wait for a lock for ever
 
@@ -69,10 +84,12 @@ class Injection:
     Attributes:
         every: of so many places one is tried.
         judge: says what has become of the model, in a child.
+        by: "way": a line is another place for each way of functions that leads to it; or "line".
     """
 
     every: int
     judge: Callable[[], str]
+    by: str = "way"
     lines: int = 0
     places: int = 0
     visits: Counter[Any] = field(default_factory=Counter)
@@ -91,7 +108,7 @@ class Injection:
         if event != "line":
             return self.line
         self.lines += 1
-        place = _place(frame)
+        place = _place(frame, self.by)
         self.visits[place] += 1
         times, loops = self.visits[place], frame.f_code.co_filename[len(PACKAGE) :] in LOOPS
         if times == 1 or (loops and times & (times - 1) == 0):
@@ -144,8 +161,8 @@ class Injection:
             os._exit(0)
 
 
-def _place(frame: Any) -> Any:
-    way, above = [], frame.f_back
+def _place(frame: Any, by: str) -> Any:
+    way, above = [], frame.f_back if by == "way" else None
     while above is not None:
         if above.f_code.co_filename.startswith(PACKAGE):
             way.append(above.f_code)
@@ -274,13 +291,15 @@ def _subject(action: str, model: Any, patch: Any, report: Any, inputs: Any) -> S
     return Subject(model, calls[action], before, None, inputs, calls["revert"] if action == "revert" else None)
 
 
-def interrupt(family: str, name: str, actions: list[str], sample: int | None) -> Iterator[dict[str, Any]]:
+def interrupt(
+    family: str, name: str, actions: list[str], sample: int | None, by: str = "way"
+) -> Iterator[dict[str, Any]]:
     """Yield a row of the table for each action."""
     for action, subject in subjects(family, name, actions):
         start, every = time.perf_counter(), 1
         if sample is not None:  # once without children, to know how many places there are
             twin = copy.deepcopy(subject.model)
-            count = Injection(sys.maxsize, subject.judge)
+            count = Injection(sys.maxsize, subject.judge, by)
             case = next(case for case in CASES if case.name == name)
             report = None
             if action == "revert":
@@ -288,10 +307,10 @@ def interrupt(family: str, name: str, actions: list[str], sample: int | None) ->
                 report = ap.apply(twin, case.patch)
             count.run(_subject(action, twin, case.patch, report, subject.inputs).call)
             every = max(1, count.places // sample)
-        injection = Injection(every, subject.judge)
+        injection = Injection(every, subject.judge, by)
         injection.run(subject.call)
         yield {
-            **{"family": family, "patch": name, "action": action, "lines": injection.lines},
+            **{"family": family, "patch": name, "action": action, "by": by, "lines": injection.lines},
             **{"places": injection.places, "tried": injection.found.total()},
             **{outcome: injection.found[outcome] for outcome in OUTCOMES},
             **{"seconds": round(time.perf_counter() - start), "examples": " | ".join(injection.examples[:3])},
@@ -300,33 +319,35 @@ def interrupt(family: str, name: str, actions: list[str], sample: int | None) ->
 
 def page(rows: list[dict[str, str]]) -> str:
     """The README beside the table."""
-    total = {key: sum(int(row[key]) for row in rows) for key in ("places", "tried", *OUTCOMES)}
-    cells = len({(row["family"], row["patch"]) for row in rows})
+    total = {key: sum(int(row[key]) for row in rows) for key in ("tried", *OUTCOMES)}
+    pairs = len({(row["family"], row["patch"]) for row in rows})
     lines = [
         "# Interruption",
         "",
-        f"**{total['damaged']} of {total['tried']} models damaged** by a KeyboardInterrupt at a line of the package's "
-        f"writing modules: {total['before']} are what they were, {total['after']} what they were to become. "
-        f"{total['tried'] / max(total['places'], 1):.0%} of the places in {cells} pairs of family and patch.",
+        f"**{total['damaged']} of {total['tried']} models damaged** by a KeyboardInterrupt before a line that writes "
+        f"or leads there: {total['before']} are what they were, {total['after']} what they were to become.",
         "",
-        "`make interrupt` (`scripts/interrupt.py`): a place is a line with the functions of the package through which "
-        "it was reached; in loops that write or put back, the first, second, fourth ... time. Before the line runs, "
-        "the process forks. The child raises there and compares the model with what it was (every object, container, "
-        "field and bit, logits) and with what it was to become (every bit), then torch's modes, the random state, the "
-        "handler of Ctrl-C and the lock; `revert` is called again and must finish. `interruption.csv` has each pair.",
+        "`make interrupt` (`scripts/interrupt.py`). The work runs once; before a line runs, the process forks. The "
+        "child raises there and compares the model with what it was (every object, container, field and bit, logits) "
+        "and with what it was to become (every bit), then torch's modes, the random state, the handler of Ctrl-C and "
+        "the lock; `revert` is called again and must finish. A place is a line, by *way* with the functions of the "
+        "package through which it was reached; in loops that write or put back, the first, second, fourth ... time. "
+        f"{pairs} pairs of family and patch; families refuse the others. `interruption.csv` has each.",
         "",
-        "| action | pairs | places | tried | before | after | damaged |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| action | by | pairs | places | tried | share | before | after | damaged |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for action in ACTIONS:
-        own = [row for row in rows if row["action"] == action]
-        numbers = [sum(int(row[key]) for row in own) for key in ("places", "tried", *OUTCOMES)]
-        lines.append(f"| `{action}` | {len(own)} | {' | '.join(map(str, numbers))} |")
+    for by, action in itertools.product(("line", "way"), ACTIONS):
+        own = [row for row in rows if (row["action"], row["by"]) == (action, by)]
+        places, tried, *found = (sum(int(row[key]) for row in own) for key in ("places", "tried", *OUTCOMES))
+        if own:
+            numbers = " | ".join(map(str, (len(own), places, tried, f"{tried / places:.0%}", *found)))
+            lines.append(f"| `{action}` | {by} | {numbers} |")
     return "\n".join(lines) + "\n"
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["family"], row["patch"], row["action"]
+    return row["family"], row["patch"], row["action"], row["by"]
 
 
 def main() -> None:
@@ -336,6 +357,7 @@ def main() -> None:
     parser.add_argument("--patches", nargs="+", default=list(PATCHES), choices=[case.name for case in CASES])
     parser.add_argument("--actions", nargs="+", default=list(ACTIONS), choices=ACTIONS)
     parser.add_argument("--sample", type=int, help="places of each action, spread evenly; all by default")
+    parser.add_argument("--by", default="way", choices=("way", "line"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--render", action="store_true")
     parser.add_argument("--until", help="stop before another pair begins after this time of day, as 06:20")
@@ -348,10 +370,10 @@ def main() -> None:
     torch.compiler.set_stance("force_eager")
     for name in given.patches if not given.render else []:
         for family in given.families:
-            actions = [action for action in given.actions if (family, name, action) not in whole]
+            actions = [action for action in given.actions if (family, name, action, given.by) not in whole]
             if not actions or (given.until and time.strftime("%H:%M") >= given.until):
                 continue
-            for row in interrupt(family, name, actions, given.sample):
+            for row in interrupt(family, name, actions, given.sample, given.by):
                 console.print(*(f"{row[key]}" for key in COLUMNS), highlight=False, soft_wrap=True)
                 rows[_key(row)] = {key: str(value) for key, value in row.items()}
                 with table.open("w", newline="") as file:

@@ -1,5 +1,6 @@
 """Ctrl-C: what puts things back runs to its end, and no line of a patch leaves a model between before and after."""
 
+import csv
 import signal
 import sys
 import threading
@@ -18,7 +19,7 @@ from hf_attnpatch.probe import quiet, remembered
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
-from interrupt import interrupt  # noqa: E402
+from interrupt import RESULTS, interrupt, page  # noqa: E402
 
 
 def stopping_once(done):
@@ -164,6 +165,7 @@ def test_ctrl_c_within_a_revert_comes_after_it(monkeypatch):
     assert snapshot(model) == before
 
 
+# a child for each of some hundred places: 20 to 50 ms each
 @pytest.mark.parametrize(("action", "sample"), [("revert", None), ("apply", 40), ("patched", 15)])
 def test_no_line_leaves_a_model_between_before_and_after(action, sample):
     (row,) = interrupt("gpt2", "position_table", [action], sample)
@@ -176,3 +178,10 @@ def test_a_way_back_that_is_not_taken_again_is_found_here(monkeypatch):
     monkeypatch.setattr(reports, "complete", lambda put_back: put_back())
     (row,) = interrupt("gpt2", "position_table", ["revert"], None)
     assert row["damaged"] >= 5
+
+
+def test_the_page_is_that_of_the_table_and_no_model_was_damaged():
+    rows = list(csv.DictReader((RESULTS / "interruption.csv").open()))
+    assert page(rows) == (RESULTS / "README.md").read_text()
+    assert {row["damaged"] for row in rows} == {"0"}
+    assert len({row["family"] for row in rows}) == 5
