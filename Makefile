@@ -36,7 +36,7 @@ FAST := -n $(WORKERS) -m "not full and not slow"
 # the workers already fill the cores; a thread pool in each would only get in their way
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-all test-lowest test-newest check-releases mutation lock newest lint format survey drift \
+.PHONY: demo test test-all test-lowest test-newest check-releases mutation interrupt lock newest lint format survey drift \
 	bench bench-alibi bench-relative \
 	bench-decode bench-extend check-diagnose \
 	downstream peers results-grouped-query results-extend-context results-passkey results-recurrence \
@@ -85,6 +85,11 @@ newest: $(LOCKING)/.installed
 	@locked=$$(sed -n 's/^transformers==//p' constraints.txt) && \
 	$(LOCKING)/bin/python scripts/lock.py --torch $(TORCH) --upgrade && \
 	$(LOCKING)/bin/python scripts/upstream_changes.py $$locked $$(sed -n 's/^transformers==//p' constraints.txt)
+
+# Ctrl-C at every line, of every patch on five families: hours of one core; the same command goes on where it was stopped
+interrupt: $(INSTALLED)
+	$(QUIET) $(BIN)/python -W ignore scripts/interrupt.py --by line
+	$(QUIET) $(BIN)/python -W ignore scripts/interrupt.py --sample 40
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

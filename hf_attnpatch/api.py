@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import transformers
@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 
 from . import foreign, record
 from .anatomy import describe
-from .edits import Edit, Inverse, SetConfig, SetConfigClass
+from .edits import SetConfig, SetConfigClass, Write, undo_all, write_all
 from .errors import AttnPatchError, SelfCheckFailed
+from .exclusive import alone, lock_of
+from .interruption import all_or_nothing, ensured
 from .patch import Patch
 from .plan import Plan, plan
 from .probe import (
@@ -24,6 +26,7 @@ from .probe import (
     disagreement,
     largest_difference,
     trace,
+    way_back,
 )
 from .report import Report
 from .selfcheck import decoding
@@ -33,7 +36,8 @@ from .tested import warn_if_newer
 def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, self_check: bool = True) -> Report:
     """Patch a model in place, check it on a few tokens, and say what happened.
 
-    Either everything happens or nothing: an exception anywhere unwinds every write; the model is bitwise what it was.
+    Either everything happens or nothing: an exception anywhere, Ctrl-C included, unwinds every write; the model is
+    bitwise what it was. Two threads may patch one model, one after the other; none may run it meanwhile.
     New weights are made layer by layer; the replaced ones stay in memory, for ``revert``, until the report is dropped.
 
     Args:
@@ -47,10 +51,29 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
     """
     warn_if_newer()
     given = None if probe is None else checked_inputs("probe", probe)
-    steps = plan(model, *patches)
-    if not steps.edits:
-        return Report(steps, {"edits": "none needed; the model is untouched"}, None)
-    check_in_memory(model)
+    lock = lock_of(model)
+    with alone(lock):
+        steps = plan(model, *patches)
+        if not steps.edits:
+            return Report(steps, {"edits": "none needed; the model is untouched"}, None)
+        check_in_memory(model)
+        writes, as_it_was = list[Write](), way_back(model)
+
+        def put_back() -> None:
+            undo_all(writes)
+            as_it_was()
+
+        def call() -> Report:
+            checks, findings = _applied(model, steps, given, self_check, writes)
+            return Report(steps, checks, getattr(model.config, record.FIELD, None), findings, writes, lock)
+
+        return all_or_nothing(call, put_back)
+
+
+def _applied(
+    model: PreTrainedModel, steps: Plan, given: Inputs | None, self_check: bool, writes: list[Write]
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Write, check, and return what the checks and what the patches found."""
     sites = tuple(dict.fromkeys(path for step in steps.steps for path in step.proposal.sites))
     inputs = (brief_inputs(model) if given is None else given) if self_check else None
     before = None if inputs is None else trace(model, inputs, sites)
@@ -60,27 +83,24 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
             "weights and dtype, or pass probe={...} with inputs that it was made for."
         )
     findings = {s.patch.name: s.proposal.prepare(model) for s in steps.steps if s.proposal.prepare is not None}
-    edits, inverses = (*steps.edits, *_bookkeeping(model, steps, findings)), list[Inverse]()
-    try:
-        _run(model, edits, inverses)
-        checks = {"self-check": "not run"}
-        if inputs is not None and before is not None:
-            checks = _check(model, steps, inputs, before)
-            checks |= _check_decoding(model, steps, inputs, edits, inverses)
-    except BaseException:
-        _unwind(inverses)
-        raise
-    return Report(steps, checks, getattr(model.config, record.FIELD, None), findings, inverses)
+    write_all(model, (*steps.edits, *_bookkeeping(model, steps, findings)), writes)
+    if inputs is None or before is None:
+        return {"self-check": "not run"}, findings
+    return _check(model, steps, inputs, before) | _check_decoding(model, steps, inputs, writes), findings
 
 
 @contextlib.contextmanager
 def patched(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None) -> Iterator[Report]:
     """Patch for the length of a ``with`` block; afterwards the model is bitwise what it was."""
-    report = apply(model, *patches, probe=probe)
-    try:
-        yield report
-    finally:
-        report.revert()
+    reports: list[Report] = []
+
+    def put_back() -> None:
+        for report in reports:
+            report.revert()
+
+    with ensured(put_back):
+        reports.append(apply(model, *patches, probe=probe))
+        yield reports[0]
 
 
 def restore(model: PreTrainedModel) -> None:
@@ -165,9 +185,7 @@ def _check(model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Trace) -
     }
 
 
-def _check_decoding(
-    model: PreTrainedModel, steps: Plan, inputs: Inputs, edits: Sequence[Edit], inverses: list[Inverse]
-) -> dict[str, str]:
+def _check_decoding(model: PreTrainedModel, steps: Plan, inputs: Inputs, writes: list[Write]) -> dict[str, str]:
     """Hold cached decoding to the full forward; a fault that the model had before the patch is said, not refused.
 
     Raises:
@@ -178,28 +196,19 @@ def _check_decoding(
     problem, said = decoding(model, inputs, sites, promises)
     if problem is None:
         return {"cached decoding": said}
-    _unwind(inverses)
+    undo_all(writes)
     before, _ = decoding(model, inputs, sites)
     if before is None:
         raise SelfCheckFailed(
             f"the patched {type(model).__name__} does not decode what it computes at once: {problem}. Before the patch "
             "it did. The model is unchanged; please report it."
         )
-    alone, _ = decoding(model, inputs, sites, steps=(1, 1))
-    _run(model, edits, inverses)
-    if alone is None:
+    single, _ = decoding(model, inputs, sites, steps=(1, 1))
+    for write in writes:
+        write.do()
+    if single is None:
         problem, said = decoding(model, inputs, sites, promises, steps=(1, 1))
         if problem is not None:
             raise SelfCheckFailed(f"the patched {type(model).__name__} does not decode token by token: {problem}.")
         return {"cached decoding": f"{said}; two tokens at once fail as before the patch: {before}"}
     return {"cached decoding": f"differs from the full forward, as before the patch: {before}"}
-
-
-def _run(model: PreTrainedModel, edits: Sequence[Edit], inverses: list[Inverse]) -> None:
-    for edit in edits:
-        inverses.append(edit.run(model))
-
-
-def _unwind(inverses: list[Inverse]) -> None:
-    while inverses:
-        inverses.pop().undo()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch.distributed.tensor import DTensor
@@ -11,7 +11,10 @@ from transformers import PreTrainedModel
 from .anatomy import Anatomy, describe
 from .edits import Edit
 from .errors import AttnPatchError, PatchConflict, UnsupportedArchitecture
+from .exclusive import alone, lock_of
+from .interruption import all_or_nothing
 from .patch import Patch, Proposal
+from .probe import way_back
 from .recurrence.modules import recalling_of
 from .spans.modules import span_of
 
@@ -74,8 +77,14 @@ def plan(model: PreTrainedModel, *patches: Patch) -> Plan:
     for number, patch in enumerate(patches, 1):
         if not isinstance(patch, Patch):
             raise AttnPatchError(f"argument {number} after the model is {_not_a_patch(patch)}.")
-    anatomy = describe(model)
-    _writable(model)
+    with alone(lock_of(model)):
+        anatomy = describe(model)
+        _writable(model)
+        # some patches try edits out
+        return all_or_nothing(lambda: Plan(anatomy, tuple(_steps(model, anatomy, patches))), way_back(model))
+
+
+def _steps(model: PreTrainedModel, anatomy: Anatomy, patches: Sequence[Patch]) -> list[Step]:
     steps = []
     for patch in patches:
         _refuse_beneath_a_memory(model, patch)
@@ -83,7 +92,7 @@ def plan(model: PreTrainedModel, *patches: Patch) -> Plan:
         _refuse_stacked(model, patch, proposal)
         steps.append(Step(proposal.patch or patch, proposal, tuple(edit.preview(model) for edit in proposal.edits)))
     _refuse_conflicts(steps)
-    return Plan(anatomy, tuple(steps))
+    return steps
 
 
 def _counted(anatomy: Anatomy, proposal: Proposal) -> Proposal:

@@ -14,27 +14,33 @@ PACKAGE = Path(hf_attnpatch.__file__).parent
 FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
-_CORE = {"anatomy", "configs", "edits", "errors", "functional", "layouts", "probe", "sites", "upstream"}
+_CORE = {"anatomy", "configs", "edits", "errors", "functional", "interruption", "layouts", "probe", "sites", "upstream"}
 
 # rooms and what they may import of the project; a room that is not named may import anything
 MAY_IMPORT = {
     "functional/": set(),
     "errors.py": set(),
-    "upstream/": {"configs", "errors"},  # the vocabulary of transformers: below everything but mathematics
+    "interruption.py": set(),
+    "exclusive.py": {"interruption"},
+    "upstream/": {
+        "configs",
+        "errors",
+        "interruption",
+    },  # the vocabulary of transformers: below everything but mathematics
     "stepwise.py": {"errors", "upstream"},
     "tested.py": set(),
-    "configs.py": {"errors"},
+    "configs.py": {"errors", "interruption"},
     "layouts.py": {"errors", "runtime"},
     "sites.py": {"configs", "errors", "layouts", "upstream"},
     "anatomy.py": {
         *("configs", "errors", "layouts", "positions", "sites", "upstream"),
         "report",
     },  # the last one prints it
-    "edit.py": {"errors"},
-    "edits.py": {"configs", "edit", "errors"},
+    "edit.py": {"errors", "interruption"},
+    "edits.py": {"configs", "edit", "errors", "interruption"},
     "runtime.py": {"errors", "functional", "upstream"},
     "patch.py": {"errors", "anatomy", "edits"},
-    "probe.py": {"configs", "errors", "edits", "upstream"},
+    "probe.py": {"configs", "errors", "edits", "exclusive", "interruption", "upstream"},
     "twin.py": {"configs", "errors", "edits"},
     "heads/projections.py": {"layouts", "sites"},
     "heads/": {*_CORE, "backends", "evaluation", "plotting", "progress", "report", "runtime", "twin"},
@@ -51,6 +57,7 @@ MAY_IMPORT = {
         "embedded",
         "errors",
         "evaluation",
+        "interruption",
         "progress",
         "upstream",
     },  # measures a model; knows nothing of patches
@@ -82,9 +89,9 @@ MAY_WRITE = {
     "backends.py": ("register", "the only writer of transformers' attention and mask tables"),
     "spans/backends.py": ("register", "through backends.py"),
     "foreign.py": ("register", "teaches the Auto classes our own model type"),
-    "probe.py": ("eval register_forward_hook clear update", "counting hooks; puts back what a forward leaves behind"),
+    "probe.py": ("eval register_forward_hook", "counting hooks; puts back what a forward leaves behind"),
     "invariants/noise.py": ("register_forward_hook", "for the length of a forward; removed in any case"),
-    "verify.py": ("clear update grad copy_ eval", "puts back what probing leaves behind"),
+    "verify.py": ("grad copy_ eval", "puts back what probing leaves behind"),
     "invariants/training.py": ("train", "inside verify, which restores the mode"),
     "invariants/copies.py": ("eval neg_ data", "of the copy and of what was just loaded"),
     "runtime.py": ("register_parameter", "a module's own parameters, in its constructor"),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..interruption import removing
 from ..probe import largest_difference
 from ..rope.request_length import request, requests_of
 from ..stepwise import NoCache, in_pieces
@@ -123,11 +124,9 @@ def _sizes(model: PreTrainedModel) -> Iterator[list[int]]:
     def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         sizes.append(output.shape[1])
 
-    handle = model.get_input_embeddings().register_forward_hook(note)
-    try:
+    with removing() as handles:
+        handles.append(model.get_input_embeddings().register_forward_hook(note))
         yield sizes
-    finally:
-        handle.remove()
 
 
 def _lengths(values: Any, seen: set[int]) -> Iterator[int]:

@@ -18,6 +18,7 @@ import yaml
 from torch import nn
 
 from ..errors import EvaluationError, missing_extra
+from ..interruption import ensured
 from .mode import measuring
 from .result import Result
 
@@ -105,7 +106,7 @@ def task_scores(
     manager = TaskManager(include_defaults=not all(_is_file(task) for task in tasks))
     settings = {"limit": limit, "num_fewshot": num_fewshot, "fewshot_random_seed": seed, "log_samples": False}
     chosen = [_specified(task, manager.all_tasks) for task in tasks]
-    with measuring(model), _same_random_state(), _explained(tasks):
+    with measuring(model), _same_random_state(model), _explained(tasks):
         asked = WholeExamples(model, tokenizer, length, batch)
         found = lm_eval.simple_evaluate(model=asked, tasks=chosen, task_manager=manager, **settings)
     return _scores(found, length, version("lm-eval"))
@@ -150,15 +151,17 @@ def _beside(folder: Path, files: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _same_random_state() -> Iterator[None]:
+def _same_random_state(model: nn.Module) -> Iterator[None]:
     """Undo what lm-eval does to the generators of the whole process: it seeds all of them."""
     before = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
+
+    def put_back() -> None:
         random.setstate(before[0])
         np.random.set_state(before[1])
+
+    devices = {p.device.index for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    with ensured(put_back), torch.random.fork_rng(devices):
+        yield
 
 
 @contextlib.contextmanager

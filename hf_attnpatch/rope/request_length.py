@@ -7,6 +7,7 @@ they were turned. So a length is chosen for each row of a batch when its request
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..errors import AttnPatchError
+from ..interruption import ensured
 from ..upstream import words
 from ..upstream.caches import length as cached
 from ..upstream.roles import Arguments, Roles
@@ -39,6 +41,19 @@ class Requests:
         """Return lengths of which each stands for its own angles."""
         return tuple(max(length, self.trained) for length in lengths)
 
+    def refuse_untold(self, lengths: Lengths) -> None:
+        """Refuse lengths that this thread finds by itself, where :func:`request` says others in another thread.
+
+        Raises:
+            AttnPatchError: it cannot be known which are meant.
+        """
+        for thread, told in list(_OPEN.get(self, {}).values()):
+            if thread != threading.get_ident() and set(self.served(told)) != set(self.served(lengths)):
+                raise AttnPatchError(
+                    f"another thread said requests of {_listed(told)} tokens, which holds there only; this one would "
+                    f"choose {_listed(lengths)}. Say it here, too: `with hf_attnpatch.request(model, length): ...`."
+                )
+
 
 @dataclass(frozen=True)
 class Call:
@@ -59,6 +74,8 @@ class Call:
 _FORWARD: ContextVar[tuple[Requests, Lengths] | None] = ContextVar("hf_attnpatch_forward", default=None)
 _TOLD: ContextVar[tuple[tuple[Requests, Lengths], ...]] = ContextVar("hf_attnpatch_told", default=())
 _GENERATING: ContextVar[tuple[Call, ...]] = ContextVar("hf_attnpatch_generating", default=())
+# What `request` says now, by block, with its thread: another one that was not told must not choose by itself.
+_OPEN: weakref.WeakKeyDictionary[Requests, dict[object, tuple[int, Lengths]]] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -67,6 +84,8 @@ def request(model: nn.Module, length: int | Sequence[int]) -> Iterator[None]:
 
     Not needed for ``generate`` (prompt and ``max_new_tokens`` tell it) nor for a forward over whole texts. Needed where
     a text grows through a cache by one's own forwards, or by several calls of ``generate``, beyond the trained window.
+    It holds for this thread (and for what runs in a copy of its context, as ``asyncio.to_thread`` does); one that is
+    not told is refused where it would choose otherwise.
 
     Args:
         model: patched, or a wrapper around it.
@@ -89,11 +108,16 @@ def request(model: nn.Module, length: int | Sequence[int]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _telling(requests: Requests, lengths: Lengths) -> Iterator[None]:
-    token = _TOLD.set((*_TOLD.get(), (requests, lengths)))
-    try:
+    before, block, told = _TOLD.get(), object(), _OPEN.setdefault(requests, {})
+
+    def put_back() -> None:
+        told.pop(block, None)
+        _TOLD.set(before)
+
+    with ensured(put_back):
+        told[block] = (threading.get_ident(), lengths)
+        _TOLD.set((*before, (requests, lengths)))
         yield
-    finally:
-        _TOLD.reset(token)
 
 
 def requests_of(model: nn.Module) -> Requests | None:
@@ -153,6 +177,8 @@ class ChooseLengths:
         """Return the length of each row; ``cache`` holds keys that are turned already, or is None."""
         told, rows, served = _told(self.requests), len(now), self.requests.served
         if cache is None:
+            if told is None:
+                self.requests.refuse_untold(now)
             return now if told is None else _spread(told, rows)
         kept = getattr(cache, "attnpatch_lengths", None)
         if kept is None:
@@ -224,11 +250,10 @@ class Moving:
 @contextlib.contextmanager
 def generating(requests: Requests) -> Iterator[None]:
     """Mark a call of ``generate``, whose lengths are not known yet."""
-    token = _GENERATING.set((*_GENERATING.get(), Call(requests)))
-    try:
+    before = _GENERATING.get()
+    with ensured(lambda: _GENERATING.set(before)):
+        _GENERATING.set((*before, Call(requests)))
         yield
-    finally:
-        _GENERATING.reset(token)
 
 
 def found_by_generate(requests: Requests, lengths: Lengths, drafts: bool = False) -> None:
@@ -243,9 +268,9 @@ def found_by_generate(requests: Requests, lengths: Lengths, drafts: bool = False
     if drafts:
         lengths = next((call.lengths for call in reversed(calls[:-1]) if call.lengths is not None), lengths)
     told = _explicit(requests)
-    if told is not None and any(
-        a > b for a, b in zip(lengths, requests.served(_spread(told, len(lengths))), strict=True)
-    ):
+    if told is None:
+        requests.refuse_untold(lengths)
+    elif any(a > b for a, b in zip(lengths, requests.served(_spread(told, len(lengths))), strict=True)):
         _refuse(f"generate leads to {_listed(lengths)} tokens, and the requests were said to have {_listed(told)}")
     _GENERATING.set((*calls[:-1], Call(requests, lengths, drafts)))
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..configs import skeleton
+from ..interruption import removing
 from . import words
 from .caches import first, output_fields, returned
 from .find import changed
@@ -320,16 +321,12 @@ class _Probe:
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
-        handles = []
-        for module in self.model.modules():
-            handles.append(module.register_forward_pre_hook(self._look, with_kwargs=True))
-            if not module._modules:
-                handles.append(module.register_forward_hook(self._note))
-        try:
+        with removing() as handles:
+            for module in self.model.modules():
+                handles.append(module.register_forward_pre_hook(self._look, with_kwargs=True))
+                if not module._modules:
+                    handles.append(module.register_forward_hook(self._note))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         declared = roles_of(module).parameters
