@@ -20,7 +20,6 @@ from ..upstream.roles import Arguments, Roles
 from .call import CALL, Call, Tokens, no_weights
 from .memory import Memory, RecurrentCache
 
-_MEMORY = "attnpatch_memory"  # a mark on a cache that a caller made and holds
 PREFIX = "recurrent_"  # of the attention functions with memory, before the name of the kernel they call
 
 
@@ -132,7 +131,6 @@ class Recalling:
     def _memory(self, module: nn.Module, named: Arguments) -> Memory | None:
         """Return the memory that the call reads and writes, and put a view of it in the place of a cache."""
         past = named.get(words.CACHE)
-        past = vars(past).get(_MEMORY, past) if type(past) is DynamicCache else past
         if isinstance(past, RecurrentCache):
             named.put(words.CACHE, past)
             if self.stream is not None and past.memory is not self.stream:
@@ -151,9 +149,9 @@ class Recalling:
             named.put(words.CACHE, None)
             return self.stream
         memory = Memory() if self.stream is None else self.stream
-        named.put(words.CACHE, RecurrentCache(memory))
-        if past is not None:  # filled in place, as far as its holder knows
-            setattr(past, _MEMORY, named.get(words.CACHE))
+        if past is not None:  # whoever holds it fills, crops, resets and reorders the memory from now on
+            RecurrentCache.take_over(past, memory, self.segments)
+        named.put(words.CACHE, RecurrentCache(memory, self.segments) if past is None else past)
         return memory
 
     def _tokens(self, named: Arguments, batch: int, columns: int, memory: Memory) -> tuple[Tokens, bool]:
