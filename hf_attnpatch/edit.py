@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -67,14 +68,36 @@ def swap(store: dict[str, Any], key: str, value: Any, claim: str) -> Inverse:
     """Put ``value`` under ``key``, remembering the object, or the absence, that was there."""
     old = store.get(key, ABSENT)
     store[key] = value
+    kinds = _kinds(value)
 
     def undo() -> None:
         if old is ABSENT:
             del store[key]
         else:
+            _follow(old, value, kinds)
             store[key] = old
 
     return Inverse(claim, lambda: store.get(key, ABSENT) is value, undo)
+
+
+def _kinds(value: Any) -> set[tuple[torch.dtype, torch.device]]:
+    """Dtypes and devices of a module's real numbers; none of what is no module, or has none in memory."""
+    if not isinstance(value, nn.Module):
+        return set()
+    tensors = (t for t in (*value.parameters(), *value.buffers()) if t.is_floating_point() and not t.is_meta)
+    return {(t.dtype, t.device) for t in tensors}
+
+
+def _follow(old: Any, new: Any, before: set[tuple[torch.dtype, torch.device]]) -> None:
+    """Cast and move a module that comes back as the one in its place was since, with the rest of the model."""
+    now = _kinds(new)
+    if not isinstance(old, nn.Module) or not now or now == before:
+        return
+    dtypes, devices = ({kind[n] for kind in now} for n in (0, 1))
+    if dtypes != {kind[0] for kind in before} and len(dtypes) == 1:
+        old.to(dtypes.pop())
+    if devices != {kind[1] for kind in before} and len(devices) == 1:
+        old.to(devices.pop())
 
 
 def short(value: Any) -> str:

@@ -20,6 +20,7 @@ from transformers import Cache
 from ..errors import AttnPatchError
 from ..upstream import words
 from ..upstream.caches import length as cached
+from ..upstream.calls import several_documents
 from ..upstream.roles import Arguments, Roles
 
 Lengths = tuple[int, ...]  # tokens, one number for each row of a batch, or one for all
@@ -133,7 +134,7 @@ class ChooseLengths:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Look, and change nothing."""
         named = self.roles.bind(args, kwargs)
-        if any(named.named.get(word) is not None for word in (words.PACKED, words.PAGED)):
+        if named.named.get(words.PAGED) is not None or _several(named):
             raise AttnPatchError(
                 f"{type(module).__name__}: requests packed into one row have one length for all of them here; "
                 "per_request needs one row for each (no continuous batching, no packed training)."
@@ -290,6 +291,12 @@ def _lengths(named: Arguments, past: int) -> Lengths:
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return tuple(int(n) for n in mask.ne(0).sum(-1).tolist())
     return (past + int(inputs.shape[1]),) * rows
+
+
+def _several(named: Arguments) -> bool:
+    given = named.get(words.TOKENS)
+    given = named.get(words.EMBEDDINGS) if given is None else given
+    return several_documents(named.named, int(given.shape[1]))
 
 
 def _refuse_packed(module: nn.Module, named: Arguments) -> None:
