@@ -82,6 +82,12 @@ class Recalling:
         self.bounded, self.layers, self.rows = bounded, layers, rows
         self.stream: Memory | None = None
 
+    @property
+    def gave_positions(self) -> bool:
+        """Whether the positions of the forward in progress may be this hook's and not the caller's."""
+        call = CALL.get()
+        return call is not None and not call.plain
+
     def open(self, memory: Memory | None) -> None:
         """Carry this memory across calls from now on; None for nothing."""
         self.stream = memory

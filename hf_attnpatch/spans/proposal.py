@@ -14,12 +14,11 @@ from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.spans import Sinks, Span
 from ..patch import Patch, Proposal
+from ..positions.counting import counted
 from ..probe import default_inputs, logits_under, trial
 from ..sites import Site
-from ..upstream import words
 from ..upstream.roles import roles_of
 from .backends import BACKENDS, register_spans
-from .counting import Counting
 from .modules import PREFIX, Evicting, Evicts, SpanGuard, Spanned, span_of
 from .survey import Found, as_found, survey
 
@@ -114,7 +113,11 @@ def spanned(
     if held is not None:
         raise UnsupportedArchitecture(f"{held}: sees distances by a patch of this package already; revert it first.")
     found, left = (as_found(patch.found), []) if patch.found else survey(model, anatomy)
-    edits = [*_edits(model, anatomy, found, span), *_caches(model, found, span), *_counting(model, found)]
+    edits = [
+        *_edits(model, anatomy, found, span),
+        *_caches(model, found, span),
+        *counted(model, tuple(found), turned=True),
+    ]
     kernel, said = _kernel(patch, model, [*_edits(model, anatomy, found, small)])
     return Proposal(
         (*edits, _attention(kernel)),
@@ -142,15 +145,6 @@ def _caches(model: PreTrainedModel, found: Found, span: Span) -> Iterator[Edit]:
     for path in found:
         hook = Evicting(roles_of(model.get_submodule(path)), span)
         yield AddPreHook(path, hook, "an empty cache becomes one that lets go")
-
-
-def _counting(model: PreTrainedModel, found: Found) -> Iterator[Edit]:
-    """Yield a hook on what holds the layers, or on what of the model around it takes positions."""
-    parts = next(iter(found)).split(".")
-    path = ".".join(parts[: max(0, next((n for n, part in enumerate(parts) if part.isdigit()), 0) - 1)])
-    roles = roles_of(model.get_submodule(path))
-    if roles.takes(words.POSITIONS):
-        yield AddPreHook(path, Counting(roles), "refuses positions that are not the order of the tokens")
 
 
 def _attention(kernel: str) -> SetAttention:
