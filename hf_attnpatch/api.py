@@ -31,7 +31,7 @@ from .selfcheck import decoding
 from .tested import warn_if_newer
 
 
-@torch.inference_mode(False)  # type: ignore[untyped-decorator]  # tensors made within it could never be trained
+@torch.inference_mode(False)  # tensors made within it could never be trained
 def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, self_check: bool = True) -> Report:
     """Patch a model in place, check it on a few tokens, and say what happened.
 

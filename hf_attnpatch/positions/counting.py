@@ -86,10 +86,10 @@ def _ways(named: Arguments) -> frozenset[Way] | None:
     columns = (past + torch.arange(new)).expand(batch, -1)
     axes = columns[None] if positions is None else positions.cpu().long().reshape(-1, *positions.shape[-2:])
     axes = axes.expand(-1, batch, -1)
-    if isinstance(mask, Tensor) and mask.dim() > 2:  # which says itself where documents begin
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):  # made already: it says who sees whom
         return frozenset() if bool((axes.diff(dim=-1) > 1).any()) else None
     keep, number = torch.ones(batch, new, dtype=torch.bool), columns
-    if isinstance(mask, Tensor) and mask.shape[1] >= past + new:
+    if mask is not None and mask.shape[1] >= past + new:
         whole = mask[:, : past + new].ne(0).cpu()
         keep, number = whole[:, past:], whole.long().cumsum(1)[:, past:] - 1
     if not bool(keep.any()):

@@ -174,8 +174,8 @@ def _refuse(module: nn.Module, window: int | None, queries: int, kwargs: dict[st
     names = roles_of(module).names
     kwargs.pop(names.get(words.POSITIONS, ""), None)  # flash attention would read packed documents from them
     if not several_documents(kwargs, queries):
-        for name in (words.PACKED, words.PACKED_KEYS):
-            kwargs.pop(name, None)
+        for border in (words.PACKED, words.PACKED_KEYS):
+            kwargs.pop(border, None)
     name = next((name for name in _UNKNOWN if kwargs.get(name) is not None), None)
     if name is not None:
         raise AttnPatchError(

@@ -163,7 +163,7 @@ class RecurrentCache(Cache):  # type: ignore[misc]  # transformers is not follow
         """Make an empty cache that a caller made, and holds, a view of a memory: it is to see, and to change, that."""
         vars(cache).clear()
         cache.__class__ = cls
-        cls.__init__(cache, memory, segments)  # type: ignore[arg-type]  # it is one by now
+        cls.__init__(cache, memory, segments)
 
     @property
     def layers(self) -> list[DynamicLayer]:
