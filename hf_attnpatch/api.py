@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 import transformers
 from transformers import PreTrainedModel
 
@@ -33,6 +34,7 @@ from .selfcheck import decoding
 from .tested import warn_if_newer
 
 
+@torch.inference_mode(False)  # tensors made within it could never be trained
 def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, self_check: bool = True) -> Report:
     """Patch a model in place, check it on a few tokens, and say what happened.
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -81,6 +82,7 @@ class Edit(ABC):
 def swap(store: dict[str, Any], key: str, value: Any, claim: str) -> Write:
     """Return the write of ``value`` under ``key``; it remembers the object, or the absence, that is there now."""
     old = store.get(key, ABSENT)
+    kinds = _kinds(value)
 
     def do() -> None:
         store[key] = value
@@ -89,6 +91,7 @@ def swap(store: dict[str, Any], key: str, value: Any, claim: str) -> Write:
         if old is ABSENT:
             store.pop(key, None)
         else:
+            _follow(old, value, kinds)
             store[key] = old
 
     return Write(claim, lambda: store.get(key, ABSENT) is value, do, undo)
@@ -115,6 +118,26 @@ def tried(model: PreTrainedModel, edits: Sequence[Edit]) -> Iterator[None]:
     with ensured(lambda: undo_all(writes)):
         write_all(model, edits, writes)
         yield
+
+
+def _kinds(value: Any) -> set[tuple[torch.dtype, torch.device]]:
+    """Dtypes and devices of a module's real numbers; none of what is no module, or has none in memory."""
+    if not isinstance(value, nn.Module):
+        return set()
+    tensors = (t for t in (*value.parameters(), *value.buffers()) if t.is_floating_point() and not t.is_meta)
+    return {(t.dtype, t.device) for t in tensors}
+
+
+def _follow(old: Any, new: Any, before: set[tuple[torch.dtype, torch.device]]) -> None:
+    """Cast and move a module that comes back as the one in its place was since, with the rest of the model."""
+    now = _kinds(new)
+    if not isinstance(old, nn.Module) or not now or now == before:
+        return
+    dtypes, devices = ({kind[n] for kind in now} for n in (0, 1))
+    if dtypes != {kind[0] for kind in before} and len(dtypes) == 1:
+        old.to(dtypes.pop())
+    if devices != {kind[1] for kind in before} and len(devices) == 1:
+        old.to(devices.pop())
 
 
 def short(value: Any) -> str:

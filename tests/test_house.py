@@ -79,9 +79,11 @@ MAY_WRITE = {
     "configs.py": ("_attn_implementation", "of a copy of the config"),
     "recurrence/attention.py": ("register", "through backends.register, its own names"),
     "recurrence/survey.py": ("register", "through backends.register, its own name"),
-    "recurrence/modules.py": ("setattr", "a mark of its own on the cache that a caller holds"),
     "recurrence/streams.py": ("load_state_dict", "of its own memory"),
-    "recurrence/memory.py": ("keys values", "of a layer that it has just made"),
+    "recurrence/memory.py": (
+        "keys values __class__",
+        "of a layer that it has just made; of an empty cache that a caller holds, which becomes its own",
+    ),
     "__init__.py": (
         "register __class__ __setattr__ __name__ __qualname__ __doc__",
         "calls foreign.register; the class of its own module; the names of its one-liners",
@@ -106,6 +108,7 @@ MAY_WRITE = {
     "heads/refine.py": ("requires_grad_ grad", "of its own copies of weights"),
     "functional/pieces.py": ("step scale gap count", "of autograd's context"),
     "functional/two_way.py": ("scale", "of autograd's context"),
+    "positions/counting.py": ("attnpatch_counting", "a mark of its own on the cache of a text"),
     "positions/alibi_attention.py": ("query_offset", "of the mask that it has just made"),
     "rope/search_course.py": ("settings", "of its own search"),
     "rope/search_state.py": ("losses population iteration settled settings began", "of a state just made"),

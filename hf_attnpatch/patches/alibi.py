@@ -18,6 +18,7 @@ from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..fused.deferring import rebiased
 from ..patch import Patch, Proposal
 from ..positions.choice import BACKENDS, choose
+from ..positions.counting import counted
 from ..positions.modules import PREFIX, AlibiBias, Guard, alibi_of
 from ..positions.removal import BIAS, check_blind, check_followed, removal, removed
 from ..sites import Place, dispatching
@@ -93,10 +94,9 @@ class Alibi(Patch):
         self._check_heads(places)
         common = [*removal(model, anatomy, own=BIAS), *_biased(model, places, bias)]
         name, notes = self._kernel(model, anatomy, common)
-        edits = (*common, _attention(name))
-        return Proposal(
-            edits, tuple(p.path for p in places), (*removed(anatomy), *notes), stock=False, claims=("the positions",)
-        )
+        paths = tuple(p.path for p in places)
+        edits = (*common, *counted(model, paths, turned=False), _attention(name))
+        return Proposal(edits, paths, (*removed(anatomy), *notes), stock=False, claims=("the positions",))
 
     def _of_a_native(self, model: PreTrainedModel, anatomy: Anatomy, bias: AlibiBias) -> Proposal:
         """BLOOM, MPT, Falcon, GPT-J, CodeGen: what told positions there is left out, and this one counts."""
@@ -114,7 +114,9 @@ class Alibi(Patch):
             check_followed(model, anatomy, edits)
             check_blind(model, anatomy, edits)
         notes = (*removed(anatomy), f"{self._what()}, through torch's kernel inside the forwards that stay")
-        return Proposal(edits, tuple(s.path for s in anatomy.sites), notes, stock=False, claims=("the positions",))
+        paths = tuple(s.path for s in anatomy.sites)
+        edits = (*edits, *counted(model, paths, turned=False))
+        return Proposal(edits, paths, notes, stock=False, claims=("the positions",))
 
     def _check_heads(self, places: list[Place]) -> None:
         for place in places if not isinstance(self.slopes, str) else ():

@@ -21,6 +21,7 @@ from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..fused.deferring import deferred
 from ..patch import Patch, Proposal
 from ..positions.choice import BACKENDS, choose
+from ..positions.counting import counted
 from ..positions.modules import Guard
 from ..positions.relative import CHILD, PREFIX, RelativeTerms, Term, default_size, relative_of
 from ..positions.removal import RELATIVE, check_blind, check_followed, removal, removed
@@ -100,7 +101,8 @@ class RelativeXl(Patch):
         what = f"u, v and W for each head, R of {self._size(sites[0])} ({self.init}): {count:,} new parameters"
         paths = tuple(site.path for site in sites)
         notes = (*removed(anatomy), what, said)
-        return Proposal((*away, *terms, *rest), paths, notes, stock=False, claims=("the positions",))
+        edits = (*away, *terms, *counted(model, paths, turned=False), *rest)
+        return Proposal(edits, paths, notes, stock=False, claims=("the positions",))
 
     def _dispatched(
         self, model: PreTrainedModel, anatomy: Anatomy, sites: list[Site], loud: Edits

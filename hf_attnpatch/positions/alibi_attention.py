@@ -15,7 +15,7 @@ from ..errors import AttnPatchError
 from ..functional.biased import Sight, attend, bias_rows, hiding, positions
 from ..fused.sight import read_sight
 from ..upstream import words
-from ..upstream.calls import flex_attention, flex_attention_mask, looks_back, sdpa_attention
+from ..upstream.calls import flex_attention, flex_attention_mask, looks_back, sdpa_attention, several_documents
 from ..upstream.find import find
 from .modules import alibi_of
 
@@ -42,7 +42,7 @@ def sdpa(
         )
         return out
     refuse(module, kwargs, "ALiBi", words.SOFTCAP, words.SINKS, words.SCORE_BIAS, words.CACHE)
-    if mask is None:
+    if mask is None and several_documents(kwargs, query.shape[2]):
         refuse(module, kwargs, "ALiBi", words.PACKED)  # only flash attention reads documents from there
     distance, scale = found.distance(query.shape[1], query.dtype), scale_of(query, scaling)
     sight = read_sight(mask, causal, query.shape[2], key.shape[2])

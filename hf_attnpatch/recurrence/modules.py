@@ -21,7 +21,6 @@ from ..upstream.roles import Arguments, Roles
 from .call import CALL, Call, Tokens, no_weights
 from .memory import Memory, RecurrentCache
 
-_MEMORY = "attnpatch_memory"  # a mark on a cache that a caller made and holds
 PREFIX = "recurrent_"  # of the attention functions with memory, before the name of the kernel they call
 
 
@@ -102,6 +101,12 @@ class Recalling:
         """What a saved model has: no stream open."""
         return {**vars(self), "_open": {}}
 
+    @property
+    def gave_positions(self) -> bool:
+        """Whether the positions of the forward in progress may be this hook's and not the caller's."""
+        call = CALL.get()
+        return call is not None and not call.plain
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Recalling:
         """A copy of the model has no stream open."""
         copied = memo[id(self)] = object.__new__(type(self))
@@ -153,7 +158,6 @@ class Recalling:
                 "thread that opened it. Open one here, too, which has a memory of its own "
                 "(`with hf_attnpatch.stream(model): ...`), or run a copy of the model."
             )
-        past = vars(past).get(_MEMORY, past) if type(past) is DynamicCache else past
         if isinstance(past, RecurrentCache):
             named.put(words.CACHE, past)
             if self.stream is not None and past.memory is not self.stream:
@@ -172,9 +176,9 @@ class Recalling:
             named.put(words.CACHE, None)
             return self.stream
         memory = Memory() if self.stream is None else self.stream
-        named.put(words.CACHE, RecurrentCache(memory))
-        if past is not None:  # filled in place, as far as its holder knows
-            setattr(past, _MEMORY, named.get(words.CACHE))
+        if past is not None:  # whoever holds it fills, crops, resets and reorders the memory from now on
+            RecurrentCache.take_over(past, memory, self.segments)
+        named.put(words.CACHE, RecurrentCache(memory, self.segments) if past is None else past)
         return memory
 
     def _tokens(self, named: Arguments, batch: int, columns: int, memory: Memory) -> tuple[Tokens, bool]:

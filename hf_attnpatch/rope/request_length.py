@@ -22,6 +22,7 @@ from ..errors import AttnPatchError
 from ..interruption import ensured
 from ..upstream import words
 from ..upstream.caches import length as cached
+from ..upstream.calls import several_documents
 from ..upstream.roles import Arguments, Roles
 
 Lengths = tuple[int, ...]  # tokens, one number for each row of a batch, or one for all
@@ -157,13 +158,14 @@ class ChooseLengths:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Look, and change nothing."""
         named = self.roles.bind(args, kwargs)
-        if any(named.named.get(word) is not None for word in (words.PACKED, words.PAGED)):
+        if named.named.get(words.PAGED) is not None or _several(named):
             raise AttnPatchError(
                 f"{type(module).__name__}: requests packed into one row have one length for all of them here; "
                 "per_request needs one row for each (no continuous batching, no packed training)."
             )
         cache = named.get(words.CACHE)
         past = cached(cache)
+        _refuse_packed(module, named)
         now = _lengths(named, past)
         lengths = self._of(now, cache if past else None)
         for row, (n, limit) in enumerate(zip(now, self.requests.served(lengths), strict=True)):
@@ -225,18 +227,21 @@ class Moving:
 
     Args:
         cache: whose attribute it is; a copy of the cache has a copy of this. Not kept alive by it.
-        name: of the method, which takes the index of each new row.
+        name: of the method, which takes the index of each new row, or how often each row is repeated.
     """
 
     def __init__(self, cache: Any, name: str):
         self._cache, self.name = weakref.ref(cache), name
 
-    def __call__(self, indices: Tensor) -> None:
+    def __call__(self, rows: Tensor | int) -> None:
         """Move them."""
         cache: Any = self._cache()
-        kept = _spread(cache.attnpatch_lengths, int(cache.layers[0].keys.shape[0]))
-        getattr(type(cache), self.name)(cache, indices)
-        cache.attnpatch_lengths = tuple(kept[int(index)] for index in indices)
+        getattr(type(cache), self.name)(cache, rows)
+        kept = cache.attnpatch_lengths  # one for each row: what layers hold (quantized, linear) does not say how many
+        if isinstance(rows, int):
+            cache.attnpatch_lengths = tuple(length for length in kept for _ in range(rows))
+        else:
+            cache.attnpatch_lengths = tuple(kept[int(row)] for row in rows)
 
     def __getstate__(self) -> tuple[Any, str]:
         """What a copy is made of: a copy of the cache."""
@@ -311,6 +316,39 @@ def _lengths(named: Arguments, past: int) -> Lengths:
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return tuple(int(n) for n in mask.ne(0).sum(-1).tolist())
     return (past + int(inputs.shape[1]),) * rows
+
+
+def _several(named: Arguments) -> bool:
+    given = named.get(words.TOKENS)
+    given = named.get(words.EMBEDDINGS) if given is None else given
+    return several_documents(named.named, int(given.shape[1]))
+
+
+def _refuse_packed(module: nn.Module, named: Arguments) -> None:
+    """Refuse positions that begin anew inside a row: there another document stands, of another length.
+
+    Without a mask and a cache, transformers takes each step that is not one for a border of documents; elsewhere, a
+    text may leave positions out, but a later token has a later one. Of several axes (images), one has to grow.
+
+    Raises:
+        AttnPatchError: they do.
+    """
+    positions, mask = named.get(words.POSITIONS), named.get(words.MASK)
+    if not isinstance(positions, Tensor) or positions.shape[-1] < 2:
+        return
+    steps = positions.diff(dim=-1)
+    if steps.dim() > 2:
+        steps = steps.amax(0)
+    alone = mask is None and named.get(words.CACHE) is None and positions.dim() == 2
+    begins = steps != 1 if alone else steps < 1
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[-1] >= positions.shape[-1]:
+        keep = mask[:, -positions.shape[-1] :].bool()
+        begins = begins & (keep[:, 1:] & keep[:, :-1]).to(begins.device)
+    if bool(begins.any()):
+        raise AttnPatchError(
+            f"{type(module).__name__}: position_ids that do not count up by one hold several documents in a row, which "
+            "would have the angles of the longest; per_request needs one row for each (no packed training)."
+        )
 
 
 def _listed(lengths: Lengths) -> str:

@@ -29,6 +29,19 @@ _STATES = ("module", "query", "key", "value", "mask")
 _NEEDS = "every patch of attention"
 
 
+def several_documents(given: Mapping[str, Any], tokens: int) -> bool:
+    """Whether the borders of packed documents among an attention function's arguments say more than one row does.
+
+    Args:
+        given: its keywords.
+        tokens: queries of a row; one document of so many is an ordinary row.
+    """
+    bounds = given.get(words.PACKED)
+    if not isinstance(bounds, Tensor):
+        return bounds is not None
+    return bounds.numel() != 2 or int(bounds[-1]) != tokens
+
+
 @dataclass
 class _Heard:
     """What the tiny model passed in its last layer's call."""

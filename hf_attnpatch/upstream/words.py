@@ -94,7 +94,7 @@ MASKS: Final = (
 # Methods of a cache.
 UPDATE: Final = ("update",)
 LENGTH: Final = ("get_seq_length",)
-MOVES: Final = ("reorder_cache", "batch_select_indices")
+MOVES: Final = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
 
 # Buffers of a rotary module: radians per position, as now and as of the original window.
 FREQUENCIES: Final = "inv_freq"
