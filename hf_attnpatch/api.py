@@ -11,14 +11,15 @@ from transformers import PreTrainedModel
 
 from . import foreign, record
 from .anatomy import describe
+from .beside import Before, beside_text, remember
 from .edits import Edit, Inverse, SetConfig, SetConfigClass
 from .errors import AttnPatchError, SelfCheckFailed
+from .media import Probes, probes
 from .patch import Patch
 from .plan import Plan, plan
 from .probe import (
     Inputs,
     Trace,
-    brief_inputs,
     check_in_memory,
     checked_inputs,
     disagreement,
@@ -39,7 +40,8 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
     Args:
         model: a transformers model with its weights in memory.
         patches: in order.
-        probe: inputs for the self-check; by default two rows of eight tokens, one left-padded.
+        probe: inputs for the self-check; by default two rows of eight tokens, one left-padded, and with an image, sound
+            or whatever else the model takes, as far as that can be built.
         self_check: run the model on the probe before and after. Turn off only where it cannot run here.
 
     Raises:
@@ -52,8 +54,10 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
         return Report(steps, {"edits": "none needed; the model is untouched"}, None)
     check_in_memory(model)
     sites = tuple(dict.fromkeys(path for step in steps.steps for path in step.proposal.sites))
-    inputs = (brief_inputs(model) if given is None else given) if self_check else None
+    asked = (probes(model) if given is None else Probes(given)) if self_check else None
+    inputs = None if asked is None else asked.main
     before = None if inputs is None else trace(model, inputs, sites)
+    more = Before() if asked is None or before is None else remember(model, asked, before, sites)
     if before is not None and not before.logits.isfinite().all():
         raise AttnPatchError(
             f"{type(model).__name__}: its logits on the probe are not finite before anything is patched; look at its "
@@ -66,6 +70,7 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
         checks = {"self-check": "not run"}
         if inputs is not None and before is not None:
             checks = _check(model, steps, inputs, before)
+            checks |= beside_text(model, more, all(s.proposal.preserves or not s.proposal.edits for s in steps.steps))
             checks |= _check_decoding(model, steps, inputs, edits, inverses)
     except BaseException:
         _unwind(inverses)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .edits import first_layers
 from .errors import SelfCheckFailed
 from .invariants.noise import rounding
-from .probe import Inputs, default_inputs, disagreement, largest_difference, quiet, valid
+from .probe import Inputs, disagreement, largest_difference, quiet, valid
 from .stepwise import STEPS, NoCache, in_pieces, remembers, rereads, writes_as_it_reads
 from .upstream import words
 from .upstream.roles import predicted, roles_of
@@ -37,7 +37,7 @@ def decoding(
     Args:
         model: patched or not; left as it was.
         sites: paths of modules inside the layers that may be left out.
-        inputs: of its forward; where there is more in them than text, the default ones are taken.
+        inputs: of its forward; what is no text goes with the first tokens.
         promises: of patches about the cache.
         steps: tokens of each step after the prefill.
 
@@ -65,7 +65,7 @@ def _asked(
 ) -> tuple[str | None, str]:
     roles = roles_of(model)
     text = {roles.names.get(role) for role in _TEXT}
-    given = _placed(model, inputs if set(inputs) <= text else default_inputs(model))
+    given = _placed(model, inputs) if set(inputs) <= text else inputs
     caches: list[Any] = []
     with quiet(model), torch.no_grad():
         try:
@@ -92,6 +92,27 @@ def _asked(
         if broken is not None:
             raise SelfCheckFailed(f"{broken}. The model is unchanged.")
     return problem, ""
+
+
+def decoded_with(model: PreTrainedModel, given: Inputs) -> str | None:
+    """Say what is wrong with decoding inputs that are more than text, read with the first tokens; None for nothing.
+
+    Args:
+        model: patched or not; left as it was.
+        given: of its forward, without padding.
+    """
+    roles = roles_of(model)
+    if not model.can_generate() or not {roles.names.get(r) for r in (words.TOKENS, words.DECODER_TOKENS)} & set(given):
+        return None
+    with quiet(model), torch.no_grad():
+        try:
+            wanted, found = _both(model, given, STEPS, [])
+        except NoCache as error:
+            wanted, found = _whole(model, given), error.found
+        except (ValueError, TypeError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
+            text_of = " ".join(f"{type(error).__name__}: {error}".split())
+            return f"decoding with a cache fails ({text_of[:200]})"
+        return _apart(model, given, wanted, found)
 
 
 def one_of_each(model: PreTrainedModel, sites: Sequence[str]) -> tuple[str, int] | None:
