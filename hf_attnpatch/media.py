@@ -1,4 +1,4 @@
-"""Inputs beside text, as a model's processor would make them: images, sound, types of tokens, several axes of positions.
+"""Inputs beside text, as a model's processor makes them: images, sound, types of tokens, several axes of positions.
 
 What a forward takes is read from its signature, its ``main_input_name`` and its config. In which shape it takes it is
 found by trying: the first form that the model runs with. A model that takes text only is neither asked nor run.
@@ -284,7 +284,9 @@ def _pictures(model: PreTrainedModel, name: str) -> Iterator[Inputs]:
         yield {name: patches.view(-1, channels, patch, patch * time), **pair(words.GRID, value)}
     if pair(words.PATCH_SHAPES, [1]):
         count = _number(configs, ("num_patches",)) or side * side
-        mask = {n: torch.ones(2, count, dtype=torch.long, device=device) for n in words.PATCH_MASK if n in declared}
+        mask: Inputs = {
+            n: torch.ones(2, count, dtype=torch.long, device=device) for n in words.PATCH_MASK if n in declared
+        }
         root = math.isqrt(count)
         yield {name: _noise(model, 2, count, channels * patch**2), **mask, **pair(words.PATCH_SHAPES, [root, root])}
     if pair(words.PATCH_PLACES, [1]):
@@ -311,7 +313,9 @@ def _sounds(model: PreTrainedModel, name: str) -> Iterator[Inputs]:
         shapes = [(2, 4000), (2, 1, 4000), *shapes[:4]]
     for shape in shapes:
         length = max(shape[1:]) if len(shape) == 3 else shape[1]
-        masks = {n: torch.ones(2, length, dtype=torch.long, device=device) for n in words.SOUND_MASK if n in declared}
+        masks: Inputs = {
+            n: torch.ones(2, length, dtype=torch.long, device=device) for n in words.SOUND_MASK if n in declared
+        }
         sound = _noise(model, *shape)
         yield {name: sound, **masks}
         if masks:

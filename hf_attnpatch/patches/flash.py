@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..backends import FLAG, FUSED, Candidate, obstacle, ranked
+from ..configs import config_at
 from ..edits import Edit, SetAttention
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..fused.deferring import variants
@@ -76,6 +77,10 @@ class Flash(Patch):
         """Say which backend would be used; see :meth:`Patch.propose`."""
         training = model.training if self.training is None else self.training
         head_dim = max((s.head_dim for s in anatomy.sites), default=0)
+        if model.config._attn_implementation == FUSED and self.backend not in ("auto", "sdpa"):
+            raise AttnPatchError(
+                f"{anatomy.architecture}: has torch's kernels inside of its own forwards, which take no other backend."
+            )
         if model.config._attn_implementation == FUSED:
             return Proposal(
                 (), (), ("already in use: a fused kernel inside forwards that do not dispatch",), preserves=True
@@ -114,7 +119,8 @@ class Flash(Patch):
         kernel = "forward and backward" if request.training else "forward"
         passed = f"; passed over {'; '.join(reasons)}" if reasons else ""
         note = f"{name} on {model.device.type} in {dtype}, {kernel} proved on a probe{passed}"
-        if len(edits) == 1 and model.config._attn_implementation == name:
+        used = {config_at(model, s.config)._attn_implementation for s in anatomy.sites if s.dispatches}
+        if len(edits) == 1 and used | {model.config._attn_implementation} == {name}:
             return Proposal((), (), (f"already in use: {note}",), preserves=True)
         hooked = tuple(edit.path for edit in edits if edit.path)
         sites = hooked or tuple(s.path for s in anatomy.sites if s.dispatches)

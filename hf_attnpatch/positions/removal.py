@@ -124,6 +124,7 @@ def check_blind(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit])
             f"{anatomy.architecture}: tells positions apart by something that was not recognised (equal tokens, and "
             f"{problem}), which would stay beside the new positions."
         )
+    return ""
 
 
 def _check_order(model: PreTrainedModel, anatomy: Anatomy, blind: Sequence[Edit]) -> None:
@@ -131,8 +132,8 @@ def _check_order(model: PreTrainedModel, anatomy: Anatomy, blind: Sequence[Edit]
     roles = roles_of(model)
     if not roles.takes(words.TOKENS):
         raise UnsupportedArchitecture(
-            f"{anatomy.architecture}: reads {model.main_input_name} and no tokens; positions are exchanged in models of "
-            "text."
+            f"{anatomy.architecture}: reads {model.main_input_name} and no tokens; positions are exchanged in "
+            "models of text."
         )
     ids = tokens_of(model, default_inputs(model))
     if not roles.takes(words.MASK):

@@ -103,6 +103,7 @@ def attention_registered(function: Function) -> Function:
     return attention
 
 
+@functools.cache
 def _mask_by_keyword(function: Function) -> Function:
     """Return a function that takes its mask by transformers' keyword as well, as image towers pass it."""
 
