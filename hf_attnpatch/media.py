@@ -110,13 +110,20 @@ def _arguments(model: PreTrainedModel) -> dict[str, str]:
     found = {}
     for what, names in ((IMAGE, words.PICTURES), (SOUND, words.SOUNDS)):
         name = next((n for n in names if n in declared), None)
-        if name is not None:
+        if name is not None and not _left_out(model, what):
             found[what] = name
     main = model.main_input_name
     if main in declared and main not in (*found.values(), *_text_names(model)):
         found.setdefault(IMAGE if _convolves(model) == 2 else SOUND, main)
     others = [n for n in words.OTHER_MEDIA if n in declared and n not in found.values()]
     return found if found else {name: name for name in others if name != "inputs"}
+
+
+def _left_out(model: PreTrainedModel, what: str) -> bool:
+    """Whether a model was built without the part that reads images or sound, which its family may have."""
+    parts = [(n, c) for n, c in vars(model.config).items() if n.endswith("_config")]
+    own = [config for name, config in parts if any(word in name for word in words.MEDIA_CONFIGS[what])]
+    return bool(own) and not any(own)
 
 
 def _text_names(model: PreTrainedModel) -> set[str]:

@@ -130,7 +130,7 @@ def check_blind(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit])
 def _check_order(model: PreTrainedModel, anatomy: Anatomy, blind: Sequence[Edit]) -> None:
     """Refuse a model that, with its positions out, sees whether three tokens stand one farther from another."""
     roles = roles_of(model)
-    if not roles.takes(words.TOKENS):
+    if roles.names.get(words.TOKENS) in (None, roles.names.get(words.DECODER_TOKENS)):
         raise UnsupportedArchitecture(
             f"{anatomy.architecture}: reads {model.main_input_name} and no tokens; positions are exchanged in "
             "models of text."
