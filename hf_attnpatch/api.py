@@ -69,7 +69,7 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
         _run(model, edits, inverses)
         checks = {"self-check": "not run"}
         if inputs is not None and before is not None:
-            checks = _check(model, steps, inputs, before)
+            checks = _check(model, steps, inputs, before, {*sites} != {*more.silent} or not sites)
             checks |= beside_text(model, more, all(s.proposal.preserves or not s.proposal.edits for s in steps.steps))
             checks |= _check_decoding(model, steps, inputs, edits, inverses)
     except BaseException:
@@ -132,8 +132,8 @@ def _version() -> str:
     return __version__
 
 
-def _check(model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Trace) -> dict[str, str]:
-    """Run the patched model and hold it to what was promised.
+def _check(model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Trace, reached: bool) -> dict[str, str]:
+    """Run the patched model and hold it to what was promised; ``reached``: whether a probe calls a patched module.
 
     Raises:
         SelfCheckFailed: not finite, another shape, a patched site never called, or logits moved that must not.
@@ -159,6 +159,8 @@ def _check(model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Trace) -
                 f"{path}: ran {after.calls.get(path, 0)} times on the probe, {count} before; the patch has no effect."
             )
     difference = largest_difference(before.logits, after.logits)
+    if not reached and difference == 0:
+        raise SelfCheckFailed("no probe calls a module that was patched, and no logit moved: nothing proves an effect.")
     if all(s.proposal.preserves or not s.proposal.edits for s in steps.steps):
         problem = disagreement(before.logits, after.logits)
         if problem:

@@ -28,7 +28,7 @@ _FAILURES = (ValueError, TypeError, RuntimeError, LookupError, AttributeError, A
 Inputs = dict[str, Tensor]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Probes:
     """What a model is asked with.
 
@@ -39,8 +39,8 @@ class Probes:
     """
 
     main: Mapping[str, Tensor]
-    more: dict[str, Inputs] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
+    more: Mapping[str, Inputs] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
 
 
 def probes(model: PreTrainedModel, text: Callable[[PreTrainedModel], Mapping[str, Tensor]] = brief_inputs) -> Probes:
@@ -57,21 +57,19 @@ def probes(model: PreTrainedModel, text: Callable[[PreTrainedModel], Mapping[str
         return Probes(text(model))
     tokens = text(model) if reads_tokens(model) else None
     with quiet(model):
-        found = _media(model, tokens)
+        more, missing = _media(model, tokens)
         alone = tokens is not None and _runs(model, tokens)
-    if tokens is not None and (alone or not found.more):
+    if tokens is not None and (alone or not more):
         mask = roles_of(model).names.get(words.MASK)
-        found.main, found.more = tokens, {PLAIN: {k: v for k, v in tokens.items() if k != mask}, **found.more}
-        return found
-    if not found.more:
-        what, why = next(iter(found.missing.items()))
+        return Probes(tokens, {PLAIN: {k: v for k, v in tokens.items() if k != mask}, **more} if alone else {}, missing)
+    if not more:
+        what, why = next(iter(missing.items()))
         raise UnsupportedArchitecture(
             f"{type(model).__name__}: reads no tokens, and a probe with {what} could not be built ({why}); pass "
             "probe={...} with inputs of its forward."
         )
-    first = next(iter(found.more))
-    found.main = found.more.pop(first)
-    return found
+    main, *rest = more.items()
+    return Probes(main[1], dict(rest), missing)
 
 
 def _runs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
@@ -81,27 +79,23 @@ def _runs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
     return False
 
 
-def _media(model: PreTrainedModel, text: Mapping[str, Tensor] | None) -> Probes:
-    """Build the inputs beside text that a model takes, without padding."""
-    found, mask = Probes({}), roles_of(model).names.get(words.MASK)
+def _media(model: PreTrainedModel, text: Mapping[str, Tensor] | None) -> tuple[dict[str, Inputs], dict[str, str]]:
+    """Build the inputs beside text that a model takes, without padding; and say what could not be built."""
+    mask = roles_of(model).names.get(words.MASK)
     text = None if text is None else {k: torch.ones_like(v) if k == mask else v for k, v in text.items()}
-    if text is not None:
-        axes = _several_axes(model, text)
-        if axes is not None:
-            found.more[AXES] = axes
+    axes = None if text is None else _several_axes(model, text)
+    found: dict[str, Inputs] = {} if axes is None else {AXES: axes}
+    missing: dict[str, str] = {}
     for what, name in _arguments(model).items():
-        if what not in (IMAGE, SOUND):
-            found.missing[name] = "no form of it is known"
-            continue
-        probe = _built(model, what, name, text)
+        probe = _built(model, what, name, text) if what in (IMAGE, SOUND) else "no form of it is known"
         if isinstance(probe, str):
-            found.missing[what] = probe
+            missing[what] = probe
             continue
-        found.more[what] = probe
+        found[what] = probe
         types = _typed(model, what, probe)
         if types is not None:
-            found.more[f"{what} and types of tokens"] = types
-    return found
+            found[f"{what} and types of tokens"] = types
+    return found, missing
 
 
 def _arguments(model: PreTrainedModel) -> dict[str, str]:

@@ -142,8 +142,8 @@ def test_towers_alone_are_right_or_refused(model_type, patch):
     before = snapshot(model)
     try:
         report = ap.apply(model, patch)
-    except ap.AttnPatchError as error:
-        assert str(error)
+    except ap.AttnPatchError:
+        assert patch.name != "flash"
         assert snapshot(model) == before
         return
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Where a report says that there are no positions, a probe has shown it: by hand inside of attention, by a bias, by none."""
+"""Where a report says that there are no positions, a probe has shown it."""
 
 import pytest
 import torch

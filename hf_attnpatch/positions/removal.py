@@ -74,6 +74,12 @@ def removed(anatomy: Anatomy) -> Iterator[str]:
     yield from (f"{what}: {where}" for what, where in found.items() if where)
 
 
+def attending(anatomy: Anatomy) -> tuple[str, ...]:
+    """Return the paths of the modules of the language model that attend to its own tokens, read or not."""
+    read = [s.path for s in anatomy.sites if not s.cross and not s.tower]
+    return (*read, *(path for path in (*anatomy.other, *anatomy.unread) if not read and not in_tower(path)))
+
+
 def none_there(unproved: str) -> str:
     """Say that a model has nothing that could be taken out, and what is known of that.
 
@@ -105,8 +111,8 @@ def check_blind(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit])
     """
     if any("state" in why or "convolution" in why for why in anatomy.other.values()):
         return "a module with a state of its own counts tokens"
-    _check_order(model, anatomy, removal(model, anatomy))
     if model.config.is_encoder_decoder:
+        _check_order(model, anatomy, removal(model, anatomy))
         return ""
     ids = tokens_of(model, default_inputs(model))
     same = roles_of(model).call(**{words.TOKENS: torch.full_like(ids, int(ids[0, 0]))})
@@ -124,6 +130,7 @@ def check_blind(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit])
             f"{anatomy.architecture}: tells positions apart by something that was not recognised (equal tokens, and "
             f"{problem}), which would stay beside the new positions."
         )
+    _check_order(model, anatomy, removal(model, anatomy))
     return ""
 
 
