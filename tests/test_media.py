@@ -152,3 +152,8 @@ def test_towers_alone_are_right_or_refused(model_type, patch):
     assert found.isfinite().all()
     if patch.name == "flash":
         assert largest_difference(wanted, found) < 1e-5
+
+
+def test_verify_refuses_what_reads_no_tokens():
+    with pytest.raises(ap.UnsupportedArchitecture, match="reads pixel_values"):
+        ap.verify(media_model("vit"))
