@@ -12,16 +12,17 @@ from transformers import PreTrainedModel
 
 from . import foreign, record
 from .anatomy import describe
+from .beside import Before, beside_text, remember
 from .edits import SetConfig, SetConfigClass, Write, undo_all, write_all
 from .errors import AttnPatchError, SelfCheckFailed
 from .exclusive import alone, lock_of
 from .interruption import all_or_nothing, ensured
+from .media import Probes, probes
 from .patch import Patch
 from .plan import Plan, plan
 from .probe import (
     Inputs,
     Trace,
-    brief_inputs,
     check_in_memory,
     checked_inputs,
     disagreement,
@@ -45,7 +46,8 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
     Args:
         model: a transformers model with its weights in memory.
         patches: in order.
-        probe: inputs for the self-check; by default two rows of eight tokens, one left-padded.
+        probe: inputs for the self-check; by default two rows of eight tokens, one left-padded, and with an image, sound
+            or whatever else the model takes, as far as that can be built.
         self_check: run the model on the probe before and after. Turn off only where it cannot run here.
 
     Raises:
@@ -77,8 +79,10 @@ def _applied(
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Write, check, and return what the checks and what the patches found."""
     sites = tuple(dict.fromkeys(path for step in steps.steps for path in step.proposal.sites))
-    inputs = (brief_inputs(model) if given is None else given) if self_check else None
+    asked = (probes(model) if given is None else Probes(given)) if self_check else None
+    inputs = None if asked is None else asked.main
     before = None if inputs is None else trace(model, inputs, sites)
+    more = Before() if asked is None or before is None else remember(model, asked, before, sites)
     if before is not None and not before.logits.isfinite().all():
         raise AttnPatchError(
             f"{type(model).__name__}: its logits on the probe are not finite before anything is patched; look at its "
@@ -88,7 +92,9 @@ def _applied(
     write_all(model, (*steps.edits, *_bookkeeping(model, steps, findings)), writes)
     if inputs is None or before is None:
         return {"self-check": "not run"}, findings
-    return _check(model, steps, inputs, before) | _check_decoding(model, steps, inputs, writes), findings
+    checks = _check(model, steps, inputs, before, {*sites} != {*more.silent} or not sites)
+    checks |= beside_text(model, more, all(s.proposal.preserves or not s.proposal.edits for s in steps.steps))
+    return checks | _check_decoding(model, steps, inputs, writes), findings
 
 
 @contextlib.contextmanager
@@ -149,8 +155,8 @@ def _version() -> str:
     return __version__
 
 
-def _check(model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Trace) -> dict[str, str]:
-    """Run the patched model and hold it to what was promised.
+def _check(model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Trace, reached: bool) -> dict[str, str]:
+    """Run the patched model and hold it to what was promised; ``reached``: whether a probe calls a patched module.
 
     Raises:
         SelfCheckFailed: not finite, another shape, a patched site never called, or logits moved that must not.
@@ -176,6 +182,8 @@ def _check(model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Trace) -
                 f"{path}: ran {after.calls.get(path, 0)} times on the probe, {count} before; the patch has no effect."
             )
     difference = largest_difference(before.logits, after.logits)
+    if not reached and difference == 0:
+        raise SelfCheckFailed("no probe calls a module that was patched, and no logit moved: nothing proves an effect.")
     if all(s.proposal.preserves or not s.proposal.edits for s in steps.steps):
         problem = disagreement(before.logits, after.logits)
         if problem:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .configs import all_configs
 from .edits import Edit, tried
-from .errors import AttnPatchError, NoWeights
+from .errors import AttnPatchError, NoWeights, UnsupportedArchitecture
 from .exclusive import alone, lock_of
 from .interruption import ensured, removing
 from .upstream import words
@@ -43,8 +43,13 @@ def default_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
 
     Raises:
         NoWeights: there is nothing to be run.
+        UnsupportedArchitecture: it reads no tokens.
     """
     check_in_memory(model)
+    if not reads_tokens(model):
+        raise UnsupportedArchitecture(
+            f"{type(model).__name__}: reads {model.main_input_name} and no tokens; this needs a model of text."
+        )
     vocab = model.config.get_text_config(decoder=True).vocab_size
     ids = (torch.arange(20).view(2, 10) * 7 + 5) % vocab
     mask = torch.ones_like(ids)
@@ -62,6 +67,13 @@ def brief_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         NoWeights: there is nothing to be run.
     """
     return {name: tensor[:, 1:9] for name, tensor in default_inputs(model).items()}
+
+
+def reads_tokens(model: PreTrainedModel) -> bool:
+    """Whether a model's forward takes token ids, of its only or its second sequence."""
+    roles = roles_of(model)
+    vocabulary = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
+    return isinstance(vocabulary, int) and (roles.takes(words.TOKENS) or roles.takes(words.DECODER_TOKENS))
 
 
 def tokens_of(model: PreTrainedModel, inputs: Inputs) -> Tensor:
@@ -87,8 +99,10 @@ def check_in_memory(model: PreTrainedModel) -> None:
 
 def codebooks(model: PreTrainedModel) -> int:
     """Return how many rows of ids make one sequence: audio decoders read one for each codebook."""
-    tables = model.get_input_embeddings()
-    return len(tables) if isinstance(tables, nn.ModuleList) else 1
+    with contextlib.suppress(NotImplementedError):  # of a model that has none
+        tables = model.get_input_embeddings()
+        return len(tables) if isinstance(tables, nn.ModuleList) else 1
+    return 1
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -117,7 +131,9 @@ def checked_inputs(name: str, inputs: object) -> Inputs:
     return inputs
 
 
-def trace(model: PreTrainedModel, inputs: Inputs, watch: tuple[str, ...] = (), use_cache: bool = False) -> Trace:
+def trace(
+    model: PreTrainedModel, inputs: Inputs, watch: tuple[str, ...] = (), use_cache: bool = False, padded: bool = False
+) -> Trace:
     """Run one forward in eval mode.
 
     Args:
@@ -125,6 +141,7 @@ def trace(model: PreTrainedModel, inputs: Inputs, watch: tuple[str, ...] = (), u
         inputs: keyword arguments of its forward.
         watch: paths of modules whose calls are counted.
         use_cache: whether keys and values pass through a cache on the way.
+        padded: whether the logits at padding are kept.
 
     Raises:
         AttnPatchError: the forward fails on these inputs.
@@ -138,7 +155,7 @@ def trace(model: PreTrainedModel, inputs: Inputs, watch: tuple[str, ...] = (), u
                 f"{type(model).__name__} does not run on the probe ({names}): {type(error).__name__}: {error}. "
                 "Pass probe={...} with inputs it takes."
             ) from error
-    return Trace(valid(model, logits, inputs), dict(calls))
+    return Trace(logits if padded else valid(model, logits, inputs), dict(calls))
 
 
 def trial(
@@ -167,14 +184,20 @@ def trial(
         return _one_line(error)
 
 
-def logits_under(model: PreTrainedModel, edits: Sequence[Edit], inputs: Inputs) -> Tensor:
+def logits_under(model: PreTrainedModel, edits: Sequence[Edit], inputs: Inputs, padded: bool = False) -> Tensor:
     """Return the logits that the model would have, and leave it as it was.
+
+    Args:
+        model: any model.
+        edits: what to try.
+        inputs: keyword arguments of the forward.
+        padded: whether those at padding are returned, too.
 
     Raises:
         AttnPatchError: an edit is refused, or the edited model does not run on these inputs.
     """
     with tried(model, edits):
-        return trace(model, inputs).logits
+        return trace(model, inputs, padded=padded).logits
 
 
 def disagreement(reference: Tensor, found: Tensor) -> str | None:

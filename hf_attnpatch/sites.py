@@ -169,6 +169,14 @@ def _in_tower(path: str) -> bool:
     return any(word in path.lower() for word in (*_TOWERS, "visual"))
 
 
+def bias_tables(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the paths of embeddings that hold one number for each head: biases by distance, as T5 learns them."""
+    config = model.config.get_text_config(decoder=True)
+    heads = {n for owner in (config, *model.modules()) if (n := _first_int(owner, _HEADS))}
+    tables = ((p, m) for p, m in model.named_modules() if isinstance(m, nn.Embedding) and m.embedding_dim in heads)
+    return tuple(path for path, _ in tables)
+
+
 def _looks_like_attention(module: nn.Module) -> bool:
     return type(module).__name__.endswith("Attention") and any(True for _ in module.parameters())
 

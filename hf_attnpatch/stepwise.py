@@ -38,6 +38,7 @@ def in_pieces(
     Args:
         model: a decoder, or an encoder-decoder, of which the second sequence is cut.
         inputs: of its forward, by its own names; a mask and positions of all tokens among them, or none.
+            What is no text goes with the first piece.
         sizes: tokens of each piece, together the whole length.
         seen: is shown the last cache.
 
@@ -49,10 +50,17 @@ def in_pieces(
     stream = roles.name(words.DECODER_TOKENS if both else words.TOKENS)
     mask, positions = roles.names.get(words.MASK, ""), roles.names.get(words.POSITIONS, "")
     state: dict[str, Any] = {}
+    text = {roles.names.get(role) for role in (words.TOKENS, words.MASK, words.POSITIONS)}
+    each = {stream: inputs[stream]}  # what has a number for each token
+    if not both:
+        alike = {name: t for name, t in inputs.items() if t.shape == inputs[stream].shape and name not in text}
+        each |= alike
+    beside = not both and set(inputs) - set(each) - text  # images, which are read once
     found, start, returned = [], 0, False
     for size in sizes:
         end = start + size
-        piece = {**inputs, stream: inputs[stream][:, start:end]}
+        kept = {name: t for name, t in inputs.items() if both or not state or name in text or not beside}
+        piece = {**kept, **{name: t[:, start:end] for name, t in each.items() if name in kept}}
         if positions in inputs:
             piece[positions] = inputs[positions][..., start:end]
         if mask in inputs and not both:

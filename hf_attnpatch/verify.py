@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .anatomy import describe
-from .errors import AttnPatchError
+from .errors import AttnPatchError, UnsupportedArchitecture
 from .exclusive import alone, lock_of
 from .interruption import all_or_nothing, ensured
 from .invariants import INVARIANTS, SAVING, Answer, Subject
-from .probe import checked_inputs, codebooks, input_device, random_states, way_back
+from .probe import checked_inputs, codebooks, input_device, random_states, reads_tokens, way_back
 from .upstream import words
 from .upstream.roles import columns, roles_of
 
@@ -89,7 +89,7 @@ def verify(model: PreTrainedModel, *, inputs: Mapping[str, Tensor] | None = None
         save: whether to save and load it twice in a temporary directory.
 
     Raises:
-        UnsupportedArchitecture: not a ``PreTrainedModel``.
+        UnsupportedArchitecture: not a ``PreTrainedModel``, or one that reads no tokens.
         AttnPatchError: inputs that are no mapping of tensors, have no token ids, fewer than two rows of eight tokens,
             or padding.
     """
@@ -173,6 +173,10 @@ def _checked(model: PreTrainedModel, given: Mapping[str, Tensor]) -> Mapping[str
 
 def _default_inputs(model: PreTrainedModel) -> Mapping[str, Tensor]:
     """Return two different rows of ordinary tokens: no id that the config gives a meaning."""
+    if not reads_tokens(model):
+        raise UnsupportedArchitecture(
+            f"{type(model).__name__}: reads {model.main_input_name}; verify asks with tokens."
+        )
     text = model.config.get_text_config(decoder=True)
     special = {i for config in (model.config, text) for i in _special(config)}
     ordinary = [i for i in range(min(text.vocab_size, 8 * _LENGTH)) if i not in special]

@@ -66,7 +66,7 @@ def _reloaded(subject: Subject, shard: int | str) -> Answer:
             site.dispatches for site in subject.anatomy.sites if not site.tower
         )
         known = {} if own else {"attn_implementation": attention}  # a name of ours for forwards that stay says nothing
-        loaded = _loader(model).from_pretrained(folder, dtype=model.dtype, **known)
+        loaded = _loader(model).from_pretrained(folder, dtype=model.dtype, trust_remote_code=False, **known)
     for tensor in loaded.parameters():  # a file's bytes lie where its header ends; some kernels round by alignment
         tensor.data = tensor.data.clone()
     twin = Subject(loaded.to(input_device(model)).eval(), subject.anatomy, subject.inputs)
@@ -75,7 +75,7 @@ def _reloaded(subject: Subject, shard: int | str) -> Answer:
 
 
 def _loader(model: PreTrainedModel) -> Any:
-    """Return the Auto class that knows this model, or its own class where none does."""
+    """Return the Auto class that knows this model, or its own class where none does: no code of a checkpoint is run."""
     name = type(model).__name__.removeprefix("Patched")
     for auto, cls in foreign._auto_models(type(model.config)).items():
         if cls.removeprefix("Patched") == name:

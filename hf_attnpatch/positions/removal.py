@@ -13,10 +13,10 @@ from ..backends import kernel_of
 from ..edits import AddPreHook, Edit, ReplaceModule, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..fused.deferring import StillAngles, unbiased
-from ..probe import default_inputs, disagreement, logits_under, tokens_of
+from ..probe import codebooks, default_inputs, disagreement, logits_under, tokens_of
 from ..upstream import words
 from ..upstream.roles import roles_of
-from .added import CHILD, AnyLength
+from .added import CHILD, AnyLength, CountedOnly
 from .modules import NoBias, NoPositions, ZeroAngles
 from .relative import CHILD as TERMS
 
@@ -72,22 +72,49 @@ def removed(anatomy: Anatomy) -> Iterator[str]:
         "added positions taken out": anatomy.added,
     }
     yield from (f"{what}: {where}" for what, where in found.items() if where)
-    if not any(found.values()):
-        yield "no positions were there to take out"
 
 
-def check_blind(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]) -> None:
+def attending(anatomy: Anatomy) -> tuple[str, ...]:
+    """Return the paths of the modules of the language model that attend to its own tokens, read or not."""
+    read = [s.path for s in anatomy.sites if not s.cross and not s.tower]
+    return (*read, *(path for path in (*anatomy.other, *anatomy.unread) if not read and not in_tower(path)))
+
+
+def none_there(unproved: str) -> str:
+    """Say that a model has nothing that could be taken out, and what is known of that.
+
+    Args:
+        unproved: what :func:`check_blind` returned.
+    """
+    if unproved:
+        return f"no positions were found to take out; whether there are none was not tried: {unproved}"
+    return "no positions were there to take out: equal tokens, and tokens farther apart, gave the same logits"
+
+
+def check_blind(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]) -> str:
     """Refuse a model that still tells positions apart: where all tokens are the same, so must their logits be.
 
-    Neither a bias nor a rotation of keys changes anything there: they weigh what is the same everywhere. Modules with a
-    state and attention sinks do count tokens, so that the question does not arise where those are.
+    Neither a bias nor a rotation of keys changes anything there: they weigh what is the same everywhere. Those show
+    where tokens stand farther apart, with one between them that nobody sees. Modules with a state and attention sinks
+    do count tokens, so that the question does not arise where those are.
+
+    Args:
+        model: any model.
+        anatomy: its.
+        edits: that take the positions out, or put others in.
+
+    Returns:
+        Why the model was not asked; empty where it was.
 
     Raises:
         UnsupportedArchitecture: it does.
     """
+    if any("state" in why or "convolution" in why for why in anatomy.other.values()):
+        return "a module with a state of its own counts tokens"
+    if model.config.is_encoder_decoder:
+        _check_order(model, anatomy, removal(model, anatomy))
+        return ""
     ids = tokens_of(model, default_inputs(model))
-    if any("state" in why or "convolution" in why for why in anatomy.other.values()) or model.config.is_encoder_decoder:
-        return
     same = roles_of(model).call(**{words.TOKENS: torch.full_like(ids, int(ids[0, 0]))})
     try:
         logits = logits_under(model, edits, same)
@@ -102,6 +129,48 @@ def check_blind(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit])
         raise UnsupportedArchitecture(
             f"{anatomy.architecture}: tells positions apart by something that was not recognised (equal tokens, and "
             f"{problem}), which would stay beside the new positions."
+        )
+    _check_order(model, anatomy, removal(model, anatomy))
+    return ""
+
+
+def _check_order(model: PreTrainedModel, anatomy: Anatomy, blind: Sequence[Edit]) -> None:
+    """Refuse a model that, with its positions out, sees whether three tokens stand one farther from another."""
+    roles = roles_of(model)
+    if roles.names.get(words.TOKENS) in (None, roles.names.get(words.DECODER_TOKENS)):
+        raise UnsupportedArchitecture(
+            f"{anatomy.architecture}: reads {model.main_input_name} and no tokens; positions are exchanged in "
+            "models of text."
+        )
+    ids = tokens_of(model, default_inputs(model))
+    if not roles.takes(words.MASK):
+        return
+    row = ids[:1, :4].flatten()
+    close, apart = torch.stack([row, row[[0, 3, 1, 2]]]), [0, 2, 3]
+    seen = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1]], device=ids.device)
+    close = close.repeat_interleave(codebooks(model), dim=0)
+    given = {words.TOKENS: close, words.MASK: seen, words.DECODER_TOKENS: close}
+    counted = any(isinstance(h, CountedOnly) for m in model.modules() for h in m._forward_pre_hooks.values())
+    if not counted:
+        given[words.POSITIONS] = torch.arange(4, device=ids.device).expand(2, -1)
+    inputs = roles.call(**given)
+    if words.DECODER_TOKENS in roles.names and words.DECODER_MASK in roles.parameters:
+        inputs[words.DECODER_MASK] = seen
+    try:
+        with_gap = logits_under(model, blind, inputs, padded=True)
+    except AttnPatchError as error:
+        cause = " ".join(str(error.__cause__ or error).split())[:200]
+        raise UnsupportedArchitecture(
+            f"{anatomy.architecture}: does not run without the positions that it has ({cause}): they are used in a way "
+            "that was not recognised."
+        ) from error
+    problem = disagreement(with_gap[0, :3], with_gap[1, apart]) if with_gap.dim() == 3 and len(with_gap) == 2 else None
+    if problem is not None:
+        where = anatomy.distances
+        what = f"a learned bias by distance ({where[0]})" if where else "something that was not recognised"
+        raise UnsupportedArchitecture(
+            f"{anatomy.architecture}: tells positions apart by {what}, which cannot be taken out (tokens one farther "
+            f"from another, and {problem})."
         )
 
 

@@ -6,6 +6,7 @@ compared with each way of turning that there is, so that no table of families is
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..anatomy import Anatomy
 from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
 from ..errors import UnsupportedArchitecture
 from ..functional.rerotation import Turning
+from ..positions.removal import in_tower
 from ..probe import TOLERANCE, default_inputs, largest_difference, logits_under
 from ..sites import dispatching
 from ..upstream import words
@@ -36,6 +38,7 @@ def survey(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Found, list[str]]:
     Raises:
         UnsupportedArchitecture: there are none, or one that looks back at everything turns keys in an unknown way.
     """
+    anatomy = dataclasses.replace(anatomy, rotary=tuple(r for r in anatomy.rotary if not in_tower(r.path)))
     _check_rotary(model, anatomy)
     places = dispatching(model, anatomy.sites, anatomy.other, anatomy.unread)
     paths = [place.path for place in places]
@@ -77,9 +80,9 @@ def _check_rotary(model: PreTrainedModel, anatomy: Anatomy) -> None:
                 f"turned further; use one of {', '.join(STATIC)} beneath."
             )
         config = getattr(model.get_submodule(rotary.path), "config", None)
-        if "mrope_section" in str(getattr(config, "rope_parameters", "")):
+        if words.AXES in str(getattr(config, "rope_parameters", "")):
             raise UnsupportedArchitecture(
-                f"{rotary.path}: positions in several dimensions (images), of which one distance is no measure."
+                f"{rotary.path}: positions in several dimensions (M-RoPE of images); one distance is no measure."
             )
 
 

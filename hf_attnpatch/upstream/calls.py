@@ -105,13 +105,26 @@ def attention_registered(function: Function) -> Function:
     """Return what to register for an attention function that takes this package's words."""
     found = interface()
     if found.usual:
-        return function
+        return _mask_by_keyword(function)
     ours = {theirs: word for word, theirs in found.keywords.items()}
 
     @functools.wraps(function)
     def attention(*args: Any, **kwargs: Any) -> Any:
         given = [args[p] if isinstance(p, int) else kwargs.pop(p) for p in found.places]
         return function(*given, **{ours.get(name, name): value for name, value in kwargs.items()})
+
+    return attention
+
+
+@functools.cache
+def _mask_by_keyword(function: Function) -> Function:
+    """Return a function that takes its mask by transformers' keyword as well, as image towers pass it."""
+
+    @functools.wraps(function)
+    def attention(*args: Any, **kwargs: Any) -> Any:
+        if words.ATTENTION_MASK in kwargs:
+            return function(*args, kwargs.pop(words.ATTENTION_MASK), **kwargs)
+        return function(*args, **kwargs)
 
     return attention
 

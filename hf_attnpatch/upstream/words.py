@@ -91,6 +91,30 @@ MASKS: Final = (
     *("allow_is_causal_skip", "allow_is_bidirectional_skip", "dtype", "config", "use_vmap", "device"),
 )
 
+# What a processor makes beside text. A forward's argument for pictures or sound, and what else goes with it; the ids
+# in whose places features are put, and the parts of a config, by words in their names.
+PICTURES: Final = ("pixel_values", "image_pixel_values", "flattened_patches")
+SOUNDS: Final = ("input_features", "input_values", "audio_input_features", "audio_values")
+OTHER_MEDIA: Final = ("image_patches", "pixel_values_videos", "audio_input_ids", "inputs", "bbox", "protein_input_ids")
+GRID: Final = ("image_grid_thw", "image_grid_hw")  # patches along time, height and width, (pictures, 3 or 2)
+SIZES: Final = ("image_sizes", "target_sizes")  # height and width in pixels, (pictures, 2)
+PATCH_SHAPES: Final = ("spatial_shapes",)  # patches along height and width, (pictures, 2)
+PATCH_PLACES: Final = ("image_position_ids",)  # (pictures, patches, 2)
+PATCH_MASK: Final = ("pixel_attention_mask", "pixel_mask")
+SOUND_MASK: Final = ("input_features_mask", "feature_attention_mask", "padding_mask", "input_values_mask")
+KINDS_OF_TOKENS: Final = ("mm_token_type_ids",)  # 0 for text, 1 for a picture, 3 for sound, (batch, length)
+MEDIA_CONFIGS: Final[Mapping[str, tuple[str, ...]]] = {
+    "an image": ("vision", "image", "visual", "vit"),
+    "sound": ("audio", "speech", "sound", "encoder"),
+}
+PLACEHOLDERS: Final[Mapping[str, tuple[str, ...]]] = {
+    "an image": ("image_token_id", "image_token_index", "media_placeholder_token_id", "img_context_token_id"),
+    "sound": ("audio_token_id", "audio_token_index", "audio_soft_token_id", "speech_token_id"),
+}
+FEATURES: Final[Mapping[str, tuple[str, ...]]] = {"an image": ("get_image_features",), "sound": ("get_audio_features",)}
+POOLED: Final = ("pooler_output", "last_hidden_state")  # fields of what those return, most wanted first
+AXES: Final = "mrope"  # in the name of a field of ``rope_parameters``, where positions have several axes
+
 # Methods of a cache.
 UPDATE: Final = ("update",)
 LENGTH: Final = ("get_seq_length",)
