@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -19,8 +19,21 @@ from .commands import publish as cli_publish
 from .commands import search as cli_search
 from .commands import specs as cli_specs
 from .commands import text as cli_text
-from .commands.options import Device, Dtype, Length, Model, Patches, PlanFile, Sequences, Text, Trust, clear_errors
+from .commands.options import (
+    Device,
+    Dtype,
+    Length,
+    Model,
+    Patches,
+    PlanFile,
+    Sequences,
+    Text,
+    Trust,
+    clear_errors,
+    show,
+)
 from .errors import NoWeights
+from .showing import line
 
 app = typer.Typer(
     name="attnpatch",
@@ -37,7 +50,7 @@ def describe(model: Model, trust_remote_code: Trust = False) -> None:
     with clear_errors():
         import hf_attnpatch as ap
 
-        typer.echo(ap.describe(cli_models.Source(name=model, trust_remote_code=trust_remote_code).skeleton()))
+        show(ap.describe(cli_models.Source(name=model, trust_remote_code=trust_remote_code).skeleton()))
 
 
 @app.command()
@@ -64,7 +77,7 @@ def plan(
             found = ap.plan(source.model() if measured else source.skeleton(), *patches)
         except NoWeights:
             found = ap.plan(source.model(), *patches)
-        typer.echo(found)
+        show(found)
 
 
 @app.command()
@@ -99,12 +112,13 @@ def apply(
         with replacing(out, overwrite, inputs) as folder:
             loaded, tokenizer = source.model(), source.tokenizer()
             check_room(out, cli_models.size_of(loaded))
+            cli_models.check_numbers(loaded, model)
             report = ap.apply(loaded, *patches)
             if damage is not None:
                 cli_text.draw(report, damage)
             cli_models.save(loaded, tokenizer, folder, cli_specs.spelled(context))
-        typer.echo(report)
-        typer.echo(f"saved {out}{'' if tokenizer is not None else ' (no tokenizer in the source)'}")
+        show(report)
+        show(f"saved {out}{'' if tokenizer is not None else ' (no tokenizer in the source)'}")
 
 
 @app.command()
@@ -115,7 +129,7 @@ def verify(model: Model, dtype: Dtype = "auto", device: Device = "cpu", trust_re
 
         source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         outcome = probe(source.model())
-    typer.echo(outcome)
+    show(outcome)
     raise typer.Exit(0 if outcome.passed else 1)
 
 
@@ -140,7 +154,24 @@ def main() -> None:
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:  # nohup ignores one
             signal.signal(getattr(signal, name), _ended)
-    app()
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # typer's own, of a class that it keeps to itself
+            _say_usage(error)
+        raise
+    raise SystemExit(code or 0)
+
+
+def _say_usage(error: Any) -> NoReturn:
+    """Say in one line what is wrong with a command line, what was wanted, and how it is used."""
+    said, parameter, context = error.format_message(), getattr(error, "param", None), getattr(error, "ctx", None)
+    if said.startswith("Missing") and parameter is not None:
+        name = parameter.opts[0] if parameter.param_type_name == "option" else (parameter.metavar or parameter.name)
+        said = f"{name.upper() if name == parameter.name else name} is missing: {parameter.help or ''}"
+    usage = "" if context is None else f" {' '.join(context.get_usage().split())}"
+    typer.secho(f"attnpatch: {line(said)}{usage}", fg=typer.colors.RED, err=True)
+    raise SystemExit(error.exit_code)
 
 
 def _ended(number: int, _: object) -> None:

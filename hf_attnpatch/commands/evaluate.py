@@ -12,7 +12,7 @@ import typer
 
 from ..comparing.store import write
 from .models import Source
-from .options import Device, Dtype, Model, Trust, check_file, clear_errors
+from .options import Device, Dtype, Model, Trust, check_file, clear_errors, show
 
 if TYPE_CHECKING:
     from ..evaluation import Result
@@ -105,7 +105,7 @@ def evaluate(
         found: dict[str, Any] = {}
         for name in names:
             result = _measured(name, loaded, tokenizer, work, options)
-            typer.echo(f"{result}\n")
+            show(f"{result}\n")
             found[name] = result.to_dict()
             if out is not None:  # after each: a later one that fails takes nothing away
                 write(out, json.dumps({"model": model, "results": found}, indent=1) + "\n")

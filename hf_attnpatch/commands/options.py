@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from ..showing import line, visible
+
 Model = Annotated[str, typer.Argument(help="A checkpoint folder, a hub name, or `embedded`.", show_default=False)]
 Patches = Annotated[
     list[str],
@@ -30,7 +32,10 @@ Sequences = Annotated[int, typer.Option(min=1, help="Windows of calibration text
 Length = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="Where the model is loaded: cpu, cuda, cuda:1 ...")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that the checkpoint carries run.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let code run that the checkpoint, or a task file, carries.")
+]
+_LONGEST = 1500  # characters of an error
 
 
 def check_file(path: Path | None, option: str, keys: Collection[str]) -> None:
@@ -67,5 +72,10 @@ def clear_errors() -> Iterator[None]:
     except (AttnPatchError, OSError) as error:
         from ..publishing.hub import Hub
 
-        typer.secho(f"attnpatch: {Hub().hide(' '.join(str(error).split()))}", fg=typer.colors.RED, err=True)
+        typer.secho(f"attnpatch: {line(Hub().hide(str(error)), _LONGEST)}", fg=typer.colors.RED, err=True)
         raise typer.Exit(1) from error
+
+
+def show(said: object) -> None:
+    """Print what was found; names and notes in it come from checkpoints, and nothing in them acts on the terminal."""
+    typer.echo(visible(str(said)))
