@@ -19,6 +19,7 @@ from .errors import (
     PatchConflict,
     SelfCheckFailed,
     UnsupportedArchitecture,
+    UpstreamChanged,
 )
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from .compare import Comparison, compare
     from .diagnose import diagnose
     from .diagnosing.diagnosis import Diagnosis
+    from .doctor import doctor, doctor_checkpoint, write_legacy_keys
+    from .doctoring.legacy import LegacyKeys
+    from .doctoring.reading import CheckpointReport
+    from .doctoring.result import DoctorReport
     from .heads.own_text import OwnText
     from .patch import Patch, from_spec
     from .patches import (
@@ -96,13 +101,16 @@ __all__ = [
     "AttentionSinks",
     "AttnPatchError",
     "CalibrationError",
+    "CheckpointReport",
     "Comparison",
     "Diagnosis",
+    "DoctorReport",
     "DualChunk",
     "EvaluationError",
     "Flash",
     "GroupedQuery",
     "JetLong",
+    "LegacyKeys",
     "MissingExtra",
     "NoPosition",
     "OwnText",
@@ -125,11 +133,14 @@ __all__ = [
     "Site",
     "Stream",
     "UnsupportedArchitecture",
+    "UpstreamChanged",
     "Verification",
     "apply",
     "compare",
     "describe",
     "diagnose",
+    "doctor",
+    "doctor_checkpoint",
     "from_spec",
     "load",
     "patch_alibi",
@@ -155,6 +166,7 @@ __all__ = [
     "set_alibi_strength",
     "stream",
     "verify",
+    "write_legacy_keys",
 ]
 
 # module -> the public names that it defines
@@ -164,6 +176,10 @@ _DEFINES = {
     "checkpoint": ("load",),
     "diagnose": ("diagnose",),
     "diagnosing.diagnosis": ("Diagnosis",),
+    "doctor": ("doctor", "doctor_checkpoint", "write_legacy_keys"),
+    "doctoring.legacy": ("LegacyKeys",),
+    "doctoring.reading": ("CheckpointReport",),
+    "doctoring.result": ("DoctorReport",),
     "compare": ("Comparison", "compare"),
     "heads.own_text": ("OwnText",),
     "patch": ("Patch", "from_spec"),

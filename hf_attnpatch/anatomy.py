@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from .positions.modules import alibi_of, bias_left_out, turns_nothing
 from .positions.relative import relative_of
 from .positions.turning import rotation_of
 from .sites import Site, read_sites
+from .upstream import words
+from .upstream.roles import frequencies, learn, makes_angles, roles_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Anatomy:
         biased: paths of the modules that this package gave such a bias.
         max_positions: the context length that the config declares, in tokens.
         stilled: modules computing rotary angles that this package made turn nothing.
-        inner: paths of attention modules that rotate by a table of their own.
+        inner: paths of modules that gather angles from a table of theirs, whose rows limit the length: attention
+            modules that rotate so, or the module that makes the angles for them.
         turned: paths of the modules that this package made rotate.
         relative: paths of the modules that this package gave Transformer-XL's position terms.
         added: what this package adds to the embeddings: ``sinusoidal``, ``table`` or, for nothing, an empty string.
@@ -81,7 +83,7 @@ class Anatomy:
     def positions(self) -> str:
         """The position scheme in a word or two."""
         found = [
-            *(("rotary", self.rotary or self.turned), ("rotary inside the attention module", self.inner)),
+            *(("rotary", self.rotary or self.turned), ("rotary by a table", self.inner)),
             *(("table", self.tables or self.added == "table"), ("sinusoidal", self.added == "sinusoidal")),
             *(("alibi", self.alibi), ("relative (Transformer-XL)", self.relative)),
         ]
@@ -104,6 +106,7 @@ def describe(model: PreTrainedModel) -> Anatomy:
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedArchitecture(_wrapper_message(model))
+    learn(model)
     text = model.config.get_text_config(decoder=True)
     sites, other, unread = read_sites(model)
     biased = tuple(path for path, module in model.named_modules() if alibi_of(module) is not None)
@@ -120,7 +123,7 @@ def describe(model: PreTrainedModel) -> Anatomy:
         biased=biased,
         max_positions=getattr(text, "max_position_embeddings", None),
         stilled=tuple(found for found, turns in rotary if not turns),
-        inner=tuple(p for p, module in model.named_modules() if inner_table(module) and not turns_nothing(module)),
+        inner=tuple(p for p, module in model.named_modules() if angle_table(module) and not turns_nothing(module)),
         turned=tuple(path for path, module in model.named_modules() if rotation_of(module) is not None),
         relative=tuple(path for path, module in model.named_modules() if relative_of(module) is not None),
         added="" if base is None else _added(model.get_submodule(base)),
@@ -150,8 +153,7 @@ def _wrapper_message(model: Any) -> str:
 
 def _rotary(model: PreTrainedModel) -> Iterator[tuple[RotaryModule, bool]]:
     for path, module in model.named_modules():
-        names = {n for n, _ in module.named_buffers(recurse=False)}
-        if any(n.endswith("inv_freq") for n in names):
+        if frequencies(module):
             kind: Any = getattr(module, "rope_type", "default")
             types = dict(kind) if isinstance(kind, Mapping) else str(kind)
             config = config_path(model, getattr(module, "config", None))
@@ -168,11 +170,14 @@ def _tables(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
                 yield path, weights.shape[0]
 
 
-def inner_table(module: nn.Module) -> bool:
-    """Whether an attention module gathers angles by ``position_ids`` from a table that it keeps itself."""
-    table = getattr(module, "embed_positions", None)
-    takes = isinstance(table, Tensor) and "position_ids" in inspect.signature(module.forward).parameters
-    return takes and hasattr(module, "rotary_dim")
+def angle_table(module: nn.Module) -> str | None:
+    """Return the name of the table from which a module gathers angles by position, (positions, width); None without."""
+    if not roles_of(module).takes(words.POSITIONS) or not (hasattr(module, "rotary_dim") or makes_angles(module)):
+        return None
+    held = {**vars(module), **module._buffers}
+    return next(
+        (name for name, t in held.items() if isinstance(t, Tensor) and t.dim() == 2 and t.is_floating_point()), None
+    )
 
 
 def _base(model: PreTrainedModel, attention: list[str]) -> str | None:
@@ -181,7 +186,7 @@ def _base(model: PreTrainedModel, attention: list[str]) -> str | None:
     for path, module in model.named_modules():
         if isinstance(module, PreTrainedModel) and attention:
             prefix = f"{path}." if path else ""
-            takes = {"input_ids", "inputs_embeds"} <= set(inspect.signature(module.forward).parameters)
+            takes = roles_of(module).takes(words.TOKENS, words.EMBEDDINGS)
             if takes and all(each.startswith(prefix) for each in attention):
                 found = path
     return found
@@ -203,4 +208,4 @@ def _alibi(model: PreTrainedModel) -> bool:
     )
 
 
-__all__ = ["Anatomy", "RotaryModule", "Site", "describe", "inner_table"]
+__all__ = ["Anatomy", "RotaryModule", "Site", "angle_table", "describe"]

@@ -8,16 +8,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.flex_attention import flex_attention_forward
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from .errors import missing_extra
 from .fused.sight import key_mask, present_key_mask
-from .masks import eager_mask, flash_attention_mask, flex_attention_mask, registered, sdpa_mask
 from .positions import alibi_attention, alibi_flash, relative, relative_attention, turning
 from .positions.modules import PREFIX
+from .upstream.calls import (
+    attention_registered,
+    eager_mask,
+    flash_attention_mask,
+    flex_attention,
+    flex_attention_mask,
+    mask_registered,
+    sdpa_attention,
+    sdpa_mask,
+)
 
 # backend -> the class flag by which a transformers model says that it dispatches to it
 FLAG = {
@@ -50,11 +56,14 @@ def register(key: str, attention: Callable[..., Any], mask: Callable[..., Any]) 
 
     Args:
         key: new name; names that contain ``flash``, ``sdpa`` or ``flex_attention`` get transformers' checks for those.
-        attention: as in ``transformers.AttentionInterface``.
-        mask: as in ``transformers.masking_utils.AttentionMaskInterface``.
+        attention: as in ``transformers.AttentionInterface``, in the words of :mod:`.upstream.calls`.
+        mask: as in ``transformers.AttentionMaskInterface``, likewise.
+
+    Raises:
+        UpstreamChanged: the installed transformers calls such functions in a way that is not recognised.
     """
-    AttentionInterface.register(key, attention)
-    AttentionMaskInterface.register(key, registered(mask))
+    AttentionInterface.register(key, attention_registered(attention))
+    AttentionMaskInterface.register(key, mask_registered(mask))
 
 
 FUSED = "fused_by_hf_attnpatch"  # no attention function of this name: the families that get it do not ask for one
@@ -66,7 +75,7 @@ def register_fused() -> None:
     There is no attention function beside it on purpose: ``from_pretrained(attn_implementation=...)`` then refuses the
     name, and nobody gets these masks without the hooks that understand them.
     """
-    AttentionMaskInterface.register(FUSED, registered(present_key_mask))
+    AttentionMaskInterface.register(FUSED, mask_registered(present_key_mask))
 
 
 def register_alibi() -> None:
@@ -99,9 +108,9 @@ def register_rotary() -> None:
     """Make the attention functions that rotate known; masks are those of the kernel that each calls."""
     flash = {name: (alibi_flash.flash(name), flash_attention_mask) for name in _PACKAGE}
     pairs = {
-        "sdpa": (sdpa_attention_forward, sdpa_mask),
+        "sdpa": (sdpa_attention, sdpa_mask),
         "eager": (alibi_attention.eager, eager_mask),
-        "flex_attention": (flex_attention_forward, flex_attention_mask),
+        "flex_attention": (flex_attention, flex_attention_mask),
         **flash,
     }
     for name, (attention, mask) in pairs.items():
@@ -117,7 +126,7 @@ def kernel_of(implementation: str) -> str:
 
 def dense(implementation: str) -> str:
     """Return the implementation that computes every score, with what this package's prefixes add to it."""
-    kernel = next((name for name in FLAG if implementation.endswith(name)), implementation)
+    kernel = next((name for name in (*FLAG, "eager") if implementation.endswith(name)), implementation)
     return implementation.removesuffix(kernel) + "eager"
 
 

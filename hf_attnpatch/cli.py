@@ -1,4 +1,4 @@
-"""``attnpatch describe | plan | apply | verify | eval | diagnose | compare | push | search-rope | demo``: the verbs.
+"""``attnpatch describe | plan | apply | verify | eval | diagnose | doctor | compare | push | search-rope | demo``.
 
 torch and transformers are imported by the commands, not by this file: ``attnpatch --help`` must be quick.
 """
@@ -13,6 +13,7 @@ import typer
 
 from .commands import compare as cli_compare
 from .commands import diagnose as cli_diagnose
+from .commands import doctor as cli_doctor
 from .commands import evaluate as cli_eval
 from .commands import models as cli_models
 from .commands import publish as cli_publish
@@ -145,6 +146,7 @@ def demo(output: Annotated[Path, typer.Option(help="Folder for tables and figure
 app.command()(cli_compare.compare)
 app.command()(cli_publish.push)
 app.command()(cli_diagnose.diagnose)
+app.command(help=cli_doctor.HELP)(cli_doctor.doctor)
 app.command("eval")(cli_eval.evaluate)
 app.command("search-rope")(cli_search.search_rope)
 

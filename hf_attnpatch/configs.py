@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PretrainedConfig
 
 if TYPE_CHECKING:
@@ -60,3 +62,23 @@ def building() -> Iterator[None]:
 def is_building() -> bool:
     """Whether this thread is inside :func:`building`."""
     return _BUILDING.get()
+
+
+def skeleton(
+    model: PreTrainedModel, change: Callable[[PretrainedConfig], None] | None = None, attention: str | None = None
+) -> Any:
+    """Build a model's class once more, on the meta device: its modules without data. The model is only read.
+
+    Args:
+        model: whose class and config are used.
+        change: edits the copy of the config.
+        attention: the attention implementation of the copy; None keeps the model's.
+    """
+    config = copy.deepcopy(model.config)
+    if change is not None:
+        change(config)
+    if attention is not None:
+        config._attn_implementation = attention
+    cls: Any = getattr(type(model), "unpatched", type(model))  # a patched class would re-apply its record
+    with torch.device("meta"), building():
+        return cls(config)

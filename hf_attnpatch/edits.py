@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,9 +57,7 @@ class SetConfig(Edit):
         field = config.attribute_map.get(self.field, self.field)
         old = store.get(field, _ABSENT)
         setattr(config, self.field, self.value)  # lets the config validate
-        store[field] = old
-        if old is _ABSENT:
-            del store[field]
+        store[field] = old  # or its absence, as the swap knows it
         return _swap(store, field, self.value, self.claim)
 
 
@@ -256,6 +255,24 @@ class SetAttention(Edit):
             undo()
             raise
         return Inverse(self.claim, lambda: model.config._attn_implementation == self.implementation, undo)
+
+
+@contextlib.contextmanager
+def first_layers(model: nn.Module, path: str, count: int) -> Iterator[None]:
+    """Let a list of layers end after ``count`` of them for the length of a block; none is copied, changed or lost.
+
+    Args:
+        model: any.
+        path: of a ``ModuleList``.
+        count: layers that stay.
+    """
+    parent, _, name = path.rpartition(".")
+    store, whole = model.get_submodule(parent)._modules, model.get_submodule(path)
+    store[name] = nn.ModuleList(list(whole.children())[:count])
+    try:
+        yield
+    finally:
+        store[name] = whole
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,10 @@ class NoWeights(UnsupportedArchitecture):
     """The model has to be run, and its weights are on the meta device."""
 
 
+class UpstreamChanged(UnsupportedArchitecture):
+    """The installed transformers lacks something, or does it otherwise than every release that is known."""
+
+
 class PatchConflict(AttnPatchError):
     """Two patches claim the same place, or a revert would cross a later patch."""
 

@@ -32,6 +32,7 @@ class Proposal:
         claims: what else is taken, beside what the edits touch; two patches with an equal claim are in conflict.
         preserves: whether the logits must stay what they were (up to rounding).
         patch: the patch with its open choices made (a default that depends on the model, "auto"); None if it had none.
+        promise: is shown the cache of a text that the patched model has decoded, and says what is not as promised.
         prepare: work that the edits need and a plan must not do (running the model over calibration text); called by
             ``apply`` on the untouched model before the first edit; returns what it found, for the report.
     """
@@ -43,6 +44,7 @@ class Proposal:
     preserves: bool = False
     claims: tuple[str, ...] = ()
     patch: Patch | None = None
+    promise: Callable[[Any], str | None] | None = None
     prepare: Callable[[PreTrainedModel], object] | None = None
 
 

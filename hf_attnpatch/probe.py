@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from transformers import PreTrainedModel
 from .configs import all_configs
 from .edits import Edit, Inverse
 from .errors import AttnPatchError, NoWeights
+from .upstream import words
+from .upstream.roles import predicted, roles_of
 
 # Largest difference of logits, relative to their largest magnitude, that rounding alone explains.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -42,15 +43,26 @@ def default_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     check_in_memory(model)
     vocab = model.config.get_text_config(decoder=True).vocab_size
     ids = (torch.arange(20).view(2, 10) * 7 + 5) % vocab
-    inputs = {"input_ids": ids.repeat_interleave(codebooks(model), dim=0)}
-    parameters = inspect.signature(model.forward).parameters
-    if "attention_mask" in parameters:
-        mask = torch.ones_like(ids)
-        mask[1, :3] = 0
-        inputs["attention_mask"] = mask
-    if model.config.is_encoder_decoder and "decoder_input_ids" in parameters:
-        inputs["decoder_input_ids"] = ids
-    return {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    inputs = {words.TOKENS: ids.repeat_interleave(codebooks(model), dim=0), words.MASK: mask}
+    if model.config.is_encoder_decoder:
+        inputs[words.DECODER_TOKENS] = ids
+    return {name: tensor.to(input_device(model)) for name, tensor in roles_of(model).call(**inputs).items()}
+
+
+def brief_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return two rows of eight of the default tokens, the second left-padded by two: what ``apply`` runs by itself.
+
+    Raises:
+        NoWeights: there is nothing to be run.
+    """
+    return {name: tensor[:, 1:9] for name, tensor in default_inputs(model).items()}
+
+
+def tokens_of(model: PreTrainedModel, inputs: Inputs) -> Tensor:
+    """Return the token ids, (batch, length), among inputs of a model's forward."""
+    return inputs[roles_of(model).name(words.TOKENS)]
 
 
 def check_in_memory(model: PreTrainedModel) -> None:
@@ -122,7 +134,7 @@ def trace(model: PreTrainedModel, inputs: Inputs, watch: tuple[str, ...] = (), u
                 f"{type(model).__name__} does not run on the probe ({names}): {type(error).__name__}: {error}. "
                 "Pass probe={...} with inputs it takes."
             ) from error
-    return Trace(_valid(logits, inputs), dict(calls))
+    return Trace(valid(model, logits, inputs), dict(calls))
 
 
 def trial(
@@ -201,15 +213,14 @@ def _try_backward(model: PreTrainedModel, inputs: Inputs) -> str | None:
 
 
 def _forward(model: PreTrainedModel, inputs: Inputs, use_cache: bool = False) -> Tensor:
-    extra = {"use_cache": use_cache} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    output = model(**inputs, **extra)
-    logits = next((output[k] for k in ("logits", "prediction_logits", "last_hidden_state") if k in output), output[0])
-    assert isinstance(logits, Tensor)
-    return logits
+    roles = roles_of(model)
+    extra = roles.call(**{words.USE_CACHE: use_cache}) if roles.takes(words.USE_CACHE) else {}
+    return predicted(model(**inputs, **extra))
 
 
-def _valid(logits: Tensor, inputs: Inputs) -> Tensor:
-    mask = inputs.get("attention_mask")
+def valid(model: PreTrainedModel, logits: Tensor, inputs: Inputs) -> Tensor:
+    """Return the predictions at tokens that are no padding, (tokens, ...); all of them where there is no mask."""
+    mask = inputs.get(roles_of(model).names.get(words.MASK, ""))
     return logits[mask.bool()] if mask is not None and logits.shape[:2] == mask.shape else logits
 
 

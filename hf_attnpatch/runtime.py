@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers import Cache
+
+from .upstream.caches import Storing, view
 
 
 class GroupedProjection(nn.Module):
@@ -72,47 +74,13 @@ class NarrowCache:
         return tuple(map(self._narrow, args)), {name: self._narrow(value) for name, value in kwargs.items()}
 
     def _narrow(self, value: Any) -> Any:
-        if isinstance(value, EncoderDecoderCache):
-            return NarrowPairView(value, self)
-        return NarrowCacheView(value, self) if isinstance(value, Cache) else value
+        return view(value, self.stored) if isinstance(value, Cache) else value
 
-
-class NarrowCacheView(Cache):  # type: ignore[misc]  # transformers is not followed
-    """A cache seen through one attention module with grouped heads; everything but ``update`` is the cache's own."""
-
-    def __init__(self, cache: Cache, hook: NarrowCache):
-        self._cache, self._hook = cache, hook
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def stored(self, storing: Storing, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store the first head of each group and return all heads: (batch, heads, length, head_dim) twice."""
-        g = self._hook.groups
-        keys, values = self._cache.update(key_states[:, ::g], value_states[:, ::g], layer_idx, *args, **kwargs)
-        keys, values = _repeat(keys, g), _repeat(values, g)
-        return (keys.contiguous(), values.contiguous()) if self._hook.contiguous else (keys, values)
-
-    def __getattribute__(self, name: str) -> Any:
-        if name in ("_cache", "_hook", "update", "__class__", "__dict__"):
-            return object.__getattribute__(self, name)
-        return getattr(object.__getattribute__(self, "_cache"), name)
-
-
-class NarrowPairView(EncoderDecoderCache):  # type: ignore[misc]  # transformers is not followed
-    """The same for a pair of self- and cross-attention caches, of which only self-attention is narrow."""
-
-    def __init__(self, pair: EncoderDecoderCache, hook: NarrowCache):
-        self._pair = pair
-        self._narrow_self = NarrowCacheView(pair.self_attention_cache, hook)
-
-    def __getattribute__(self, name: str) -> Any:
-        if name in ("_pair", "_narrow_self", "__class__", "__dict__"):
-            return object.__getattribute__(self, name)
-        if name == "self_attention_cache":
-            return object.__getattribute__(self, "_narrow_self")
-        if name == "update":
-            return object.__getattribute__(self, "_narrow_self").update
-        return getattr(object.__getattribute__(self, "_pair"), name)
+        keys, values = storing.store(key[:, :: self.groups], value[:, :: self.groups])
+        keys, values = _repeat(keys, self.groups), _repeat(values, self.groups)
+        return (keys.contiguous(), values.contiguous()) if self.contiguous else (keys, values)
 
 
 def _repeat(states: Tensor, groups: int) -> Tensor:
@@ -121,4 +89,4 @@ def _repeat(states: Tensor, groups: int) -> Tensor:
     return states[:, :, None].expand(batch, shared, groups, length, dim).reshape(batch, shared * groups, length, dim)
 
 
-__all__ = ["GroupedProjection", "NarrowCache", "NarrowCacheView", "NarrowPairView"]
+__all__ = ["GroupedProjection", "NarrowCache"]

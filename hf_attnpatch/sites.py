@@ -8,11 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from .configs import config_path
 from .errors import UnsupportedArchitecture
 from .layouts import LAYOUTS, Layout, Rows, is_projection, weight_rows
+from .upstream import words
+from .upstream.calls import says_causal
 
 # What a module's own children and parameters are called where it keeps something else than keys and values.
 _OTHER = {
@@ -87,11 +89,6 @@ class Place:
     config: str
 
 
-def names_of(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of the parameters of a module's forward, in order."""
-    return tuple(inspect.signature(module.forward).parameters)
-
-
 def dispatching(
     model: PreTrainedModel, sites: Iterable[Site], other: Mapping[str, str], unread: Mapping[str, str]
 ) -> list[Place]:
@@ -114,7 +111,7 @@ def dispatching(
         if _dispatches(type(module)) and not _in_tower(path):
             if path in unread:
                 raise UnsupportedArchitecture(f"{path}: {unread[path]}")
-            places.append(Place(path, None, getattr(module, "is_causal", None), _owner(model, module)))
+            places.append(Place(path, None, says_causal(module), _owner(model, module)))
     if not places:
         raise UnsupportedArchitecture(f"{type(model).__name__}: no self-attention module was read.")
     return places
@@ -186,7 +183,7 @@ def _site(model: PreTrainedModel, path: str, module: nn.Module, layout: Layout) 
         head_dim=head_dim,
         v_head_dim=v_dim,
         output=_output(path, model, module, layout),
-        causal=getattr(module, "is_causal", None),
+        causal=says_causal(module),
         cross=_is_cross(path, module),
         dispatches=_dispatches(type(module)),
         config=_owner(model, module),
@@ -195,7 +192,7 @@ def _site(model: PreTrainedModel, path: str, module: nn.Module, layout: Layout) 
 
 def _is_cross(path: str, module: nn.Module) -> bool:
     named = path.rpartition(".")[2].lower() in _CROSS or "Cross" in type(module).__name__
-    return named or bool(getattr(module, "is_cross_attention", False))
+    return named or any(bool(getattr(module, name, False)) for name in words.CROSS_ATTENTION)
 
 
 def _owner(model: PreTrainedModel, module: nn.Module) -> str:
@@ -245,5 +242,6 @@ def _output(path: str, model: PreTrainedModel, module: nn.Module, layout: Layout
 
 
 def _dispatches(kind: type[nn.Module]) -> bool:
-    """Whether the forward goes through transformers' attention registry (the interface of its own classes)."""
-    return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(kind.forward).__code__.co_names
+    """Whether the forward goes through transformers' attention registry: whether its code names such a table."""
+    forward = inspect.unwrap(kind.forward)
+    return any(isinstance(forward.__globals__.get(name), AttentionInterface) for name in forward.__code__.co_names)

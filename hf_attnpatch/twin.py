@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-from .configs import building
+from .configs import skeleton
 from .edits import SetConfig
 
 Plain = (bool, int, float, str, tuple, list, type(None))
@@ -95,15 +95,14 @@ def difference(model: PreTrainedModel, changes: Sequence[Change]) -> Difference 
 
 
 def _build(model: PreTrainedModel, changes: Sequence[Change]) -> nn.Module:
-    config = copy.deepcopy(model.config)
-    for change in changes:
-        change.assign(config)
-    validate = getattr(config, "validate", None)  # what from_pretrained will hold the saved config to
-    if changes and validate is not None:
-        validate()
-    cls = getattr(type(model), "unpatched", type(model))  # a patched class would re-apply its record
-    with torch.device("meta"), building():
-        twin: nn.Module = cls(config)
+    def changed(config: PretrainedConfig) -> None:
+        for change in changes:
+            change.assign(config)
+        validate = getattr(config, "validate", None)  # what from_pretrained will hold the saved config to
+        if changes and validate is not None:
+            validate()
+
+    twin: nn.Module = skeleton(model, changed)
     return twin
 
 

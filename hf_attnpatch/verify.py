@@ -15,8 +15,9 @@ from .anatomy import describe
 from .configs import all_configs
 from .errors import AttnPatchError
 from .invariants import INVARIANTS, SAVING, Answer, Subject
-from .invariants.subject import codebooks
-from .probe import checked_inputs, input_device, remembered
+from .probe import checked_inputs, codebooks, input_device, remembered
+from .upstream import words
+from .upstream.roles import columns, roles_of
 
 PASS, FAIL, NOT_APPLICABLE = "pass", "fail", "not applicable"
 
@@ -92,7 +93,7 @@ def verify(model: PreTrainedModel, *, inputs: Mapping[str, Tensor] | None = None
             or padding.
     """
     anatomy = describe(model)
-    given = _default_inputs(model) if inputs is None else _checked(checked_inputs("inputs", inputs))
+    given = _default_inputs(model) if inputs is None else _checked(model, checked_inputs("inputs", inputs))
     subject = Subject(model, anatomy, {name: tensor.to(input_device(model)) for name, tensor in given.items()})
     asked = {name: ask for name, ask in INVARIANTS.items() if save or name not in SAVING}
     return Verification(anatomy.architecture, tuple(find(name, ask, subject) for name, ask in asked.items()))
@@ -145,15 +146,17 @@ def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def _checked(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    ids = inputs.get("input_ids")
+def _checked(model: PreTrainedModel, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    roles, inputs = roles_of(model), columns(model, given)
+    ids = inputs.get(roles.name(words.TOKENS))
     if ids is None or ids.dim() != 2 or ids.shape[0] < 2 or ids.shape[1] < 8:
         found = "no input_ids" if ids is None else f"input_ids of shape {tuple(ids.shape)}"
         raise AttnPatchError(f"inputs: {found}; verify needs input_ids, at least 2 rows of 8 tokens.")
-    padding = [name for name, value in inputs.items() if name.endswith("attention_mask") and not value.all()]
+    masks = {roles.names.get(words.MASK), words.DECODER_MASK}
+    padding = [name for name, value in inputs.items() if name in masks and not value.all()]
     if padding:
         raise AttnPatchError(f"inputs[{padding[0]!r}] masks something; verify pads by itself, give it rows without.")
-    return {name: value for name, value in inputs.items() if not name.endswith("attention_mask")}
+    return {name: value for name, value in inputs.items() if name not in masks}
 
 
 def _default_inputs(model: PreTrainedModel) -> Mapping[str, Tensor]:
@@ -163,9 +166,10 @@ def _default_inputs(model: PreTrainedModel) -> Mapping[str, Tensor]:
     ordinary = [i for i in range(min(text.vocab_size, 8 * _LENGTH)) if i not in special]
     picks = torch.arange(2 * _LENGTH).view(2, _LENGTH) * 7 + 3
     ids = torch.tensor(ordinary)[picks % len(ordinary)].repeat_interleave(codebooks(model), dim=0)
-    return (
-        {"input_ids": ids, "decoder_input_ids": ids.flip(0)} if model.config.is_encoder_decoder else {"input_ids": ids}
-    )
+    given = {words.TOKENS: ids}
+    if model.config.is_encoder_decoder:
+        given[words.DECODER_TOKENS] = ids.flip(0)
+    return roles_of(model).call(**given)
 
 
 def _special(config: PretrainedConfig) -> Iterator[int]:

@@ -32,6 +32,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import hf_attnpatch as ap
 from hf_attnpatch.evaluation.memory import peak_memory, resident
+from hf_attnpatch.upstream import words
+from hf_attnpatch.upstream.caches import returned
+from hf_attnpatch.upstream.roles import run
 
 OUT = Path(__file__).resolve().parents[1] / "recipes/results/apply"
 PATCH = ap.GroupedQuery(num_kv_heads=2, method="mean")
@@ -84,13 +87,13 @@ def forward(patched: PreTrainedModel, other: PreTrainedModel, rounds: int, name:
         return lambda: model(tokens, use_cache=False)
 
     def step(model: PreTrainedModel) -> Callable[[], object]:
-        cache = model(tokens, use_cache=True).past_key_values
+        cache: Any = next(iter(returned(run(model, {words.TOKENS: tokens, words.USE_CACHE: True})).values()))
 
-        def run() -> None:
-            model(tokens[:, :1], past_key_values=cache, use_cache=True)
+        def go() -> None:
+            run(model, {words.TOKENS: tokens[:, :1], words.CACHE: cache, words.USE_CACHE: True})
             cache.crop(-1)
 
-        return run
+        return go
 
     return [
         {"what": f"{name}, prefill 256", **in_turns(prefill(patched), prefill(other), rounds, f"{name}, prefill")},

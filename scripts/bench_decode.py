@@ -40,6 +40,8 @@ from hf_attnpatch.evaluation.hardware import processor
 from hf_attnpatch.evaluation.limits import product, readers
 from hf_attnpatch.evaluation.memory import held_bytes
 from hf_attnpatch.evaluation.timing import Times, Work, in_turns, ratio
+from hf_attnpatch.upstream import words
+from hf_attnpatch.upstream.roles import run as run_model
 
 OUT = Path(__file__).resolve().parents[1] / "recipes/results/decode"
 PATHS = "dynamic+sdpa+glibc,dynamic+sdpa,dynamic+folded,static+sdpa"
@@ -66,7 +68,7 @@ class Bench:
         """One decoding step of the whole model, taken back afterwards."""
         model, token = self.models[kv], torch.zeros(self.settings["batch"], 1, dtype=torch.long)
         return Work(
-            lambda: model(token, past_key_values=cache, use_cache=True),
+            lambda: run_model(model, {words.TOKENS: token, words.CACHE: cache, words.USE_CACHE: True}),
             before=lambda: paths.choose_attention(model, path.attention),
             after=lambda: paths.take_back(cache),
         )

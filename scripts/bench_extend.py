@@ -33,6 +33,8 @@ from hf_attnpatch.functional import rotary, spanned
 from hf_attnpatch.functional.rerotation import Turning
 from hf_attnpatch.functional.spans import Span
 from hf_attnpatch.spans.modules import Spanned, span_of
+from hf_attnpatch.upstream import words
+from hf_attnpatch.upstream.roles import run
 
 HEADS, WIDTH = 8, 64
 OUT = Path(__file__).parents[1] / "recipes" / "results" / "extend_speed"
@@ -95,17 +97,19 @@ def decoding(length: int, rounds: int, steps: int = 8) -> Row:
     for name in ("plain", *METHODS):
         model = build(length // 4) if name == "plain" else patched(name, length // 4)
         cache = DynamicCache(config=model.config)
-        model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        run(model, {words.TOKENS: ids, words.CACHE: cache}, logits_to_keep=1)
         rivals[name] = _step(model, cache, steps)
     return {"length": length, "steps": steps, "seconds": race(rivals, rounds)}
 
 
 def _step(model: LlamaForCausalLM, cache: DynamicCache, steps: int) -> Callable[[], object]:
-    def run() -> None:
-        for _ in range(steps):  # the cache grows by these few tokens in each round
-            model(input_ids=torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+    token = torch.ones(1, 1, dtype=torch.long)
 
-    return run
+    def go() -> None:
+        for _ in range(steps):  # the cache grows by these few tokens in each round
+            run(model, {words.TOKENS: token, words.CACHE: cache})
+
+    return go
 
 
 @torch.inference_mode()

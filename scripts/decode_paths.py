@@ -31,6 +31,8 @@ import hf_attnpatch as ap
 from hf_attnpatch.backends import register
 from hf_attnpatch.evaluation.cache import cache_bytes_per_token
 from hf_attnpatch.evaluation.memory import weight_bytes
+from hf_attnpatch.upstream import words
+from hf_attnpatch.upstream.roles import run
 
 CACHES, ATTENTIONS = ("dynamic", "static"), ("sdpa", "folded", "eager")
 FOLDED = "grouped_folded"  # transformers reads meaning into names that contain "sdpa" or "flash"
@@ -104,7 +106,7 @@ def variants(counts: list[int], base: Any, dtype: torch.dtype) -> dict[int, PreT
 
 
 def byte_table(models: dict[int, PreTrainedModel], batch: int) -> list[dict[str, Any]]:
-    """Bytes of weights a step and of `past_key_values` a token; stops unless these fall by exactly the group factor."""
+    """Bytes of weights a step and of the cache a token; stops unless these fall by exactly the group factor."""
     found = {count: cache_bytes_per_token(model) for count, model in models.items()}
     most = max(found)
     for count, size in found.items():
@@ -138,7 +140,8 @@ def filled(model: PreTrainedModel, path: DecodePath, context: int, batch: int) -
 def prefilled(model: PreTrainedModel, path: DecodePath, context: int, batch: int) -> Cache:
     """The same, filled by the model's forward over `context` tokens."""
     cache = _empty(model, path, context)
-    model(torch.arange(context).expand(batch, -1) % 512, past_key_values=cache, use_cache=True)
+    tokens = torch.arange(context).expand(batch, -1) % 512
+    run(model, {words.TOKENS: tokens, words.CACHE: cache, words.USE_CACHE: True})
     return cache
 
 

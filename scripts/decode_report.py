@@ -99,7 +99,7 @@ def _cache(panel: Any, rows: list[Row], found: Mapping[str, Any]) -> None:
     panel.axhline(rows[0]["weight bytes"] / 2**20, color="0.4", linestyle=":", label="weights, multi-head")
     panel.set_yscale("log", base=2)
     panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    panel.set(title="past_key_values", ylabel="MiB")
+    panel.set(title="cache", ylabel="MiB")
     _axes(panel, sorted({row["context"] for row in rows}))
     panel.legend(fontsize=8)
 
@@ -158,7 +158,7 @@ def _conditions(found: Mapping[str, Any]) -> str:
         f"{chosen['model']}; {chosen['dtype']}, batch {chosen['batch']}; {clock}, medians of {rounds} rounds "
         f"in turns; {chosen['cpu']}, which reads {min(best):.0f} to {max(best):.0f} GB/s and multiplies matrices at "
         f"{most:.0f} Gflop/s; torch {chosen['torch']}, transformers {chosen['transformers']}.\n"
-        f"Bytes a token in `past_key_values`: {', '.join(sizes)}: exactly the group factor.\n"
+        f"Bytes a token in the cache: {', '.join(sizes)}: exactly the group factor.\n"
         f"{_filled(found['prefilled'])}"
     )
 

@@ -1,5 +1,6 @@
 """What all tests share: no network, one thread each, and upstream's deprecations are errors."""
 
+import importlib
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -7,25 +8,35 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 import torch
+from deprecations import WATCH
 from hypothesis import settings
 from transformers.utils import logging
 
-# transformers' own deprecations are build failures here: they are the next release's errors
-DEPRECATIONS = (
-    "error::FutureWarning:transformers",
-    "error::DeprecationWarning:transformers",
-    "ignore:_compile flag on create_block_mask:DeprecationWarning",  # torch's, of a call inside transformers
-)
-
 
 def pytest_configure(config):
-    for line in DEPRECATIONS:  # a later line wins
-        config.addinivalue_line("filterwarnings", line)
+    # its releases before 5.3 compile functions on import, whose warnings the compiler only knows as Python's own
+    importlib.import_module("transformers.models.gpt_bigcode.modeling_gpt_bigcode")
+    WATCH.start()
     config.addinivalue_line("markers", "compiled: with torch.compile, which the other tests go without")
+    config.addinivalue_line("markers", "deprecated(name): uses on purpose what transformers calls deprecated")
     settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
     settings.load_profile("repeatable")
     logging.disable_progress_bar()
     torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """A deprecation of transformers that our code causes fails the test: it is the next release's error."""
+    try:
+        result = yield
+    finally:
+        found = WATCH.take()
+    meant = [name for mark in item.iter_markers("deprecated") for name in mark.args]
+    ours = [line for line in found if not any(f"`{name}`" in line for name in meant)]
+    if ours:
+        pytest.fail("\n".join(["our code uses what transformers deprecates:", *ours]), pytrace=False)
+    return result
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,10 @@ import sys
 import pytest
 import torch
 from architectures import tiny_inputs, tiny_model
+from caches import CACHE
 from tolerances import ROUNDING
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.masking_utils import sliding_window_overlay
 
 import hf_attnpatch as ap
 from hf_attnpatch import backends
@@ -163,7 +165,7 @@ def test_greedy_generation_equals_forwards_without_a_cache(model_type, cache):
         cache
     ]
     options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    found = model.generate(**inputs, attention_mask=mask, past_key_values=kind(), **options)
+    found = model.generate(**inputs, attention_mask=mask, **{CACHE: kind()}, **options)
     ids = inputs["input_ids"]
     for _ in range(10):
         ids = torch.cat(
@@ -413,9 +415,12 @@ class _Library:
 
     def flash_attn_func(self, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes):
         self.calls.append(alibi_slopes)
-        here = torch.arange(k.shape[1] - q.shape[1], k.shape[1])
-        matrix = alibi.bias(alibi_slopes.double(), here, torch.arange(k.shape[1]))
-        mask = reference.causal(q.shape[1], k.shape[1]) if causal else None
+        here, keys = torch.arange(k.shape[1] - q.shape[1], k.shape[1]), torch.arange(k.shape[1])
+        matrix = alibi.bias(alibi_slopes.double(), here, keys)
+        mask = reference.causal(q.shape[1], k.shape[1]) if causal else torch.ones(1, 1, dtype=torch.bool)
+        gap = keys - here[:, None]  # "keys between [i + k - q - window_size[0], i + k - q + window_size[1]] inclusive"
+        for reach, ahead in zip(window_size, (-gap, gap), strict=True):
+            mask = mask if reach < 0 else mask & (ahead <= reach)
         states = [t.transpose(1, 2) for t in (q, k, v)]
         out, _ = reference.attention(*states, scale=softmax_scale, bias=matrix, mask=mask)
         return out.to(q.dtype).transpose(1, 2)
@@ -474,6 +479,27 @@ def test_what_flash_attention_cannot_do_is_said(version, fields, options, words,
     states = [torch.randn(1, 4, 6, 16) for _ in range(3)]
     with pytest.raises(ap.AttnPatchError, match=words):
         alibi_flash.flash(f"flash_attention_{version}")(model.model.layers[0].self_attn, *states, None, **options)
+
+
+@pytest.mark.parametrize("window", [1, 5, 19, 20, 21, None])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("queries", [20, 3])
+def test_flash_attention_2_has_transformers_windows(window, causal, queries, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", _Library())
+    model = _build("llama")
+    ap.patch_alibi(model, backend="eager")
+    states = [torch.randn(1, 4, n, 16) for n in (queries, 20, 20)]
+    here, keys = torch.arange(20 - queries, 20)[:, None], torch.arange(20)
+    seen = keys <= here if causal else torch.ones(1, 1, dtype=torch.bool)
+    if window is not None:
+        seen = seen & sliding_window_overlay(window)(0, 0, here, keys)
+        seen = seen if causal else seen & (keys < here + window)  # as far ahead
+    found, _ = alibi_flash.flash("flash_attention_2")(
+        model.model.layers[0].self_attn, *states, None, scaling=0.25, is_causal=causal, sliding_window=window
+    )
+    matrix = alibi.bias(alibi.slopes(4), here[:, 0], keys)
+    wanted, _ = reference.attention(*states, scale=0.25, bias=matrix, mask=seen[None, None])
+    torch.testing.assert_close(found.transpose(1, 2).double(), wanted, rtol=0, atol=1e-5)
 
 
 def test_flash_attention_2_looks_both_ways_by_itself(monkeypatch):

@@ -101,7 +101,7 @@ def test_cross_attention_is_told_from_self_attention():
 
 def test_the_registry_is_known():
     assert all(site.dispatches for site in ap.describe(tiny_model("llama")).sites)
-    for model_type in ("bloom", "mpt", "falcon", "gptj", "codegen"):
+    for model_type in ("bloom", "mpt", "falcon"):  # GPT-J and CodeGen dispatch from 5.24 on
         assert not any(site.dispatches for site in ap.describe(tiny_model(model_type)).sites), model_type
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from caches import CACHE
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -62,7 +63,7 @@ def carried_out(model, prescription):
 @torch.no_grad()
 def real_cache_bytes(model, batch, context):
     ids = torch.zeros(batch, context + 1, dtype=torch.long)  # as after the first decoded token
-    return held_bytes(model(input_ids=ids, use_cache=True).past_key_values)
+    return held_bytes(model(input_ids=ids, use_cache=True)[CACHE])
 
 
 # -- lacks and prescriptions ------------------------------------------------------------------------------------------

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
 from architectures import tiny_model
 from snapshot import snapshot
 from torch import nn
 
 import hf_attnpatch as ap
 from hf_attnpatch import foreign
+from hf_attnpatch.edit import short
 from hf_attnpatch.edits import (
+    AddHook,
     AddModule,
     AddPreHook,
     Edit,
@@ -19,11 +22,17 @@ from hf_attnpatch.edits import (
     SetConfig,
     SetConfigClass,
 )
+from hf_attnpatch.rope.request_angles import RequestAngles
 
 
 class _Hook:
     def __call__(self, module, args, kwargs):
         return args, kwargs
+
+
+class _Behind:
+    def __call__(self, module, args, kwargs, output):
+        return output
 
 
 def _wider(old):
@@ -40,6 +49,7 @@ EDITS = {
     "a child that was not there": AddModule("model", "added", lambda base: nn.Linear(2, 2), "a small one"),
     "a buffer": SetBuffer("model.rotary_emb", "inv_freq", lambda old: old + 1, "one more"),
     "a hook": AddPreHook("model.layers.0.self_attn", _Hook(), "does nothing"),
+    "a hook behind it": AddHook("model.layers.1.self_attn", _Behind(), "does nothing"),
     "the attention function": SetAttention("", "eager"),
     "the class of the config": SetConfigClass("", foreign.config_class(type(tiny_model("llama").config))),
 }
@@ -61,7 +71,61 @@ def test_an_edit_stands_until_its_inverse_takes_it_back(edit):
 
 
 def test_every_edit_is_tested_here():
-    assert {type(edit) for edit in EDITS.values()} == set(Edit.__subclasses__())
+    kinds = Edit.__subclasses__()
+    kinds += [deeper for kind in kinds for deeper in kind.__subclasses__()]
+    assert {type(edit) for edit in EDITS.values()} == set(kinds)
+    assert all(f"{edit.rung}," in Edit.__doc__ or f"{edit.rung}." in Edit.__doc__ for edit in EDITS.values())
+
+
+def test_what_was_not_there_is_shown_as_nothing():
+    model = tiny_model("llama")
+    new = ("a child that was not there", "a hook", "a hook behind it")
+    assert [name for name, edit in EDITS.items() if edit.preview(model)[0] == "-"] == [*new]
+    assert [EDITS[name].preview(model)[1] for name in new] == ["a small one", "does nothing", "does nothing"]
+
+
+@pytest.mark.parametrize("kind", [AddPreHook, AddHook])
+@pytest.mark.parametrize("first", [None, True, False])
+def test_hooks_stand_behind_those_there_unless_they_are_to_be_first(kind, first):
+    model, order = tiny_model("llama"), []
+    norm = model.model.norm
+
+    class Noting:
+        def __init__(self, name):
+            self.name = name
+
+        def __call__(self, module, args, kwargs, *output):
+            assert kwargs == {}
+            assert len(output) == (kind is AddHook)
+            order.append(self.name)
+
+    hang = norm.register_forward_pre_hook if kind is AddPreHook else norm.register_forward_hook
+    hang(Noting("theirs"), with_kwargs=True)
+    inverse = kind("model.norm", Noting("ours"), "", **({} if first is None else {"first": first})).run(model)
+    norm(torch.ones(1, norm.weight.shape[0]))
+    assert order == (["ours", "theirs"] if first else ["theirs", "ours"])
+    inverse.undo()
+    order.clear()
+    norm(torch.ones(1, norm.weight.shape[0]))
+    assert order == ["theirs"]
+
+
+def test_a_config_that_names_no_attention_names_none_again():
+    model = tiny_model("gemma3")
+    del model.config.vision_config.__dict__["_attn_implementation_internal"]
+    inverse = SetAttention("", "eager").run(model)
+    assert model.config.vision_config._attn_implementation == "eager"
+    inverse.undo()
+    assert "_attn_implementation_internal" not in vars(model.config.vision_config)
+
+
+def test_a_family_that_chooses_its_attention_when_built_is_left_as_it_was():
+    """transformers only logs that it will not."""
+    model = tiny_model("falcon", attn_implementation="eager")
+    before = snapshot(model)
+    with pytest.raises(ap.UnsupportedArchitecture, match="chooses its attention when it is built"):
+        SetAttention("", "sdpa").run(model)
+    assert snapshot(model) == before
 
 
 def test_claims_tell_places_apart():
@@ -147,13 +211,24 @@ def test_attention_is_set_in_every_config_and_each_gets_its_own_back():
     assert model.config.text_config._attn_implementation == "eager"
 
 
-def test_a_replaced_module_keeps_mode_and_order():
-    model = tiny_model("llama")
-    attention = model.model.layers[0].self_attn.train()
+@pytest.mark.parametrize("training", [True, False])
+def test_a_new_module_keeps_mode_and_order(training):
+    model = tiny_model("llama").train(training)
+    attention = model.model.layers[0].self_attn
+    attention.v_proj.train(not training)  # whatever stands beside it
     names = list(attention._modules)
     EDITS["a module"].run(model)
-    assert attention.k_proj.training
+    EDITS["a child that was not there"].run(model)
+    assert attention.k_proj.training is training
+    assert model.model.added.training is training
     assert list(attention._modules) == names
+
+
+def test_a_replaced_module_has_the_mode_of_the_one_it_replaces():
+    model = tiny_model("llama")
+    model.model.layers[0].self_attn.k_proj.train()  # alone: what surrounds it is in eval mode
+    EDITS["a module"].run(model)
+    assert model.model.layers[0].self_attn.k_proj.training
 
 
 def test_new_tensors_are_made_only_when_an_edit_runs():
@@ -188,6 +263,73 @@ def test_a_user_s_hook_is_not_lost_without_a_word(hang):
     with pytest.raises(ap.AttnPatchError, match=r"h\.0\.attn\.c_attn: carries the hook <lambda>.*take it off"):
         ap.patch_grouped_query(model, num_kv_heads=1, method="mean")
     assert snapshot(model) == before
+
+
+class _Named(_Hook):
+    """A hook that is no function."""
+
+
+def test_hooks_that_a_new_module_still_has_are_not_lost():
+    model = tiny_model("llama")
+    old = model.model.norm
+    hook = _Named()
+    old.register_forward_pre_hook(hook, with_kwargs=True)
+    ReplaceModule("model.norm", nn.Sequential, "around it").run(model)
+    assert model.model.norm[0] is old
+    with pytest.raises(ap.AttnPatchError, match=r"^model\.norm\.0: carries the hook _Named, which"):
+        ReplaceModule("model.norm.0", lambda _: nn.Identity(), "instead of it").run(model)
+
+
+@pytest.mark.parametrize("hang", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+def test_a_hook_deep_inside_counts_and_one_of_this_package_does_not(hang):
+    model = tiny_model("llama")
+    own = RequestAngles(None, None, ())
+    getattr(model.model.layers[1].mlp.up_proj, hang)(own)
+    inverse = ReplaceModule("model.layers.1", lambda _: nn.Identity(), "").run(model)
+    inverse.undo()
+    getattr(model.model.layers[1].mlp.up_proj, hang)(_Named())
+    with pytest.raises(ap.AttnPatchError, match=r"model\.layers\.1: carries the hook _Named"):
+        ReplaceModule("model.layers.1", lambda _: nn.Identity(), "").run(model)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_accelerate_s_hook_goes_with_the_place_and_keeps_each_module_s_own_weights(nested):
+    model = tiny_model("llama")
+    old = model.model.layers[0].self_attn.k_proj
+    kept = old.weight.detach().clone()
+    hook = AlignDevicesHook(execution_device="cpu", offload=True)
+    add_hook_to_module(old, SequentialHook(hook) if nested else hook)
+    weights = dict(hook.weights_map)
+    inverse = EDITS["a module"].run(model)
+    new = model.model.layers[0].self_attn.k_proj
+    own = new._hf_hook.hooks[0] if nested else new._hf_hook
+    assert own is not hook
+    assert own.offload
+    assert own.weights_map["weight"].shape == (2 * old.out_features, old.in_features)
+    assert all(hook.weights_map[name] is tensor for name, tensor in weights.items())  # the old one's are as they were
+    assert new(torch.ones(1, old.in_features)).shape == (1, 2 * old.out_features)
+    inverse.undo()
+    assert model.model.layers[0].self_attn.k_proj is old
+    torch.testing.assert_close(old(torch.eye(old.in_features)), kept.T)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_none_is_a_value_and_not_an_absence(there):
+    model = tiny_model("llama")
+    if there:
+        model.lm_head.note = "old"
+    inverse = SetAttribute("lm_head", "note", None).run(model)
+    assert inverse.stands()
+    del model.lm_head.note
+    assert not inverse.stands()
+
+
+@pytest.mark.parametrize("length", [1, 59, 60, 61, 62, 200])
+def test_a_value_is_shown_on_one_line_of_sixty_characters(length):
+    value = "a b".ljust(length, "x")[:length]
+    shown = short(value.replace(" ", "\n  \t"))
+    assert len(shown) <= 60
+    assert shown == value if length <= 60 else (shown == value[:57] + "...")
 
 
 def test_nor_is_a_parametrization():

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from architectures import tiny_inputs, tiny_model
+from caches import CACHE
 from position_reference import logits as reference
 from position_reference import sinusoid
 from snapshot import snapshot
@@ -46,7 +47,7 @@ SOURCES = [
     *(Source(t, t, "table") for t in ("gpt2", "opt", "biogpt", "gpt_neo", "bert", "roberta")),
     Source("xglm", "xglm", "table"),
     *(Source(t, t, "rotary") for t in ("llama", "gpt_neox", "falcon")),
-    *(Source(t, t, "rotary inside the attention module") for t in ("gptj", "codegen")),
+    *(Source(t, t, "rotary by a table") for t in ("gptj", "codegen")),
     *(Source(t, t, "alibi") for t in ("bloom", "mpt")),
     Source("falcon-alibi", "falcon", "rotary + alibi", overrides={"alibi": True}),
     Source("llama-our-alibi", "llama", "alibi", (ap.Alibi(),)),
@@ -128,8 +129,8 @@ def _decoded(model, ids, mask=None):
     for size in (10, 1, 1, 1, 1, 1, ids.shape[1] - 15):
         given = {} if mask is None else {"attention_mask": mask[:, : start + size]}
         with torch.no_grad():
-            out = model(input_ids=ids[:, start : start + size], past_key_values=cache, use_cache=True, **given)
-        cache, start = out.past_key_values, start + size
+            out = model(input_ids=ids[:, start : start + size], **{CACHE: cache}, use_cache=True, **given)
+        cache, start = out[CACHE], start + size
         pieces.append(out.logits)
     return torch.cat(pieces, 1)
 

@@ -68,7 +68,7 @@ def test_the_plan_is_one_that_can_be_used(tmp_path):
 
 
 def test_make_targets_exist():
-    mentioned = {words[1] for words in commands("make")} | set(re.findall(r"`make (?:\w+=\S+ )?([\w-]+)", TEXT))
+    mentioned = {words[1] for words in commands("make")} | set(re.findall(r"`make (?:\w+=\S* )?([\w-]+)", TEXT))
     assert {"demo", "test", "survey", "bench"} <= mentioned
     defined = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert mentioned <= defined
@@ -77,7 +77,7 @@ def test_make_targets_exist():
 def test_ci_runs_the_test_command_of_the_readme():
     ci = (ROOT / ".ci/run").read_text()
     assert ["make", "test"] in commands("make")
-    assert re.search(r"^make test$", ci, re.MULTILINE)
+    assert re.search(r"^counted make test$", ci, re.MULTILINE)
     assert re.search(r"^make lint$", ci, re.MULTILINE)
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from architectures import tiny_model
+from caches import CACHE
 from recurring import built, logits_of, random_ids, with_memory
 from tolerances import ROUNDING
 from transformers import DynamicCache
@@ -56,7 +57,7 @@ def test_generate_in_a_stream_goes_on_where_the_stream_is(model_type, positions)
 @torch.no_grad()
 def test_a_cache_that_the_caller_holds_is_filled():
     model, ids, cache = with_memory(tiny_model("llama")), random_ids(2, 40), DynamicCache()
-    parts = [model(input_ids=part, past_key_values=cache, use_cache=True).logits for part in ids.split(20, 1)]
+    parts = [model(input_ids=part, **{CACHE: cache}, use_cache=True).logits for part in ids.split(20, 1)]
     assert largest_difference(logits_of(model, ids), torch.cat(parts, 1)) < FP32
 
 
@@ -78,7 +79,7 @@ def test_left_padding_without_positions_where_they_run_on():
     mask = torch.ones(1, 43, dtype=torch.long)
     mask[:, :3] = 0
     first = model(input_ids=wide[:, :7], attention_mask=mask[:, :7], use_cache=True)
-    then = model(input_ids=wide[:, 7:], attention_mask=mask, past_key_values=first.past_key_values)
+    then = model(input_ids=wide[:, 7:], attention_mask=mask, **{CACHE: first[CACHE]})
     found = torch.cat([first.logits[:, 3:], then.logits], 1)
     assert largest_difference(logits_of(model, ids), found) < FP32
 
@@ -113,7 +114,7 @@ def test_a_state_of_another_memory_is_refused():
         ({"attention_mask": torch.ones(1, 30, dtype=torch.long)}, "2 rows of 30 tokens"),
         ({"attention_mask": {"full_attention": None}}, "attention_mask is a dict"),
         ({"position_ids": torch.arange(29)[None]}, "position_ids of shape \\(1, 29\\)"),
-        ({"past_key_values": ()}, "past_key_values is a tuple"),
+        ({CACHE: ()}, "the cache is a tuple"),
     ],
 )
 def test_inputs_of_the_wrong_shape(inputs, words):
@@ -134,7 +135,7 @@ def test_attention_weights_of_a_long_call_are_refused(model_type):
 def test_a_stream_that_is_reset_under_a_cache():
     model, ids = with_memory(tiny_model("llama")), random_ids(1, 30)
     with ap.stream(model) as stream:
-        cache = model(input_ids=ids[:, :20], use_cache=True).past_key_values
+        cache = model(input_ids=ids[:, :20], use_cache=True)[CACHE]
         stream.reset()
         assert cache.get_seq_length() >= 0
         assert torch.equal(logits_of(model, ids), logits_of(with_memory(tiny_model("llama")), ids))

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from caches import CACHE
 from recurring import L, M, built, logits_of, random_ids, under_the_mask, with_memory
 from tolerances import ROUNDING
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -65,12 +66,9 @@ def _recomputed(model, ids):
         part = ids[:, start : start + L]
         places = torch.arange(start, start + part.shape[1])[None]
         mask = mask[:, :, : part.shape[1], : held + part.shape[1]]
-        out = model(input_ids=part, attention_mask=mask, position_ids=places, past_key_values=cache)
+        out = model(input_ids=part, attention_mask=mask, position_ids=places, **{CACHE: cache})
         logits.append(out.logits)
-        new = [
-            (layer.keys[:, :, held:].detach(), layer.values[:, :, held:].detach())
-            for layer in out.past_key_values.layers
-        ]
+        new = [(layer.keys[:, :, held:].detach(), layer.values[:, :, held:].detach()) for layer in out[CACHE].layers]
         kept = [
             tuple(torch.cat([a, b], 2) for a, b in zip(one, two, strict=True))
             for one, two in zip(kept or [(t[:, :, :0], t[:, :, :0]) for t, _ in new], new, strict=True)
@@ -102,9 +100,9 @@ def test_rows_that_stand_differently_equal_the_same_rows_alone(model_type, posit
     for a, b in [(0, 30), (30, 31), (31, 50), *((i, i + 1) for i in range(50, 60))]:
         out = model(
             input_ids=wide[:, a:b], attention_mask=mask[:, :b], position_ids=places[:, a:b],
-            past_key_values=cache, use_cache=True,
+            **{CACHE: cache}, use_cache=True,
         )  # fmt: skip
-        cache = out.past_key_values
+        cache = out[CACHE]
         parts.append(out.logits)
     found = torch.cat(parts, 1)
     for row, p in enumerate(pads):
@@ -137,7 +135,7 @@ def test_generate_holds_them_in_constant_memory(model_type):
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=100, do_sample=False, use_cache=True,
         eos_token_id=None, return_dict_in_generate=True,
     )  # fmt: skip
-    assert max(layer.keys.shape[2] for layer in out.past_key_values.layers) < L + M + S
+    assert max(layer.keys.shape[2] for layer in out[CACHE].layers) < L + M + S
     assert torch.equal(logits_of(model, out.sequences[:, :-1])[:, 10:].argmax(-1), out.sequences[:, 11:])
     beams = {"max_new_tokens": 30, "num_beams": 3, "do_sample": False, "eos_token_id": None}
     prompt = random_ids(2, 30)

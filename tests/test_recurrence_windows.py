@@ -3,6 +3,7 @@
 import pytest
 import torch
 from architectures import tiny_model
+from caches import CACHE
 from recurring import L, M, logits_of, random_ids, with_memory
 from tolerances import ROUNDING
 
@@ -63,9 +64,9 @@ def test_left_padded_rows_decode_as_they_do_alone():
     mask = torch.stack([torch.arange(45) >= p for p in pads]).long()
     places, cache, parts = (mask.cumsum(1) - 1).clamp(min=0), None, []
     for a, b in [(0, 20), *((i, i + 1) for i in range(20, 45))]:
-        given = {"attention_mask": mask[:, :b], "position_ids": places[:, a:b], "past_key_values": cache}
+        given = {"attention_mask": mask[:, :b], "position_ids": places[:, a:b], CACHE: cache}
         out = model(input_ids=wide[:, a:b], use_cache=True, **given)
-        cache = out.past_key_values
+        cache = out[CACHE]
         parts.append(out.logits)
     for row, p in enumerate(pads):
         alone = logits_of(model, ids[row : row + 1, : 45 - p])

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from architectures import tiny_inputs, tiny_model
+from caches import CACHE
 from peft import LoraConfig, get_peft_model
 from snapshot import snapshot
 from test_alibi import _Library, _plain
@@ -84,10 +85,10 @@ def test_a_cache_of_fixed_length_changes_nothing(model_type):
     ids = tiny_inputs(model, length=20)["input_ids"]
     wanted = _logits(model, input_ids=ids)
     cache = StaticCache(config=model.config, max_cache_len=32)
-    parts = [model(input_ids=ids[:, :12], past_key_values=cache, use_cache=True).logits]
+    parts = [model(input_ids=ids[:, :12], **{CACHE: cache}, use_cache=True).logits]
     for at in range(12, 20):
         where = {"cache_position": torch.tensor([at])} if model_type == "llama" else {}
-        parts.append(model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True, **where).logits)
+        parts.append(model(input_ids=ids[:, at : at + 1], **{CACHE: cache}, use_cache=True, **where).logits)
     assert largest_difference(wanted, torch.cat(parts, 1)) < FP32
 
 
@@ -198,7 +199,6 @@ def test_stock_transformers_says_what_to_install(tmp_path):
     assert _logits(ap.load(tmp_path).eval(), **tiny_inputs(model)).equal(_logits(model, **tiny_inputs(model)))
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_peft_trains_a_copy_of_the_terms():
     """A copy that attention would not see is a model without positions."""
     model = _patched("llama")

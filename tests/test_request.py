@@ -8,11 +8,13 @@ import threading
 import pytest
 import torch
 from architectures import tiny_model
+from caches import CACHE
 from snapshot import snapshot
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import hf_attnpatch as ap
 from hf_attnpatch.invariants.training import _checkpoint
+from hf_attnpatch.rope.request_angles import RequestAngles
 
 WINDOW, FACTOR = 32, 4.0
 KINDS = ("linear", "ntk", "ntk_by_parts", "yarn", "llama3", "resonance", "clipped")
@@ -96,8 +98,8 @@ def test_cached_decoding_is_the_full_forward_of_the_same_request(model_type):
         for start, stop in [(0, prompt), *((n, n + 1) for n in range(prompt, end))]:
             step = {"input_ids": batch["input_ids"][:, start:stop], "attention_mask": batch["attention_mask"][:, :stop]}
             step["position_ids"] = batch["position_ids"][:, start:stop]
-            output = model(**step, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(**step, **{CACHE: cache}, use_cache=True)
+            cache = output[CACHE]
             found.append(output.logits)
     found, real = torch.cat(found, 1), batch["attention_mask"].bool()
     torch.testing.assert_close(found[real], wanted[real], rtol=1e-5, atol=1e-5)
@@ -155,6 +157,19 @@ def test_nothing_leaks_from_one_request_to_the_next():
     assert torch.equal(model(TOKENS).logits, long)
 
 
+def test_modules_of_old_lengths_are_let_go():
+    model = _patched()
+    hook = next(hook for hook in model.model.rotary_emb._forward_hooks.values() if isinstance(hook, RequestAngles))
+    first = model(TOKENS[:1, : WINDOW + 1]).logits
+    for length in range(WINDOW + 1, WINDOW + 41):
+        model(TOKENS[:1, :length])
+    assert [length for length, _ in hook.modules] == [*range(WINDOW + 9, WINDOW + 41)]  # the last 32
+    assert torch.equal(model(TOKENS[:1, : WINDOW + 1]).logits, first)  # made anew
+    newest = hook.modules[(WINDOW + 40, "cpu")]
+    model(TOKENS[:1, : WINDOW + 40])
+    assert hook.modules[(WINDOW + 40, "cpu")] is newest
+
+
 def test_two_threads_keep_their_own_lengths():
     model, found = _patched(), {}
     wanted = {n: model.generate(TOKENS[:1, :n], **GREEDY, max_new_tokens=12) for n in (20, 34, 60)}
@@ -174,7 +189,7 @@ def test_two_threads_keep_their_own_lengths():
 
 
 def _begun(model, length=WINDOW + 8, cache=None):
-    return model(TOKENS[:, :length], past_key_values=cache, use_cache=True).past_key_values
+    return model(TOKENS[:, :length], **{CACHE: cache}, use_cache=True)[CACHE]
 
 
 @pytest.mark.parametrize("make", [lambda model: None, lambda model: DynamicCache(config=model.config)])
@@ -182,43 +197,43 @@ def test_going_on_beyond_the_length_that_was_chosen_is_an_error(make):
     model = _patched()
     cache = _begun(model, cache=make(model))
     with pytest.raises(ap.AttnPatchError, match=r"row 0 is 41 tokens long, .* 40 were chosen.*hf_attnpatch.request"):
-        model(TOKENS[:, 40:41], past_key_values=cache)
+        model(TOKENS[:, 40:41], **{CACHE: cache})
     copied = copy.deepcopy(_begun(model))  # a prefix that is used more than once
     with pytest.raises(ap.AttnPatchError, match="40 were chosen"):
-        model(TOKENS[:, 40:42], past_key_values=copied)
+        model(TOKENS[:, 40:42], **{CACHE: copied})
 
 
 def test_within_the_window_a_text_may_grow_as_it_likes():
     model, base = _patched(), _model()
     cache, other = _begun(model, 10), _begun(base, 10)
     for n in range(10, WINDOW):
-        found = model(TOKENS[:, n : n + 1], past_key_values=cache).logits
-        assert torch.equal(found, base(TOKENS[:, n : n + 1], past_key_values=other).logits)
+        found = model(TOKENS[:, n : n + 1], **{CACHE: cache}).logits
+        assert torch.equal(found, base(TOKENS[:, n : n + 1], **{CACHE: other}).logits)
     with pytest.raises(ap.AttnPatchError, match="row 0 is 33 tokens long"):
-        model(TOKENS[:, :1], past_key_values=cache)
+        model(TOKENS[:, :1], **{CACHE: cache})
 
 
 def test_a_cache_of_several_turns():
     model = _patched()
     cache = DynamicCache(config=model.config)
-    first = model.generate(TOKENS[:1, :10], **GREEDY, max_new_tokens=10, past_key_values=cache)
+    first = model.generate(TOKENS[:1, :10], **GREEDY, max_new_tokens=10, **{CACHE: cache})
     second = torch.cat([first, TOKENS[:1, :6]], 1)
-    third = model.generate(second, **GREEDY, max_new_tokens=4, past_key_values=cache)  # 30 tokens, within the window
+    third = model.generate(second, **GREEDY, max_new_tokens=4, **{CACHE: cache})  # 30 tokens, within the window
     assert torch.equal(third, model.generate(second, **GREEDY, max_new_tokens=4))
     with pytest.raises(ap.AttnPatchError, match=r"begun for requests of 20 tokens, and now 50 are asked for"):
-        model.generate(third, **GREEDY, max_new_tokens=20, past_key_values=cache)
+        model.generate(third, **GREEDY, max_new_tokens=20, **{CACHE: cache})
 
 
 def test_a_conversation_that_is_announced():
     model = _patched()
     cache = DynamicCache(config=model.config)
     with ap.request(model, 70):
-        first = model.generate(TOKENS[:1, :40], **GREEDY, max_new_tokens=10, past_key_values=cache)
+        first = model.generate(TOKENS[:1, :40], **GREEDY, max_new_tokens=10, **{CACHE: cache})
         turn = torch.cat([first, TOKENS[:1, :5]], 1)
-        second = model.generate(turn, **GREEDY, max_new_tokens=10, past_key_values=cache)
+        second = model.generate(turn, **GREEDY, max_new_tokens=10, **{CACHE: cache})
         assert torch.equal(second, model.generate(turn, **GREEDY, max_new_tokens=10))
         with pytest.raises(ap.AttnPatchError, match="generate leads to 85 tokens, .* said to have 70"):
-            model.generate(second, **GREEDY, max_new_tokens=20, past_key_values=cache)
+            model.generate(second, **GREEDY, max_new_tokens=20, **{CACHE: cache})
     assert not torch.equal(model.generate(turn, **GREEDY, max_new_tokens=10, output_scores=True), second[:, :1])
 
 
@@ -226,12 +241,12 @@ def test_a_cache_from_before_the_patch():
     model = _model()
     cache = _begun(model, 20)
     ap.patch_rope_scaling(model, kind="yarn", factor=FACTOR, per_request=True)
-    model(TOKENS[:, 20:30], past_key_values=cache)  # within the window nothing has changed
+    model(TOKENS[:, 20:30], **{CACHE: cache})  # within the window nothing has changed
     with pytest.raises(ap.AttnPatchError, match="30 were chosen"):
-        model(TOKENS[:, 30:40], past_key_values=cache)
+        model(TOKENS[:, 30:40], **{CACHE: cache})
     other = _begun(_model(), 40)
     with pytest.raises(ap.AttnPatchError, match="filled before the scaling was there"):
-        model(TOKENS[:, 40:41], past_key_values=other)
+        model(TOKENS[:, 40:41], **{CACHE: other})
 
 
 def test_a_static_cache_that_is_used_again_begins_anew():
@@ -239,7 +254,7 @@ def test_a_static_cache_that_is_used_again_begins_anew():
     cache = StaticCache(config=model.config, max_cache_len=80)
     for length in (40, 60):
         cache.reset()
-        found = model(TOKENS[:, :length], past_key_values=cache).logits
+        found = model(TOKENS[:, :length], **{CACHE: cache}).logits
         torch.testing.assert_close(found, model(TOKENS[:, :length]).logits, rtol=0, atol=1e-5)
 
 
@@ -387,7 +402,7 @@ def _cached(model, prompt=20, end=60):
         output = model(TOKENS[:, :prompt], use_cache=True)
         found = [output.logits]
         for n in range(prompt, end):
-            output = model(TOKENS[:, n : n + 1], past_key_values=output.past_key_values)
+            output = model(TOKENS[:, n : n + 1], **{CACHE: output[CACHE]})
             found.append(output.logits)
     return torch.cat(found, 1)
 
@@ -479,10 +494,10 @@ def test_speculation_writes_what_greedy_decoding_writes(kind, drafts):
 def test_lengths_go_where_the_rows_of_a_cache_go(move, rows, made):
     model, lengths = _patched(), [60, 80]
     with ap.request(model, lengths):
-        past = model(TOKENS[:2, :40], use_cache=True).past_key_values
-        wanted = model(TOKENS[:2, 40:42], past_key_values=copy.deepcopy(past)).logits[rows]
+        past = model(TOKENS[:2, :40], use_cache=True)[CACHE]
+        wanted = model(TOKENS[:2, 40:42], **{CACHE: copy.deepcopy(past)}).logits[rows]
     past = {"copied": copy.deepcopy, "pickled": lambda p: pickle.loads(pickle.dumps(p)), "": lambda p: p}[made](past)
     getattr(past, move)(torch.tensor(rows))
     with ap.request(model, [lengths[row] for row in rows]):
-        found = model(TOKENS[rows, 40:42], past_key_values=past).logits
+        found = model(TOKENS[rows, 40:42], **{CACHE: past}).logits
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)

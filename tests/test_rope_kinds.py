@@ -245,7 +245,7 @@ def test_nested_yarn_heeds_truncate():
     assert torch.equal(_logits(model, 100), _logits(_natively(model), 100))
 
 
-@pytest.mark.filterwarnings("ignore:.*rope_scaling.*:FutureWarning")
+@pytest.mark.deprecated("rope_scaling")
 def test_rope_theta_survives(tmp_path):
     """Upstream crashes on ``from_pretrained(rope_scaling=...)``, which loses the base."""
     _model({**PLAIN, "rope_theta": 500_000.0}).save_pretrained(tmp_path)

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from architectures import tiny_inputs, tiny_model
+from caches import CACHE
 from position_reference import logits as reference
 from snapshot import snapshot
 from tolerances import ROUNDING
@@ -82,7 +83,7 @@ def test_greedy_generation_of_padded_rows_is_that_of_each_alone(model_type, cach
     mask[1, :5] = 0
     options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     kind = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(model.config, 40)
-    found = model.generate(ids, attention_mask=mask, past_key_values=kind, **options)[:, 12:]
+    found = model.generate(ids, attention_mask=mask, **{CACHE: kind}, **options)[:, 12:]
     alone = [model.generate(row[None], use_cache=False, **options)[:, len(row) :] for row in (ids[0], ids[1, 5:])]
     assert torch.equal(found, torch.cat(alone))
 
@@ -121,7 +122,6 @@ def test_operations_are_followed_without_data_and_leave_no_trace():
         assert _logits(model, input_ids=ids).isfinite().all()
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_an_adapter_is_rotated_too():
     """Merged and unmerged agree: what LoRA adds to queries and keys is rotated with them."""
     model = tiny_model("gpt2")
@@ -162,8 +162,8 @@ def test_shared_heads_and_rotation_go_together(first):
     whole, pieces, cache = _logits(model, input_ids=ids), [], None
     for part in ids.split(8, dim=1):
         with torch.no_grad():
-            out = model(input_ids=part, past_key_values=cache, use_cache=True)
-        cache, pieces = out.past_key_values, [*pieces, out.logits]
+            out = model(input_ids=part, **{CACHE: cache}, use_cache=True)
+        cache, pieces = out[CACHE], [*pieces, out.logits]
     assert largest_difference(whole, torch.cat(pieces, 1)) < FP32
     assert cache.layers[0].keys.shape[1] == 2
 

@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from architectures import tiny_inputs, tiny_model
+from caches import CACHE
 from recurring import (
     DEPTH,
     NATIVE,
@@ -134,9 +135,9 @@ def _recomputed(model, ids, positions):
         given = {"attention_mask": None if native else mask, "position_ids": places}
         given = {} if model.config.model_type in ("bloom", "mpt") else given
         with masked(model, mask) if native else contextlib.nullcontext():
-            out = model(input_ids=ids[:, start : start + L], past_key_values=cache, **given)
+            out = model(input_ids=ids[:, start : start + L], **{CACHE: cache}, **given)
         total = total + out.logits.square().sum()
-        kept = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+        kept = [(layer.keys, layer.values) for layer in out[CACHE].layers]
     return total
 
 
@@ -235,10 +236,10 @@ def test_decoding_left_padded_rows_through_every_kernel(model_type, kernel):
             input_ids=wide[:, a:b],
             attention_mask=mask[:, :b],
             position_ids=places[:, a:b],
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=True,
         )
-        cache = out.past_key_values
+        cache = out[CACHE]
         parts.append(out.logits.detach())
     assert largest_difference(wanted, torch.cat(parts, 1)[:, 5:]) < FP32
 
@@ -280,7 +281,7 @@ def test_generate_goes_beyond_any_length_with_constant_memory(model_type):
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=600, do_sample=False, use_cache=True,
         eos_token_id=None, return_dict_in_generate=True,
     )  # fmt: skip
-    cache = out.past_key_values
+    cache = out[CACHE]
     assert cache.get_seq_length() == out.sequences.shape[1] - 1 == 610
     assert max(layer.keys.shape[2] for layer in cache.layers) < L + M
     wanted = logits_of(model, out.sequences[:, :-1])[:, 10:].argmax(-1)
@@ -412,7 +413,7 @@ def test_revert_is_bitwise():
         ("llama4_text", "a chunk only"),
         ("cpmant", "no memory can be handed to it"),
         ("gpt_neo", "sees a window only"),
-        ("roformer", "takes no position_ids"),
+        ("roformer", "takes no positions"),
         ("roberta", "something of its own with positions"),
         ("mamba", "keeps a state, not keys and values"),
         ("bart", "a memory is of one text"),
@@ -442,7 +443,7 @@ def test_inputs_that_a_memory_cannot_take_are_errors():
     model, ids = with_memory(built("llama")), random_ids(2, 30)
     cache = DynamicCache()
     with pytest.raises(ap.AttnPatchError, match="makes its own cache"):
-        logits_of(model, ids, past_key_values=_filled(cache))
+        logits_of(model, ids, **{CACHE: _filled(cache)})
     with pytest.raises(ap.AttnPatchError, match="takes \\(batch, tokens\\) only"):
         logits_of(model, ids, attention_mask=torch.ones(2, 1, 30, 30, dtype=torch.bool))
     with pytest.raises(ap.AttnPatchError, match="packed documents"):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from architectures import tiny_model
+from caches import CACHE
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
@@ -118,7 +119,7 @@ def test_padding_batch_and_cache_change_nothing(name, model_type, kind):
         for size in sizes:
             part = {"input_ids": ids[:, start : start + size], "attention_mask": mask[:, : start + size]}
             with torch.no_grad():
-                pieces.append(model(**part, past_key_values=cache, use_cache=True).logits)
+                pieces.append(model(**part, **{CACHE: cache}, use_cache=True).logits)
             start += size
         found = torch.cat(pieces, 1)
         assert apart(found[mask.bool()], full[mask.bool()]) < CLOSE, sizes
@@ -177,7 +178,7 @@ def test_sinks_keep_a_cache_of_fixed_size_in_a_long_text():
     model, (ids, mask) = build(), inputs()
     ap.apply(model, PATCHES["attention_sinks"])
     options = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    cache = model.generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **options).past_key_values
+    cache = model.generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **options)[CACHE]
     assert all(isinstance(layer, SinkLayer) for layer in cache.layers)
     assert {layer.keys.shape[2] for layer in cache.layers} == {PAD + 2 + 6 - 1}
     assert cache.get_seq_length() == LENGTH + 59
@@ -190,7 +191,7 @@ def test_beams_are_reordered_in_a_cache_that_lets_go():
     ap.apply(model, PATCHES["attention_sinks"])
     options = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     found = model.generate(input_ids=ids[:1, :20], **options)
-    kept = model.generate(input_ids=ids[:1, :20], past_key_values=StaticCache(model.config, 64), **options)
+    kept = model.generate(input_ids=ids[:1, :20], **{CACHE: StaticCache(model.config, 64)}, **options)
     assert torch.equal(found, kept)
 
 

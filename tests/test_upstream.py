@@ -6,6 +6,7 @@ A release that moves one of these fails this file first, and says which.
 import ast
 import inspect
 import re
+import sys
 
 import pytest
 import torch
@@ -29,6 +30,8 @@ from transformers.models.auto import modeling_auto
 
 from hf_attnpatch import backends
 from hf_attnpatch.probe import default_inputs, trace
+from hf_attnpatch.upstream import words
+from hf_attnpatch.upstream.roles import roles_of
 
 # private name -> whether it is there
 PRIVATE = {
@@ -58,6 +61,7 @@ PRIVATE = {
     "_grouped_mm": lambda: callable(torch.ops.aten._grouped_mm),
     "_unsafe_view": lambda: callable(torch.ops.aten._unsafe_view),
     "_local_scalar_dense": lambda: callable(torch.ops.aten._local_scalar_dense),
+    "_getframe": lambda: sys._getframe(0) is not None,
     "_old_forward": lambda: _accelerate_keeps("_old_forward"),
 }
 
@@ -199,3 +203,66 @@ def test_an_attention_function_without_its_mask_is_silently_wrong(key):
     assert _padding_error(key) > 1e-2
     backends.register(key, sdpa, AttentionMaskInterface._global_mapping["sdpa"])
     assert _padding_error(key) == 0
+
+
+# -- vocabulary -------------------------------------------------------------------------------------------------------
+
+# What a tokenizer or a data set calls its columns is no forward's argument: batches of calibration and evaluation text.
+COLUMNS = {words.INPUT_IDS, words.ATTENTION_MASK, words.DECODER_MASK}
+BATCHES = (
+    "heads/calibration_text.py",
+    "heads/repair.py",
+    "heads/estimate.py",
+    "comparing/",
+    "commands/",
+    "evaluation/",
+)
+SPELLINGS = {name for spellings in words.ARGUMENTS.values() for name in spellings} - {"cache"} | {*words.PREDICTIONS}
+
+
+def _spelled(tree):
+    """Names of forwards' arguments and outputs in a file: as strings, as keywords of calls, as attributes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value, node.lineno
+        elif isinstance(node, ast.keyword) and node.arg is not None:
+            yield node.arg, node.value.lineno
+        elif isinstance(node, ast.Attribute) and node.attr in words.ARGUMENTS[words.CACHE]:
+            yield node.attr, node.lineno
+
+
+@pytest.mark.parametrize("name", [name for name in TREES if not name.startswith("upstream/")])
+def test_no_other_room_spells_what_transformers_calls_an_argument(name):
+    allowed = COLUMNS if name.startswith(BATCHES) else set()
+    found = {(word, line) for word, line in _spelled(TREES[name]) if word in SPELLINGS - allowed}
+    found -= {(word, line) for word, line in found if (name, word) in OWN_WORDS}
+    assert not found, f"{name}: use hf_attnpatch.upstream.words and roles"
+
+
+# this package's own uses of a word that transformers has, too
+OWN_WORDS = {
+    ("__init__.py", "alibi"): "a module of this package",
+    ("doctoring/expected.py", "alibi"): "the patch of that name",
+    ("api.py", "logits"): "a line of the report",
+    ("anatomy.py", "alibi"): "the position scheme of that name",
+    ("anatomy.py", "position_embeddings"): "what some families call their table, a module",
+    ("patches/rotary.py", "alibi"): "a field of the anatomy",
+    ("patches/alibi.py", "alibi"): "the patch of that name, and what modules hold of it",
+    ("positions/modules.py", "alibi"): "likewise",
+    ("positions/removal.py", "alibi"): "likewise",
+    ("positions/rotating.py", "alibi"): "a field of Falcon's config",
+    ("positions/strength.py", "alibi"): "likewise",
+    ("fused/deferring.py", "alibi"): "likewise",
+}
+
+
+def test_every_word_of_our_own_is_in_use():
+    assert all(word in {each for each, _ in _spelled(TREES[name])} for name, word in OWN_WORDS)
+
+
+def test_the_vocabulary_is_what_the_installed_release_speaks():
+    """The newest spelling comes first: what a Llama, a GPT-2 and a BERT declare is found without running them."""
+    for kind, encoder in (("llama", None), ("gpt2", None), ("bert", True)):
+        roles = roles_of(tiny_model(kind, encoder=encoder))
+        assert roles.takes(words.TOKENS, words.MASK, words.POSITIONS, words.EMBEDDINGS)
+        assert encoder or roles.takes(words.CACHE, words.USE_CACHE)

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from architectures import tiny_inputs, tiny_model
+from caches import CACHE
 from snapshot import snapshot
 from transformers import AttentionInterface
 
@@ -35,7 +36,7 @@ def _mixes_the_batch(model):
 
 def _forgets_the_cache(model):
     for layer in model.model.layers[1:]:
-        layer.register_forward_pre_hook(lambda m, a, kw: (a, {**kw, "past_key_values": None}), with_kwargs=True)
+        layer.register_forward_pre_hook(lambda m, a, kw: (a, {**kw, CACHE: None}), with_kwargs=True)
 
 
 def _remembers(model):

@@ -21,7 +21,7 @@ def size(metrics: Metrics) -> Iterable[Row]:
 def cache(metrics: Metrics) -> Iterable[Row]:
     """Cache."""
     found = [metrics[which].get("cache_bytes_per_token") for which in tables.BOTH]
-    if None not in found:
+    if None not in found and any(found):  # where neither keeps keys and values there is nothing to compare
         yield _counts("cache, bytes/token", *found)
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ..upstream import words
+from ..upstream.caches import returned
+from ..upstream.roles import run
 from .listener import Pass
 from .machine import MIB, Point
 from .operations import Phantom
@@ -72,12 +76,13 @@ def _reference(layers: int, device: torch.device) -> Reference:
 
 @torch.no_grad()
 def _step_seconds(model: LlamaForCausalLM, device: torch.device) -> float:
-    cache = model(torch.zeros(1, _CONTEXT, dtype=torch.long, device=device), use_cache=True).past_key_values
+    context = torch.zeros(1, _CONTEXT, dtype=torch.long, device=device)
+    cache: Any = next(iter(returned(run(model, {words.TOKENS: context, words.USE_CACHE: True})).values()), None)
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
     found = []
     for index in range(_STEPS):
         begin = clock()
-        model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        run(model, {words.TOKENS: token, words.CACHE: cache, words.USE_CACHE: True}, logits_to_keep=1)
         found += [clock() - begin] * (index >= WARM_UP)
         cache.crop(-1)
     return median(found)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from ..errors import EvaluationError
+from ..upstream import words
+from ..upstream.caches import returned
 from .logits import forward
 from .memory import held_bytes
 from .mode import device_of, measuring
 
 
 def cache_bytes_per_token(model: nn.Module, *, length: int = 16) -> float:
-    """Measure by how many bytes ``past_key_values`` grows for each further token.
+    """Measure by how many bytes a model's cache grows for each further token.
 
     Read from the cache itself after two prefills, of ``length`` and of twice as many tokens, never from the config: a
     state that does not grow (a recurrence, a full sliding window) does not count.
@@ -24,7 +24,7 @@ def cache_bytes_per_token(model: nn.Module, *, length: int = 16) -> float:
         length: tokens of the shorter prefill.
 
     Raises:
-        EvaluationError: the model returns no ``past_key_values``.
+        EvaluationError: the model returns no cache.
     """
     with measuring(model):
         sizes = [_cache_bytes(model, tokens) for tokens in (length, 2 * length)]
@@ -33,7 +33,8 @@ def cache_bytes_per_token(model: nn.Module, *, length: int = 16) -> float:
 
 def _cache_bytes(model: nn.Module, tokens: int) -> int:
     ids = torch.arange(tokens, device=device_of(model))[None] % 7  # 1, tokens
-    past: Any = getattr(forward(model, input_ids=ids, use_cache=True), "past_key_values", None)
+    found = returned(forward(model, {words.TOKENS: ids, words.USE_CACHE: True}))
+    past = next(iter(found.values()), None)
     if past is None:
-        raise EvaluationError(f"{type(model).__name__} returned no past_key_values, so there is no cache to measure.")
+        raise EvaluationError(f"{type(model).__name__} returned no cache, so there is none to measure.")
     return held_bytes(past)

@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 
 from ..errors import EvaluationError
 from ..progress import track
+from ..upstream import words
+from ..upstream.caches import returned
+from ..upstream.roles import predicted, run
 from .announcing import announced
 from .limits import Limits, limits
 from .memory import held_bytes, peak_memory, weight_bytes
@@ -35,7 +38,7 @@ class DecodingAt(Result):
         prefill_limit: tokens per second if its operations ran at the rate of a large matrix product; None where the
             model cannot be counted without running it.
         decode_limit: tokens per second if the memory delivered weights and cache once for each token.
-        cache_bytes: of ``past_key_values`` after the prefill.
+        cache_bytes: of the cache after the prefill.
         peak_bytes: most memory in use meanwhile, weights included: of the process on a CPU, of the allocator on CUDA;
             None where the system does not say.
     """
@@ -103,7 +106,7 @@ def decoding(
         _check(name, given)
     device, phantom = device_of(model), Phantom(model)
     if not phantom.decodes:
-        raise EvaluationError(f"{type(model).__name__} takes no past_key_values, so there is no decoding to measure.")
+        raise EvaluationError(f"{type(model).__name__} takes no cache, so there is no decoding to measure.")
     dtype = next(model.parameters()).dtype
     with measuring(model):
         best = limits(dtype, device)
@@ -165,12 +168,10 @@ def prefill(model: PreTrainedModel, context: int, batch: int) -> tuple[float, An
         raise EvaluationError(
             f"context {context}: {type(model).__name__} cannot look up so many positions; choose shorter contexts."
         ) from error
-    cache = getattr(out, "past_key_values", None)
+    cache = next(iter(returned(out).values()), None)
     if cache is None:
-        raise EvaluationError(
-            f"{type(model).__name__} returned no past_key_values, so there is no decoding to measure."
-        )
-    if not bool(out.logits.isfinite().all()):
+        raise EvaluationError(f"{type(model).__name__} returned no cache, so there is no decoding to measure.")
+    if not bool(predicted(out).isfinite().all()):
         raise EvaluationError(f"context {context}: the logits of the last token are not finite; nothing was measured.")
     return seconds, cache
 
@@ -181,10 +182,10 @@ def step(model: PreTrainedModel, cache: Any, batch: int) -> float:
 
 
 def _timed(model: PreTrainedModel, ids: torch.Tensor, cache: Any) -> tuple[float, Any]:
-    more: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-    more |= {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    more: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    given = {words.TOKENS: ids, words.USE_CACHE: True, **({} if cache is None else {words.CACHE: cache})}
     begin = clock()
-    out = model(input_ids=ids, use_cache=True, **more)
+    out = run(model, given, **more)
     return clock() - begin, out
 
 

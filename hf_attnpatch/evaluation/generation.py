@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EvaluationError
+from ..upstream import words
+from ..upstream.caches import length, returned
+from ..upstream.roles import roles_of, unwrapped
 from .announcing import announced
 from .logits import last_logits
 
@@ -27,17 +30,18 @@ def prefill(model: nn.Module, ids: Tensor, past: Any = None) -> tuple[Tensor, An
     Raises:
         EvaluationError: the model returns no cache, or logits that are not finite.
     """
-    logits, output = last_logits(model, ids, past_key_values=past, use_cache=True)
-    cache = getattr(output, "past_key_values", None)
+    given = {words.USE_CACHE: True, **({} if past is None else {words.CACHE: past})}
+    logits, output = last_logits(model, ids, roles_of(unwrapped(model)).call(**given))
+    cache = next(iter(returned(output).values()), None)
     if cache is None:
         raise EvaluationError(
-            f"{type(model).__name__} returned no past_key_values although use_cache=True, and decoding needs a cache; "
+            f"{type(model).__name__} returned no cache although it was asked for one, and decoding needs a cache; "
             "measure it by what needs none: perplexity, loss_by_position, fidelity with continuation=0."
         )
     bad = (~torch.isfinite(logits[:, -1]).all(dim=-1)).nonzero()
     if len(bad):
         raise EvaluationError(
-            f"row {int(bad[0])} of a batch of {len(ids)}: logits that are not finite after {_length(cache)} tokens."
+            f"row {int(bad[0])} of a batch of {len(ids)}: logits that are not finite after {length(cache)} tokens."
         )
     return logits[:, -1], cache
 
@@ -73,7 +77,3 @@ def greedy(
             logits, past = prefill(model, added[-1], past)
             added.append(logits.argmax(dim=-1, keepdim=True))
     return torch.cat(added, dim=1)
-
-
-def _length(cache: Any) -> int | str:
-    return cache.get_seq_length() if hasattr(cache, "get_seq_length") else "all"

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import EvaluationError
 from ..progress import track
+from ..upstream import words
+from ..upstream.roles import roles_of
 from .logits import forward
 from .mode import device_of, measuring
 from .result import Result
@@ -108,7 +110,7 @@ def _run(
     with contextlib.ExitStack() as hooks:
         for path in paths:
             hooks.enter_context(_watched(model.get_submodule(path), path, found, (given or {}).get(path)))
-        forward(model, input_ids=ids[None].to(device_of(model)), use_cache=False)
+        forward(model, {words.TOKENS: ids[None].to(device_of(model)), words.USE_CACHE: False})
     silent = [path for path in paths if path not in found]
     if silent:
         raise EvaluationError(f"{silent[0]}: never ran; leave it out of the modules that are compared.")
@@ -120,10 +122,14 @@ def _watched(
     module: nn.Module, path: str, found: dict[str, tuple[Tensor, Tensor]], given: Tensor | None
 ) -> Iterator[None]:
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        hidden = _hidden(path, args, kwargs)
+        named = roles_of(module).bind(args, kwargs)
+        hidden = named.get(words.STATES)
+        if not isinstance(hidden, Tensor):
+            raise EvaluationError(f"{path}: takes no hidden states that could be exchanged; leave layers out.")
         replaced = hidden if given is None else given.to(hidden)
         found[path] = (replaced, replaced)
-        return ((replaced, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": replaced})
+        named.put(words.STATES, replaced)
+        return named.back()
 
     def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         out = output[0] if isinstance(output, tuple) else output
@@ -135,13 +141,6 @@ def _watched(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _hidden(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    hidden = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(hidden, Tensor):
-        raise EvaluationError(f"{path}: takes no hidden_states, so its inputs cannot be exchanged; leave layers out.")
-    return hidden
 
 
 def _check_paths(model: nn.Module, paths: Sequence[str]) -> None:

@@ -8,13 +8,15 @@ input. What a family does to logits after its head (a soft cap, a scale) is its 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import EvaluationError
+from ..upstream import words
+from ..upstream.roles import predicted, run
 
 IGNORED = -100  # a label that does not count, as everywhere in torch
 _ELEMENTS = 2**25  # logits at a time: 128 MiB in float32, of which the loss makes a copy or two
@@ -56,10 +58,11 @@ def span_logits(model: nn.Module, ids: Tensor, start: int, stop: int, step: int)
     edges = [(max(start, end - step), end) for end in range(stop, start, -step)]
     hidden: list[Tensor] = []
     with _before_head(model, lambda states: _taken(states, ids.shape, (start, stop), edges[0][0], hidden)):
-        logits = forward(model, input_ids=ids, use_cache=False).logits  # batch, part or length, vocabulary
+        # batch, part or length, vocabulary
+        logits = predicted(forward(model, {words.TOKENS: ids, words.USE_CACHE: False}))
     if len(hidden) > 1:  # a head that is used more than once: which of the calls made the logits is not known
         hidden.clear()
-        logits = forward(model, input_ids=ids, use_cache=False).logits
+        logits = predicted(forward(model, {words.TOKENS: ids, words.USE_CACHE: False}))
     if not hidden:  # no head that can be narrowed: all logits are here
         yield from (logits[:, low:high] for low, high in edges)
         return
@@ -67,7 +70,7 @@ def span_logits(model: nn.Module, ids: Tensor, start: int, stop: int, step: int)
     for low, high in edges[1:]:
         part = hidden[0][:, low - start : high - start]  # batch, positions, width
         with _before_head(model, lambda _, part=part: part):  # a default: a closure would see the next
-            logits = forward(model, input_ids=ids[:, :1], use_cache=False).logits
+            logits = predicted(forward(model, {words.TOKENS: ids[:, :1], words.USE_CACHE: False}))
         yield logits
 
 
@@ -77,37 +80,42 @@ def positions_at_once(model: nn.Module, batch: int) -> int:
     return max(1, _ELEMENTS // (batch * weight.shape[0])) if isinstance(weight, Tensor) else 256
 
 
-def last_logits(model: nn.Module, ids: Tensor, count: int = 1, **inputs: Any) -> tuple[Tensor, Any]:
+def last_logits(model: nn.Module, ids: Tensor, inputs: Mapping[str, Any], count: int = 1) -> tuple[Tensor, Any]:
     """Return the logits of the last ``count`` positions, (batch, count, vocabulary), and the model's whole output."""
     with _before_head(model, lambda states: states[:, -count:] if states.shape[:2] == ids.shape else states):
-        output = forward(model, input_ids=ids, **inputs)
-    return output.logits[:, -count:], output
+        output = forward(model, {words.TOKENS: ids}, **inputs)
+    return predicted(output)[:, -count:], output
 
 
-def forward(model: nn.Module, **inputs: Any) -> Any:
+def forward(model: nn.Module, given: Mapping[str, Any], **more: Any) -> Any:
     """Run the model.
+
+    Args:
+        model: or a wrapper around one.
+        given: values by role, tokens among them.
+        more: further keywords of its forward.
 
     Raises:
         EvaluationError: it has no positions for so many tokens, or none of these tokens.
     """
     try:
-        return model(**inputs)
+        return run(model, given, **more)
     except IndexError as error:  # a table of tokens or of positions, looked up beyond its end
-        _check_tokens(model, inputs["input_ids"], error)
+        _check_tokens(model, given[words.TOKENS], error)
         limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         raise EvaluationError(
-            f"{type(model).__name__}: {tuple(inputs['input_ids'].shape)[1]} tokens were given, and its config says "
+            f"{type(model).__name__}: {tuple(given[words.TOKENS].shape)[1]} tokens were given, and its config says "
             f"max_position_embeddings={limit} ({error}); measure shorter lengths, or give it more positions first."
         ) from error
 
 
 def _check_tokens(model: nn.Module, ids: Tensor, error: IndexError) -> None:
     getter = getattr(model, "get_input_embeddings", None)
-    words = getattr(getter() if getter is not None else None, "weight", None)
+    table = getattr(getter() if getter is not None else None, "weight", None)
     low, high = int(ids.min()), int(ids.max())
-    if isinstance(words, Tensor) and not 0 <= low <= high < len(words):
+    if isinstance(table, Tensor) and not 0 <= low <= high < len(table):
         raise EvaluationError(
-            f"{type(model).__name__}: token ids from {low} to {high}, and it knows {len(words)} tokens; tokenize with "
+            f"{type(model).__name__}: token ids from {low} to {high}, and it knows {len(table)} tokens; tokenize with "
             "this model's own tokenizer."
         ) from error
 

@@ -20,6 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 
 from ..errors import EvaluationError
+from ..upstream import words
+from ..upstream.caches import overriding
+from ..upstream.roles import roles_of, run
 from .announcing import announced
 from .listener import Listener, Pass
 from .memory import held_bytes
@@ -41,7 +44,8 @@ class Phantom:
             self.model = without_data(model, "cpu", attributes=True)
         self.kind = type(model).__name__
         self.takes = set(inspect.signature(model.forward).parameters)
-        if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in self.takes:
+        self.roles = roles_of(self.model)
+        if getattr(model.config, "is_encoder_decoder", False) and self.roles.takes(words.DECODER_TOKENS):
             raise EvaluationError(
                 f"{self.kind} is an encoder and a decoder in one; only models that read one sequence are costed here."
             )
@@ -49,7 +53,7 @@ class Phantom:
     @property
     def decodes(self) -> bool:
         """Whether it takes keys and values of earlier tokens."""
-        return "past_key_values" in self.takes and "use_cache" in self.takes
+        return self.roles.takes(words.CACHE, words.USE_CACHE)
 
     def forward(self, batch: int, context: int) -> Pass:
         """Return a pass over a whole context that computes the logits of the last token only, where it can."""
@@ -62,7 +66,7 @@ class Phantom:
             EvaluationError: the model keeps no keys and values.
         """
         if not self.decodes:
-            raise EvaluationError(f"{self.kind} takes no past_key_values, so it does not decode with a cache.")
+            raise EvaluationError(f"{self.kind} takes no cache, so it does not decode with a cache.")
         return self._inference(batch, context)
 
     def training(self, batch: int, context: int) -> Pass:
@@ -70,10 +74,11 @@ class Phantom:
         self.model.train()
         with self._explained(), self.mode:
             ids = torch.zeros(batch, context, dtype=torch.long)
-            given: dict[str, Any] = {"input_ids": ids} | ({"labels": ids} if "labels" in self.takes else {})
-            given |= {"use_cache": True, "past_key_values": _Passing(config=self.model.config)} if self.decodes else {}
+            given: dict[str, Any] = {words.TOKENS: ids}
+            given |= {words.USE_CACHE: True, words.CACHE: _Passing(config=self.model.config)} if self.decodes else {}
+            labels = {"labels": ids} if "labels" in self.takes else {}
             with self._listening(context, context) as seen:
-                out = self.model(**given)
+                out = run(self.model, given, **labels)
                 loss = out.loss if getattr(out, "loss", None) is not None else out[0].float().mean()
                 loss.backward()
         self.model.zero_grad(set_to_none=True)
@@ -84,13 +89,13 @@ class Phantom:
         with self._explained(), self.mode, torch.no_grad(), announced(self.model, context + 1):
             ids = torch.zeros(batch, context, dtype=torch.long)
             cache = _Watched(config=self.model.config) if self.decodes else None
-            more: dict[str, Any] = {"past_key_values": cache, "use_cache": True} if self.decodes else {}
-            more |= {"logits_to_keep": 1} if "logits_to_keep" in self.takes else {}
+            state: dict[str, Any] = {words.CACHE: cache, words.USE_CACHE: True} if self.decodes else {}
+            more = {"logits_to_keep": 1} if "logits_to_keep" in self.takes else {}
             passes: list[Pass] = []
             for tokens in (ids, ids[:, :1])[: 2 if self.decodes else 1]:
                 keys = context + len(passes)
                 with self._listening(tokens.shape[1], keys, cache) as seen:
-                    self.model(input_ids=tokens, **more)
+                    run(self.model, {words.TOKENS: tokens, **state}, **more)
                 passes.append(seen.done(held_bytes(cache) if cache is not None else 0))
         return passes[0], passes[-1]
 
@@ -129,6 +134,7 @@ def without_data(model: nn.Module, device: str = "meta", *, attributes: bool = F
     return copy.deepcopy(model, memo)
 
 
+@overriding("costing a decode step")
 class _Watched(DynamicCache):  # type: ignore[misc]  # transformers is not followed
     """The cache that ``generate`` makes, which says when it is being updated."""
 
@@ -142,6 +148,7 @@ class _Watched(DynamicCache):  # type: ignore[misc]  # transformers is not follo
             self.updating = False
 
 
+@overriding("costing a training step")
 class _Passing(DynamicCache):  # type: ignore[misc]
     """A cache that keeps nothing: without any, transformers sees that tensors are fake and makes masks for safety."""
 

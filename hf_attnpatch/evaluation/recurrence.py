@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EvaluationError
+from ..upstream import words
+from ..upstream.roles import predicted
 from .logits import _cross_entropy, forward, positions_at_once
 from .losses import check_finite
 from .mode import device_of, measuring
@@ -99,8 +101,9 @@ def _cut(
 
 def _losses(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
     keep, device = labels != -100, device_of(model)
-    inputs = {} if bool(keep.all()) else {"attention_mask": keep.long().to(device)}
-    logits = forward(model, input_ids=ids.to(device), use_cache=False, **inputs).logits
+    inputs = {} if bool(keep.all()) else {words.MASK: keep.long().to(device)}
+    given = {words.TOKENS: ids.to(device), words.USE_CACHE: False, **inputs}
+    logits = predicted(forward(model, given))
     if logits.shape[1] != ids.shape[1]:
         raise EvaluationError(f"{type(model).__name__}: {logits.shape[1]} logits for {ids.shape[1]} tokens.")
     return _cross_entropy(logits, labels.to(device))

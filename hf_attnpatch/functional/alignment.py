@@ -27,10 +27,9 @@ def aligned(frame: Frame, rows: Tensor) -> Sharing:
         projection.
     """
     members, dim = rows.shape[:2]
-    turn = torch.zeros(members, dim, dim, dtype=rows.dtype)
-    turn += plane_map(_phases(frame, rows).t().conj(), frame.planes, dim)
-    turn += block_map(_rotations(rows[:, frame.block]), frame.block, dim)
-    turn += block_map(torch.eye(len(frame.fixed), dtype=rows.dtype), frame.fixed, dim)
+    turn = plane_map(_phases(frame, rows).t().conj(), frame.planes, dim)
+    turn = turn + block_map(_rotations(rows[:, frame.block]), frame.block, dim)
+    turn = turn + block_map(torch.eye(len(frame.fixed)), frame.fixed, dim)
     return Sharing(turn / members, turn)
 
 
@@ -48,9 +47,8 @@ def _phases(frame: Frame, rows: Tensor) -> Tensor:
 def _rotations(rows: Tensor) -> Tensor:
     """Orthogonal matrices (members, size, size) that turn each member's rows towards the mean of all turned ones."""
     mean = rows[0]
-    turn = torch.eye(rows.shape[1], dtype=rows.dtype).expand(len(rows), -1, -1)
-    for _ in range(ROUNDS if rows.shape[1] else 0):
+    for _ in range(ROUNDS):
         u, _, v = torch.linalg.svd(mean @ rows.transpose(1, 2))
-        turn = u @ v
+        turn: Tensor = u @ v
         mean = (turn @ rows).mean(dim=0)
     return turn

@@ -64,7 +64,5 @@ def value_energies(frame: Frame, values: Tensor, output: Tensor) -> Energies:
 def _weighted(frame: Frame, moments: Tensor, weights: Tensor) -> Tensor:
     block = frame.block
     moments = moments[:, block][:, :, :, block]
-    if not len(block):
-        return moments
     root, _ = roots(weights[:, block[:, None], block])
     return torch.einsum("iab,ibjc,jcd->iajd", root, moments, root)

@@ -51,9 +51,9 @@ def backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, total: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value; ``out`` and ``total`` may be those of more keys than these."""
-    args = (grad.contiguous(), query, key, value, out)
+    grad = grad.contiguous()  # that of a sum is one number, expanded, which no kernel takes
     if query.device.type == "cpu":
-        return _back_on_cpu(*args, total, 0.0, causal, scale=scale)
+        return _back_on_cpu(grad, query, key, value, out, total, 0.0, causal, scale=scale)
     width, groups = query.shape[-1], query.shape[1] // key.shape[1]
     grad, out = (F.pad(t, (0, -width % 8)) for t in (grad, out))
     query, key, value = _laid_out(query, key, value)

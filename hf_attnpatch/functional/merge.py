@@ -20,7 +20,6 @@ def merge(first: Pair, second: Pair) -> Pair:
     """
     (one, a), (two, b) = first, second
     total = torch.logaddexp(a, b)
-    shares = ((log - total).exp().nan_to_num(0.0)[..., None] for log in (a, b))  # nan where both are empty
-    exact = torch.promote_types(one.dtype, torch.float32)
-    left, right = (share * out.to(exact) for share, out in zip(shares, (one, two), strict=True))
+    shares = ((log - total).exp().nan_to_num()[..., None] for log in (a, b))  # nan where both are empty
+    left, right = (share * out for share, out in zip(shares, (one, two), strict=True))
     return (left + right).to(one.dtype), total

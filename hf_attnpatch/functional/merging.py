@@ -75,8 +75,6 @@ def _block(
     block: Tensor, dim: int, keys: Tensor, means: Tensor, queries: Tensor
 ) -> tuple[Tensor, Tensor, float, float]:
     members, size = len(means), len(block)
-    if not size:
-        return keys.new_zeros(members, dim, dim), keys.new_zeros(members, dim, dim), 0.0, 0.0
     centred = keys - means[:, :, None, None] * means[None, None]
     moments = centred[:, block][:, :, :, block].reshape(members * size, members * size)
     weights, inverses = roots(queries[:, block[:, None], block])  # members, size, size

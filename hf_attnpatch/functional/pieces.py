@@ -123,10 +123,7 @@ def attend(
     for step in steps:
         mine = query[:, :, step.queries[0] - origin : step.queries[1] - origin]
         queries = [_turned(mine, step.queries[0], turn, turning) for turn in step.query_turns]
-        keys = [
-            _turned(key[:, :, : _reach(step, n)], 0, turn, turning) if turn is not None else key
-            for n, turn in enumerate(step.key_turns)
-        ]
+        keys = [_turned(key[:, :, : _reach(step, n)], 0, turn, turning) for n, turn in enumerate(step.key_turns)]
         out: Tensor = _Merged.apply(step, scale, gap, padded, len(queries), *queries, *keys)  # type: ignore[no-untyped-call]
         outs.append(out[..., :width])
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)

@@ -19,8 +19,6 @@ def lengthened(table: Tensor, length: int, method: str) -> Tensor:
             positions at equal distances, ends on ends; ``hierarchical`` composes row i n + j from rows i and j (Su,
             2020) and leaves the trained ones as they are.
     """
-    if length == table.shape[0]:
-        return table.clone()
     made = {"tile": _tiled, "interpolate": _interpolated, "hierarchical": _hierarchical}[method]
     return made(table.double(), length).to(table.dtype)
 
@@ -32,7 +30,7 @@ def _tiled(table: Tensor, length: int) -> Tensor:
 def _interpolated(table: Tensor, length: int) -> Tensor:
     rows = table.shape[0]
     where = torch.arange(length, device=table.device, dtype=table.dtype) * (rows - 1) / max(length - 1, 1)
-    low = where.floor().long().clamp(max=rows - 1)
+    low = where.floor().long()
     share = (where - low)[:, None]
     return (1 - share) * table[low] + share * table[(low + 1).clamp(max=rows - 1)]
 

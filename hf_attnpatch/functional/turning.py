@@ -15,10 +15,10 @@ def angles(frequencies: Tensor, places: Tensor, attention: float = 1.0) -> tuple
 
     Args:
         frequencies: radians per position, (rotary_dim / 2,).
-        places: positions in tokens, (batch or 1, length).
+        places: positions in tokens, (batch or 1, length), integers.
         attention: factor on both (YaRN's).
     """
-    turns = places[:, None, :, None].to(torch.float32) * frequencies.to(places.device, torch.float32)
+    turns = places[:, None, :, None] * frequencies.to(places.device, torch.float32)
     return attention * turns.cos(), attention * turns.sin()
 
 
@@ -33,7 +33,7 @@ def turned(states: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) 
             i + rotary_dim / 2 are, as in GPT-NeoX and Llama.
     """
     width = 2 * cos.shape[-1]
-    part = states[..., :width].to(torch.promote_types(states.dtype, torch.float32))
+    part = states[..., :width]
     first, second = (part[..., ::2], part[..., 1::2]) if interleaved else part.chunk(2, -1)
     pair = (first * cos - second * sin, second * cos + first * sin)
     whole = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
@@ -46,7 +46,7 @@ def sinusoid(places: Tensor, width: int, theta: float = 10000.0) -> Tensor:
     Sines and cosines alternate, as in the paper; the tables of the fairseq family (XGLM, Marian) have all sines first.
 
     Args:
-        places: positions in tokens, any shape.
+        places: positions in tokens, any shape, integers.
         width: of the model, d.
         theta: base of the wavelengths.
 
@@ -55,5 +55,5 @@ def sinusoid(places: Tensor, width: int, theta: float = 10000.0) -> Tensor:
     """
     wide = torch.float32 if places.device.type == "mps" else torch.float64
     exponents = torch.arange(0, width, 2, device=places.device, dtype=wide) / width
-    turns = places[..., None].to(wide) * theta**-exponents
+    turns = places[..., None] * theta**-exponents
     return torch.stack([turns.sin(), turns.cos()], -1).flatten(-2)[..., :width].to(torch.float32)

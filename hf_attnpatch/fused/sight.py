@@ -11,15 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import (
-    bidirectional_mask_function,
-    causal_mask_function,
-    prepare_padding_mask,
-)
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from ..errors import AttnPatchError
 from ..functional.biased import UNSEEN, Sight, hiding
-from ..masks import sdpa_mask
+from ..upstream.calls import BIDIRECTIONAL, CAUSAL, sdpa_mask
 
 
 def key_mask(
@@ -28,7 +24,7 @@ def key_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
+    mask_function: Callable[..., Any] = CAUSAL,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
@@ -36,13 +32,13 @@ def key_mask(
     whole = {**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     sizes = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function)
     if torch.compiler.is_compiling() or not _plain(q_length, kv_length, q_offset, mask_function):
-        full: Tensor = sdpa_mask(*sizes, attention_mask=attention_mask, **whole)
+        full: Tensor = sdpa_mask(*sizes, attention_mask, **whole)
         return full
-    keep = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    if keep is None:
+    if attention_mask is None:
         return None
-    keep = keep[:, kv_offset : kv_offset + kv_length]
-    used = q_length if mask_function is causal_mask_function and q_length > 1 else kv_length
+    short = max(0, kv_length + kv_offset - attention_mask.shape[-1])  # of a cache that is longer than the text
+    keep = F.pad(attention_mask, (0, short))[:, kv_offset : kv_offset + kv_length]
+    used = q_length if mask_function is CAUSAL and q_length > 1 else kv_length
     return None if keep[:, :used].all() else keep[:, None, None]
 
 
@@ -54,9 +50,9 @@ def present_key_mask(*args: Any, **kwargs: Any) -> Tensor:
 
 def _plain(q_length: int, kv_length: int, q_offset: int | Tensor, mask_function: Callable[..., Any]) -> bool:
     """Whether padding says it all: the rest follows from the module, or the one query sees every key there is."""
-    if mask_function is bidirectional_mask_function:
+    if mask_function is BIDIRECTIONAL:
         return True
-    if mask_function is not causal_mask_function:
+    if mask_function is not CAUSAL:
         return False
     return int(q_offset) == (kv_length - 1 if q_length == 1 else 0)
 

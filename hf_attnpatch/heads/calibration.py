@@ -6,19 +6,20 @@ memory. Each forward is the model's own, seen through hooks, so kernels, ``devic
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import AttnPatchError, CalibrationError
 from ..probe import input_device
 from ..progress import track
 from ..sites import Site
+from ..upstream import words
+from ..upstream.roles import columns, roles_of
 from .calibration_text import Batch
 from .replay import Call, See, Socket, Streams, recording
 
@@ -97,8 +98,8 @@ def stream(model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch],
     device = input_device(model)
     with torch.no_grad(), recording(model, sites, see) as tell:
         for batch in track(text, what):
-            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-            tell(inputs.get("attention_mask"), inputs.get("decoder_attention_mask"))
+            inputs = columns(model, {name: tensor.to(device) for name, tensor in batch.items()})
+            tell(inputs.get(roles_of(model).names.get(words.MASK, "")), inputs.get(words.DECODER_MASK))
             try:
                 runner(**inputs)
             except (TypeError, RuntimeError, IndexError, AttributeError, KeyError) as error:
@@ -115,17 +116,20 @@ def _runner(model: PreTrainedModel, sites: Sequence[Site]) -> Callable[..., Any]
     prefix = next((f"{name}." for name, child in model.named_children() if child is base), None)
     inner = base if prefix and all(s.path.startswith(prefix) for s in sites) else model
 
+    roles = roles_of(model)
+    keyword = roles.names.get(words.USE_CACHE)
+    without = (
+        {}
+        if keyword is None or not (keyword in roles_of(inner).parameters or roles_of(inner).open)
+        else {keyword: False}
+    )
+
     def run(**inputs: Tensor) -> None:
-        if model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
-            inputs = {**inputs, "decoder_input_ids": inputs["input_ids"]}
-        inner(**inputs, use_cache=False) if _takes_cache(inner) else inner(**inputs)
+        if model.config.is_encoder_decoder and roles.name(words.DECODER_TOKENS) not in inputs:
+            inputs = {**inputs, roles.name(words.DECODER_TOKENS): inputs[roles.name(words.TOKENS)]}
+        inner(**inputs, **without)
 
     return run
-
-
-def _takes_cache(module: nn.Module) -> bool:
-    parameters = inspect.signature(module.forward).parameters
-    return "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def measure(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..probe import codebooks, quiet
 from ..sites import Site
+from ..upstream.roles import frequencies
 from . import calibration as cal
 from . import calibration_text
 from .calibration import Moments
@@ -61,7 +62,7 @@ def unaligned(model: PreTrainedModel, sites: Sequence[Site]) -> str | None:
 def _rotated(model: PreTrainedModel) -> Iterator[int]:
     """Yield how many dimensions are turned, where a rotary module or an attention module says so."""
     for module in model.modules():
-        yield from (2 * b.shape[-1] for n, b in module.named_buffers(recurse=False) if n.endswith("inv_freq"))
+        yield from (2 * len(buffer) for buffer in frequencies(module).values())
         size = getattr(module, "rotary_dim", None)
         if isinstance(size, int):
             yield size

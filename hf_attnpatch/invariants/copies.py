@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from .. import foreign
 from ..backends import FLAG
 from ..probe import _counting, input_device
+from ..upstream.find import auto_classes
 from .subject import Answer, Measured, Subject, compare
 
 
@@ -25,23 +25,25 @@ def copied(subject: Subject) -> Answer:
     """A deepcopy gives the same bits, and from its own weights."""
     wanted = subject.logits()
     twin = Subject(copy.deepcopy(subject.model), subject.anatomy, subject.inputs)
-    same = compare(subject, wanted, twin.logits(), 0.0)
-    for matrix in _matrices(twin):
+    same, own = compare(subject, wanted, twin.logits(), 0.0), []
+    matrices, all_of_them = _matrices(twin)
+    for matrix in matrices:
         matrix.neg_()
-        if torch.equal(twin.logits(), wanted):
-            return Measured(math.inf, 0.0, "the copy computes with other weights than its own")
+        own.append(not torch.equal(twin.logits(), wanted))
         matrix.neg_()
+    if not (all(own) if all_of_them else any(own)):
+        return Measured(math.inf, 0.0, "the copy computes with other weights than its own")
     return same
 
 
-def _matrices(subject: Subject) -> Iterator[Tensor]:
-    """Yield the projections of the first attention module that runs."""
+def _matrices(subject: Subject) -> tuple[list[Tensor], bool]:
+    """Return the projections of the first attention module that runs, which all matter; the model's where none does."""
     paths = tuple(site.path for site in subject.anatomy.sites)
     with _counting(subject.model, paths) as calls:
         subject.run()
     first = next((path for path in paths if calls[path]), None)
-    if first is not None:
-        yield from (p for p in subject.model.get_submodule(first).parameters() if p.dim() == 2 and p.any())
+    module = subject.model if first is None else subject.model.get_submodule(first)
+    return [p for p in module.parameters() if p.dim() == 2 and p.any()], first is not None
 
 
 def saved_and_loaded(subject: Subject) -> Answer:
@@ -77,7 +79,7 @@ def _loader(model: PreTrainedModel) -> Any:
     name = type(model).__name__.removeprefix("Patched")
     for auto, cls in foreign._auto_models(type(model.config)).items():
         if cls.removeprefix("Patched") == name:
-            return getattr(modeling_auto, auto)
+            return getattr(auto_classes(), auto)
     return foreign.twin_of(name, model.config) or type(model)
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 
+from ..probe import largest_difference
 from ..rope.request_length import request, requests_of
-from .subject import Answer, Subject, compare, left, logits_of, pad, unpadded
-
-_CACHES = ("past_key_values", "cache_params")
+from ..stepwise import NoCache, in_pieces, rereads
+from ..upstream import words
+from .subject import Answer, Subject, compare, left, pad, unpadded
 
 
 def decoded_token_by_token(subject: Subject) -> Answer:
@@ -28,15 +27,13 @@ def decoded_in_two_chunks(subject: Subject) -> Answer:
 
 def decoded_after_padding(subject: Subject) -> Answer:
     """Cached decoding of left-padded rows equals the full forward without padding."""
-    if not left(subject) or not subject.takes("attention_mask"):
+    if not left(subject) or not subject.takes(words.MASK):
         return "it does not decode left-padded rows"
     wide = pad(subject, subject.inputs, 5)
-    length = wide["input_ids"].shape[1]
+    length = wide[subject.stream].shape[1]
     with _announced(subject):
-        found = _decode(subject, wide, [length // 2, *[1] * (length - length // 2)])
-    if isinstance(found, str):
-        return found
-    return compare(subject, unpadded(subject, subject.inputs), found[:, 5:])
+        found = _pieces(subject, wide, [length // 2, *[1] * (length - length // 2)])
+    return found if isinstance(found, str) else compare(subject, unpadded(subject, subject.inputs), found[:, 5:])
 
 
 def _decoded(subject: Subject, sizes: Sequence[int]) -> Answer:
@@ -44,8 +41,25 @@ def _decoded(subject: Subject, sizes: Sequence[int]) -> Answer:
         return "it does not generate"
     wanted = subject.logits()
     with _announced(subject):
-        found = _decode(subject, subject.inputs, sizes)
+        found = _pieces(subject, subject.inputs, sizes)
     return found if isinstance(found, str) else compare(subject, wanted, found)
+
+
+def _pieces(subject: Subject, inputs: Mapping[str, Tensor], sizes: Sequence[int]) -> Tensor | str:
+    """Return the logits of all tokens, or the proof that the model keeps no cache.
+
+    Raises:
+        NoCache: it generates with a cache, and none was found.
+    """
+    try:
+        return in_pieces(subject.model, inputs, sizes)
+    except NoCache as error:
+        whole = subject.logits(inputs)
+        if largest_difference(whole, error.found) <= subject.rounding:
+            return error.found  # modules keep a state of their own
+        if not rereads(subject.model, subject.inputs):
+            raise
+        return "generate was seen to read the whole text again for each token: there is no cache"
 
 
 def _announced(subject: Subject) -> contextlib.AbstractContextManager[None]:
@@ -53,25 +67,3 @@ def _announced(subject: Subject) -> contextlib.AbstractContextManager[None]:
     if requests_of(subject.model) is None:
         return contextlib.nullcontext()
     return request(subject.model, subject.tokens.shape[1])
-
-
-def _decode(subject: Subject, inputs: Mapping[str, Tensor], sizes: Sequence[int]) -> Tensor | str:
-    """Return the logits of all tokens, fed in pieces of these sizes, or why that cannot be."""
-    if not subject.takes("use_cache"):
-        return "its forward takes no cache"
-    state: dict[str, Any] = {}
-    pieces, start = [], 0
-    for size in sizes:
-        end = start + size
-        piece = {**inputs, subject.stream: inputs[subject.stream][:, start:end]}
-        if "position_ids" in inputs:
-            piece["position_ids"] = inputs["position_ids"][:, start:end]
-        if "attention_mask" in inputs and left(subject):
-            piece["attention_mask"] = inputs["attention_mask"][:, :end]
-        output = subject.run(piece, use_cache=True, **state)
-        state = {name: output[name] for name in _CACHES if output.get(name) is not None and subject.takes(name)}
-        if not state:
-            return f"its forward returns neither {' nor '.join(_CACHES)}"
-        pieces.append(logits_of(output))
-        start = end
-    return torch.cat(pieces, 1)

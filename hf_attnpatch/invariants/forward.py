@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..positions.added import LearnedPositions
+from ..upstream import words
 from .subject import Answer, Subject, compare, cut, pad, unpadded
 
 
@@ -24,7 +26,8 @@ def blind_to_the_future(subject: Subject) -> Answer:
 
 def after_a_longer_request(subject: Subject) -> Answer:
     """A request gets the same bits after another, longer one."""
-    limit = min(subject.anatomy.tables.values(), default=1 << 30) - 4  # tables of some families start at an offset
+    added = [len(module.weight) for module in subject.model.modules() if isinstance(module, LearnedPositions)]
+    limit = min([*subject.anatomy.tables.values(), *added], default=1 << 30) - 4  # some tables start at an offset
     length = subject.tokens.shape[1]
     longer = min(3 * length, limit)
     if longer <= length:
@@ -36,7 +39,7 @@ def after_a_longer_request(subject: Subject) -> Answer:
 
 def padded(subject: Subject) -> Answer:
     """Padding changes nothing: on the left where it generates, on the right of an encoder's input."""
-    if not subject.takes("attention_mask"):
+    if not subject.takes(words.MASK):
         return "its forward takes no attention mask"
     found = subject.logits(pad(subject, subject.inputs, 5))
     return compare(subject, unpadded(subject, subject.inputs), cut(subject, found, 5))
@@ -44,12 +47,13 @@ def padded(subject: Subject) -> Answer:
 
 def alone_or_in_a_batch(subject: Subject) -> Answer:
     """A short row gets the same logits alone and, padded, beside long ones."""
-    if not subject.takes("attention_mask"):
+    if not subject.takes(words.MASK):
         return "its forward takes no attention mask"
     first = {name: ids[: subject.item] for name, ids in subject.inputs.items()}
-    ids = first["input_ids"]
+    tokens = subject.roles.name(words.TOKENS)
+    ids = first[tokens]
     by = ids.shape[1] // 2
-    short = {**first, "input_ids": ids[:, by:]}
+    short = {**first, tokens: ids[:, by:]}
     long, row = pad(subject, subject.inputs, 0), pad(subject, short, by)
     found = subject.logits({name: torch.cat([long[name], row[name]]) for name in long})
     wanted = unpadded(subject, short)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..probe import largest_difference
+from ..probe import codebooks, largest_difference
+from ..upstream import words
+from ..upstream.roles import Roles, predicted, roles_of
 from .noise import rounding
-
-_LOGITS = ("logits", "prediction_logits", "last_hidden_state")
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,16 @@ class Subject:
     anatomy: Anatomy
     inputs: Mapping[str, Tensor]
 
+    @functools.cached_property
+    def roles(self) -> Roles:
+        """What the model's forward calls its arguments."""
+        return roles_of(self.model)
+
     @property
     def stream(self) -> str:
         """The input that grows while decoding."""
-        return "decoder_input_ids" if "decoder_input_ids" in self.inputs else "input_ids"
+        second = self.roles.names.get(words.DECODER_TOKENS, "")
+        return second if second in self.inputs else self.roles.name(words.TOKENS)
 
     @property
     def tokens(self) -> Tensor:
@@ -70,36 +75,23 @@ class Subject:
         """What rounding alone explains, in this dtype and in this model."""
         return rounding(self.model, self.logits)
 
-    def takes(self, name: str) -> bool:
-        """Whether the forward has an argument of this name."""
-        return name in inspect.signature(self.model.forward).parameters
+    def takes(self, role: str) -> bool:
+        """Whether the forward has an argument of this role."""
+        return self.roles.takes(role)
 
     def run(self, inputs: Mapping[str, Tensor] | None = None, **extra: Any) -> Any:
         """Run a forward, by default on all inputs and without a cache."""
-        if self.takes("use_cache"):
-            extra.setdefault("use_cache", False)
+        if self.takes(words.USE_CACHE):
+            extra.setdefault(self.roles.name(words.USE_CACHE), False)
         return self.model(**{**(self.inputs if inputs is None else inputs), **extra})
 
     def logits(self, inputs: Mapping[str, Tensor] | None = None, **extra: Any) -> Tensor:
         """Return the logits of a forward, or its hidden states where it has none."""
-        return logits_of(self.run(inputs, **extra))
+        return predicted(self.run(inputs, **extra))
 
     def with_tokens(self, tokens: Tensor) -> dict[str, Tensor]:
         """Return the inputs with other tokens in the stream."""
         return {**self.inputs, self.stream: tokens}
-
-
-def codebooks(model: PreTrainedModel) -> int:
-    """Return how many rows make one item: audio decoders read one for each of their embedding tables."""
-    tables = model.get_input_embeddings()
-    return len(tables) if isinstance(tables, nn.ModuleList) else 1
-
-
-def logits_of(output: Any) -> Tensor:
-    """Return the logits that an output holds, or its hidden states."""
-    found = next((output[k] for k in _LOGITS if k in output), output[0])
-    assert isinstance(found, Tensor)
-    return found
 
 
 def compare(subject: Subject, wanted: Tensor, found: Tensor, tolerance: float | None = None) -> Measured:
@@ -114,30 +106,31 @@ def left(subject: Subject) -> bool:
 
 def pad(subject: Subject, inputs: Mapping[str, Tensor], by: int) -> dict[str, Tensor]:
     """Return inputs padded by ``by`` with a token that must not matter, with their mask and positions."""
-    ids = inputs["input_ids"]
+    tokens = subject.roles.name(words.TOKENS)
+    ids = inputs[tokens]
     fill = ids[:, :1].expand(-1, by)
     mask = torch.ones(ids.shape[0] // subject.item, ids.shape[1], dtype=torch.long, device=ids.device)
     none = mask.new_zeros(mask.shape[0], by)
     mask = torch.cat([none, mask] if left(subject) else [mask, none], 1)
     wide = torch.cat([fill, ids] if left(subject) else [ids, fill], 1)
-    return {**inputs, "input_ids": wide, "attention_mask": mask, **positions(subject, mask)}
+    return {**inputs, tokens: wide, subject.roles.name(words.MASK): mask, **positions(subject, mask)}
 
 
 def positions(subject: Subject, mask: Tensor) -> dict[str, Tensor]:
     """Return explicit positions as ``generate`` passes them, for families that take them."""
-    if not subject.takes("position_ids") or not left(subject):
+    if not subject.takes(words.POSITIONS) or not left(subject):
         return {}
-    return {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+    return {subject.roles.name(words.POSITIONS): (mask.cumsum(1) - 1).clamp_min(0)}
 
 
 def unpadded(subject: Subject, inputs: Mapping[str, Tensor]) -> Tensor:
     """Return the logits with which padded logits are to be compared: same positions, no padding, no mask."""
-    plain = {k: v for k, v in pad(subject, inputs, 0).items() if k != "attention_mask"}
+    plain = {k: v for k, v in pad(subject, inputs, 0).items() if k != subject.roles.name(words.MASK)}
     return subject.logits(plain)
 
 
 def cut(subject: Subject, logits: Tensor, by: int) -> Tensor:
     """Return the logits at tokens that are not padding."""
-    if subject.stream == "decoder_input_ids":
+    if subject.stream != subject.roles.name(words.TOKENS):
         return logits
     return logits[:, by:] if left(subject) else logits[:, : logits.shape[1] - by]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..probe import _counting, largest_difference
-from .subject import Answer, Measured, Subject, logits_of
+from .subject import Answer, Measured, Subject
 
 
 def gradients_arrive(subject: Subject) -> Answer:
@@ -66,7 +66,7 @@ def _no_backward(subject: Subject) -> str | None:
 def _loss_and_gradients(subject: Subject, wanted: list[nn.Parameter]) -> tuple[Any, tuple[Tensor | None, ...]]:
     torch.manual_seed(0)  # the caller keeps the random state
     with torch.enable_grad():
-        loss = logits_of(subject.run()).float().square().mean()
+        loss = subject.logits().float().square().mean()
         return loss.detach(), torch.autograd.grad(loss, wanted, allow_unused=True)
 
 

@@ -19,6 +19,8 @@ from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..fused.deferring import variants
 from ..patch import Patch, Proposal
 from ..probe import Inputs, default_inputs, input_device, largest_difference, logits_under, trace, trial
+from ..upstream import words
+from ..upstream.roles import roles_of
 
 # what transformers takes for a repository of the kernels hub: owner/name, then a revision and a function if wanted
 _REPOSITORY = re.compile(r"^[^/:@\s]+/[^/:@\s]+(?:@[^/:\s]+)?(?::[^/:\s]+)?$")
@@ -142,7 +144,7 @@ def _longer(model: PreTrainedModel) -> dict[str, Tensor]:
     config = model.config.get_text_config(decoder=True)
     limit = next((n for name in LIMITS if isinstance(n := getattr(config, name, None), int)), TOKENS)
     ids = torch.arange(min(TOKENS, limit), device=input_device(model))[None]
-    return {"input_ids": (ids * 7 + 5) % config.vocab_size}
+    return roles_of(model).call(**{words.TOKENS: (ids * 7 + 5) % config.vocab_size})
 
 
 def _distance(model: PreTrainedModel, edits: tuple[Edit, ...], inputs: Inputs, reference: Tensor) -> float:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from ..anatomy import Anatomy, inner_table
+from ..anatomy import Anatomy, angle_table
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..patch import Patch, Proposal, internal
 from ..positions.removal import check_blind, check_effect, removal, removed
@@ -158,8 +158,9 @@ class Rotary(Patch):
                 f"{anatomy.architecture}: heads of {', '.join(map(str, sorted(heads))) or 'no known'} dimensions; "
                 "one rotation needs heads of one size."
             )
-        width, inner = heads.pop(), [m for s in anatomy.sites if inner_table(m := model.get_submodule(s.path))]
-        own = (getattr(inner[0], "rotary_dim", None) or width) / width if inner else 1.0
+        width = heads.pop()
+        inner = [getattr(module, str(angle_table(module))) for module in map(model.get_submodule, anatomy.inner)]
+        own = inner[0].shape[-1] / width if inner else 1.0
         rotary_dim = int(width * (own if self.partial is None else self.partial))
         if rotary_dim < 2 or rotary_dim % 2:
             raise AttnPatchError(

@@ -9,19 +9,21 @@ from typing import ClassVar
 
 from transformers import PreTrainedModel
 
-from ..anatomy import Anatomy
+from ..anatomy import Anatomy, angle_table
 from ..backends import FLAG, FUSED, kernel_of
 from ..configs import config_at
 from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.segments import Segments
-from ..fused.deferring import bias_name, cache_name, variants
+from ..fused.deferring import variants
 from ..patch import Patch, Proposal, internal
 from ..recurrence.attention import BELOW, base, key, register_recurrent
 from ..recurrence.modules import Recalling, Recurrent, recalling_of
 from ..recurrence.native import Remembering, window_of
 from ..recurrence.survey import STATIC, Way, check_agrees, ways
-from ..sites import Place, dispatching, names_of
+from ..sites import Place, dispatching
+from ..upstream import words
+from ..upstream.roles import roles_of
 
 KERNELS = ("eager", *FLAG)
 _OVER_THE_PROBE = Segments(4, 32)  # longer than what it reads
@@ -135,7 +137,7 @@ class SegmentRecurrence(Patch):
         self, model: PreTrainedModel, anatomy: Anatomy, places: list[Place], decoder: str, segments: Segments
     ) -> Edit:
         hook = Recalling(
-            names_of(model.get_submodule(decoder)),
+            roles_of(model.get_submodule(decoder)),
             config_at(model, places[0].config),
             segments,
             self.positions == "bounded",
@@ -146,8 +148,11 @@ class SegmentRecurrence(Patch):
 
     def _check(self, model: PreTrainedModel, anatomy: Anatomy, places: list[Place], decoder: str) -> None:
         placed = anatomy.rotary or anatomy.inner or anatomy.tables
-        wanted = ("position_ids", "past_key_values") if placed else ("past_key_values",)
-        absent = next((name for name in wanted if name not in names_of(model.get_submodule(decoder))), None)
+        wanted, roles = (
+            (words.POSITIONS, words.CACHE) if placed else (words.CACHE,),
+            roles_of(model.get_submodule(decoder)),
+        )
+        absent = next((role for role in wanted if not roles.takes(role)), None)
         if absent is not None:
             raise UnsupportedArchitecture(f"{decoder}: its forward takes no {absent}, by which it is told what is new.")
         types = set(getattr(config_at(model, places[0].config), "layer_types", None) or ["full_attention"])
@@ -176,7 +181,8 @@ class SegmentRecurrence(Patch):
         paths = [place.path for place in places]
         if self.turning is not None:  # of a checkpoint, where tuples are lists
             given = ((path, self.turning[path]) for path in paths if self.turning.get(path) is not None)
-            return {path: (str(w[0]), str(w[1]), bool(w[2]), int(w[3])) for path, w in given if w is not None}
+            told = {path: (str(w[0]), str(w[1]), bool(w[2]), int(w[3])) for path, w in given if w is not None}
+            return {path: (*located(model, anatomy, path, way[:2]), *way[2:]) for path, way in told.items()}
         found = ways(model, anatomy, paths) if self.positions == "bounded" else {}
         return {path: way for path, way in found.items() if way is not None}
 
@@ -191,6 +197,23 @@ class SegmentRecurrence(Patch):
             how = sorted({("neighbours" if way[2] else "halves") for way in turning.values() if way is not None})
             yield f"positions begin anew in each segment; keys in memory are turned back ({', '.join(how)})"
         yield "what a text was before a call is carried where a stream is open or a cache is passed, and nowhere else"
+
+
+def located(model: PreTrainedModel, anatomy: Anatomy, path: str, said: tuple[str, str]) -> tuple[str, str]:
+    """Return where this release keeps the angles that a checkpoint, perhaps of another, says stand somewhere.
+
+    Raises:
+        UnsupportedArchitecture: it keeps none there, nor in a table.
+    """
+    modules = dict(model.named_modules())
+    if said[0] in modules and hasattr(modules[said[0]], said[1]):
+        return said
+    tables = [each for each in anatomy.inner if each == path] or list(anatomy.inner)
+    if not tables:
+        raise UnsupportedArchitecture(
+            f"{said[0]}: the checkpoint was written where this module kept its angles as {said[1]!r}; here it does not."
+        )
+    return tables[0], str(angle_table(modules[tables[0]]))
 
 
 def _places(model: PreTrainedModel, anatomy: Anatomy) -> tuple[list[Place], bool]:
@@ -231,9 +254,7 @@ def _window(model: PreTrainedModel, place: Place) -> int | None:
 
 def _remembering(model: PreTrainedModel, places: list[Place], kernel: str) -> Iterator[Edit]:
     for place in places:
-        names = names_of(model.get_submodule(place.path))
-        config = config_at(model, place.config)
-        hook = Remembering(names, cache_name(names), config, kernel, bias_name(names))
+        hook = Remembering(roles_of(model.get_submodule(place.path)), config_at(model, place.config), kernel)
         yield AddPreHook(place.path, hook, "its cache hands it the memory")
 
 
@@ -264,9 +285,7 @@ def _kernel(model: PreTrainedModel) -> str:
 
 def _decoder(model: PreTrainedModel, anatomy: Anatomy, places: list[Place]) -> str:
     """Return the module that makes the masks: the one that holds the list of layers, or the one around it (BERT)."""
-    if anatomy.base is not None and {"input_ids", "past_key_values"} <= set(
-        names_of(model.get_submodule(anatomy.base))
-    ):
+    if anatomy.base is not None and roles_of(model.get_submodule(anatomy.base)).takes(words.TOKENS, words.CACHE):
         return anatomy.base
     parts = places[0].path.split(".")
     cut = next((i for i, part in enumerate(parts) if part.isdigit()), None)

@@ -12,8 +12,10 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from ..errors import AttnPatchError
 from ..functional.turning import sinusoid
+from ..upstream import words
+from ..upstream.caches import length as cached
+from ..upstream.roles import Arguments, Roles
 from .modules import NoPositions
-from .turning import CACHES
 
 CHILD = "added_positions"  # of the language model; what a trainable table's key in a checkpoint ends with
 
@@ -75,11 +77,11 @@ class AddPositions:
     """Forward pre-hook of the language model: embeds the tokens and adds what its child ``added_positions`` says.
 
     Args:
-        names: of the parameters of the model's forward, in order.
+        roles: of the arguments of the model's forward.
     """
 
-    def __init__(self, names: tuple[str, ...]):
-        self.names = names
+    def __init__(self, roles: Roles):
+        self.roles = roles
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -88,14 +90,15 @@ class AddPositions:
         added = module.get_submodule(CHILD)
         if isinstance(added, NoPositions):  # taken out again by a later patch
             return None
-        named = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        embeddings = named.get("inputs_embeds")
+        given = self.roles.bind(args, kwargs)
+        embeddings, tokens = given.get(words.EMBEDDINGS), given.get(words.TOKENS)
         if embeddings is None:
-            if named.get("input_ids") is None:
+            if tokens is None:
                 return None  # the model complains better
-            embeddings = module.get_input_embeddings()(named["input_ids"])  # type: ignore[operator]  # of transformers
-        named["inputs_embeds"], named["input_ids"] = added(embeddings, positions(named, embeddings)), None
-        return (), named
+            embeddings = module.get_input_embeddings()(tokens)  # type: ignore[operator]  # of transformers
+        given.put(words.EMBEDDINGS, added(embeddings, positions(given, embeddings)))
+        given.put(words.TOKENS, None)
+        return given.back()
 
 
 class AnyLength:
@@ -104,47 +107,48 @@ class AnyLength:
     Without a table there is no such length: both are handed over where the caller gives none.
 
     Args:
-        names: of the parameters of its forward, in order.
+        roles: of the arguments of its forward.
     """
 
-    def __init__(self, names: tuple[str, ...]):
-        self.names = names
+    def __init__(self, roles: Roles):
+        self.roles = roles
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Count tokens, and put them into the first segment."""
-        named = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        like, embeddings = named.get("input_ids"), named.get("inputs_embeds")
+        given = self.roles.bind(args, kwargs)
+        like, embeddings = given.get(words.TOKENS), given.get(words.EMBEDDINGS)
         if like is None:
             if embeddings is None:
                 return None  # the model complains better
             like = embeddings[..., 0].long()
-        if "token_type_ids" in self.names and named.get("token_type_ids") is None:
-            named["token_type_ids"] = torch.zeros_like(like)
-        if "position_ids" in self.names and named.get("position_ids") is None:
-            named["position_ids"] = positions(named, like).expand_as(like)
-        return (), named
+        if self.roles.takes(words.SEGMENTS) and given.get(words.SEGMENTS) is None:
+            given.put(words.SEGMENTS, torch.zeros_like(like))
+        if self.roles.takes(words.POSITIONS) and given.get(words.POSITIONS) is None:
+            given.put(words.POSITIONS, positions(given, like).expand_as(like))
+        return given.back()
 
 
 class CountedOnly:
     """Forward pre-hook of a language model that rotates but hands no positions on: refuses those it would ignore.
 
     Args:
-        names: of the parameters of its forward, in order.
+        roles: of the arguments of its forward.
     """
 
-    def __init__(self, names: tuple[str, ...]):
-        self.names = names
+    def __init__(self, roles: Roles):
+        self.roles = roles
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Compare what is passed with what is counted, and change nothing."""
-        named = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        told, like = named.get("position_ids"), named.get("input_ids")
-        like = named.get("inputs_embeds") if like is None else like
+        given = self.roles.bind(args, kwargs)
+        told, like = given.get(words.POSITIONS), given.get(words.TOKENS)
+        like = given.get(words.EMBEDDINGS) if like is None else like
         if told is None or like is None:
             return
-        mask, counted = named.get("attention_mask"), positions({**named, "position_ids": None}, like)
+        given.put(words.POSITIONS, None)
+        mask, counted = given.get(words.MASK), positions(given, like)
         seen = (
             mask[:, -like.shape[1] :].bool()
             if isinstance(mask, Tensor) and mask.dim() == 2
@@ -152,22 +156,22 @@ class CountedOnly:
         )
         if bool(((told != counted) & seen).any()):
             raise AttnPatchError(
-                f"{type(module).__name__} hands position_ids to its position table only, which rotary positions "
+                f"{type(module).__name__} hands positions to its position table only, which rotary positions "
                 "replaced; they can only count the tokens from 0. Leave them out."
             )
 
 
-def positions(named: Mapping[str, Any], embeddings: Tensor) -> Tensor:
+def positions(given: Arguments, embeddings: Tensor) -> Tensor:
     """Return where tokens stand, (batch or 1, length): as told, else counted by the mask, else behind the cache.
 
     Args:
-        named: arguments of the language model's forward.
+        given: arguments of the language model's forward.
         embeddings: of the tokens, (batch, length, width); or the ids.
 
     Raises:
         AttnPatchError: positions that are not one number for each token.
     """
-    told, length = named.get("position_ids"), embeddings.shape[1]
+    told, length = given.get(words.POSITIONS), embeddings.shape[1]
     if told is not None:
         if told.dim() != 2:
             raise AttnPatchError(
@@ -175,9 +179,7 @@ def positions(named: Mapping[str, Any], embeddings: Tensor) -> Tensor:
             )
         found: Tensor = told.clamp(min=0)  # padding may stand at -1
         return found
-    cache = next((named[name] for name in CACHES if named.get(name) is not None), None)
-    past = 0 if cache is None else int(cache.get_seq_length())
-    mask = named.get("attention_mask")
+    past, mask = cached(given.get(words.CACHE)), given.get(words.MASK)
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= past + length:
         count = mask[:, : past + length].long().cumsum(-1) - 1
         return count.clamp(min=0)[:, past:]

@@ -11,9 +11,9 @@ from ..anatomy import Anatomy
 from ..edits import AddModule, AddPreHook, Edit, ReplaceModule
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..probe import default_inputs, disagreement, logits_under
-from ..sites import names_of
+from ..upstream import words
+from ..upstream.roles import roles_of
 from .added import CHILD, AddPositions, SinusoidalPositions
-from .turning import CACHES
 
 
 def adding(
@@ -36,14 +36,16 @@ def adding(
         )
         raise UnsupportedArchitecture(f"{anatomy.architecture}: {why}; positions cannot be added to its embeddings.")
     base = model.get_submodule(anatomy.base)
-    if model.can_generate() and not {"position_ids", *CACHES} & set(names_of(base)):
+    roles = roles_of(base)
+    counts = anatomy.sites or anatomy.unread or any("state" not in why for why in anatomy.other.values())
+    if model.can_generate() and not (roles.takes(words.POSITIONS) or (roles.takes(words.CACHE) and counts)):
         raise UnsupportedArchitecture(
             f"{anatomy.architecture}: decodes from a state that does not say how many tokens it has seen, so that "
             "positions cannot be counted on."
         )
     if CHILD in base._modules:  # of an earlier patch; its hook is there, too
         return (ReplaceModule(f"{anatomy.base}.{CHILD}".lstrip("."), lambda _: make(base), after),)
-    hook = AddPreHook(anatomy.base, AddPositions(names_of(base)), "adds positions to the embeddings")
+    hook = AddPreHook(anatomy.base, AddPositions(roles), "adds positions to the embeddings")
     return (AddModule(anatomy.base, CHILD, make, after), hook)
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
-from transformers.integrations.flex_attention import compile_friendly_flex_attention, flex_attention_forward
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..errors import AttnPatchError
 from ..functional.biased import Sight, attend, bias_rows, hiding, positions
 from ..fused.sight import read_sight
-from ..masks import flex_attention_mask
+from ..upstream import words
+from ..upstream.calls import flex_attention, flex_attention_mask, looks_back, sdpa_attention
+from ..upstream.find import find
 from .modules import alibi_of
 
 Output = tuple[Tensor, Tensor | None]
@@ -27,7 +27,7 @@ def sdpa(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -36,16 +36,16 @@ def sdpa(
     """Torch's kernels, the bias as further dimensions."""
     found, causal = alibi_of(module), causal_of(module, is_causal)
     if found is None:
-        mask = _written_out(attention_mask, causal, query, key)
-        out: Output = sdpa_attention_forward(
-            module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        written = _written_out(mask, causal, query, key)
+        out: Output = sdpa_attention(
+            module, query, key, value, written, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
         return out
-    refuse(module, kwargs, "ALiBi", "softcap", "s_aux", "position_bias", "cache")
-    if attention_mask is None:
-        refuse(module, kwargs, "ALiBi", "cu_seq_lens_q")  # only flash attention reads documents from there
+    refuse(module, kwargs, "ALiBi", words.SOFTCAP, words.SINKS, words.SCORE_BIAS, words.CACHE)
+    if mask is None:
+        refuse(module, kwargs, "ALiBi", words.PACKED)  # only flash attention reads documents from there
     distance, scale = found.distance(query.shape[1], query.dtype), scale_of(query, scaling)
-    sight = read_sight(attention_mask, causal, query.shape[2], key.shape[2])
+    sight = read_sight(mask, causal, query.shape[2], key.shape[2])
     return attend(query, key, value, distance, sight, scale, dropout).transpose(1, 2).contiguous(), None
 
 
@@ -54,7 +54,7 @@ def eager(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -64,14 +64,14 @@ def eager(
     **kwargs: Any,
 ) -> Output:
     """Every score in memory, in fp32: the reference, and the only one that returns attention weights."""
-    refuse(module, kwargs, "ALiBi", "cache")
+    refuse(module, kwargs, "ALiBi", words.CACHE)
     found, groups = alibi_of(module), query.shape[1] // key.shape[1]
     exact = torch.promote_types(query.dtype, torch.float32)
     keys, values = (t.repeat_interleave(groups, 1) for t in (key, value))
     scores = scale_of(query, scaling) * query.to(exact) @ keys.to(exact).transpose(-1, -2)
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     scores = scores if position_bias is None else scores + position_bias
-    mask = None if attention_mask is None else hiding(attention_mask[..., : key.shape[2]])
+    mask = None if mask is None else hiding(mask[..., : key.shape[2]])
     if found is not None:
         sight = Sight(causal_of(module, is_causal), mask=mask)
         rows = bias_rows(found.distance(query.shape[1], query.dtype), positions(query, key, sight), key, sight)
@@ -91,7 +91,7 @@ def flex(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Any,
+    mask: Any,
     scaling: float | None = None,
     is_causal: bool | None = None,
     softcap: float | None = None,
@@ -100,15 +100,15 @@ def flex(
     """Flex attention, the bias as its ``score_mod``."""
     found = alibi_of(module)
     if found is None:
-        out: Output = flex_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, is_causal=is_causal, **kwargs
+        out: Output = flex_attention(
+            module, query, key, value, mask, scaling=scaling, softcap=softcap, is_causal=is_causal, **kwargs
         )
         return out
-    refuse(module, kwargs, "ALiBi", "s_aux", "position_bias", "cache", "dropout")
+    refuse(module, kwargs, "ALiBi", words.SINKS, words.SCORE_BIAS, words.CACHE, words.DROPOUT)
     if not found.exact:
         raise AttnPatchError(f"{type(module).__name__}: flex_attention has the exact bias only; pass exact=True.")
     slope = found.distance(query.shape[1], query.dtype).slope.to(query.device, torch.float32)
-    offset = getattr(attention_mask, "query_offset", key.shape[2] - query.shape[2])
+    offset = getattr(mask, "query_offset", key.shape[2] - query.shape[2])
     causal, clip = causal_of(module, is_causal), found.clip
 
     def score_mod(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -116,13 +116,14 @@ def flex(
         gap = (q + offset - k) if causal else (q + offset - k).abs()
         return score - slope[head] * (gap if clip is None else gap.clamp(max=clip))
 
-    found_out = compile_friendly_flex_attention(
+    kernel = find("compile_friendly_flex_attention", "integrations.flex_attention", "ALiBi through flex attention")
+    found_out = kernel(
         query,
         key,
         value,
         training=module.training,
         score_mod=score_mod,
-        block_mask=attention_mask,
+        block_mask=mask,
         enable_gqa=query.shape[1] != key.shape[1],
         scale=scaling,
     )
@@ -139,7 +140,7 @@ def flex_mask(*args: Any, **kwargs: Any) -> Any:
 
 def causal_of(module: nn.Module, is_causal: bool | None) -> bool:
     """Return whether attention looks back only: what is passed, else what the module says, else yes."""
-    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    return looks_back(module, is_causal)
 
 
 def scale_of(query: Tensor, scaling: float | None) -> float:
@@ -154,7 +155,7 @@ def refuse(module: nn.Module, given: dict[str, Any], what: str, *names: str) -> 
         AttnPatchError: one of ``names`` is given.
     """
     for name in names:
-        if not (given.get(name) is None or (name == "dropout" and not given[name])):
+        if not (given.get(name) is None or (name == words.DROPOUT and not given[name])):
             raise AttnPatchError(
                 f"{type(module).__name__} passes {name} to its attention, which this kernel cannot compute together "
                 f"with {what}; backend='eager' takes softcap, s_aux and position_bias."

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
-from transformers.integrations.flash_attention import get_target_dtype
-from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
 from ..errors import AttnPatchError
 from ..functional.alibi import columns, extended
+from ..upstream import words
+from ..upstream.find import find
+from ..upstream.roles import roles_of
 from .alibi_attention import causal_of, scale_of
 from .modules import AlibiBias, alibi_of
 
@@ -32,24 +33,40 @@ def flash(name: str) -> Callable[..., tuple[Tensor, None]]:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        mask: Tensor | None,
         dropout: float = 0.0,
         scaling: float | None = None,
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        target = get_target_dtype(query, module) or query.dtype  # before anything is put beside them
+        target = _target(query, module)  # before anything is put beside them
         query, key, value = (states.to(target) for states in (query, key, value))
         found = alibi_of(module)
         causal, scale = causal_of(module, is_causal), scale_of(query, scaling)
-        packed = kwargs.get("cu_seq_lens_q") is not None or kwargs.get("position_ids") is not None
+        packed = kwargs.get(words.PACKED) is not None or _positions(module, kwargs) is not None
         if found is not None:
-            _refuse(module, found, name, causal, attention_mask, kwargs)
-            if name == "flash_attention_2" and attention_mask is None and not packed:
+            _refuse(module, found, name, causal, mask, kwargs)
+            if name == "flash_attention_2" and mask is None and not packed:
                 return _by_slopes(found, query, key, value, causal, scale, dropout, kwargs), None
-        return _by_columns(module, name, found, query, key, value, attention_mask, causal, scale, dropout, kwargs), None
+        return _by_columns(module, name, found, query, key, value, mask, causal, scale, dropout, kwargs), None
 
     return attention
+
+
+def _flash_attention_forward(*args: Any, **kwargs: Any) -> Any:
+    return find("_flash_attention_forward", "modeling_flash_attention_utils", "ALiBi on FlashAttention")(
+        *args, **kwargs
+    )
+
+
+def _target(query: Tensor, module: nn.Module) -> torch.dtype:
+    """The dtype that the library is to compute in: that of the model where queries came out of it as fp32."""
+    found = find("get_target_dtype", "integrations.flash_attention", "ALiBi on FlashAttention")(query, module)
+    return found if isinstance(found, torch.dtype) else query.dtype
+
+
+def _positions(module: nn.Module, kwargs: dict[str, Any]) -> Any:
+    return kwargs.get(roles_of(module).names.get(words.POSITIONS, ""))
 
 
 def _by_slopes(
@@ -63,7 +80,7 @@ def _by_slopes(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """FlashAttention 2 adds -slope |i + k - q - j| in fp32 by itself, also where attention looks both ways."""
-    library, window = importlib.import_module("flash_attn"), kwargs.get("sliding_window")
+    library, window = importlib.import_module("flash_attn"), kwargs.get(words.WINDOW)
     reach = (-1, -1) if window is None or key.shape[2] <= window else (window - 1, window - 1)
     out: Tensor = library.flash_attn_func(
         *(t.transpose(1, 2) for t in (query, key, value)),
@@ -71,7 +88,7 @@ def _by_slopes(
         softmax_scale=scale,
         causal=causal,
         window_size=reach,
-        softcap=kwargs.get("softcap") or 0.0,
+        softcap=kwargs.get(words.SOFTCAP) or 0.0,
         alibi_slopes=found.distance(query.shape[1], query.dtype).slope.to(query.device, torch.float32),
     )
     return out
@@ -106,7 +123,6 @@ def _by_columns(
         dropout=dropout,
         softmax_scale=scale,
         attn_implementation=name,
-        layer_idx=getattr(module, "layer_idx", None),
         **kwargs,
     )
     return out[..., :width].contiguous()
@@ -119,8 +135,8 @@ def _refuse(
     problems = {
         "distances are clipped": found.clip is not None,
         "the bias is rounded (exact=False)": not found.exact,
-        "attention sinks": kwargs.get("s_aux") is not None,
-        "soft-capped scores": kwargs.get("softcap") is not None and not slopes,
+        "attention sinks": kwargs.get(words.SINKS) is not None,
+        "soft-capped scores": kwargs.get(words.SOFTCAP) is not None and not slopes,
         "attention looks both ways": not causal and not slopes,
     }
     problem = next((words for words, there in problems.items() if there), None)

@@ -11,6 +11,8 @@ from ..backends import FLAG, Candidate, obstacle, ranked
 from ..edits import Edit, SetAttention
 from ..errors import UnsupportedArchitecture
 from ..probe import default_inputs, logits_under, trial
+from ..upstream import words
+from ..upstream.roles import roles_of
 from .removal import check_blind
 
 BACKENDS = ("eager", *FLAG)
@@ -43,7 +45,9 @@ def choose(
     if backend == "eager":
         return "eager", "dense, with every score in memory"
     inputs = default_inputs(model)
-    bare = {name: tensor for name, tensor in inputs.items() if name != "attention_mask"}  # other masks, or none
+    bare = {
+        name: tensor for name, tensor in inputs.items() if name != roles_of(model).names.get(words.MASK)
+    }  # other masks, or none
     probes = [(given, logits_under(model, reference, given)) for given in (inputs, bare)]
     reasons: list[str] = []
     for name in ranked(model.device) if backend == "auto" else (backend,):

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..errors import AttnPatchError
 from ..functional.alibi import slopes
 from ..functional.biased import Distance
+from ..upstream import words
+from ..upstream.roles import Roles
 
 PREFIX = "alibi_"  # of the attention functions that add the bias, before the name of the kernel they call
 
@@ -78,22 +80,19 @@ class ZeroAngles(Still):
     """Forward pre-hook of a rotary module: every token stands at position 0, which turns nothing.
 
     Args:
-        index: place of ``position_ids`` among the positional arguments.
+        roles: of the arguments of its forward.
     """
 
-    def __init__(self, index: int):
-        self.index = index
+    def __init__(self, roles: Roles):
+        self.roles = roles
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Put zeros in the place of the positions."""
-        named, rest = dict(kwargs), list(args)
-        if "position_ids" in named:
-            named["position_ids"] = torch.zeros_like(named["position_ids"])
-        else:
-            rest[self.index] = torch.zeros_like(rest[self.index])
-        return tuple(rest), named
+        given = self.roles.bind(args, kwargs)
+        given.put(words.POSITIONS, torch.zeros_like(given.get(words.POSITIONS)))
+        return given.back()
 
 
 class NoPositions(nn.Module):

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
-from transformers.integrations.flex_attention import flex_attention_forward
 
 from ..errors import AttnPatchError
 from ..functional.biased import Sight, hiding, positions
 from ..fused.sight import read_sight
+from ..upstream import words
+from ..upstream.calls import flex_attention
 from . import alibi_attention, alibi_flash
 from .alibi_attention import Output, causal_of, refuse, scale_of
 from .relative import relative_of
@@ -25,19 +26,17 @@ from .relative import relative_of
 _WITH = "Transformer-XL's position terms"
 
 
-def sdpa(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> Output:
+def sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Output:
     """Torch's kernels."""
     found = relative_of(module)
     if found is None:
-        return alibi_attention.sdpa(module, query, key, value, attention_mask, **kwargs)
-    refuse(module, kwargs, _WITH, "softcap", "s_aux", "position_bias", "cache")
-    if attention_mask is None:
-        refuse(module, kwargs, _WITH, "cu_seq_lens_q")  # only flash attention reads documents from there
-    causal, scale = causal_of(module, kwargs.get("is_causal")), scale_of(query, kwargs.get("scaling"))
-    sight = read_sight(attention_mask, causal, query.shape[2], key.shape[2])
-    out = found.attend(query, key, value, sight, scale, kwargs.get("dropout", 0.0))
+        return alibi_attention.sdpa(module, query, key, value, mask, **kwargs)
+    refuse(module, kwargs, _WITH, words.SOFTCAP, words.SINKS, words.SCORE_BIAS, words.CACHE)
+    if mask is None:
+        refuse(module, kwargs, _WITH, words.PACKED)  # only flash attention reads documents from there
+    causal, scale = causal_of(module, kwargs.get(words.IS_CAUSAL)), scale_of(query, kwargs.get(words.SCALING))
+    sight = read_sight(mask, causal, query.shape[2], key.shape[2])
+    out = found.attend(query, key, value, sight, scale, kwargs.get(words.DROPOUT, 0.0))
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -46,7 +45,7 @@ def eager(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    mask: Tensor | None,
     scaling: float | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
@@ -54,12 +53,12 @@ def eager(
     """Every score in memory, in fp32: the reference, and the only one that returns attention weights."""
     scale = scale_of(query, scaling)
     if relative_of(module) is not None:
-        mask = None if attention_mask is None else hiding(attention_mask[..., : key.shape[2]])
-        here = positions(query, key, Sight(causal_of(module, is_causal), mask=mask))
+        hidden = None if mask is None else hiding(mask[..., : key.shape[2]])
+        here = positions(query, key, Sight(causal_of(module, is_causal), mask=hidden))
         exact = torch.promote_types(query.dtype, torch.float32)
         query, key, _ = _extended(module, query.to(exact), key.to(exact), value, here, scale)
-    given = {"scaling": scale, "is_causal": is_causal, **kwargs}
-    return alibi_attention.eager(module, query, key, value, attention_mask, **given)
+    given = {words.SCALING: scale, words.IS_CAUSAL: is_causal, **kwargs}
+    return alibi_attention.eager(module, query, key, value, mask, **given)
 
 
 def flex(
@@ -67,22 +66,22 @@ def flex(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Any,
+    mask: Any,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> Output:
     """Flex attention."""
     found, width, scale = relative_of(module), value.shape[-1], scale_of(query, scaling)
     if found is not None:
-        refuse(module, kwargs, _WITH, "s_aux", "position_bias", "cache", "dropout")
-        if isinstance(attention_mask, Tensor):  # transformers would read scores from it, compiled past its end
+        refuse(module, kwargs, _WITH, words.SINKS, words.SCORE_BIAS, words.CACHE, words.DROPOUT)
+        if isinstance(mask, Tensor):  # transformers would read scores from it, compiled past its end
             raise AttnPatchError(
                 f"{type(module).__name__} passes a mask of its own, which flex_attention does not take."
             )
-        offset = getattr(attention_mask, "query_offset", key.shape[2] - query.shape[2])
+        offset = getattr(mask, "query_offset", key.shape[2] - query.shape[2])
         here = torch.arange(query.shape[2], device=query.device)[None] + offset
         query, key, value = _extended(module, query, key, value, here, scale)
-    out, weights = flex_attention_forward(module, query, key, value, attention_mask, scaling=scale, **kwargs)
+    out, weights = flex_attention(module, query, key, value, mask, scaling=scale, **kwargs)
     return out[..., :width].contiguous(), weights
 
 
@@ -96,16 +95,16 @@ def flash(name: str) -> Callable[..., tuple[Tensor, None]]:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        mask: Tensor | None,
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         width, scale = value.shape[-1], scale_of(query, scaling)
         if relative_of(module) is not None:
-            refuse(module, kwargs, _WITH, "s_aux", "position_bias", "cache")
+            refuse(module, kwargs, _WITH, words.SINKS, words.SCORE_BIAS, words.CACHE)
             here = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=query.device)[None]
             query, key, value = _extended(module, query, key, value, here, scale)
-        out, _ = plain(module, query, key, value, attention_mask, scaling=scale, **kwargs)
+        out, _ = plain(module, query, key, value, mask, scaling=scale, **kwargs)
         return out[..., :width].contiguous(), None
 
     return attention

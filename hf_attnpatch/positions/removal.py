@@ -13,8 +13,9 @@ from ..backends import kernel_of
 from ..edits import AddPreHook, Edit, ReplaceModule, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..fused.deferring import StillAngles, unbiased
-from ..probe import default_inputs, disagreement, logits_under
-from ..sites import names_of
+from ..probe import default_inputs, disagreement, logits_under, tokens_of
+from ..upstream import words
+from ..upstream.roles import roles_of
 from .added import CHILD, AnyLength
 from .modules import NoBias, NoPositions, ZeroAngles
 from .relative import CHILD as TERMS
@@ -84,10 +85,10 @@ def check_blind(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit])
     Raises:
         UnsupportedArchitecture: it does.
     """
-    inputs = default_inputs(model)
+    ids = tokens_of(model, default_inputs(model))
     if any("state" in why or "convolution" in why for why in anatomy.other.values()) or model.config.is_encoder_decoder:
         return
-    same = {"input_ids": torch.full_like(inputs["input_ids"], int(inputs["input_ids"][0, 0]))}
+    same = roles_of(model).call(**{words.TOKENS: torch.full_like(ids, int(ids[0, 0]))})
     try:
         logits = logits_under(model, edits, same)
     except AttnPatchError as error:
@@ -141,14 +142,14 @@ def _unturned(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Edit]:
     for rotary in anatomy.rotary:
         if in_tower(rotary.path):
             continue
-        names = names_of(model.get_submodule(rotary.path))
-        if "position_ids" not in names:
+        roles = roles_of(model.get_submodule(rotary.path))
+        if not roles.takes(words.POSITIONS):
             raise UnsupportedArchitecture(
-                f"{rotary.path}: {rotary.kind} takes no position_ids, so that its angles cannot be taken out."
+                f"{rotary.path}: {rotary.kind} takes no positions, so that its angles cannot be taken out."
             )
-        yield AddPreHook(rotary.path, ZeroAngles(names.index("position_ids")), "every token at position 0")
+        yield AddPreHook(rotary.path, ZeroAngles(roles), "every token at position 0")
     for path in anatomy.inner:
-        yield AddPreHook(path, StillAngles(names_of(model.get_submodule(path))), "every token at position 0")
+        yield AddPreHook(path, StillAngles(roles_of(model.get_submodule(path))), "every token at position 0")
 
 
 def _emptied(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Edit]:
@@ -156,10 +157,16 @@ def _emptied(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Edit]:
     tables = [path for path in anatomy.tables if not in_tower(path)]
     yield from (ReplaceModule(path, _nothing, "no positions") for path in tables)
     owners = [model.get_submodule(path.rpartition(".")[0]) for path in tables]
-    counted = {"position_ids", "token_type_ids"}
-    if anatomy.base is not None and any(counted & set(owner._buffers) for owner in owners):
-        names = names_of(model.get_submodule(anatomy.base))
-        yield AddPreHook(anatomy.base, AnyLength(names), "position and segment ids of any length")
+    if anatomy.base is not None and any(map(_counts_in_buffers, owners)):
+        roles = roles_of(model.get_submodule(anatomy.base))
+        yield AddPreHook(anatomy.base, AnyLength(roles), "position and segment ids of any length")
+
+
+def _counts_in_buffers(owner: nn.Module) -> bool:
+    """Whether a module keeps position or segment ids, (1, length) of integers, as long as its table was."""
+    return any(
+        b.dim() == 2 and b.shape[0] == 1 and not b.is_floating_point() for b in owner._buffers.values() if b is not None
+    )
 
 
 def _nothing(_: nn.Module) -> nn.Module:

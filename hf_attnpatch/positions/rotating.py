@@ -16,9 +16,11 @@ from ..configs import config_at
 from ..edits import AddPreHook, Edit, ReplaceModule, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..fused.deferring import rotated
-from ..probe import default_inputs, logits_under
-from ..sites import Place, dispatching, names_of
+from ..probe import default_inputs, logits_under, tokens_of
+from ..sites import Place, dispatching
 from ..twin import Change, difference
+from ..upstream import words
+from ..upstream.roles import roles_of
 from .added import CountedOnly
 from .removal import ROTATION, check_followed, in_tower, removal
 from .turning import PREFIX, HandPlaces, Rotation, Turning
@@ -65,7 +67,7 @@ def _asked(model: PreTrainedModel, anatomy: Anatomy, places: list[Place], rotati
         yield SetAttribute(place.path, "rotation", rotation)
         module = model.get_submodule(place.path)
         if not _has(module, Turning):
-            hook = Turning(names_of(module), config_at(model, place.config))
+            hook = Turning(roles_of(module), config_at(model, place.config))
             yield AddPreHook(place.path, hook, "rotates keys on their way into the cache")
     kernel = kernel_of(model.config._attn_implementation)
     if kernel not in ("eager", *FLAG):
@@ -80,11 +82,12 @@ def _told(model: PreTrainedModel, anatomy: Anatomy, counted: bool) -> Iterator[E
     """Yield the hook that hands positions to attention, or refuses those that cannot be handed."""
     if anatomy.base is None:
         return
-    base, names = model.get_submodule(anatomy.base), names_of(model.get_submodule(anatomy.base))
+    base = model.get_submodule(anatomy.base)
+    roles = roles_of(base)
     if counted and not _has(base, CountedOnly):
-        yield AddPreHook(anatomy.base, CountedOnly(names), "refuses positions that attention would not get")
-    elif not counted and not _has(base, HandPlaces) and {"position_ids", "kwargs"} <= set(names):
-        yield AddPreHook(anatomy.base, HandPlaces(names), "hands positions to attention")
+        yield AddPreHook(anatomy.base, CountedOnly(roles), "refuses positions that attention would not get")
+    elif not counted and not _has(base, HandPlaces) and roles.takes(words.POSITIONS) and roles.open:
+        yield AddPreHook(anatomy.base, HandPlaces(roles), "hands positions to attention")
 
 
 def ignores_positions(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]) -> bool:
@@ -94,14 +97,16 @@ def ignores_positions(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[
         UnsupportedArchitecture: attention cannot be followed.
     """
     check_followed(model, anatomy, edits)
-    if anatomy.base is None or "position_ids" not in {*names_of(model.get_submodule(anatomy.base))} & {
-        *names_of(model)
-    }:
+    top = roles_of(model)
+    if anatomy.base is None or not (
+        top.takes(words.POSITIONS) and roles_of(model.get_submodule(anatomy.base)).takes(words.POSITIONS)
+    ):
         return False
-    ids = default_inputs(model)["input_ids"]
-    told = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}  # without a mask, gaps would mean documents
+    ids = tokens_of(model, default_inputs(model))
+    told = {words.TOKENS: ids, words.MASK: torch.ones_like(ids)}  # without a mask, gaps would mean documents
     far = 3 * torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    return torch.equal(logits_under(model, edits, {**told, "position_ids": far}), logits_under(model, edits, told))
+    gapped = logits_under(model, edits, top.call(**told, **{words.POSITIONS: far}))
+    return torch.equal(gapped, logits_under(model, edits, top.call(**told)))
 
 
 def rebased(

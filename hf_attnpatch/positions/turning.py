@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
-from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from ..errors import AttnPatchError
 from ..functional import rotary
 from ..functional.turning import angles, turned
+from ..upstream import words
+from ..upstream.caches import Storing, view
+from ..upstream.roles import Arguments, Roles
 
 PREFIX = "rotary_"  # of the attention functions that rotate, before the name of the kernel they call
 PLACES = "rotary_places"  # keyword under which position_ids travel to attention modules that do not get them
-CACHES = ("layer_past", "past_key_values", "past_key_value")
 KINDS = ("default", "linear", "yarn", "llama3")
 
 
@@ -88,6 +89,10 @@ class Turn:
         self.rotation, self.places, self.keys_done = rotation, places, False
         self._angles: tuple[Tensor, Tensor] | None = None
 
+    def stored(self, storing: Storing, key: Tensor, value: Tensor) -> Any:
+        """Store new keys, rotated at their own positions, and values."""
+        return storing.store(self.keys(key, storing.past()), value)
+
     def keys(self, key: Tensor, past: Any) -> Tensor:
         """Rotate new keys before they are stored behind ``past`` others."""
         if self.places is None:
@@ -111,48 +116,16 @@ class Turn:
 _TURN: ContextVar[tuple[int, Turn] | None] = ContextVar("hf_attnpatch_turn", default=None)
 
 
-class TurningCache(Cache):  # type: ignore[misc]  # transformers is not followed
-    """A cache seen through one attention module: rotates what it stores; all but ``update`` is the cache's own."""
-
-    def __init__(self, cache: Cache, turn: Turn):
-        self._cache, self._turn = cache, turn
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Rotate the keys and store both."""
-        key_states = self._turn.keys(key_states, self._cache.get_seq_length(layer_idx))
-        return self._cache.update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    def __getattribute__(self, name: str) -> Any:
-        if name in ("_cache", "_turn", "update", "__class__", "__dict__"):
-            return object.__getattribute__(self, name)
-        return getattr(object.__getattribute__(self, "_cache"), name)
-
-
-class TurningPair(EncoderDecoderCache):  # type: ignore[misc]  # transformers is not followed
-    """The same for a pair of self- and cross-attention caches, of which only self-attention rotates."""
-
-    def __init__(self, pair: EncoderDecoderCache, turn: Turn):
-        self._pair, self._own = pair, TurningCache(pair.self_attention_cache, turn)
-
-    def __getattribute__(self, name: str) -> Any:
-        if name in ("_pair", "_own", "__class__", "__dict__"):
-            return object.__getattribute__(self, name)
-        if name in ("self_attention_cache", "update"):
-            own = object.__getattribute__(self, "_own")
-            return own if name == "self_attention_cache" else own.update
-        return getattr(object.__getattribute__(self, "_pair"), name)
-
-
 class Turning:
     """Forward pre-hook of a module that asks the registry for its attention: keys will be rotated, queries too.
 
     Args:
-        names: of the parameters of the module's forward, in order.
+        roles: of the arguments of the module's forward.
         config: whose attention implementation the module asks for.
     """
 
-    def __init__(self, names: tuple[str, ...], config: Any):
-        self.names, self.config = names, config
+    def __init__(self, roles: Roles, config: Any):
+        self.roles, self.config = roles, config
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -167,26 +140,22 @@ class Turning:
                 f"{type(module).__name__}: attention implementation {found!r} knows nothing of this model's rotary "
                 f"positions and would drop them; model.set_attn_implementation('{PREFIX}{found}') keeps them."
             )
-        named = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        turn = Turn(rotation, taken_places(named))
-        for name in CACHES:
-            cache = named.get(name)
-            if isinstance(cache, EncoderDecoderCache):
-                named[name] = TurningPair(cache, turn)
-            elif isinstance(cache, Cache):
-                named[name] = TurningCache(cache, turn)
+        given = self.roles.bind(args, kwargs)
+        turn, cache = Turn(rotation, taken_places(given)), given.get(words.CACHE)
+        if cache is not None:
+            given.put(words.CACHE, view(cache, turn.stored))
         _TURN.set((id(module), turn))
-        return (), named
+        return given.back()
 
 
-def taken_places(named: dict[str, Any]) -> Tensor | None:
+def taken_places(given: Arguments) -> Tensor | None:
     """Return the positions among a module's arguments, (batch or 1, length), or None; our own keyword is taken out.
 
     Raises:
         AttnPatchError: positions that are not one number for each token.
     """
-    handed = named.pop(PLACES, None)
-    found = named.get("position_ids") if handed is None else handed
+    handed = given.pop(PLACES)
+    found = given.get(words.POSITIONS) if handed is None else handed
     if found is not None and found.dim() != 2:
         raise AttnPatchError(
             f"position_ids of shape {tuple(found.shape)}; one row of positions for each row of tokens."
@@ -195,20 +164,20 @@ def taken_places(named: dict[str, Any]) -> Tensor | None:
 
 
 class HandPlaces:
-    """Forward pre-hook of the language model: hands ``position_ids`` to attention modules that would not get them.
+    """Forward pre-hook of the language model: hands positions to attention modules that would not get them.
 
     Args:
-        names: of the parameters of its forward, in order.
+        roles: of the arguments of its forward.
     """
 
-    def __init__(self, names: tuple[str, ...]):
-        self.names = names
+    def __init__(self, roles: Roles):
+        self.roles = roles
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Pass them on under another name, where there are any."""
-        found = {**dict(zip(self.names, args, strict=False)), **kwargs}.get("position_ids")
+        found = self.roles.bind(args, kwargs).get(words.POSITIONS)
         return None if found is None else (args, {**kwargs, PLACES: found})
 
 

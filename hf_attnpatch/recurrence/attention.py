@@ -13,21 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..backends import FLAG, FUSED, kernel_of, register, register_alibi, register_fused, register_relative
 from ..errors import AttnPatchError
 from ..functional.segments import Piece
-from ..masks import called, registered
 from ..positions.modules import PREFIX as ALIBI
 from ..positions.relative import PREFIX as RELATIVE
+from ..upstream import words
+from ..upstream.calls import call_mask, mask_registered
+from ..upstream.roles import roles_of
 from .call import CALL, Call, Handed, no_weights
 from .modules import PREFIX, Recurrent, recurrent_of
 
 BELOW = (ALIBI, RELATIVE)  # what a kernel under a memory may add by itself
 Output = tuple[Tensor, Tensor | None]
-_UNKNOWN = ("position_bias", "cu_seq_lens_q", "cu_seq_lens_k", "cache")
+_UNKNOWN = (words.SCORE_BIAS, words.PACKED, words.PACKED_KEYS, words.CACHE)
 
 
 def register_recurrent() -> None:
@@ -35,7 +36,7 @@ def register_recurrent() -> None:
     register_alibi()
     register_relative()
     register_fused()
-    AttentionMaskInterface.register(key(FUSED), registered(mask(FUSED)))  # no function, as in register_fused
+    AttentionMaskInterface.register(key(FUSED), mask_registered(mask(FUSED)))  # no function, as in register_fused
     for name in ("eager", *FLAG):
         for prefix in ("", *BELOW):
             register(key(prefix + name), attention(prefix + name), mask(prefix + name))
@@ -68,8 +69,7 @@ def mask(kernel: str) -> Callable[..., Handed]:
             )
         if not call.plain:
             return Handed(call)
-        make = called(AttentionMaskInterface()[kernel])
-        return Handed(call, make(batch_size=batch_size, q_length=q_length, **kwargs))
+        return Handed(call, call_mask(kernel, (batch_size, q_length), kwargs))
 
     return mask_of
 
@@ -79,13 +79,13 @@ def attention(kernel: str) -> Callable[..., Output]:
     """Return the attention function of a kernel: always the same."""
 
     def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any
     ) -> Output:
         inner, found = _inner(module, kernel), recurrent_of(module)
         assert found is not None
-        call = met(module, attention_mask).call
+        call = met(module, mask).call
         if call.plain:
-            out = inner(module, query, key, value, attention_mask.own, *args, **kwargs)
+            out = inner(module, query, key, value, mask.own, *args, **kwargs)
         else:
             _refuse(module, found.window, kwargs)
             out = (
@@ -171,14 +171,15 @@ def met(module: nn.Module, mask: Any) -> Handed:
 
 
 def _refuse(module: nn.Module, window: int | None, kwargs: dict[str, Any]) -> None:
-    kwargs.pop("position_ids", None)  # flash attention would read packed documents from them
+    names = roles_of(module).names
+    kwargs.pop(names.get(words.POSITIONS, ""), None)  # flash attention would read packed documents from them
     name = next((name for name in _UNKNOWN if kwargs.get(name) is not None), None)
     if name is not None:
         raise AttnPatchError(
             f"{type(module).__name__} passes {name} to its attention, of which a memory knows nothing."
         )
-    asked = kwargs.get("sliding_window")
+    asked = kwargs.get(words.WINDOW)
     if asked is not None and asked != window:
         raise AttnPatchError(f"{type(module).__name__} asks for a window of {asked} tokens, and had one of {window}.")
-    if kwargs.get("output_attentions"):
+    if kwargs.get(names.get(words.WEIGHTS, "")):
         raise no_weights(module)

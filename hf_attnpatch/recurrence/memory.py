@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import Cache
 
 from ..errors import AttnPatchError
 from ..functional.segments import NOBODY
+from ..upstream.caches import DynamicLayer, overriding, queries
 from .sinks import Layers, Sinks, named_layers, selected
 
 
@@ -108,8 +109,9 @@ class Memory:
         self.count, self.shift, self.columns = state["count"].cpu(), state["shift"].cpu(), int(state["columns"])
 
 
+@overriding("SegmentRecurrence", "get_mask_sizes")
 class RecurrentCache(Cache):  # type: ignore[misc]  # transformers is not followed
-    """What ``generate`` and manual decoding hold as ``past_key_values``: a view of a :class:`Memory`.
+    """What ``generate`` and manual decoding hold as their cache: a view of a :class:`Memory`.
 
     Attention modules pass it by: their attention function reads and writes the memory.
 
@@ -140,17 +142,17 @@ class RecurrentCache(Cache):  # type: ignore[misc]  # transformers is not follow
         """Return what is new: the attention function knows the rest."""
         return key_states, value_states
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
         """Columns read since the cache was made."""
         return self.memory.columns - self.begun
 
-    def get_max_length(self, layer_idx: int | None = None) -> int:
+    def get_max_length(self, *_: Any, **__: Any) -> int:
         """No limit."""
         return -1
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: Any, *_: Any, **__: Any) -> tuple[int, int]:
         """Sizes of the mask of the new columns alone."""
-        return query_length, 0
+        return queries(query_length), 0
 
     @property
     def is_compileable(self) -> bool:

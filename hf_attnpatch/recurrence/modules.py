@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers import Cache, DynamicCache
 
 from ..errors import AttnPatchError
 from ..functional import rotary
 from ..functional.rerotation import Turning
 from ..functional.segments import NOBODY, Segments
+from ..upstream import words
+from ..upstream.caches import length as cached
+from ..upstream.roles import Arguments, Roles
 from .call import CALL, Call, Tokens, no_weights
 from .memory import Memory, RecurrentCache
 
@@ -67,7 +70,7 @@ class Recalling:
     """Forward pre-hook of a decoder: hands its attention modules the memory, and tokens their positions.
 
     Args:
-        names: of the parameters of the decoder's forward, in order.
+        roles: of the arguments of the decoder's forward.
         config: whose attention implementation the decoder asks for.
         segments: how rows are cut.
         bounded: whether positions begin anew with each segment; otherwise they run on.
@@ -75,10 +78,8 @@ class Recalling:
         rows: of the position table, None where there is none.
     """
 
-    def __init__(
-        self, names: tuple[str, ...], config: Any, segments: Segments, bounded: bool, layers: int, rows: int | None
-    ):
-        self.names, self.config, self.segments = names, config, segments
+    def __init__(self, roles: Roles, config: Any, segments: Segments, bounded: bool, layers: int, rows: int | None):
+        self.roles, self.config, self.segments = roles, config, segments
         self.bounded, self.layers, self.rows = bounded, layers, rows
         self.stream: Memory | None = None
 
@@ -98,9 +99,9 @@ class Recalling:
         """Look at what is new, and say what it meets."""
         CALL.set(None)
         self._check(module)
-        named = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        given = named.get("input_ids")
-        given = named.get("inputs_embeds") if given is None else given
+        named = self.roles.bind(args, kwargs)
+        given = named.get(words.TOKENS)
+        given = named.get(words.EMBEDDINGS) if given is None else given
         if given is None:
             return args, dict(kwargs)  # for the forward to complain of
         memory = self._memory(module, named)
@@ -109,16 +110,16 @@ class Recalling:
         memory.begin(given.shape[0])
         tokens, same = self._tokens(named, given.shape[0], given.shape[1], memory)
         call = Call(self.segments, tokens, memory, self.layers)
-        if named.get("output_attentions") and not call.plain:
+        if named.get(words.WEIGHTS) and not call.plain:
             raise no_weights(module)
         if not kept:
             call.forget()
         if not (call.plain and same):
             self._check_rows(tokens)
-            if "position_ids" in self.names:
-                named["position_ids"] = tokens.place.clamp(min=0).to(given.device)
+            if self.roles.takes(words.POSITIONS):
+                named.put(words.POSITIONS, tokens.place.clamp(min=0).to(given.device))
         CALL.set(call)
-        return (), named
+        return named.back()
 
     def _check(self, module: nn.Module) -> None:
         found = self.config._attn_implementation
@@ -128,36 +129,36 @@ class Recalling:
                 f"model.set_attn_implementation('{PREFIX}{found}') keeps it."
             )
 
-    def _memory(self, module: nn.Module, named: dict[str, Any]) -> Memory | None:
+    def _memory(self, module: nn.Module, named: Arguments) -> Memory | None:
         """Return the memory that the call reads and writes, and put a view of it in the place of a cache."""
-        past = named.get("past_key_values")
+        past = named.get(words.CACHE)
         past = vars(past).get(_MEMORY, past) if type(past) is DynamicCache else past
         if isinstance(past, RecurrentCache):
-            named["past_key_values"] = past
+            named.put(words.CACHE, past)
             if self.stream is not None and past.memory is not self.stream:
-                raise AttnPatchError("past_key_values comes from outside of the open stream; pass it after the stream.")
+                raise AttnPatchError("the cache comes from outside of the open stream; pass it after the stream.")
             return past.memory
-        if past is not None and (type(past) is not DynamicCache or past.get_seq_length()):
-            size = f" of {past.get_seq_length()} tokens" if isinstance(past, Cache) else ""
+        if past is not None and (type(past) is not DynamicCache or cached(past)):
+            size = f" of {cached(past)} tokens" if isinstance(past, Cache) else ""
             raise AttnPatchError(
-                f"past_key_values is a {type(past).__name__}{size}; a model with segment recurrence makes its own "
+                f"the cache is a {type(past).__name__}{size}; a model with segment recurrence makes its own "
                 "cache, of constant size: pass none, or the one that it returned."
             )
-        wanted = named.get("use_cache")
-        wanted = getattr(self.config, "use_cache", True) if wanted is None else wanted
+        wanted = named.get(words.USE_CACHE)
+        wanted = getattr(self.config, self.roles.names.get(words.USE_CACHE, ""), True) if wanted is None else wanted
         checkpointing = getattr(module, "gradient_checkpointing", False) and module.training
         if checkpointing or not (wanted or past is not None):
-            named["past_key_values"] = None
+            named.put(words.CACHE, None)
             return self.stream
         memory = Memory() if self.stream is None else self.stream
-        named["past_key_values"] = RecurrentCache(memory)
+        named.put(words.CACHE, RecurrentCache(memory))
         if past is not None:  # filled in place, as far as its holder knows
-            setattr(past, _MEMORY, named["past_key_values"])
+            setattr(past, _MEMORY, named.get(words.CACHE))
         return memory
 
-    def _tokens(self, named: dict[str, Any], batch: int, columns: int, memory: Memory) -> tuple[Tokens, bool]:
+    def _tokens(self, named: Arguments, batch: int, columns: int, memory: Memory) -> tuple[Tokens, bool]:
         """Return the new columns, and whether their positions are what the decoder would use anyway."""
-        mask, given = named.get("attention_mask"), named.get("position_ids")
+        mask, given = named.get(words.MASK), named.get(words.POSITIONS)
         _check_shapes(mask, given, batch, columns)
         keep = torch.ones(batch, columns, dtype=torch.bool)
         if mask is not None:
@@ -179,8 +180,8 @@ class Recalling:
             place = number - self.segments.start(number)
         return Tokens(keep, torch.where(keep, number, NOBODY), place), plain and whole
 
-    def _keeps(self, named: dict[str, Any]) -> bool:
-        return self.stream is not None or named.get("past_key_values") is not None
+    def _keeps(self, named: Arguments) -> bool:
+        return self.stream is not None or named.get(words.CACHE) is not None
 
     def _check_rows(self, tokens: Tokens) -> None:
         last = int(tokens.place.max())

@@ -24,6 +24,9 @@ from ..fused.deferring import Deferring
 from ..positions.modules import PREFIX as ALIBI
 from ..positions.modules import AlibiBias, NoBias, alibi_of, bias_left_out
 from ..positions.relative import relative_of
+from ..upstream import words
+from ..upstream.caches import CacheView, Storing
+from ..upstream.roles import Arguments, Roles
 from .attention import joined, key, met, turned
 from .call import Call, no_weights
 from .forms import corner
@@ -36,90 +39,80 @@ class Remembering(Deferring):
     """Forward pre-hook of an attention module: its cache hands it the memory.
 
     Args:
-        names: of the parameters of the module's forward, in order.
-        cache: the one that takes the cache.
+        roles: of the arguments of the module's forward.
         config: whose attention implementation decides what masks look like.
         kernel: the implementation without a memory: ``eager``, or this package's fused one.
-        bias: the parameter that takes a bias by distance, or None.
     """
 
-    def __init__(self, names: tuple[str, ...], cache: str, config: Any, kernel: str, bias: str | None):
-        super().__init__(names, cache, config, key(kernel), None)
-        self.kernel, self.bias = kernel, bias
+    def __init__(self, roles: Roles, config: Any, kernel: str):
+        super().__init__(roles, config, key(kernel), False)
+        self.kernel = kernel
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Hand over a cache that notes what is new, or one that knows what was before."""
-        named = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        handed, found = met(module, named.get("attention_mask")), recurrent_of(module)
+        given = self.roles.bind(args, kwargs)
+        handed, found = met(module, given.get(words.MASK)), recurrent_of(module)
         assert found is not None
-        named["attention_mask"] = handed.own
+        given.put(words.MASK, handed.own)
         if handed.call.plain:
             if self.kernel == FUSED:
-                _, named = super().__call__(module, (), named)
-            named[self.cache] = Noting(named.get(self.cache), functools.partial(handed.call.write, found.number))
-            return (), named
-        if named.get("output_attentions"):
+                given = self.roles.bind(*super().__call__(module, (), given.named))
+            noting = Noting(functools.partial(handed.call.write, found.number))
+            given.put(words.CACHE, CacheView(given.get(words.CACHE), noting.stored))
+            return given.back()
+        if given.get(words.WEIGHTS):
             raise no_weights(module)
-        columns = named["hidden_states"].shape[1]
-        named[self.cache] = Recalled(handed.call, found, self._distance(module, named))
-        bias = named.get(self.bias) if self.bias else None
+        columns = given.get(words.STATES).shape[1]
+        recalled = Recalled(handed.call, found, self._distance(module, given))
+        given.put(words.CACHE, CacheView(None, recalled.stored))
+        bias = given.get(words.BIAS)
         if isinstance(bias, Tensor):  # of the new tokens alone, where it does not end with a table
-            named[str(self.bias)] = bias.new_zeros(()).expand(*bias.shape[:-1], columns)
-        return (), named
+            given.put(words.BIAS, bias.new_zeros(()).expand(*bias.shape[:-1], columns))
+        return given.back()
 
-    def _distance(self, module: nn.Module, named: Mapping[str, Any]) -> Distances:
-        given = relative_of(module) or alibi_of(module)
-        if given is not None:
-            return given
-        own = bool(self.bias) and named.get(str(self.bias)) is not None and not bias_left_out(module)
-        return _PUBLISHED if own else NoBias()
+    def _distance(self, module: nn.Module, given: Arguments) -> Distances:
+        ours = relative_of(module) or alibi_of(module)
+        if ours is not None:
+            return ours
+        return _PUBLISHED if given.get(words.BIAS) is not None and not bias_left_out(module) else NoBias()
 
 
 class Noting:
-    """What an attention module takes for its cache: the cache, if there is one, and somebody who is told.
+    """What a module's cache does while somebody is told of what it stores.
 
     Args:
-        cache: or None.
         told: of new keys and values, each (batch, kv heads, new, d).
     """
 
-    def __init__(self, cache: Any, told: Callable[[Tensor, Tensor], None]):
-        self._cache, self._told = cache, told
+    def __init__(self, told: Callable[[Tensor, Tensor], None]):
+        self._told = told
 
-    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def stored(self, storing: Storing, key: Tensor, value: Tensor) -> Any:
         """Tell, and do what the cache does."""
         self._told(key, value)
-        return (key, value) if self._cache is None else self._cache.update(key, value, *args, **kwargs)
-
-    def get_seq_length(self, *args: Any) -> int:
-        """As the cache; none has seen nothing."""
-        return 0 if self._cache is None else self._cache.get_seq_length(*args)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cache, name)
+        return storing.store(key, value)
 
 
 class Overhearing:
     """Forward pre-hook of an attention module: somebody is told of its keys and values while a model is read.
 
     Args:
-        names: of the parameters of the module's forward, in order.
-        cache: the one that takes the cache.
+        roles: of the arguments of the module's forward.
         told: see :class:`Noting`.
     """
 
-    def __init__(self, names: tuple[str, ...], cache: str, told: Callable[[Tensor, Tensor], None]):
-        self.names, self.cache, self.told = names, cache, told
+    def __init__(self, roles: Roles, told: Callable[[Tensor, Tensor], None]):
+        self.roles, self.told = roles, told
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Hand over a cache that tells."""
-        named = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        named[self.cache] = Noting(named.get(self.cache), self.told)
-        return (), named
+        given = self.roles.bind(args, kwargs)
+        given.put(words.CACHE, CacheView(given.get(words.CACHE), Noting(self.told).stored))
+        return given.back()
 
 
 class Recalled:
@@ -134,15 +127,11 @@ class Recalled:
     def __init__(self, call: Call, found: Recurrent, distance: Distances):
         self._call, self._found, self._distance = call, found, distance
 
-    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Keys, Values]:
+    def stored(self, _: Storing, key: Tensor, value: Tensor) -> tuple[Keys, Values]:
         """Return notes of what is new."""
         sight = Sight(True)  # until it is known, of each piece
         keys = Keys(key, key.to("meta"), sight, self._distance, None, self._attend)
         return keys, Values(value, value.to("meta"))
-
-    def get_seq_length(self, *_: Any) -> int:
-        """Nothing: what is before is not the module's to see."""
-        return 0
 
     def _attend(self, weights: Weights, values: Values) -> Tensor:
         key, own = weights.scores.keys.data, weights.scores.mask

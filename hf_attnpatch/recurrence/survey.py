@@ -11,17 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..anatomy import Anatomy
+from ..anatomy import Anatomy, angle_table
 from ..backends import register
 from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.rerotation import Turning
-from ..fused.deferring import cache_name
-from ..masks import sdpa_mask
-from ..probe import TOLERANCE, default_inputs, largest_difference, logits_under, trace
-from ..sites import names_of
+from ..probe import TOLERANCE, default_inputs, largest_difference, logits_under, tokens_of, trace
+from ..upstream import words
+from ..upstream.calls import sdpa_attention, sdpa_mask
+from ..upstream.roles import frequencies, roles_of
 from .modules import frequencies_of
 from .native import Overhearing
 
@@ -68,7 +67,7 @@ def check_agrees(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]
         UnsupportedArchitecture: it does not run so, or its logits are others.
     """
     inputs = default_inputs(model)
-    inputs = inputs if padded else {"input_ids": inputs["input_ids"]}
+    inputs = inputs if padded else roles_of(model).call(**{words.TOKENS: tokens_of(model, inputs)})
     try:
         found = logits_under(model, edits, inputs)
     except AttnPatchError as error:
@@ -88,9 +87,11 @@ def check_agrees(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]
 def _keys(model: PreTrainedModel, paths: Sequence[str], place: int, native: bool) -> dict[str, Tensor]:
     listeners = {path: Keys() for path in paths}
     edits = list(_listening(model, listeners, native))
-    ids = default_inputs(model)["input_ids"][:1]
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.full_like(ids, place)}
-    logits_under(model, edits, inputs)
+    ids = tokens_of(model, default_inputs(model))[:1]
+    if not roles_of(model).takes(words.POSITIONS):
+        raise UnsupportedArchitecture(f"{type(model).__name__}: its forward takes no positions to try other ones with.")
+    at = {words.TOKENS: ids, words.MASK: torch.ones_like(ids), words.POSITIONS: torch.full_like(ids, place)}
+    logits_under(model, edits, roles_of(model).call(**at))
     silent = next((path for path, listener in listeners.items() if len(listener.found) != 1), None)
     if silent is not None:
         times = len(listeners[silent].found)
@@ -105,8 +106,7 @@ def _listening(model: PreTrainedModel, listeners: dict[str, Keys], native: bool)
         if not native:
             yield SetAttribute(path, "listener", listener)
             continue
-        names = names_of(model.get_submodule(path))
-        hook = Overhearing(names, cache_name(names), listener.hear)
+        hook = Overhearing(roles_of(model.get_submodule(path)), listener.hear)
         yield AddPreHook(path, hook, "its keys are read")
     if not native:
         yield SetAttention("", _LISTENING, register_listening)
@@ -121,8 +121,8 @@ def _listen(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args:
     found = vars(module).get("listener")
     if isinstance(found, Keys):
         found.hear(key, value)
-    kwargs.pop("softcap", None)  # what comes of it does not matter
-    return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+    kwargs.pop(words.SOFTCAP, None)  # what comes of it does not matter
+    return sdpa_attention(module, query, key, value, *args, **kwargs)
 
 
 def _way(model: PreTrainedModel, anatomy: Anatomy, path: str, before: Tensor, after: Tensor) -> Way | None:
@@ -146,13 +146,13 @@ def _allowed(dtype: torch.dtype) -> float:
 
 def _turnings(model: PreTrainedModel, anatomy: Anatomy, width: int) -> Iterator[tuple[str, str, Turning]]:
     for path in anatomy.inner:
-        buffer = model.get_submodule(path).embed_positions
-        assert isinstance(buffer, Tensor)
+        table = str(angle_table(model.get_submodule(path)))
+        buffer = getattr(model.get_submodule(path), table)
         for interleaved in (False, True):
-            yield path, "embed_positions", Turning(frequencies_of(buffer), interleaved, 0)
+            yield path, table, Turning(frequencies_of(buffer), interleaved, 0)
     for rotary in anatomy.rotary:
-        for name, buffer in model.get_submodule(rotary.path).named_buffers(recurse=False):
-            if not name.endswith("inv_freq") or "original" in name or buffer.dim() != 1 or 2 * len(buffer) > width:
+        for name, buffer in frequencies(model.get_submodule(rotary.path)).items():
+            if "original" in name or 2 * len(buffer) > width:
                 continue
             for first in dict.fromkeys((0, width - 2 * len(buffer))):
                 for interleaved in (False, True):

@@ -12,6 +12,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..anatomy import Anatomy
 from ..configs import config_at
 from ..errors import AttnPatchError, UnsupportedArchitecture
+from ..upstream import words
+from ..upstream.find import changed
+from ..upstream.roles import frequencies
 from .fields import Scaling
 from .parameters import Window, scaled, untruncated
 
@@ -93,13 +96,12 @@ def _chosen(want: Scaling, nested: list[str]) -> list[str]:
 
 def _frequencies(module: nn.Module, layer_type: str) -> Tensor:
     """Return the present angles per position in fp32, those of the original window where they switch by length."""
-    names = (
-        (f"{layer_type}_original_inv_freq", f"{layer_type}_inv_freq")
-        if layer_type
-        else ("original_inv_freq", "inv_freq")
-    )
-    found = next((getattr(module, n) for n in names if isinstance(getattr(module, n, None), Tensor)), None)
-    assert isinstance(found, Tensor)
+    prefix, held = f"{layer_type}_" if layer_type else "", frequencies(module)
+    mine = {name.removeprefix(prefix): b for name, b in held.items() if name.startswith(prefix)}
+    other = next((b for name, b in mine.items() if "original" not in name), None)
+    found = mine.get(words.ORIGINAL_FREQUENCIES, mine.get(words.FREQUENCIES, other))
+    if found is None:
+        raise changed(f"no buffer of frequencies in {type(module).__name__}", "RopeScaling")
     return found.detach().to("cpu", torch.float32)
 
 

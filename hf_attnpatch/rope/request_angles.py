@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ..twin import Change
+from ..upstream import words
+from ..upstream.roles import Roles
 from .config import scaled_fields
 from .request_length import Requests, chosen
 
@@ -66,18 +68,19 @@ class RequestAngles:
     Args:
         requests: shared by the hooks of the model.
         growth: factor by length.
-        names: of the parameters of the module's forward, in order.
+        roles: of the arguments of the module's forward; the first declared one is the hidden states.
     """
 
-    def __init__(self, requests: Requests, growth: Growth, names: tuple[str, ...]):
-        self.requests, self.growth, self.names = requests, growth, names
+    def __init__(self, requests: Requests, growth: Growth, roles: Roles):
+        self.requests, self.growth, self.roles = requests, growth, roles
         self.modules: OrderedDict[tuple[int, str], nn.Module] = OrderedDict()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # decides by numbers that are none of the graph's
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
         """Return the angles of every row, or None to keep the module's."""
-        named = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        hidden, positions = named[self.names[0]], named["position_ids"]
+        given = self.roles.bind(args, kwargs)
+        named, positions = given.named, given.get(words.POSITIONS)
+        hidden = named[self.roles.parameters[0]]
         lengths = chosen(self.requests, hidden.shape[-3])  # Gemma-3n's are several versions of each row
         if set(lengths) == {self.requests.trained}:
             return None
@@ -90,10 +93,11 @@ class RequestAngles:
 
         Positions are (batch, n), or (axes, batch, n) where tokens stand in time and space.
         """
-        parts, order, hidden = [], [], named[self.names[0]]
+        parts, order, hidden = [], [], named[self.roles.parameters[0]]
         for length in dict.fromkeys(lengths):
             rows = [row for row, n in enumerate(lengths) if n == length]
-            inputs = {**named, self.names[0]: hidden[..., rows, :, :], "position_ids": positions[..., rows, :]}
+            where = self.roles.name(words.POSITIONS)
+            inputs = {**named, self.roles.parameters[0]: hidden[..., rows, :, :], where: positions[..., rows, :]}
             own = module.forward if length == self.requests.trained else self._module(module, length, hidden.device)
             parts.append(own(**inputs))
             order += rows

@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..upstream import words
+from ..upstream.roles import roles_of
 from .request_length import Requests, found_by_generate, generating
 
 
@@ -41,7 +43,7 @@ class PrepareCache:
     def __call__(self, generation_config: Any, model_kwargs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Prepare the cache, and note the length of each row: all that it may become, its padding excepted."""
         longest = int(kwargs["max_cache_length"] if "max_cache_length" in kwargs else args[-1]) + 1
-        mask = model_kwargs.get("attention_mask")
+        mask = model_kwargs.get(roles_of(self.model).names.get(words.MASK, ""))
         padding = mask.eq(0).sum(-1).tolist() if isinstance(mask, Tensor) and mask.dim() == 2 else [0]
         drafts = bool(getattr(generation_config, "is_assistant", False))
         found_by_generate(self.requests, tuple(longest - n for n in padding), drafts)

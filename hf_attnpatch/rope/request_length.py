@@ -15,11 +15,13 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers import Cache
 
 from ..errors import AttnPatchError
+from ..upstream import words
+from ..upstream.caches import length as cached
+from ..upstream.roles import Arguments, Roles
 
-MOVES = ("reorder_cache", "batch_select_indices")  # methods of a cache
 Lengths = tuple[int, ...]  # tokens, one number for each row of a batch, or one for all
 
 
@@ -117,11 +119,11 @@ class ChooseLengths:
 
     Args:
         requests: shared by the hooks of the model.
-        names: of the parameters of the forward, in order.
+        roles: of the arguments of the forward.
     """
 
-    def __init__(self, requests: Requests, names: tuple[str, ...]):
-        self.requests, self.names = requests, names
+    def __init__(self, requests: Requests, roles: Roles):
+        self.requests, self.roles = requests, roles
 
     def announced(self, length: int) -> contextlib.AbstractContextManager[None]:
         """Take the length of all rows for the forwards of a block, as :func:`request` does."""
@@ -130,14 +132,14 @@ class ChooseLengths:
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # numbers from tensors: never part of a graph
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Look, and change nothing."""
-        named = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        if named.get("cu_seq_lens_q") is not None or named.get("block_table") is not None:
+        named = self.roles.bind(args, kwargs)
+        if any(named.named.get(word) is not None for word in (words.PACKED, words.PAGED)):
             raise AttnPatchError(
                 f"{type(module).__name__}: requests packed into one row have one length for all of them here; "
                 "per_request needs one row for each (no continuous batching, no packed training)."
             )
-        cache = named.get("past_key_values")
-        past = _past(cache)
+        cache = named.get(words.CACHE)
+        past = cached(cache)
         now = _lengths(named, past)
         lengths = self._of(now, cache if past else None)
         for row, (n, limit) in enumerate(zip(now, self.requests.served(lengths), strict=True)):
@@ -188,7 +190,7 @@ def remember(cache: Any, lengths: Lengths) -> None:
     """Let a cache carry the lengths that its keys were turned for, through copies and wherever its rows go."""
     cache.attnpatch_lengths = lengths
     if len(set(lengths)) > 1:
-        for name in (name for name in MOVES if hasattr(cache, name) and name not in vars(cache)):
+        for name in (name for name in words.MOVES if hasattr(cache, name) and name not in vars(cache)):
             setattr(cache, name, Moving(cache, name))
 
 
@@ -272,14 +274,11 @@ def _spread(lengths: Lengths, rows: int) -> Lengths:
     return tuple(length for length in lengths for _ in range(rows // len(lengths)))
 
 
-def _past(cache: Any) -> int:
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-
-
-def _lengths(named: Mapping[str, Any], past: int) -> Lengths:
+def _lengths(named: Arguments, past: int) -> Lengths:
     """Return how long the text of each row is by now."""
-    inputs = next(named[name] for name in ("input_ids", "inputs_embeds") if isinstance(named.get(name), Tensor))
-    rows, positions, mask = int(inputs.shape[0]), named.get("position_ids"), named.get("attention_mask")
+    tokens = named.get(words.TOKENS)
+    inputs = tokens if isinstance(tokens, Tensor) else named.get(words.EMBEDDINGS)
+    rows, positions, mask = int(inputs.shape[0]), named.get(words.POSITIONS), named.get(words.MASK)
     if isinstance(positions, Tensor):
         last = positions.amax(-1)
         last = last.amax(0) if last.dim() > 1 else last  # several axes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,8 @@ from ..edits import AddHook, AddPreHook, Edit, ReplaceModule, SetAttribute
 from ..errors import UnsupportedArchitecture
 from ..patch import Proposal
 from ..twin import Change, difference
+from ..upstream import words
+from ..upstream.roles import roles_of
 from .config import declared_window, head_dim
 from .fields import STATIC
 from .parameters import taken_over
@@ -55,8 +56,13 @@ def request_proposal(patch: Any, model: PreTrainedModel, anatomy: Anatomy, owner
     requests = Requests(trained)
     sized = [] if patch.restored else list(_resized(patch, model, anatomy, path, rotary))
     edits: list[Edit] = [*sized, *(ReplaceModule(p, base.rebuild, "rope: unscaled") for p in rotary if base.changed)]
-    edits += [AddHook(p, RequestAngles(requests, growth, _names(model, p)), "angles by request") for p in rotary]
-    edits.append(AddPreHook(decoder, ChooseLengths(requests, _names(model, decoder)), "lengths of requests"))
+    edits += [
+        AddHook(p, RequestAngles(requests, growth, roles_of(model.get_submodule(p))), "angles by request")
+        for p in rotary
+    ]
+    edits.append(
+        AddPreHook(decoder, ChooseLengths(requests, roles_of(model.get_submodule(decoder))), "lengths of requests")
+    )
     edits.append(AddHook(decoder, KeepLengths(requests), "lengths stay with the cache"))
     if model.can_generate():
         edits.append(SetAttribute("", "generate", Generate(model, requests)))
@@ -155,16 +161,12 @@ def _decoder(model: PreTrainedModel, rotary: list[str]) -> str:
     """Return the path of the model that holds the rotary modules and sees tokens, mask and cache."""
     holders = {path.rpartition(".")[0] for path in rotary}
     holder = next(iter(holders))
-    names = _names(model, holder)
+    roles = roles_of(model.get_submodule(holder))
     if len(holders) > 1 or not isinstance(model.get_submodule(holder), PreTrainedModel):
         raise UnsupportedArchitecture(
             f"{rotary[0]}: stands inside a layer, where the length of a request is not known; per_request needs one "
             "rotary module for all layers."
         )
-    if not {"input_ids", "inputs_embeds"} & set(names):
+    if not (roles.takes(words.TOKENS) or roles.takes(words.EMBEDDINGS)):
         raise UnsupportedArchitecture(f"{holder or 'the model'}: its forward takes no tokens; per_request needs them.")
     return holder
-
-
-def _names(model: PreTrainedModel, path: str) -> tuple[str, ...]:
-    return tuple(inspect.signature(model.get_submodule(path).forward).parameters)

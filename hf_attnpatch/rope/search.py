@@ -22,6 +22,7 @@ from ..evaluation.losses import check_finite
 from ..evaluation.mode import device_of, measuring
 from ..evaluation.windows import Documents, read_documents
 from ..patches import RopeScaling
+from ..upstream import words
 from .evolution import Divisors, rounded, seeds
 from .search_course import Course
 from .search_state import opened
@@ -205,7 +206,7 @@ def _frequencies(model: PreTrainedModel) -> torch.Tensor:
     """Return the rotary frequencies that a ``longrope`` divisor would divide, fp32, on the CPU."""
     module = model.get_submodule(describe(model).rotary[0].path)
     named = dict(module.named_buffers(recurse=False))
-    name = next(n for n in named if n.endswith("original_inv_freq") and "sliding" not in n)
+    name = next(n for n in named if n.endswith(words.ORIGINAL_FREQUENCIES) and "sliding" not in n)
     found: torch.Tensor = named[name].detach().to("cpu", torch.float32)
     return found
 

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function
 
 from ..errors import AttnPatchError
 from ..functional import spanned
-from ..masks import eager_mask, sdpa_mask
 from ..positions.alibi_attention import causal_of, scale_of
 from ..positions.alibi_attention import eager as dense
+from ..upstream import words
+from ..upstream.calls import CAUSAL, eager_mask, sdpa_attention, sdpa_mask
 from .modules import Listener, Spanned, span_of
 
 Output = tuple[Tensor, Tensor | None]
+_REFUSED = (words.SCORE_BIAS, words.CACHE)
 
 
 def sdpa(
@@ -30,21 +30,21 @@ def sdpa(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> Output:
     """Torch's flash kernels: as they are within the trained length, merged beyond it."""
-    found, places = _found(module, query, key, attention_mask, kwargs), _places(attention_mask)
+    found, places = _found(module, query, key, mask, kwargs), _places(mask)
     if found is None or spanned.all_plain(_needed(module, places), found.span):
-        mask = attention_mask if places is None else _ordinary(places, query.shape[2], key.shape[2])
-        out: Output = sdpa_attention_forward(
+        mask = mask if places is None else _ordinary(places, query.shape[2], key.shape[2])
+        out: Output = sdpa_attention(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
         return out
-    _refuse(module, {**kwargs, "dropout": dropout}, "softcap", "s_aux", "position_bias", "cache", "dropout")
+    _refuse(module, {**kwargs, words.DROPOUT: dropout}, *_REFUSED, words.SOFTCAP, words.SINKS, words.DROPOUT)
     states = (query, key, value, _needed(module, places))
     merged = spanned.attend(*states, found.span, found.turning(), scale_of(query, scaling))
     return merged.transpose(1, 2).contiguous(), None
@@ -55,7 +55,7 @@ def eager(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -64,12 +64,13 @@ def eager(
     **kwargs: Any,
 ) -> Output:
     """Every score in memory, in fp32: the only one that returns attention weights."""
-    found, places = _found(module, query, key, attention_mask, kwargs), _places(attention_mask)
+    found, places = _found(module, query, key, mask, kwargs), _places(mask)
     if found is None:
-        mask = attention_mask if places is None else _added(_ordinary(places, query.shape[2], key.shape[2], True))
-        given = {"scaling": scaling, "is_causal": is_causal, "softcap": softcap, "s_aux": s_aux, **kwargs}
-        return dense(module, query, key, value, mask, dropout=dropout, **given)
-    _refuse(module, kwargs, "position_bias", "cache")
+        mask = mask if places is None else _added(_ordinary(places, query.shape[2], key.shape[2], True))
+        given: dict[str, Any] = {words.SCALING: scaling, words.IS_CAUSAL: is_causal}
+        given |= {words.SOFTCAP: softcap, words.SINKS: s_aux}
+        return dense(module, query, key, value, mask, dropout=dropout, **given, **kwargs)
+    _refuse(module, kwargs, *_REFUSED)
     where, scale = _needed(module, places), scale_of(query, scaling)
     scores = spanned.weights(query, key, where, found.span, found.turning(), scale)
     scores = (
@@ -90,7 +91,7 @@ def place_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Any = causal_mask_function,
+    mask_function: Any = CAUSAL,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
@@ -99,10 +100,10 @@ def place_mask(
     Raises:
         AttnPatchError: a row has padding between its tokens.
     """
-    if mask_function is not causal_mask_function:
+    if mask_function is not CAUSAL:
         whole = {**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         sizes = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function)
-        full: Tensor = sdpa_mask(*sizes, attention_mask=attention_mask, **whole)
+        full: Tensor = sdpa_mask(*sizes, attention_mask, **whole)
         return full
     device, end = kwargs.get("device", "cpu"), int(q_offset) + q_length
     index = torch.arange(kv_length, device=device)
@@ -117,8 +118,8 @@ def place_mask(
 
 def eager_place_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The same for the dense function: masks that are added where attention is not causal."""
-    function = kwargs.get("mask_function", causal_mask_function)
-    found: Tensor | None = (place_mask if function is causal_mask_function else eager_mask)(*args, **kwargs)
+    function = kwargs.get("mask_function", CAUSAL)
+    found: Tensor | None = (place_mask if function is CAUSAL else eager_mask)(*args, **kwargs)
     return found
 
 
@@ -178,7 +179,7 @@ def _added(mask: Tensor | None) -> Tensor | None:
 
 def _refuse(module: nn.Module, given: dict[str, Any], *names: str) -> None:
     for name in names:
-        if not (given.get(name) is None or (name == "dropout" and not given[name])):
+        if not (given.get(name) is None or (name == words.DROPOUT and not given[name])):
             raise AttnPatchError(
                 f"{type(module).__name__} passes {name} to its attention, which flash calls cannot be merged with; "
                 "backend='eager' takes softcap, s_aux and dropout."

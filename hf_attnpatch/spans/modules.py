@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers import DynamicCache
 
 from ..errors import AttnPatchError
 from ..functional.rerotation import Turning
 from ..functional.spans import Sinks, Span
+from ..upstream import words
+from ..upstream.caches import DynamicLayer, Storing, length, overriding, queries, view
+from ..upstream.roles import Roles
 
 PREFIX = "spans_"  # of the attention functions that know of spans, before the name of the kernel they call
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
 class Spanned:
@@ -74,25 +76,23 @@ class ShiftedAngles:
     """Forward pre-hook of a rotary module: every token stands at one position.
 
     Args:
-        index: place of ``position_ids`` among the positional arguments.
+        roles: of the arguments of its forward.
         place: the position.
     """
 
-    def __init__(self, index: int, place: int):
-        self.index, self.place = index, place
+    def __init__(self, roles: Roles, place: int):
+        self.roles, self.place = roles, place
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Put it in the place of the positions."""
-        named, rest = dict(kwargs), list(args)
-        if "position_ids" in named:
-            named["position_ids"] = torch.full_like(named["position_ids"], self.place)
-        else:
-            rest[self.index] = torch.full_like(rest[self.index], self.place)
-        return tuple(rest), named
+        given = self.roles.bind(args, kwargs)
+        given.put(words.POSITIONS, torch.full_like(given.get(words.POSITIONS), self.place))
+        return given.back()
 
 
+@overriding("AttentionSinks", "get_mask_sizes", "crop", of_layer=True)
 class SinkLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not followed
     """A cache layer that keeps the first tokens and the last ones, and lets go of what is between them.
 
@@ -126,10 +126,10 @@ class SinkLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not foll
         """Tokens seen."""
         return int(self.cumulative_length)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """Return how many keys the queries get, and behind how many of them others are missing (0: nowhere)."""
         held = 0 if not self.is_initialized else int(self.keys.shape[-2])
-        return held + query_length, self.head if held < self.cumulative_length else 0
+        return held + queries(query_length), self.head if held < self.cumulative_length else 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens.
@@ -140,7 +140,7 @@ class SinkLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not foll
         if self.is_initialized and self.keys.shape[-2] < self.cumulative_length and tokens_to_remove:
             raise AttnPatchError(
                 "this cache keeps attention sinks and a window, and has let go of tokens that a rollback needs "
-                "(assisted decoding?); decode without it, or pass a cache of your own as past_key_values."
+                "(assisted decoding?); decode without it, or pass a cache of your own."
             )
         super().crop(tokens_to_remove)
         self.cumulative_length = 0 if self.keys is None else int(self.keys.shape[-2])
@@ -150,28 +150,66 @@ class Evicting:
     """Forward pre-hook of an attention module: a growing cache that is still empty becomes one that lets go.
 
     Args:
-        names: of the parameters of the module's forward, in order.
+        roles: of the arguments of the module's forward.
         span: how much is kept.
-        layer: the module's number in the cache.
     """
 
-    def __init__(self, names: tuple[str, ...], span: Sinks, layer: int):
-        self.names, self.span, self.layer = names, span, layer
+    def __init__(self, roles: Roles, span: Sinks):
+        self.roles, self.span = roles, span
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Look at the cache before the module does."""
-        named = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        cache: Any = next((named[name] for name in _CACHES if named.get(name) is not None), None)
-        if type(cache) is not DynamicCache or len(cache.layers) < self.layer:
-            return
-        if len(cache.layers) == self.layer:
-            cache.layers.append(DynamicLayer())
-        found = cache.layers[self.layer]
-        head = self.span.sinks + _padding(named.get("attention_mask"))
-        if type(found) is DynamicLayer and found.get_seq_length() == 0:
-            cache.layers[self.layer] = SinkLayer(head, self.span.window)
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Hand over a view of the cache, whose layer is exchanged when the first keys come."""
+        given = self.roles.bind(args, kwargs)
+        cache = given.get(words.CACHE)
+        if type(cache) is not DynamicCache:
+            return None
+        head = self.span.sinks + _padding(given.get(words.MASK))
+        given.put(words.CACHE, view(cache, EvictingStore(head, self.span.window).stored))
+        return given.back()
+
+
+class EvictingStore:
+    """What a module's cache does when it stores: a layer that is still empty becomes one that lets go.
+
+    Args:
+        head: tokens that stay.
+        window: last tokens that a query sees.
+    """
+
+    def __init__(self, head: int, window: int):
+        self.head, self.window = head, window
+
+    def stored(self, storing: Storing, key: Tensor, value: Tensor) -> Any:
+        """Exchange the layer, and store."""
+        layers, number = storing.cache.layers, storing.layer
+        if len(layers) == number:
+            layers.append(DynamicLayer())
+        found = layers[number] if number < len(layers) else None
+        if type(found) is DynamicLayer and length(storing.cache, number) == 0:
+            layers[number] = SinkLayer(self.head, self.window)
         elif isinstance(found, SinkLayer):
-            found.begin(head)
+            found.begin(self.head)
+        return storing.store(key, value)
+
+
+class Evicts:
+    """What attention sinks promise of a cache: so many of its layers let go of tokens.
+
+    Args:
+        layers: number of attention modules that see sinks and a window.
+    """
+
+    def __init__(self, layers: int):
+        self.layers = layers
+
+    def __call__(self, cache: Any) -> str | None:
+        """Say what is wrong with a cache that a text was decoded with, or None."""
+        found = sum(isinstance(layer, SinkLayer) for layer in getattr(cache, "layers", ()))
+        if found == self.layers:
+            return None
+        return f"the cache would keep every token: {found} of {self.layers} layers let go of those behind the window"
 
 
 def _padding(mask: Any) -> int:

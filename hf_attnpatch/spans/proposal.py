@@ -15,9 +15,10 @@ from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.spans import Sinks, Span
 from ..patch import Patch, Proposal
 from ..probe import default_inputs, logits_under, trial
-from ..sites import Site, names_of
+from ..sites import Site
+from ..upstream.roles import roles_of
 from .backends import BACKENDS, register_spans
-from .modules import PREFIX, Evicting, SpanGuard, Spanned, span_of
+from .modules import PREFIX, Evicting, Evicts, SpanGuard, Spanned, span_of
 from .survey import Found, as_found, survey
 
 
@@ -119,6 +120,7 @@ def spanned(
         (*notes, *left, *said),
         stock=False,
         claims=("the positions",),
+        promise=Evicts(len(found)) if isinstance(span, Sinks) else None,
         patch=cast(Patch, dataclasses.replace(cast(Any, patch), found=found)),
     )
 
@@ -136,12 +138,8 @@ def _caches(model: PreTrainedModel, found: Found, span: Span) -> Iterator[Edit]:
     if not isinstance(span, Sinks):
         return
     for path in found:
-        module = model.get_submodule(path)
-        number = getattr(module, "layer_idx", None)
-        if not isinstance(number, int):
-            raise UnsupportedArchitecture(f"{path}: does not say which layer of a cache is its own.")
-        names = names_of(module)
-        yield AddPreHook(path, Evicting(names, span, number), "an empty cache becomes one that lets go")
+        hook = Evicting(roles_of(model.get_submodule(path)), span)
+        yield AddPreHook(path, hook, "an empty cache becomes one that lets go")
 
 
 def _attention(kernel: str) -> SetAttention:

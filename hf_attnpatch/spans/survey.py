@@ -6,7 +6,6 @@ compared with each way of turning that there is, so that no table of families is
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +20,8 @@ from ..errors import UnsupportedArchitecture
 from ..functional.rerotation import Turning
 from ..probe import TOLERANCE, default_inputs, largest_difference, logits_under
 from ..sites import dispatching
+from ..upstream import words
+from ..upstream.roles import frequencies, roles_of
 from .backends import register_spans
 from .modules import PREFIX, Listener, ShiftedAngles
 
@@ -86,10 +87,10 @@ def _listen(model: PreTrainedModel, anatomy: Anatomy, paths: list[str], place: i
     listeners = {path: Listener() for path in paths}
     edits: list[Edit] = [SetAttribute(path, "span", listener) for path, listener in listeners.items()]
     for rotary in anatomy.rotary:
-        names = list(inspect.signature(model.get_submodule(rotary.path).forward).parameters)
-        if "position_ids" not in names:
-            raise UnsupportedArchitecture(f"{rotary.path}: {rotary.kind} takes no position_ids to try other ones with.")
-        edits.append(AddPreHook(rotary.path, ShiftedAngles(names.index("position_ids"), place), "another position"))
+        roles = roles_of(model.get_submodule(rotary.path))
+        if not roles.takes(words.POSITIONS):
+            raise UnsupportedArchitecture(f"{rotary.path}: {rotary.kind} takes no positions to try other ones with.")
+        edits.append(AddPreHook(rotary.path, ShiftedAngles(roles, place), "another position"))
     logits_under(model, [*edits, SetAttention("", PREFIX + "eager", register_spans)], default_inputs(model))
     silent = next((path for path, listener in listeners.items() if not listener.calls), None)
     if silent is not None:
@@ -100,8 +101,8 @@ def _listen(model: PreTrainedModel, anatomy: Anatomy, paths: list[str], place: i
 def _other(listener: Listener) -> str | None:
     """Say why a module is not one that looks back at everything, or None."""
     _, _, mask, kwargs = listener.calls[0]
-    if kwargs.get("sliding_window") is not None:
-        return f"a window of {kwargs['sliding_window']} tokens"
+    if kwargs.get(words.WINDOW) is not None:
+        return f"a window of {kwargs[words.WINDOW]} tokens"
     if mask is None or mask.dtype != torch.int64:
         return "a mask of their own"
     return None
@@ -117,16 +118,21 @@ def _way(
         if all(largest_difference(now, then) <= allowed for now, then in zip(after.calls[0][:2], turned, strict=True)):
             return rotary, buffer, turning.interleaved, turning.first
     raise UnsupportedArchitecture(
-        f"{path}: its keys turn with position in none of the ways that are known (halves or neighbours, all of a head, "
+        f"{path}: its keys turn with position in none of the ways that are known, by the frequencies found in "
+        f"{', '.join(sorted(_read(model, anatomy))) or 'no buffer'} (halves or neighbours, all of a head, "
         "its first or its last dimensions), so that they cannot be turned further."
     )
+
+
+def _read(model: PreTrainedModel, anatomy: Anatomy) -> set[str]:
+    return {f"{r.path}.{name}" for r in anatomy.rotary for name in frequencies(model.get_submodule(r.path))}
 
 
 def _ways(model: PreTrainedModel, anatomy: Anatomy, width: int) -> Iterator[tuple[str, str, Turning]]:
     for rotary in anatomy.rotary:
         module: nn.Module = model.get_submodule(rotary.path)
-        for name, buffer in module.named_buffers(recurse=False):
-            if not name.endswith("inv_freq") or "original" in name or buffer.dim() != 1 or 2 * len(buffer) > width:
+        for name, buffer in frequencies(module).items():
+            if "original" in name or 2 * len(buffer) > width:
                 continue
             for first in dict.fromkeys((0, width - 2 * len(buffer))):
                 for interleaved in (False, True):

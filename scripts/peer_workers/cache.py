@@ -25,6 +25,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 import hf_attnpatch as ap
 from hf_attnpatch.evaluation.memory import held_bytes
 from hf_attnpatch.evaluation.timing import Work, in_turns
+from hf_attnpatch.upstream import words
+from hf_attnpatch.upstream.roles import run
 
 PRESSES = ("Random", "StreamingLLM", "Knorm", "TOVA", "SnapKV", "ExpectedAttention", "KeyDiff")
 Press = Callable[[PreTrainedModel], AbstractContextManager[Any]]
@@ -40,13 +42,14 @@ class Contender:
         """Read a prefix, (1, length)."""
         cache = DynamicCache()
         with self.press(self.model) if self.press else nullcontext():
-            self.model.model(input_ids=ids, past_key_values=cache)
+            run(self.model.model, {words.TOKENS: ids, words.CACHE: cache})
         return cache
 
     def logits(self, ids: torch.Tensor, cache: DynamicCache, start: int) -> torch.Tensor:
         """Logits of further tokens, at their true positions."""
         here = torch.arange(start, start + ids.shape[1])[None]
-        found: torch.Tensor = self.model(input_ids=ids, past_key_values=cache, position_ids=here).logits
+        given = {words.TOKENS: ids, words.CACHE: cache, words.POSITIONS: here}
+        found: torch.Tensor = run(self.model, given).logits
         return found
 
 

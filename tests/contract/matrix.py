@@ -59,7 +59,7 @@ def _cell(model_type, encoder, *rest, marks):
     return pytest.param(model_type, encoder, *rest, marks=marks, id=name)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)
 def verified(model_type, encoder, case=CASES[0]):
     """The findings on the model of a case, unpatched; cases with equal overrides share them."""
     first = next(c for c in CASES if c.overrides == case.overrides and c.kind == case.kind)

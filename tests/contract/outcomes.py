@@ -9,6 +9,7 @@ from pathlib import Path
 
 REFUSED_FILE = Path(__file__).with_name("refused.txt")
 UPSTREAM_FILE = Path(__file__).with_name("upstream.txt")
+MOOT_FILE = Path(__file__).with_name("moot.txt")
 NOTHING = "nothing to do"  # not an error: the model is already what the patch makes
 
 # What a refusal may say; a message with none of these stands in the file whole, and should get its words here.
@@ -120,6 +121,21 @@ def _refused():
     return table
 
 
+# What every type must pass, unpatched and patched: "not applicable" is allowed where moot.txt says why only.
+# A check that finds nothing has failed.
+HELD = (
+    *("cached decoding, token by token", "cached decoding, two chunks", "cached decoding after padding"),
+    *("padding does not matter", "alone or in a batch", "saved and loaded", "saved in shards and loaded"),
+)
+
+
+def _moot():
+    table = collections.defaultdict(dict)
+    for name, invariant, why in _lines(MOOT_FILE):
+        table[name][invariant] = why
+    return table
+
+
 def _upstream(marginal):
     """Model type -> invariants; ``marginal`` ones miss by so little that another processor may pass them."""
     table = collections.defaultdict(set)
@@ -131,7 +147,7 @@ def _upstream(marginal):
 
 
 MARGIN = 1e-4
-REFUSED = _refused()
+REFUSED, MOOT = _refused(), _moot()
 UPSTREAM, UPSTREAM_MARGINAL = _upstream(False), _upstream(True)
 
 

@@ -1,10 +1,10 @@
-"""Writes refused.txt and upstream.txt: review the diff.
+"""Writes refused.txt, upstream.txt and moot.txt: review the diff.
 
-    PYTHONPATH=.:tests python -W ignore tests/contract/record.py [refused|upstream] [CASE ...]
+    PYTHONPATH=.:tests python -W ignore tests/contract/record.py [refused|upstream|moot] [CASE ...]
 
 With cases, only those refusals are asked for again.
 
-The tests assert both files cell by cell, so a change of behaviour shows either there or as a failure.
+The tests assert these files cell by cell, so a change of behaviour shows either there or as a failure.
 """
 
 import collections
@@ -12,11 +12,11 @@ import sys
 
 import matrix
 import torch
-from outcomes import NOTHING, REFUSED_FILE, UPSTREAM_FILE, WORDS, refusal
+from outcomes import HELD, MOOT_FILE, NOTHING, REFUSED_FILE, UPSTREAM_FILE, WORDS, refusal
 from patches import CASES, build
 
 import hf_attnpatch as ap
-from hf_attnpatch.verify import FAIL
+from hf_attnpatch.verify import FAIL, NOT_APPLICABLE
 
 
 def refused(cases):
@@ -40,6 +40,14 @@ def upstream(_):
             if finding.outcome == FAIL:
                 size = "raises" if finding.measured is None else f"{finding.measured:.0e}"
                 yield f"{model_type + '-masked' * encoder} | {finding.invariant} | {size}: {finding.note[:80]}"
+
+
+def moot(_):
+    """Lines ``type | invariant | why it does not arise``, of the invariants that every type must pass."""
+    for model_type, encoder in matrix.ARCHITECTURES:
+        for finding in matrix.verified(model_type, encoder).findings:
+            if finding.outcome == NOT_APPLICABLE and finding.invariant in HELD:
+                yield f"{model_type + '-masked' * encoder} | {finding.invariant} | {finding.note}"
 
 
 def _reason(model_type, encoder, case):
@@ -70,12 +78,12 @@ def _inverted(types):
 
 def main():
     torch.set_num_threads(1)
-    wanted = [word for word in sys.argv[1:] if word in ("refused", "upstream")] or ["refused", "upstream"]
-    cases = {word for word in sys.argv[1:]} - {"refused", "upstream"}
+    files = {"upstream": (upstream, UPSTREAM_FILE), "moot": (moot, MOOT_FILE), "refused": (refused, REFUSED_FILE)}
+    wanted = [word for word in sys.argv[1:] if word in files] or list(files)
+    cases = {*sys.argv[1:]} - {*files}
     with torch.compiler.set_stance("force_eager"):
-        for name, lines, file in (("refused", refused, REFUSED_FILE), ("upstream", upstream, UPSTREAM_FILE)):
-            if name in wanted:
-                file.write_text("\n".join(sorted(lines(cases))) + "\n")
+        for lines, file in (files[name] for name in files if name in wanted):
+            file.write_text("\n".join(sorted(lines(cases))) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pickle
 import matrix
 import pytest
 import torch
+from caches import CACHE
 from matrix import applicable
 from outcomes import UPSTREAM
 from patches import CASES, build
@@ -51,7 +52,7 @@ def _cache_elements(model):
     if "use_cache" not in inspect.signature(model.forward).parameters:
         return None
     with torch.no_grad():
-        cache = model(**inputs, use_cache=True).get("past_key_values")
+        cache = model(**inputs, use_cache=True).get(CACHE)
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", ())
     held = [layer for layer in layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
     return [(layer.keys.shape[1], layer.keys.numel() + layer.values.numel()) for layer in held] or None

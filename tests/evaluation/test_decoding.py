@@ -65,7 +65,7 @@ def test_numbers_that_are_none_are_an_error(options, wanted):
 
 def test_what_does_not_decode_is_an_error():
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    with pytest.raises(EvaluationError, match="BertForMaskedLM t.* no past_key_values"):
+    with pytest.raises(EvaluationError, match="BertForMaskedLM t.* no cache"):
         function(BertForMaskedLM(BertConfig(**shape, vocab_size=20)), contexts=(8,))
 
 

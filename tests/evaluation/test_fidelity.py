@@ -117,7 +117,7 @@ def test_a_model_without_a_cache_is_an_error():
             return SimpleNamespace(logits=super().forward(**inputs).logits, past_key_values=None)
 
     bare = Bare(llama().config).eval()
-    with pytest.raises(EvaluationError, match="Bare returned no past_key_values"):
+    with pytest.raises(EvaluationError, match="Bare returned no cache"):
         evaluation.fidelity(bare, bare, [batch(4)])
     assert evaluation.fidelity(bare, bare, [batch(4)], continuation=0).kl.nats == 0
 

@@ -116,7 +116,7 @@ def test_a_model_without_a_cache_is_an_error():
         def forward(self, input_ids, use_cache):
             return SimpleNamespace(past_key_values=None)
 
-    with pytest.raises(ValueError, match="no past_key_values"):
+    with pytest.raises(ValueError, match="no cache"):
         evaluation.cache_bytes_per_token(Bare(1, 1))
 
 

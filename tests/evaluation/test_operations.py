@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from caches import CACHE
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -59,10 +60,10 @@ def seen(each, **wanted):
 def test_cache_bytes_are_those_of_the_real_cache(name):
     model = MODELS[name]()
     ids = torch.arange(48).view(2, 24)
-    cache = model(input_ids=ids, use_cache=True).past_key_values
+    cache = model(input_ids=ids, use_cache=True)[CACHE]
     filled, decoded = Phantom(model).decode(2, 24)
     assert filled.cache_bytes == held_bytes(cache) > 0
-    model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+    model(input_ids=ids[:, :1], **{CACHE: cache}, use_cache=True)
     assert decoded.cache_bytes == held_bytes(cache)
 
 

@@ -9,7 +9,7 @@ from measured_models import MODELS, gpt2, llama
 from transformers import LlamaForCausalLM
 
 from hf_attnpatch import EvaluationError, evaluation
-from hf_attnpatch.evaluation import logits
+from hf_attnpatch.evaluation import logits, windows
 
 
 def documents(sizes=(40, 33, 48, 40)):
@@ -70,6 +70,18 @@ def test_a_first_token_counts_in_the_length():
     assert found[32].nats == pytest.approx(sum(map(sum, rows)) / 20, abs=1e-6)
 
 
+def test_a_first_token_stands_before_a_window_that_is_shorter_by_it():
+    """Documents longer than the windows, so that a window at the wrong place is another one."""
+    model, texts = llama(), documents((40, 45))
+    found = evaluation.perplexity(model, texts, lengths=(32,), targets=10, window=16, stride=5, bos_token_id=7)
+    rows = [by_hand(model, [7, *ids[-31:]], 10) for ids in texts]
+    assert found[32].nats == pytest.approx(sum(map(sum, rows)) / 20, abs=1e-6)
+    rows = [by_hand(model, [7, *ids[-15:]], 10) for ids in texts]
+    assert found.truncated.nats == pytest.approx(sum(map(sum, rows)) / 20, abs=1e-6)
+    rows = [by_hand(model, [7, *ids[: len(ids) - back][-15:]], 5) for ids in texts for back in (5, 0)]
+    assert found.sliding.nats == pytest.approx(sum(map(sum, rows)) / 20, abs=1e-6)
+
+
 @pytest.mark.parametrize("elements", [2**25, 300])
 def test_by_position_is_a_plain_loop(elements, monkeypatch):
     monkeypatch.setattr(logits, "_ELEMENTS", elements)
@@ -81,6 +93,42 @@ def test_by_position_is_a_plain_loop(elements, monkeypatch):
         own = [x for row in rows for x in row[start - 1 : end - 1]]
         assert score.nats == pytest.approx(sum(own) / len(own), abs=1e-6)
     assert evaluation.loss_by_position(model, texts, bins=32).edges[-1] == 33  # the shortest document
+
+
+def test_one_target_is_enough():
+    model, texts = llama(), documents()
+    found = evaluation.perplexity(model, texts, lengths=(2,), targets=1)
+    assert found[2].nats == pytest.approx(sum(by_hand(model, ids[-2:], 1)[0] for ids in texts) / 4, abs=1e-6)
+
+
+def test_a_stride_is_a_quarter_of_the_targets():
+    for targets, stride in [(12, 3), (10, 2), (3, 1)]:
+        found = evaluation.perplexity(llama(), documents(), lengths=(16,), targets=targets, resamples=10)
+        assert found.stride == stride
+
+
+def test_as_many_resamples_as_asked_for():
+    few, more = (evaluation.perplexity(llama(), documents(), lengths=(16,), targets=4, resamples=n) for n in (3, 200))
+    assert few[16].nats == more[16].nats
+    assert few[16].high - few[16].low != more[16].high - more[16].low
+
+
+def test_a_first_token_is_one():
+    short, options = [[5] * 30], {"targets": 4, "bos_token_id": 7}
+    assert evaluation.perplexity(llama(), short, lengths=(31,), **options)[31].tokens == 4
+    with pytest.raises(EvaluationError, match="document 0: 30 tokens, wanted at least 31"):
+        evaluation.perplexity(llama(), short, lengths=(32,), **options)
+
+
+def test_the_table_has_a_line_for_each_length_and_both_baselines():
+    found = evaluation.perplexity(llama(), documents(), lengths=(8, 16), targets=4, window=12, stride=2)
+    head, *lines = str(found).split("\n")
+    assert head == "last 4 tokens of 4 documents, nats per token (95 % over documents), perplexity"
+    scores = (found[8], found[16], found.truncated, found.sliding)
+    assert [line[:18].strip() for line in lines] == ["8", "16", "truncated 12", "sliding 12"]
+    for line, score in zip(lines, scores, strict=True):
+        shown = f"{score.nats:.4f} [{score.low:.4f}, {score.high:.4f}]  {math.exp(score.nats):.2f}"
+        assert line[18:].strip() == shown
 
 
 def test_a_mapping_names_the_documents():
@@ -108,6 +156,34 @@ def test_logits_are_made_for_the_targets_only(elements, monkeypatch):
     model.lm_head = Widest(32, 40, bias=False)
     evaluation.perplexity(model, documents(), lengths=(32,), targets=6, window=32, stride=6, batch_tokens=128)
     assert model.lm_head.widest == (4 * 6 if elements > 400 else 4 * (400 // 160))
+
+
+def test_documents_longer_than_a_batch_go_one_by_one():
+    model = llama()
+    model.lm_head = Widest(32, 40, bias=False)
+    found = evaluation.perplexity(model, documents(), lengths=(32,), targets=6, window=32, stride=6, batch_tokens=31)
+    assert model.lm_head.widest == 6
+    assert found[32].tokens == 24
+
+
+def test_documents_may_be_tensors_of_any_integers():
+    wanted = evaluation.perplexity(llama(), documents(), lengths=(16,), targets=4)
+    for dtype in (torch.int32, torch.int64, torch.uint8):
+        texts = [torch.tensor(ids, dtype=dtype) for ids in documents()]
+        assert evaluation.perplexity(llama(), texts, lengths=(16,), targets=4) == wanted
+
+
+def test_tokens_go_to_the_model_s_device(monkeypatch):
+    seen = []
+
+    def losses(model, ids, targets):
+        seen.extend([ids.device, targets.device])
+        return torch.zeros(targets.shape)
+
+    monkeypatch.setattr(windows, "token_losses", losses)
+    monkeypatch.setattr(windows, "device_of", lambda model: torch.device("meta"))
+    evaluation.perplexity(llama(), documents(), lengths=(16,), targets=4)
+    assert set(seen) == {torch.device("meta")}
 
 
 def test_a_head_that_cannot_be_narrowed_is_left_alone():
@@ -150,6 +226,8 @@ def test_a_nan_names_its_document_and_never_averages_away():
     ("options", "message"),
     [
         ({"lengths": ()}, "at least one length"),
+        ({"lengths": (16,), "targets": 0}, "at least one length, one target"),
+        ({"lengths": (16,), "targets": 4, "stride": -1}, "a stride of 1 or more"),
         ({"lengths": (16,), "targets": 16}, "at most 15 targets"),
         ({"lengths": (16,), "targets": 8, "window": 8}, "at most 7 targets"),
         ({"lengths": (16, 400), "targets": 8}, "document 0: 40 tokens, wanted at least 400"),

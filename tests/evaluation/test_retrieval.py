@@ -215,7 +215,7 @@ def test_models_that_cannot_be_asked(tokenizer):
         def forward(self, **inputs):
             return SimpleNamespace(logits=super().forward(**inputs).logits, past_key_values=None)
 
-    with pytest.raises(EvaluationError, match="Bare returned no past_key_values"):
+    with pytest.raises(EvaluationError, match="Bare returned no cache"):
         evaluation.retrieval(Bare(broken.config), tokenizer, lengths=(400,))
 
 

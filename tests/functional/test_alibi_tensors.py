@@ -205,3 +205,106 @@ def test_a_rounded_product_equals_bloom_in_its_own_dtype():
     distance = Distance(alibi.slopes(6), rounded=torch.bfloat16)
     found = biased._products(distance, torch.zeros(2, 6, 40, 1), KEEP)
     assert torch.equal(found.flatten(0, 1)[:, None], build_alibi_tensor(keep, 6, torch.bfloat16))
+
+
+@pytest.mark.parametrize("distance", ["clipped", "rounded", "both ways"])
+@pytest.mark.parametrize("step", [1, 7, 39, 40, 41])
+def test_rows_of_a_few_queries_at_a_time_are_those_of_all(distance, step, monkeypatch):
+    """Whose masks are cut as they are, with another offset for each row of the batch."""
+    states = _states(kv=6)
+    sight = {"clipped": Sight(True, KEEP), "rounded": Sight(False, mask=PADDED), "both ways": Sight(False, KEEP)}
+    given = Distance(alibi.slopes(6), clip=None if distance == "rounded" else 5)
+    if distance == "rounded":
+        given = Distance(alibi.slopes(6), rounded=torch.float32)
+    whole = biased._rows(*states, given, sight[distance], 0.3, 0.0)
+    monkeypatch.setattr(biased, "_CHUNK", step * 6 * 40)
+    calls, kernel = [], F.scaled_dot_product_attention
+
+    def watched(query, *args, **kwargs):
+        calls.append(query.shape[2])
+        return kernel(query, *args, **kwargs)
+
+    monkeypatch.setattr(biased.F, "scaled_dot_product_attention", watched)
+    found = biased._rows(*states, given, sight[distance], 0.3, 0.0)
+    assert calls == [min(step, 40 - start) for start in range(0, 40, step)]
+    real = KEEP[:, None, :, None]
+    torch.testing.assert_close(found * real, whole * real, rtol=0, atol=1e-6)
+
+
+def test_a_half_precision_mask_hides_by_its_lowest_number():
+    lowest = torch.finfo(torch.float16).min
+    mask = torch.tensor([0.0, -3.5, lowest / 4, lowest / 2, lowest, -torch.inf], dtype=torch.float16)
+    found = biased.hiding(mask)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, torch.tensor([0.0, -3.5, lowest / 4, *[biased.HIDDEN] * 3]))
+    for other in (mask.float(), mask.bfloat16(), mask > 0):
+        assert biased.hiding(other) is other
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_query_stands_at_the_last_key_that_it_sees(kind):
+    seen = torch.zeros(2, 1, 3, 6, dtype=torch.bool)
+    for row, lasts in enumerate([(2, 3, 5), (0, 1, 4)]):
+        for n, last in enumerate(lasts):
+            seen[row, 0, n, max(0, last - 1) : last + 1] = True
+    mask = seen if kind == "bool" else torch.zeros(seen.shape).masked_fill(~seen, biased.HIDDEN)
+    query, key = torch.zeros(2, 4, 3, 8), torch.zeros(2, 2, 6, 8)
+    assert biased.positions(query, key, Sight(True, mask=mask)).tolist() == [[2, 3, 5], [0, 1, 4]]
+    for sight in (Sight(True), Sight(False, mask=mask), Sight(False), Sight(True, torch.ones(2, 6).bool())):
+        assert biased.positions(query, key, sight).tolist() == [[3, 4, 5]]  # the queries are the last ones
+    keep = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]]).bool()
+    assert biased.positions(query[:, :, :1], key, Sight(True, keep)).tolist() == [[3], [5]]
+    assert biased.positions(query[:, :, :1], key, Sight(False, keep)).tolist() == [[5]]
+
+
+@pytest.mark.parametrize("queries", [40, 9, 4, 1])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("form", ["none", "keep", "bool", "float"])
+def test_a_bias_of_keys_for_every_mask_and_number_of_queries(queries, batch, form):
+    """BLOOM's and MPT's own, longer than there are keys where a cache has room."""
+    full = _states(kv=3)
+    states = [full[0][:, :, -queries:], *full[1:]]
+    bias = (alibi.slopes(6)[:, None] * torch.arange(50)).float()[None].repeat(batch, 1, 1)
+    bias = bias + torch.arange(batch)[:, None, None] * torch.linspace(0, 1, 50)
+    mask = (PADDED if form != "none" else CAUSAL)[:, :, -queries:]
+    sight = {
+        "none": Sight(True),
+        "keep": Sight(True, KEEP),
+        "bool": Sight(True, mask=mask),
+        "float": Sight(True, mask=torch.zeros(mask.shape).masked_fill(~mask, biased.HIDDEN)),
+    }[form]
+    if form in ("none", "keep") and queries not in (1, 40):
+        pytest.skip("a chunk on top of a cache is told by a mask")
+    found = biased.attend_with(*states, bias, sight, 0.3)
+    wanted, _ = reference.attention(*states, scale=0.3, bias=bias[:, :, None, :40], mask=mask)
+    seen = mask.any(-1, keepdim=True)
+    torch.testing.assert_close(found * seen, (wanted.float() * seen).nan_to_num(), rtol=0, atol=FP32)
+
+
+def test_positions_among_padding_are_counted_for_a_rounded_bias():
+    """BLOOM counts the tokens of a row, and gives padding none."""
+    keep = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
+    found = biased._products(
+        Distance(torch.tensor([0.5, 0.25]).double(), rounded=torch.float32), torch.zeros(2, 2, 5, 1), keep
+    )
+    counts = torch.tensor([[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]])
+    assert torch.equal(found, torch.tensor([0.5, 0.25])[:, None] * counts[:, None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_two_ways_far_apart_weigh_as_they_should(dtype):
+    """Columns of far queries are rounded by whole nats, the same for all keys of a pass, but not for both passes."""
+    slope, length = alibi.slopes(12)[8:11], 500  # no powers of two
+    states = [t.to(dtype).requires_grad_() for t in _states(heads=3, kv=3, queries=length, keys=length)]
+    found = biased.attend(*states, Distance(slope), Sight(False), 0.3)
+    exact = [t.detach().double().requires_grad_() for t in states]
+    matrix = alibi.bias(slope, torch.arange(length), torch.arange(length))
+    wanted, _ = reference.attention(*exact, scale=0.3, bias=matrix)
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
+    assert found.dtype == dtype
+    assert (found.double() - wanted).abs().max() < tolerance * wanted.abs().max()
+    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    got = torch.autograd.grad((found.double() * weight).sum(), states)
+    for one, two in zip(got, torch.autograd.grad((wanted * weight).sum(), exact), strict=True):
+        assert one.dtype == dtype
+        assert (one.double() - two).abs().max() < 2 * tolerance * two.abs().max()

@@ -37,6 +37,24 @@ def test_the_turns_are_orthogonal_and_the_shared_head_is_their_mean(name):
     eye = torch.eye(frame.dim, dtype=torch.float64).expand(3, -1, -1)
     torch.testing.assert_close(found.reader @ found.reader.transpose(1, 2), eye)
     torch.testing.assert_close((found.shared @ heads).sum(0), (found.reader @ heads).mean(0))
+    assert math.isnan(found.energy)  # of weights alone nothing is known about it
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_equal_heads_stay_as_they_are(name):
+    heads = rows(1, FRAMES[name].dim).expand(3, -1, -1)
+    eye = torch.eye(FRAMES[name].dim, dtype=torch.float64).expand(3, -1, -1)
+    torch.testing.assert_close(aligned(FRAMES[name], heads).reader, eye)
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_heads_that_are_nothing_in_some_dimensions_are_still_turned(name):
+    """No phase is best there; any will do, but it has to be one."""
+    heads = rows(3, FRAMES[name].dim)
+    heads[:, list({*range(FRAMES[name].dim)} - {0, 1})] = 0
+    found = aligned(FRAMES[name], heads).reader
+    eye = torch.eye(FRAMES[name].dim, dtype=torch.float64).expand(3, -1, -1)
+    torch.testing.assert_close(found @ found.transpose(1, 2), eye)
 
 
 @pytest.mark.parametrize("name", FRAMES)

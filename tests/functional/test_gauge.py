@@ -119,6 +119,23 @@ def test_a_seed_draws_the_same_gauge():
     assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("frame", [rotary(400, 400, True), unrotated(200)], ids=["planes", "block"])
+def test_the_spread_is_that_of_the_factors_logarithms(frame):
+    for asked in ((), (1.0,)):
+        key, _ = random_gauge(frame, torch.Generator().manual_seed(0), *asked)
+        logarithms = torch.linalg.svdvals(key).log()
+        assert float(logarithms.std()) == pytest.approx(*asked or (0.5,), rel=0.15)
+        assert float(logarithms.mean().abs()) < 0.2
+
+
+def test_a_frame_is_numbers_wherever_a_model_is_being_built():
+    with torch.device("meta"):
+        frames = [unrotated(3), fixed(3), rotary(8, 4, True)]
+    for frame in frames:
+        assert {t.device.type for t in (frame.planes, frame.block, frame.fixed)} == {"cpu"}
+        assert frame.planes.shape[1:] == (2,)
+
+
 def test_the_dimensions_of_a_frame():
     assert rotary(8, 8, False).planes.tolist() == [list(p) for p in pairs(8, False)]
     assert rotary(10, 4, True).planes.tolist() == [[0, 1], [2, 3]]

@@ -53,6 +53,18 @@ def test_merging_is_what_plain_loops_do(groups, members, dim, width, method, dty
     torch.testing.assert_close(found.double(), loops(rows, groups, method), rtol=0, atol=LOOPS[dtype])
 
 
+def test_opposite_heads_have_no_direction_to_restore():
+    row = torch.full((1, 2, 3), 100.0)
+    assert not group_heads(torch.cat([row, -row]), 1, "mean_rescaled").any()
+
+
+def test_half_precision_is_rounded_once():
+    rows = torch.randn(6, 5, 7, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    found, wanted = group_heads(rows, 2, "mean_rescaled"), loops(rows, 2, "mean_rescaled")
+    assert found.dtype == torch.bfloat16
+    assert ((found.double() - wanted).abs() <= 1.01 * 2**-8 * wanted.abs()).all()  # half of its last bit
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_to_merge_returns_the_very_rows(method):
     rows = torch.randn(4, 3, 5)

@@ -9,7 +9,7 @@ from hf_attnpatch.functional import pieces, reference, rotary, spanned
 from hf_attnpatch.functional.rerotation import Turning
 from hf_attnpatch.functional.spans import Bifocal, Chunked, Clipped, Grouped, Sinks
 
-LENGTH, WIDTH, SCALE = 61, 16, 0.25
+LENGTH, WIDTH, SCALE = 61, 16, 0.3  # no kernel's default scale
 SPANS = [
     Grouped(7, 3, 10),
     Grouped(8, 4, 8),
@@ -18,6 +18,7 @@ SPANS = [
     Bifocal(4, 11),
     Chunked(9, 3, 12),
     Chunked(9, 2, 9),
+    Chunked(9, 3, 4),
     Sinks(2, 6),
     Sinks(0, 6),
 ]
@@ -84,6 +85,8 @@ def test_every_span_equals_its_formula(span, turning, small_blocks):
     assert (found - wanted).abs().max() < 1e-5
     assert (chunk - wanted[:, :, 40:]).abs().max() < 1e-5
     assert (rows.double() @ value.double().repeat_interleave(2, 1) - wanted).abs().max() < 1e-5
+    some = spanned.weights(near[:, :, 40:], keys, places, span, turning, SCALE).softmax(-1)
+    assert (some - rows[:, :, 40:]).abs().max() < 1e-6
     for n in (0, 5, 11, 12, 30, 60):
         one = spanned.attend(
             near[:, :, n : n + 1], keys[:, :, : n + 1], value[:, :, : n + 1], places[:, : n + 1], span, turning, SCALE

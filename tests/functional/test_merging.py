@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_gauge import scores
 
-from hf_attnpatch.functional.gauge import Frame, block_map, plane_map, random_gauge, rotary, unrotated
+from hf_attnpatch.functional.gauge import Frame, block_map, fixed, plane_map, random_gauge, rotary, unrotated
 from hf_attnpatch.functional.merging import Sharing, calibrated_keys, calibrated_values, refit, roots
 
 FRAMES = {
@@ -181,6 +181,18 @@ def test_one_member_is_itself(name):
     found = calibrated_keys(frame, *moments(keys, queries))
     assert found.energy == pytest.approx(1)
     torch.testing.assert_close(stand_ins(found, keys), keys)
+
+
+def test_what_averaging_loses_where_nothing_is_allowed():
+    """Each dimension by the energy of what reads it: 1 - sum w E (k - mean)^2 / sum w E k^2."""
+    frame, keys, queries = fixed(4), data(3, 4), data(3, 4, seed=1)
+    weight = queries.square().mean(0)  # members, dimensions
+    apart = (keys - keys.mean(1, keepdim=True)).square().mean(0)
+    wanted = 1 - float((weight * apart).sum() / (weight * keys.square().mean(0)).sum())
+    assert 0.01 < wanted < 0.99
+    assert calibrated_keys(frame, *moments(keys, queries)).energy == pytest.approx(wanted)
+    reading = torch.stack([torch.diag(w) for w in weight])
+    assert calibrated_values(frame, moments(keys, keys)[0], reading).energy == pytest.approx(wanted)
 
 
 def test_dimensions_that_allow_nothing_are_averaged():

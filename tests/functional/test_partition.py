@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_attnpatch.functional import partition
 from hf_attnpatch.functional.partition import adjacent, similar
 
 
@@ -79,6 +80,45 @@ def test_beyond_it_is_never_worse_than_neighbours(shape, seed, spared):
     found = similar(heads, groups, loss)
     assert_partition(found, heads, groups)
     assert total(found, loss) <= total(neighbours, loss) + 1e-9
+
+
+@pytest.mark.parametrize("shape", [(9, 3), (12, 3), (12, 4)])
+@pytest.mark.parametrize("seed", range(10))
+def test_beyond_it_no_two_heads_would_gain_by_changing_places(shape, seed):
+    heads, groups = shape
+    loss = random_loss(seed)
+    found = similar(heads, groups, loss)
+
+    def pairs(group):
+        return sum(loss(pair) for pair in itertools.combinations(sorted(group), 2))
+
+    if found != adjacent(heads, groups):  # which it is where that is better as groups
+        for one, two in itertools.combinations(found, 2):
+            for i, j in itertools.product(one, two):
+                swapped = ({*one} - {i} | {j}, {*two} - {j} | {i})
+                assert total(swapped, pairs) >= total((one, two), pairs) - 1e-9
+
+
+@pytest.mark.parametrize("shape", [(9, 3), (12, 3)])
+@pytest.mark.parametrize("seed", range(20))
+def test_beyond_it_the_better_of_two_starts_counts(shape, seed):
+    heads, groups = shape
+    loss = random_loss(seed)
+
+    def pairs(group):
+        return sum(loss(pair) for pair in itertools.combinations(sorted(group), 2))
+
+    starts = (partition._greedy(heads, heads // groups, pairs), adjacent(heads, groups))
+    ends = [partition._swapped(start, pairs) for start in starts] + [adjacent(heads, groups)]
+    ends = [[tuple(sorted(group)) for group in end] for end in ends]
+    assert total(similar(heads, groups, loss), loss) == pytest.approx(min(total(end, loss) for end in ends))
+
+
+def test_the_first_start_takes_the_nearest_head_each_time():
+    def loss(group):  # the last head that came is nearest to its half
+        return abs(group[-1] - group[0] - 4) + 10 * (len(group) > 2) * abs(group[-1] - group[1] - 4)
+
+    assert partition._greedy(12, 3, loss) == [(0, 4, 8), (1, 5, 9), (2, 6, 10), (3, 7, 11)]
 
 
 @settings(max_examples=30)

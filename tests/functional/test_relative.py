@@ -12,7 +12,7 @@ from hf_attnpatch.functional.biased import HIDDEN, Sight, attend_extended
 from hf_attnpatch.positions.relative import RelativeTerms
 
 HEADS, WIDTH, SIZE, THETA = 4, 16, 12, 10000.0
-SCALE = WIDTH**-0.5
+SCALE = 0.3  # no kernel's default
 
 
 def paper(query, key, value, u, v, weight, mask, theta=THETA):
@@ -138,3 +138,17 @@ def test_with_zeros_there_are_no_positions():
     found = terms.attend(*states, Sight(True), SCALE, 0.0)
     wanted, _ = reference.attention(*states, scale=SCALE, mask=torch.ones(20, 20, dtype=torch.bool).tril())
     assert float((found - wanted).abs().max()) < LOOPS[torch.float32]
+
+
+def test_recency_is_the_least_squares_that_it_says():
+    """Weights 1 / (1 + distance), a bias no lower than -deepest, any constant, and a small ridge."""
+    slope, reach, size, scale, deepest = slopes(4), 50, 6, 0.3, 5.0
+    distances = torch.arange(reach, dtype=torch.float64)
+    share = 1 / (1 + distances)
+    root = (share / share.sum()).sqrt()[:, None]
+    known = torch.cat([relative.encoding(distances, size, 100.0), torch.ones(reach, 1, dtype=torch.float64)], 1)
+    ridge = torch.eye(size + 1, dtype=torch.float64)[:size] * 1e-2  # none on the constant
+    wanted = torch.stack([torch.tensor([-min(float(s) * d, deepest) / scale for d in range(reach)]) for s in slope], 1)
+    rows = torch.cat([root * known, ridge]), torch.cat([root * wanted, torch.zeros(size, 4)]).double()
+    found = relative.recency(slope, scale, size, 100.0, reach, deepest)
+    torch.testing.assert_close(found, torch.linalg.lstsq(*rows).solution[:size].T, rtol=0, atol=1e-5)

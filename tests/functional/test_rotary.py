@@ -137,3 +137,87 @@ def test_longrope_attention(window, factor):
     )
     wanted = ROPE_INIT_FUNCTIONS["longrope"](config, "cpu")[1]
     assert rotary.longrope_attention(factor, window) == pytest.approx(wanted)
+
+
+PLAIN = rotary.default(10000.0, 32)
+
+
+def ramp(turns, slow, fast):
+    return min(1.0, max(0.0, (turns - slow) / (fast - slow)))
+
+
+@pytest.mark.parametrize(("slow", "fast"), [(None, None), (2.0, 7.5)])
+def test_by_parts_is_a_ramp_over_turns_within_the_window(slow, fast):
+    """2309.00071, section 3.2: gamma over r = L / wavelength, from alpha = 1 to beta = 32."""
+    given = {} if slow is None else {"beta_slow": slow, "beta_fast": fast}
+    found = rotary.by_parts(PLAIN, 4.0, 512, **given)
+    for one, old in zip(found.tolist(), PLAIN.double().tolist(), strict=True):
+        keep = ramp(512 * old / (2 * math.pi), slow or 1.0, fast or 32.0)
+        assert one == pytest.approx(old * (keep + (1 - keep) / 4.0), rel=FREQUENCIES)
+
+
+def test_llama3_s_own_limits():
+    """Llama 3.1 as published: 1 and 4 turns within the window."""
+    for one, old in zip(rotary.llama3(PLAIN, 8.0, 512).tolist(), PLAIN.double().tolist(), strict=True):
+        keep = ramp(512 * old / (2 * math.pi), 1.0, 4.0)
+        assert one == pytest.approx(old * (keep + (1 - keep) / 8.0), rel=FREQUENCIES)
+
+
+def test_ntk_keeps_the_highest_and_divides_the_lowest():
+    found = rotary.ntk(PLAIN, 8.0)
+    for i, one in enumerate(found.tolist()):
+        assert one == pytest.approx((10000.0 * 8.0 ** (32 / 30)) ** (-2 * i / 32), rel=1e-5)
+    assert rotary.ntk_theta(10000.0, 8.0, 32) == pytest.approx(10000.0 * 8.0 ** (32 / 30))
+    assert found[0] == PLAIN[0]
+    assert float(found[-1]) == pytest.approx(float(PLAIN[-1]) / 8, rel=1e-6)
+
+
+def test_resonance_rounds_wavelengths_within_the_window():
+    found = rotary.resonance(PLAIN, 100)
+    changed = 0
+    for one, old in zip(found.tolist(), PLAIN.double().tolist(), strict=True):
+        wavelength = 2 * math.pi / old
+        wanted = 2 * math.pi / (round(wavelength) if wavelength < 100 else wavelength)
+        assert one == pytest.approx(wanted, rel=FREQUENCIES)
+        changed += wanted != old
+    assert 0 < changed < len(PLAIN)
+
+
+@pytest.mark.parametrize("count", [2, 5, 16])
+def test_clipped_frequencies_end_in_half_a_cosine(count):
+    found = rotary.clipped(PLAIN, count)
+    assert torch.equal(found[: 16 - count], PLAIN[: 16 - count])
+    for i in range(count):
+        taper = (1 + math.cos(math.pi * i / (count - 1))) / 2
+        assert float(found[16 - count + i]) == pytest.approx(float(PLAIN[16 - count + i]) * taper, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("truncate", [None, True, False])
+@pytest.mark.parametrize(("theta", "dim", "window"), [(10000.0, 32, 512), (10.0, 8, 477), (10.0, 8, 64), (1e6, 8, 7)])
+def test_yarn_s_own_limits_are_transformers(truncate, theta, dim, window):
+    """Also where the ramp would begin before the first frequency, or end behind the last."""
+    given = {} if truncate is None else {"truncate": truncate}
+    wanted, _ = upstream(theta, dim, window, 4.0, "yarn", **given)
+    close(rotary.yarn(theta, dim, 4.0, window, **given), wanted)
+
+
+@pytest.mark.parametrize("factor", [0.25, 0.999, 1.0])
+def test_a_factor_that_shortens_leaves_cos_and_sin_alone(factor):
+    assert rotary.yarn_attention(factor) == rotary.longrope_attention(factor, 512) == 1.0
+
+
+def test_mscale_multiplies_the_logarithm():
+    """DeepSeek's: 0.1 mscale ln s + 1."""
+    assert rotary.yarn_attention(40.0, 0.707) == pytest.approx(0.1 * 0.707 * math.log(40) + 1)
+    assert rotary.yarn_attention(40.0) == pytest.approx(0.1 * math.log(40) + 1)
+
+
+def test_frequencies_are_single_precision_wherever_a_model_is_built():
+    wanted = rotary.yarn(10000.0, 32, 4.0, 512)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = rotary.default(10000.0, 32), rotary.yarn(10000.0, 32, 4.0, 512)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found[0], PLAIN)
+    assert torch.equal(found[1], wanted)

@@ -34,10 +34,23 @@ def test_rows_are_as_defined(method, length):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_longer_is_the_same(method, dtype):
-    table = TABLE.to(dtype)
-    assert torch.equal(lengthened(table, 5, method), table)
-    assert lengthened(table, 9, method).dtype == dtype
+@pytest.mark.parametrize("rows", [1, 2, 3, 5])
+def test_no_longer_is_the_same(method, dtype, rows):
+    table = TABLE[:rows].to(dtype)
+    found = lengthened(table, rows, method)
+    assert torch.equal(found, table)
+    assert found.data_ptr() != table.data_ptr()
+    assert lengthened(TABLE.to(dtype), 9, method).dtype == dtype
+
+
+def test_double_precision_is_kept():
+    found = lengthened(TABLE.double(), 12, "interpolate")
+    wanted = torch.stack([_row("interpolate", i, 12) for i in range(12)])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-14)
+
+
+def test_the_methods_are_those_of_the_docstring():
+    assert all(f"``{method}`` " in lengthened.__doc__ for method in METHODS)
 
 
 def test_all_rows_of_a_hierarchical_table_differ():

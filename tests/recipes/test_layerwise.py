@@ -119,8 +119,6 @@ def test_a_wrapper_does_not_hide_the_modules_and_a_wrong_path_is_named():
             pass
 
 
-# peft asks transformers by a name that transformers 5.23 calls deprecated
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 @pytest.mark.usefixtures("no_reload")
 @pytest.mark.parametrize(
     "changes", [{}, {"trainable": "lora", "lora": LORA}, {"train": {"gradient_checkpointing": True}}]

@@ -120,8 +120,6 @@ def test_a_calibrated_run_resumes_bit_equal_and_on_no_other_text(folder, monkeyp
         assert left | {"seconds": 0} == right | {"seconds": 0}
 
 
-# peft asks transformers by a name that transformers 5.23 calls deprecated
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_lora_with_full_rank_keys_and_values_goes_on_top_of_refined_heads(folder, monkeypatch):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

@@ -83,11 +83,6 @@ def test_a_stopped_run_resumes_bit_equal(folder, monkeypatch):
         launch(monkeypatch, other, "--resume")
 
 
-# peft asks transformers by a name that transformers 5.23 calls deprecated
-old_name = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-
-
-@old_name
 def test_lora_is_merged_and_lies_beside(folder, monkeypatch):
     from peft import PeftModel
 
@@ -106,7 +101,6 @@ def test_lora_is_merged_and_lies_beside(folder, monkeypatch):
     torch.testing.assert_close(apart, together, atol=1e-5, rtol=0)
 
 
-@old_name
 @pytest.mark.usefixtures("no_reload")
 def test_lora_resumes_bit_equal(folder, monkeypatch):
     changes = {"trainable": "lora", "lora": LORA | {"lora_dropout": 0.1}}

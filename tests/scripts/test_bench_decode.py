@@ -20,6 +20,7 @@ import decode_paths
 import decode_report
 import decode_rows
 import readme
+from caches import CACHE
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 RESULT = SCRIPTS.parent / "recipes/results/decode/bench_decode.json"
@@ -66,7 +67,7 @@ def test_a_step_is_the_next_token_of_the_model(models, text, kv):
     cache = decode_paths.prefilled(model, path, 16, 2)
     decode_paths.choose_attention(model, path.attention)
     for _ in range(2):  # the second one sees that the first was taken back
-        found = model(tokens[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
+        found = model(tokens[:, -1:], **{CACHE: cache}, use_cache=True).logits[:, -1]
         decode_paths.take_back(cache)
         torch.testing.assert_close(found, wanted, atol=2e-6, rtol=0)
     assert int(cache.get_seq_length()) == 16
@@ -83,7 +84,7 @@ def test_folded_attention_sees_padding(models, cache):
         filled = decode_paths.prefilled(model, path, 16, 2)
         decode_paths.choose_attention(model, attention)
         token = torch.tensor([[3], [3]])
-        logits.append(model(token, past_key_values=filled, attention_mask=keep, use_cache=True).logits)
+        logits.append(model(token, **{CACHE: filled}, attention_mask=keep, use_cache=True).logits)
     torch.testing.assert_close(logits[1], logits[0], atol=2e-6, rtol=0)
     assert not torch.allclose(logits[0][0], logits[0][1], atol=1e-4)  # the padded row was padded
 
@@ -114,7 +115,7 @@ def test_sdpa_calls_are_seen(models):
         cache = decode_paths.filled(models[2], path, 16, 1)
         decode_paths.choose_attention(models[2], path.attention)
         step = Work(
-            lambda cache=cache: models[2](torch.zeros(1, 1, dtype=torch.long), past_key_values=cache),
+            lambda cache=cache: models[2](torch.zeros(1, 1, dtype=torch.long), **{CACHE: cache}),
             after=lambda cache=cache: decode_paths.take_back(cache),
         )
         seen[text] = decode_paths.sdpa_call(step)

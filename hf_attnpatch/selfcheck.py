@@ -1,0 +1,158 @@
+"""What ``apply`` asks of a patched model beyond one forward: that it decodes what it computes at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .edits import first_layers
+from .errors import SelfCheckFailed
+from .invariants.noise import rounding
+from .probe import Inputs, default_inputs, disagreement, largest_difference, quiet, valid
+from .stepwise import STEPS, NoCache, in_pieces, remembers, rereads, writes_as_it_reads
+from .upstream import words
+from .upstream.roles import predicted, roles_of
+
+Promise = Callable[[Any], str | None]  # is shown the cache of a decoded text, and says what is wrong with it
+_TEXT = (words.TOKENS, words.MASK, words.POSITIONS, words.DECODER_TOKENS)
+NO_CACHE = "generate was seen to read the whole text again for each token: there is no cache to check"
+
+
+def decoding(
+    model: PreTrainedModel,
+    inputs: Inputs,
+    sites: Sequence[str],
+    promises: Iterable[Promise] = (),
+    steps: tuple[int, ...] = STEPS,
+) -> tuple[str | None, str]:
+    """Compare decoding with the full forward: a prefill, two single tokens and two at once, one row left-padded.
+
+    The first layers are asked, as many as it takes to have one of each kind; where they disagree, or a promise is
+    about all of them, the whole model.
+
+    Args:
+        model: patched or not; left as it was.
+        sites: paths of modules inside the layers that may be left out.
+        inputs: of its forward; where there is more in them than text, the default ones are taken.
+        promises: of patches about the cache.
+        steps: tokens of each step after the prefill.
+
+    Returns:
+        What is wrong, or None; and what was found, in a few words.
+
+    Raises:
+        SelfCheckFailed: a promise is broken, or the model generates with a cache that was not found.
+    """
+    if not model.can_generate():
+        return None, "the model does not generate"
+    said = f"a prefill and steps of {' and '.join(map(str, dict.fromkeys(steps)))} tokens equal the full forward"
+    short = None if promises else one_of_each(model, sites)
+    if short is not None:
+        with first_layers(model, *short):
+            problem, found = _asked(model, inputs, (), steps)
+        if problem is None:
+            return None, found or f"{said}, one row left-padded, in the first {short[1]} of its layers"
+    problem, found = _asked(model, inputs, promises, steps)
+    return problem, found or f"{said}, one row left-padded"
+
+
+def _asked(
+    model: PreTrainedModel, inputs: Inputs, promises: Iterable[Promise], steps: tuple[int, ...]
+) -> tuple[str | None, str]:
+    roles = roles_of(model)
+    text = {roles.names.get(role) for role in _TEXT}
+    given = _placed(model, inputs if set(inputs) <= text else default_inputs(model))
+    caches: list[Any] = []
+    with quiet(model), torch.no_grad():
+        try:
+            wanted, found = _both(model, given, steps, caches)
+        except NoCache as error:
+            if _apart(model, given, _whole(model, given), error.found) is None:
+                return None, "modules keep their own state, by which single steps equal the full forward"
+            ids = {roles.names.get(words.TOKENS), roles.names.get(words.DECODER_TOKENS)}
+            plain = {name: t for name, t in given.items() if name in ids}
+            if rereads(model, plain):
+                return None, NO_CACHE
+            alone = {name: t for name, t in plain.items() if name == roles.name(words.TOKENS)}
+            if remembers(model, plain) and writes_as_it_reads(model, alone):
+                return None, "modules keep their own state; the tokens of generate are those of full forwards"
+            raise SelfCheckFailed(
+                f"{error} Its cached decoding could not be checked; the model is unchanged."
+            ) from error
+        except (ValueError, TypeError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
+            text_of = " ".join(f"{type(error).__name__}: {error}".split())
+            return f"decoding with a cache fails ({text_of[:200]})", ""
+        problem = _apart(model, given, wanted, found)
+    for promise in promises:
+        broken = None if not caches else promise(caches[-1])
+        if broken is not None:
+            raise SelfCheckFailed(f"{broken}. The model is unchanged.")
+    return problem, ""
+
+
+def one_of_each(model: PreTrainedModel, sites: Sequence[str]) -> tuple[str, int] | None:
+    """Return the list of layers that holds some modules, and how many of its first have one of each kind of layer.
+
+    None where it is no such list, or nothing would be saved.
+    """
+    parts = sites[0].split(".") if sites else []
+    cut = next((n for n, part in enumerate(parts) if part.isdigit()), 0)
+    path = ".".join(parts[:cut])
+    layers = model.get_submodule(path) if cut else None
+    if not isinstance(layers, nn.ModuleList) or not all(site.startswith(f"{path}.") for site in sites):
+        return None
+    kinds = [_kind(layer) for layer in layers]
+    count = 1 + max(kinds.index(kind) for kind in kinds)
+    return (path, count) if count < len(layers) else None
+
+
+def _kind(layer: nn.Module) -> Any:
+    """What tells layers apart: their modules' classes, hooks and plain attributes, but for the layer's own number."""
+    return [
+        (
+            path,
+            type(module),
+            [type(hook) for hook in module._forward_pre_hooks.values()],
+            [(k, v) for k, v in vars(module).items() if isinstance(v, (bool, float, str)) and k != "training"],
+            {k: v for k, v in vars(module).items() if isinstance(v, int) and k not in words.LAYER_NUMBER},
+        )
+        for path, module in layer.named_modules()
+    ]
+
+
+def _placed(model: PreTrainedModel, inputs: Inputs) -> dict[str, Tensor]:
+    """Return the inputs with positions as ``generate`` passes them, where the model takes any and none are given."""
+    roles = roles_of(model)
+    mask = inputs.get(roles.names.get(words.MASK, ""))
+    if mask is None or not roles.takes(words.POSITIONS) or roles.name(words.POSITIONS) in inputs:
+        return dict(inputs)
+    return {**inputs, roles.name(words.POSITIONS): (mask.cumsum(-1) - 1).clamp_min(0)}
+
+
+def _both(model: PreTrainedModel, given: Inputs, steps: tuple[int, ...], caches: list[Any]) -> tuple[Tensor, Tensor]:
+    """Return the predictions of the full forward, and of the same text fed in pieces."""
+    roles = roles_of(model)
+    stream = roles.names.get(words.DECODER_TOKENS, "")
+    length = given[stream if stream in given else roles.name(words.TOKENS)].shape[-1]
+    sizes = [length - sum(steps), *steps] if length > sum(steps) else [1] * length
+    return _whole(model, given), in_pieces(model, given, sizes, caches.append)
+
+
+def _whole(model: PreTrainedModel, given: Inputs) -> Tensor:
+    return predicted(model(**given, **roles_of(model).call(**{words.USE_CACHE: False})))
+
+
+def _apart(model: PreTrainedModel, given: Inputs, wanted: Tensor, found: Tensor) -> str | None:
+    """Say how far apart both are, or None where rounding explains it: usually, or as measured in this model."""
+    problem = disagreement(valid(model, wanted, given), valid(model, found, given))
+    if problem is None or wanted.shape != found.shape or not found.isfinite().all():
+        return problem
+    apart = largest_difference(valid(model, wanted, given), valid(model, found, given))
+    return None if apart <= rounding(model, lambda: predicted(model(**given))) else problem
+
+
+__all__ = ["NO_CACHE", "Promise", "decoding"]

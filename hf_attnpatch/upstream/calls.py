@@ -1,0 +1,310 @@
+"""How transformers calls attention functions and mask functions: learned from one call of a tiny model.
+
+Everything else in this package speaks of ``(module, query, key, value, mask, dropout=, scaling=, ...)`` and of
+``(batch_size, q_length, kv_length, q_offset, ...)``. What is registered is wrapped on the way in where the installed
+release uses other words or places, and what is called of transformers' own on the way out.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+
+from . import words
+from .find import changed, find
+from .roles import learn, resumed, roles_of
+
+Function = Callable[..., Any]
+_LISTENING = "listening_hf_attnpatch"  # a name with a kernel's name in it is refused by families that have none of it
+_HEAD_DIM, _HEADS, _KV_HEADS, _DROPOUT = 8, 4, 2, 0.125
+_ROWS, _CACHED, _NEW = 2, 3, 4
+_STATES = ("module", "query", "key", "value", "mask")
+_NEEDS = "every patch of attention"
+
+
+@dataclass
+class _Heard:
+    """What the tiny model passed in its last layer's call."""
+
+    attention: tuple[tuple[Any, ...], dict[str, Any]] = field(default_factory=lambda: ((), {}))
+    mask: dict[str, Any] = field(default_factory=dict)
+    sentinel: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Interface:
+    """The installed release's way to call attention and masks.
+
+    Attributes:
+        places: where each of ``_STATES`` is passed: a position, or a keyword.
+        keywords: this package's word -> transformers' keyword of an attention function, where they differ.
+        masks: the same for mask functions.
+        by_position: whether mask functions tell queries by a tensor of positions (releases before 5.3).
+        causal: attribute by which a module says that it looks back only.
+    """
+
+    places: tuple[int | str, ...]
+    keywords: Mapping[str, str]
+    masks: Mapping[str, str]
+    by_position: bool
+    causal: str
+
+    @property
+    def usual(self) -> bool:
+        """Whether attention functions are called as this package calls them."""
+        return self.places == tuple(range(len(_STATES))) and not self.keywords
+
+
+_KNOWN: Interface | None = None  # a plain global, not a cached function: compilers read it, and do not run the model
+
+
+def interface() -> Interface:
+    """Return how the installed release calls attention and mask functions, learned when first asked for.
+
+    Raises:
+        UpstreamChanged: a tiny Llama does not run, or what it passes is not recognised.
+    """
+    global _KNOWN
+    if _KNOWN is None:
+        with torch.device("cpu"):  # a model that asks may be in the middle of being built without data
+            _KNOWN = _learned()
+    return _KNOWN
+
+
+def _learned() -> Interface:
+    heard = _listen()
+    args, kwargs = heard.attention
+    keywords = _matched(
+        (words.DROPOUT, words.SCALING), kwargs, {words.DROPOUT: _DROPOUT, words.SCALING: _HEAD_DIM**-0.5}
+    )
+    by_position = "cache_position" in heard.mask
+    return Interface(_places(args, kwargs, heard.sentinel), keywords, _masks(heard.mask), by_position, _causal())
+
+
+def attention_registered(function: Function) -> Function:
+    """Return what to register for an attention function that takes this package's words."""
+    found = interface()
+    if found.usual:
+        return function
+    ours = {theirs: word for word, theirs in found.keywords.items()}
+
+    @functools.wraps(function)
+    def attention(*args: Any, **kwargs: Any) -> Any:
+        given = [args[p] if isinstance(p, int) else kwargs.pop(p) for p in found.places]
+        return function(*given, **{ours.get(name, name): value for name, value in kwargs.items()})
+
+    return attention
+
+
+def _call_attention(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    found, function = interface(), AttentionInterface()[name]
+    if found.usual:
+        return function(*args, **kwargs)
+    named = {found.keywords.get(word, word): value for word, value in kwargs.items()}
+    placed = sorted((p, n) for n, p in enumerate(found.places) if isinstance(p, int))
+    by_name = {p: args[n] for n, p in enumerate(found.places) if isinstance(p, str)}
+    return function(*(args[n] for _, n in placed), **by_name, **named)
+
+
+def sdpa_attention(*args: Any, **kwargs: Any) -> Any:
+    """Transformers' attention function of torch's kernels, in this package's words."""
+    return _call_attention("sdpa", args, kwargs)
+
+
+def flex_attention(*args: Any, **kwargs: Any) -> Any:
+    """Transformers' attention function of flex attention, in this package's words."""
+    return _call_attention("flex_attention", args, kwargs)
+
+
+@functools.cache
+def mask_registered(mask: Function) -> Function:
+    """Return what to register for a mask function that takes ``q_length`` and ``q_offset``: always the same."""
+    found = interface()
+    if not found.by_position and not found.masks:
+        return mask
+    ours = {theirs: word for word, theirs in found.masks.items()}
+
+    def spoken(*args: Any, **kwargs: Any) -> Any:
+        kwargs = {ours.get(name, name): value for name, value in kwargs.items()}
+        position = kwargs.pop("cache_position", None)
+        if position is not None:
+            where = {"q_length": len(position), "q_offset": int(position[0])}
+            kwargs = {**kwargs, **where, "device": position.device}
+        return mask(*args, **kwargs)
+
+    return spoken
+
+
+def call_mask(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call transformers' mask function of a name, given ``q_length`` and ``q_offset``, as the release wants it."""
+    found, mask = interface(), AttentionMaskInterface()[name]
+    given = {**dict(zip(words.MASKS, args, strict=False)), **kwargs}
+    if found.by_position:
+        here = torch.arange(given.pop("q_length"), device=given.pop("device", "cpu"))
+        given["cache_position"] = here + given.pop("q_offset", 0)
+    return mask(**{found.masks.get(word, word): value for word, value in given.items()})
+
+
+def sdpa_mask(*args: Any, **kwargs: Any) -> Any:
+    """Transformers' mask for torch's kernels, bool, True is seen; or None."""
+    return call_mask("sdpa", args, kwargs)
+
+
+def eager_mask(*args: Any, **kwargs: Any) -> Any:
+    """Transformers' mask for computing every score: added, floating point."""
+    return call_mask("eager", args, kwargs)
+
+
+def flash_attention_mask(*args: Any, **kwargs: Any) -> Any:
+    """Transformers' mask for FlashAttention: (batch, keys) or None."""
+    return call_mask("flash_attention_2", args, kwargs)
+
+
+def flex_attention_mask(*args: Any, **kwargs: Any) -> Any:
+    """Transformers' mask for flex attention."""
+    return call_mask("flex_attention", args, kwargs)
+
+
+def looks_back(module: nn.Module, is_causal: bool | None = None) -> bool:
+    """Return whether an attention module looks back only: what is passed, else what it says, else yes."""
+    return bool(getattr(module, interface().causal, True) if is_causal is None else is_causal)
+
+
+def says_causal(module: nn.Module) -> bool | None:
+    """Return what a module says of itself: it looks back only, it does not, or nothing."""
+    found = getattr(module, interface().causal, None)
+    return found if isinstance(found, bool) else None
+
+
+def _listen() -> _Heard:
+    """Run a Llama of one layer, whose attention and mask functions only listen: a filled cache, then four tokens."""
+    heard = _Heard()
+
+    def mask(*args: Any, **kwargs: Any) -> Tensor:
+        heard.mask = {**dict(zip(words.MASKS, args, strict=False)), **kwargs}
+        heard.sentinel = torch.ones(_ROWS, 1, _NEW, _CACHED + _NEW, dtype=torch.bool)
+        return heard.sentinel
+
+    def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        heard.attention = (args, kwargs)
+        query = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() == 4)
+        return query.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(_LISTENING, attention)
+    AttentionMaskInterface.register(_LISTENING, mask)
+    sizes = {"hidden_size": _HEADS * _HEAD_DIM, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 16}
+    heads = {"num_attention_heads": _HEADS, "num_key_value_heads": _KV_HEADS, "head_dim": _HEAD_DIM}
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            config = AutoConfig.for_model("llama", **sizes, **heads, attention_dropout=_DROPOUT)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=_LISTENING).train()
+            learn(model)
+            roles = roles_of(model)
+            tokens = torch.ones(_ROWS, _CACHED + _NEW, dtype=torch.int64)
+            keep = torch.ones_like(tokens)
+            keep[1, 0] = 0
+            head = {words.TOKENS: tokens[:, :_CACHED], words.MASK: keep[:, :_CACHED], words.USE_CACHE: True}
+            state = resumed(model, model(**roles.call(**head)))
+            rest = {words.TOKENS: tokens[:, _CACHED:], words.MASK: keep, words.USE_CACHE: True}
+            model(**roles.call(**rest), **state)
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError, StopIteration) as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise changed(f"a Llama that does not run with an attention function of another's ({cause})", _NEEDS) from error
+    if heard.sentinel is None or not (heard.attention[0] or heard.attention[1]):
+        raise changed("a Llama that asks its registry for no attention or no mask function", _NEEDS)
+    return heard
+
+
+def _places(args: tuple[Any, ...], kwargs: Mapping[str, Any], sentinel: Tensor | None) -> tuple[int | str, ...]:
+    every: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    states = [place for place, v in every if isinstance(v, Tensor) and v.dim() == 4 and v is not sentinel]
+    module = [place for place, v in every if isinstance(v, nn.Module)]
+    mask = [place for place, v in every if v is sentinel]
+    if len(states) != 3 or len(module) != 1 or len(mask) != 1:
+        raise changed(f"an attention function that is called with {len(states)} states and {len(mask)} masks", _NEEDS)
+    return (module[0], *states, mask[0])
+
+
+def _matched(wanted: tuple[str, ...], given: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, str]:
+    """Return this package's word -> the keyword that carries its value, for words that are no keyword here."""
+    found = {}
+    for word in wanted:
+        if word in given:
+            continue
+        names = [name for name, value in given.items() if name not in wanted and _equal(value, values[word])]
+        if len(names) != 1:
+            raise changed(f"no keyword `{word}` among {', '.join(given)}, of which one would carry it", _NEEDS)
+        found[word] = names[0]
+    return found
+
+
+def _equal(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, float):
+        return isinstance(value, float) and abs(value - wanted) < 1e-9
+    return type(value) is type(wanted) and bool(value == wanted)
+
+
+def _masks(given: Mapping[str, Any]) -> dict[str, str]:
+    """Return this package's word -> transformers' keyword of a mask function, where they differ."""
+    offset: Any = {"q_offset": _CACHED, "q_length": _NEW}
+    numbers = {"batch_size": _ROWS, "kv_length": _CACHED + _NEW, **({} if "cache_position" in given else offset)}
+    plain = {name: int(v) if isinstance(v, Tensor) and v.dim() == 0 else v for name, v in given.items()}
+    found = _matched(tuple(numbers), plain, numbers)
+    kinds: dict[str, Callable[[Any], bool]] = {
+        "mask_function": callable,
+        "attention_mask": lambda v: isinstance(v, Tensor) and v.dim() == 2,
+    }
+    for word, is_it in kinds.items():
+        names = [name for name, v in given.items() if name not in words.MASKS and is_it(v)]
+        if word not in given and len(names) == 1:
+            found[word] = names[0]
+        elif word not in given:
+            raise changed(f"no `{word}` among the keywords of its mask functions: {', '.join(given)}", _NEEDS)
+    return found | _skips()
+
+
+def _skips() -> dict[str, str]:
+    """Return the keywords that let a mask function return None where a kernel knows the mask by itself."""
+    mask = AttentionMaskInterface()["sdpa"]
+    declared = inspect.signature(mask).parameters
+    found = {}
+    for word, default in (("allow_is_causal_skip", True), ("allow_is_bidirectional_skip", False)):
+        if word in declared:
+            continue
+        names = [n for n, p in declared.items() if p.default is default and n not in words.MASKS]
+        if len(names) == 1:
+            found[word] = names[0]
+    return found
+
+
+def _causal() -> str:
+    """Return the attribute by which a module tells transformers' own kernel that it looks back only."""
+    asked: list[str] = []
+
+    class Module(nn.Module):
+        def __getattr__(self, name: str) -> Any:
+            asked.append(name)
+            return super().__getattr__(name)
+
+    sdpa = AttentionInterface()["sdpa"]
+    states = torch.arange(12.0).view(1, 1, 3, 4) / 12
+    plain = Module()
+    wanted = sdpa(plain, states, states, states, None)[0]
+    for name in dict.fromkeys([words.IS_CAUSAL, *asked]):
+        module = nn.Module()
+        setattr(module, name, False)
+        if name in asked and not torch.equal(sdpa(module, states, states, states, None)[0], wanted):
+            return name
+    raise changed("no attribute by which an attention module says that it looks both ways", _NEEDS)
+
+
+# What a mask function is told beside padding: queries see what comes before them, or everything.
+CAUSAL: Any = find("causal_mask_function", "masking_utils", "every mask of this package")
+BIDIRECTIONAL: Any = find("bidirectional_mask_function", "masking_utils", "every mask of this package")

@@ -1,0 +1,105 @@
+"""Transformers' vocabulary: every spelling of a name that its releases use or have used, newest first.
+
+No other module of the package spells these names. Where a model can be run, :mod:`.roles`, :mod:`.caches` and
+:mod:`.calls` find by running it what has which role, and need this list only as the first guess; a name that a release
+after this one invents is found all the same. Before weights are there, the list is what there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+# Roles of a forward's arguments.
+TOKENS: Final = "tokens"  # ids, (batch, length)
+EMBEDDINGS: Final = "embeddings"  # in the place of ids, (batch, length, width)
+SEGMENTS: Final = "segments"  # BERT's segment ids, (batch, length)
+MASK: Final = "mask"  # (batch, keys) at a model, whatever the kernel takes at an attention module
+POSITIONS: Final = "positions"  # (batch, length), int64
+CACHE: Final = "cache"  # a transformers Cache
+USE_CACHE: Final = "use_cache"  # bool: return a cache
+STATES: Final = "states"  # what a layer reads, (batch, length, width)
+ANGLES: Final = "angles"  # cosine and sine
+BIAS: Final = "bias"  # added to the scores by distance (BLOOM, MPT)
+WEIGHTS: Final = "weights"  # bool: return attention weights
+DECODER_TOKENS: Final = "decoder_tokens"  # ids of the second sequence
+
+ARGUMENTS: Final[Mapping[str, tuple[str, ...]]] = {
+    TOKENS: ("input_ids",),
+    EMBEDDINGS: ("inputs_embeds",),
+    SEGMENTS: ("token_type_ids",),
+    MASK: ("attention_mask",),
+    POSITIONS: ("position_ids",),
+    CACHE: ("cache", "past_key_values", "past_key_value", "layer_past", "cache_params"),
+    USE_CACHE: ("use_cache",),
+    STATES: ("hidden_states",),
+    ANGLES: ("position_embeddings",),
+    BIAS: ("alibi", "position_bias"),
+    WEIGHTS: ("output_attentions",),
+    DECODER_TOKENS: ("decoder_input_ids",),
+}
+
+# Roles that a forward with ``**kwargs`` hands on to its attention modules without declaring them.
+HANDED_ON: Final = frozenset({"position_ids", "output_attentions"})
+# Arguments of forwards that play none of these roles.
+OTHER_ARGUMENTS: Final = frozenset(
+    {
+        *("labels", "return_dict", "output_hidden_states", "output_router_logits", "logits_to_keep", "cache_position"),
+        *("encoder_outputs", "encoder_hidden_states", "encoder_attention_mask", "decoder_attention_mask", "head_mask"),
+        *("decoder_inputs_embeds", "pixel_values", "next_sentence_label", "num_logits_to_keep"),
+        *("perm_mask", "target_mapping", "input_mask", "use_mems", "mems"),  # XLNet
+    }
+)
+
+# Fields of an output by which older families go on from it, which hold no cache of keys and values.
+OTHER_STATES: Final = ("state", "past_buckets_states", "mems")
+
+# Columns of a tokenizer's output and of data sets, which are no part of any model.
+INPUT_IDS: Final = "input_ids"
+ATTENTION_MASK: Final = "attention_mask"
+DECODER_MASK: Final = "decoder_attention_mask"
+
+# Fields of a model's output that hold what it predicts, most wanted first.
+PREDICTIONS: Final = ("logits", "prediction_logits", "last_hidden_state")
+
+# Keywords of transformers' attention functions.
+DROPOUT: Final = "dropout"
+SCALING: Final = "scaling"
+IS_CAUSAL: Final = "is_causal"
+SOFTCAP: Final = "softcap"
+SINKS: Final = "s_aux"
+SCORE_BIAS: Final = "position_bias"
+WINDOW: Final = "sliding_window"
+PACKED: Final = "cu_seq_lens_q"
+PACKED_KEYS: Final = "cu_seq_lens_k"
+PAGED: Final = "block_table"
+ATTENTION: Final[Mapping[str, tuple[str, ...]]] = {
+    name: (name,)
+    for name in (DROPOUT, SCALING, IS_CAUSAL, SOFTCAP, SINKS, SCORE_BIAS, WINDOW, PACKED, PACKED_KEYS, PAGED)
+}
+# Keywords that reach attention functions and change nothing of what they compute.
+HARMLESS: Final = frozenset(
+    {
+        *("output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch", "layer_idx", "labels"),
+        *("cache_position", "max_length_q", "max_length_k", "cu_seq_lens_k", "logits_to_keep", "layer_head_mask"),
+    }
+)
+
+# Keywords of transformers' mask functions.
+MASKS: Final = (
+    *("batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask", "local_size"),
+    *("allow_is_causal_skip", "allow_is_bidirectional_skip", "dtype", "config", "use_vmap", "device"),
+)
+
+# Methods of a cache.
+UPDATE: Final = ("update",)
+LENGTH: Final = ("get_seq_length",)
+MOVES: Final = ("reorder_cache", "batch_select_indices")
+
+# Buffers of a rotary module: radians per position, as now and as of the original window.
+FREQUENCIES: Final = "inv_freq"
+ORIGINAL_FREQUENCIES: Final = "original_inv_freq"
+
+# What attention modules call things of their own.
+LAYER_NUMBER: Final = ("layer_idx", "layer_number", "layer_id")
+CROSS_ATTENTION: Final = ("is_cross_attention",)
