@@ -156,7 +156,18 @@ def test_weights_that_are_a_pickle_run_nothing(copy):
         ap.load(folder)
 
 
-NAMES = ["Trainer", "pipeline", "os.system", "__class__", "models", "modeling_gpt2", "GPT2Config", "", "é", "x" * 10_000]
+NAMES = [
+    "Trainer",
+    "pipeline",
+    "os.system",
+    "__class__",
+    "models",
+    "modeling_gpt2",
+    "GPT2Config",
+    "",
+    "é",
+    "x" * 10_000,
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -221,7 +232,7 @@ def test_every_field_that_is_not_the_users_is_known_as_such():
 
 @pytest.mark.parametrize("field", ["proved", "restored"])
 def test_a_record_does_not_say_what_was_proved(field):
-    spec = {"patch": "alibi", field: True} if field == "proved" else {"patch": "rope_scaling", "kind": "yarn", "factor": 2}
+    spec = {"patch": "alibi"} if field == "proved" else {"patch": "rope_scaling", "kind": "yarn", "factor": 2}
     good = {"version": 1, "base_model": "x", "base_model_type": "llama", "stock": False, "versions": {}}
     with pytest.raises(ap.AttnPatchError, match=f"{field} is found out"):
         record.parse({**good, "patches": [{**spec, field: True}]})
@@ -510,5 +521,5 @@ def test_stdin_is_never_read(made, tmp_path):
 
 
 def test_schema_says_where_and_what():
-    with pytest.raises(ap.AttnPatchError, match=r"a\.b is an integer of 1329 bits; wanted an integer that 64 bits hold"):
+    with pytest.raises(ap.AttnPatchError, match=r"a\.b is an integer of 1329 bits; wanted an integer that 64"):
         schema.plain({"b": 10**400}, "a")
