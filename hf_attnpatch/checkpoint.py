@@ -14,6 +14,7 @@ from . import foreign, untrusted
 from .errors import AttnPatchError
 from .publishing.hub import Hub
 from .publishing.origin import REPOSITORY
+from .schema import brief
 from .showing import line
 
 # A class that several of these know (GPT-2's language model, say) is loaded by the first.
@@ -28,7 +29,7 @@ def load(name: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
 
     A checkpoint that stock transformers can express is loaded by it; for another the recorded structure is rebuilt
     first (:mod:`hf_attnpatch.foreign`). No code from the checkpoint runs, and none that its config names, unless
-    ``trust_remote_code=True`` is passed; nothing asks. See ``docs/trust.md`` of this package.
+    ``trust_remote_code=True`` is passed; nothing asks. See ``TRUST.md`` of this package.
 
     Args:
         name: folder or hub repository.
@@ -52,7 +53,7 @@ def config_of(name: str | os.PathLike[str], **options: Any) -> PretrainedConfig:
     """Return the config of a checkpoint, after looking at what it asks for; see :func:`load`."""
     check_name(name)
     trust, hub = bool(options.get("trust_remote_code")), {key: options[key] for key in _WHERE if key in options}
-    untrusted.check(str(name), hub, trusted=trust, chosen=options)
+    untrusted.check(str(name), hub, trusted=trust)
     return AutoConfig.from_pretrained(name, **hub, trust_remote_code=trust)
 
 
@@ -110,18 +111,33 @@ def auto_class(config: PretrainedConfig) -> Any:
         AttnPatchError: no Auto class of the installed transformers knows it.
     """
     names = [*_AUTO, *(n for n in modeling_auto.__all__ if n.startswith("AutoModelFor")), "AutoModel"]
-    wanted = [name.removeprefix("Patched") for name in getattr(config, "architectures", None) or ()]
+    wanted = [name.removeprefix("Patched") for name in _architectures(config)]
     remote = getattr(config, "auto_map", None) or {}
     for name in dict.fromkeys(names):
-        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None) or {}
-        found = mapping[type(config)] if type(config) in mapping else ()
+        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)  # whose truth imports every family
+        found = mapping[type(config)] if mapping is not None and type(config) in mapping else ()
         classes = found if isinstance(found, (list, tuple)) else (found,)
         if any(cls.__name__.removeprefix("Patched") in wanted for cls in classes) or name in remote:
             return getattr(modeling_auto, name)
     twin = next(filter(None, (foreign.twin_of(name, config) for name in wanted)), None)
     if twin is not None:
         return twin
+    named = brief(", ".join(wanted))
     raise AttnPatchError(
-        f"architectures {wanted} of model type {config.model_type!r}: no Auto class of the installed transformers "
+        f"architectures [{named}] of model type {config.model_type!r}: no Auto class of the installed transformers "
         "gives it; write the class that the checkpoint was saved from into `architectures` of its config.json."
     )
+
+
+def _architectures(config: PretrainedConfig) -> list[str]:
+    """Return the class names in a config, which whoever made the checkpoint wrote.
+
+    Raises:
+        AttnPatchError: they are no list of names.
+    """
+    found = getattr(config, "architectures", None)
+    if found is None:
+        return []
+    if not isinstance(found, (list, tuple)) or not all(isinstance(name, str) for name in found):
+        raise AttnPatchError(f"architectures in config.json is {brief(found)}; wanted a list of class names.")
+    return list(found)

@@ -8,6 +8,7 @@ all of them are refused before transformers sees them.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -17,24 +18,30 @@ from typing import Any
 from transformers.utils import cached_file
 
 from .errors import AttnPatchError
-from .schema import brief, from_json, text_of
+from .schema import brief, text_of
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SHARD = re.compile(r"[\w-][\w.-]*", re.ASCII)  # a file of weights: beside its index, nowhere else
 _SMALL = 16 << 20  # bytes of a config: a million labels
-MOST_LAYERS = 10_000
-_WIDTHS = ("vocab_size", "hidden_size", "n_embd", "d_model", "intermediate_size", "n_positions", "num_labels")
-_LARGEST_WIDTH = 1 << 28
+_DEEPEST = 32  # configs in configs
+# What lists, modules and tables are built from before a weight is read: far more than any model has, far less than a
+# machine can hold. The first pattern that fits a key counts.
+_LARGEST = (
+    (re.compile(r"num_labels"), 1 << 20),
+    (re.compile(r".*vocab_size.*"), 1 << 24),
+    (re.compile(r"n_embd|n_inner|d_model|d_ff|.*(hidden_size|intermediate_size|ffn_dim|head_dim).*"), 1 << 20),
+    (re.compile(r"n_positions|n_ctx|seq_length|max_seq_len|max_sequence_length|max_.*(positions|embeddings)"), 1 << 25),
+    (re.compile(r"n_layer|n_head|.*(layers|heads|experts)"), 10_000),
+)
 
 
-def check(name: str, where: Mapping[str, Any], *, trusted: bool, chosen: Mapping[str, Any]) -> None:
+def check(name: str, where: Mapping[str, Any], *, trusted: bool) -> None:
     """Look at a checkpoint before anything of it is built.
 
     Args:
         name: folder or hub repository.
         where: options that say which revision and the like.
         trusted: whether the caller lets code run that the checkpoint carries or names.
-        chosen: what the caller passes to ``from_pretrained``, which takes the place of what the config says.
 
     Raises:
         AttnPatchError: says the file, what it asks for, and what to do.
@@ -45,7 +52,7 @@ def check(name: str, where: Mapping[str, Any], *, trusted: bool, chosen: Mapping
         return  # transformers says what it found in its place
     _check_sizes(config, f"{name}/config.json")
     _check_weights(name, config, where)
-    if not trusted and "attn_implementation" not in chosen:
+    if not trusted:  # another attention that the caller chooses does not keep transformers from fetching this one
         _check_kernels(config, f"{name}/config.json")
     adapter = _json(name, "adapter_config.json", where)
     if adapter is not None:
@@ -74,14 +81,29 @@ def check_tokenizer(name: str, where: Mapping[str, Any]) -> None:
 def _json(name: str, file: str, where: Mapping[str, Any]) -> Any:
     """Return what a small file of a checkpoint says; None where it is not there."""
     found = cached_file(name, file, **where, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else from_json(text_of(Path(found), _SMALL), f"{name}/{file}", finite=False)
+    if found is None:
+        return None
+    text = text_of(Path(found), _SMALL)
+    try:
+        return json.loads(text)  # what its numbers may be is transformers' business
+    except (ValueError, RecursionError) as error:
+        raise AttnPatchError(f"{name}/{file}: not JSON ({brief(str(error))}).") from error
 
 
-def _items(value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield key, item
-            yield from _items(item)
+def _items(config: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """Yield the keys and values of a config, and of those inside it.
+
+    Raises:
+        AttnPatchError: they are nested more deeply than any model's.
+    """
+    level = [config]
+    for _ in range(_DEEPEST):
+        pairs = [pair for each in level if isinstance(each, Mapping) for pair in each.items()]
+        yield from pairs
+        level = [value for _, value in pairs] + [item for each in level if isinstance(each, list) for item in each]
+        if not level:
+            return
+    raise AttnPatchError(f"{where}: nested more than {_DEEPEST} levels deep; get the checkpoint anew.")
 
 
 def _check_weights(name: str, config: Any, where: Mapping[str, Any]) -> None:
@@ -100,19 +122,21 @@ def _check_weights(name: str, config: Any, where: Mapping[str, Any]) -> None:
 
 
 def _check_kernels(config: Any, where: str) -> None:
-    for key, value in _items(config):
-        named = value if isinstance(value, str) else ""
-        if "attn_implementation" in key and ("/" in named or "@" in named):
+    for key, value in _items(config, where):
+        each = value.values() if isinstance(value, Mapping) else [value]  # one for each model inside
+        named = [name for name in each if isinstance(name, str) and "attn_implementation" in key]
+        repository = next((name for name in named if "/" in name or "@" in name), None)
+        if repository is not None:
             raise AttnPatchError(
-                f"{where}: {key} is {brief(named)}, a repository whose code would run; pass another attention, "
-                "attn_implementation='sdpa', or trust_remote_code=True (--trust-remote-code) if you trust it."
+                f"{where}: {key} is {brief(repository)}, a repository whose code would run; take the line out, "
+                "or pass trust_remote_code=True (--trust-remote-code) if you trust it."
             )
 
 
 def _check_sizes(config: Any, where: str) -> None:
     """Refuse numbers from which lists and modules would be built for hours, or until the memory is full."""
-    for key, value in _items(config):
+    for key, value in _items(config, where):
         number = value if isinstance(value, int) and not isinstance(value, bool) else 0
-        most = MOST_LAYERS if "layer" in key else _LARGEST_WIDTH if key in _WIDTHS else None
+        most = next((most for pattern, most in _LARGEST if pattern.fullmatch(key)), None)
         if most is not None and number > most:
             raise AttnPatchError(f"{where}: {key} is {brief(number)}; wanted at most {most:,}.")

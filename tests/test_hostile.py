@@ -19,9 +19,9 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast as Fast
 
 import hf_attnpatch as ap
-from hf_attnpatch import checkpoint, foreign, record, schema, untrusted
+from hf_attnpatch import checkpoint, foreign, patches, record, schema, untrusted
 from hf_attnpatch.commands import specs
-from hf_attnpatch.patch import REGISTRY, internal_fields
+from hf_attnpatch.patch import internal_fields
 
 EVIL = "import pathlib\npathlib.Path({mark!r}).write_text('code ran')\n"
 
@@ -97,7 +97,7 @@ def test_code_of_an_unknown_architecture_does_not_run_and_nothing_asks(copy, ent
     evil(folder)
     maps = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
     edit(folder, model_type="nothing", auto_map=maps)
-    assert "trust_remote_code" in enter(folder, entry)
+    assert "trust_remote_code" in enter(folder, entry).replace("--trust-remote-code", "trust_remote_code")
 
 
 def test_code_beside_a_known_architecture_does_not_run(copy):
@@ -133,11 +133,20 @@ def test_an_attention_that_is_a_repository_is_not_fetched(copy, key, entry):
 
 def test_nor_one_inside_another_config(copy):
     folder = copy("llama")
-    edit(folder, text_config={"attn_implementation": {"": "mallory/attention"}})
-    assert enter(folder, "load") is None or "run" in enter(folder, "load")
-    edit(folder, text_config={"_attn_implementation": "paged|mallory/attention"})
-    assert "a repository whose code would run" in enter(folder, "load")
-    assert ap.load(folder, attn_implementation="sdpa").config._attn_implementation == "sdpa"  # the caller's own choice
+    for inner in (
+        {"attn_implementation": {"": "mallory/attention"}},
+        {"_attn_implementation": "paged|mallory/attention"},
+    ):
+        edit(folder, text_config=inner)
+        assert "a repository whose code would run" in enter(folder, "load")
+
+
+def test_nor_where_the_caller_chooses_another(copy):
+    """transformers looks at the config's own all the same."""
+    folder = copy("llama")
+    edit(folder, _attn_implementation="mallory/attention")
+    with pytest.raises(ap.AttnPatchError, match="a repository whose code would run"):
+        ap.load(folder, attn_implementation="sdpa")
 
 
 class Bomb:
@@ -208,7 +217,8 @@ def test_a_record_holds_no_kernel_of_a_repository(copy):
         ap.load(folder)
 
 
-INTERNAL = [(name, field) for name, cls in sorted(REGISTRY.items()) for field in internal_fields(cls)]
+PATCHES = [getattr(patches, name) for name in patches.__all__]
+INTERNAL = [(cls.name, field) for cls in PATCHES for field in internal_fields(cls)]
 
 
 @pytest.mark.parametrize(("name", "field"), INTERNAL)
@@ -347,6 +357,8 @@ HUGE = [
     {"hidden_size": 10**12},
     {"n_positions": 10**12},
     {"num_labels": 10**10},
+    {"num_local_experts": 10**9},
+    {"max_position_embeddings": 10**12},
     {"text_config": {"num_hidden_layers": 10**9}},
 ]
 

@@ -115,7 +115,9 @@ def _measured(name: str, model: Any, tokenizer: Any, work: Work, options: dict[s
     from .. import evaluation
 
     if name == "tasks":
-        return evaluation.task_scores(model, tokenizer, work.tasks, max_length=work.max_length, limit=work.limit)
+        trust = bool(options["trust_remote_code"])
+        given = {"max_length": work.max_length, "limit": work.limit, "trust_remote_code": trust}
+        return evaluation.task_scores(model, tokenizer, work.tasks, **given)  # type: ignore[arg-type]
     if name == "decoding":
         return evaluation.decoding(model, contexts=work.lengths)
     if name in ("perplexity", "positions", "fidelity"):

@@ -164,7 +164,8 @@ def _explained(name: str) -> Iterator[None]:
         if _is_about_the_checkpoint(error):
             said = " ".join(str(error).split())[:400]
             kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-            raise AttnPatchError(f"{name}: cannot be loaded: {kind}{said}") from error
+            trust = "; --trust-remote-code lets it run" if "trust_remote_code" in str(error) else ""
+            raise AttnPatchError(f"{name}: cannot be loaded: {kind}{said}{trust}") from error
         raise
 
 

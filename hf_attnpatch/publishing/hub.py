@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
@@ -30,6 +30,7 @@ _REMEDIES = {
     413: "a file is too large for it; choose a smaller max_shard_size",
     429: "too many requests; wait and run the same again",
 }
+PATIENCE = 120.0  # seconds without a byte from the Hub, after which a request has failed
 _AGAIN = "run the same again; files that have arrived whole are not transferred again"
 
 
@@ -157,7 +158,7 @@ class Hub:
 
     @contextlib.contextmanager
     def explained(self, repo_id: str, doing: str) -> Iterator[None]:
-        """Turn what goes wrong with the Hub into one line without the token.
+        """Turn what goes wrong with the Hub, its silence included, into one line without the token.
 
         The original error stays chained, for a traceback, unless the token stands somewhere in it.
 
@@ -165,7 +166,8 @@ class Hub:
             AttnPatchError: in the place of errors of HTTP, of files, and of huggingface_hub.
         """
         try:
-            yield
+            with _patient():
+                yield
         except AttnPatchError:
             raise
         except (_HTTP_ERROR, OSError, ValueError, RuntimeError) as error:
@@ -197,6 +199,17 @@ class Hub:
     def hide(self, text: str) -> str:
         """Return a text without the token, or anything that looks like one of any service."""
         return confidential.hidden(text, self.token)
+
+
+@contextlib.contextmanager
+def _patient() -> Iterator[None]:
+    """Wait for the Hub no longer than :data:`PATIENCE`: by itself huggingface_hub waits for ever when it publishes."""
+    session = get_session()
+    before, session.timeout = session.timeout, PATIENCE
+    try:
+        yield
+    finally:
+        session.timeout = before
 
 
 def _problem(error: BaseException) -> str:
