@@ -70,7 +70,7 @@ def plan(
     with clear_errors():
         import hf_attnpatch as ap
 
-        patches = cli_specs.patches(plan_file, patch)
+        patches = cli_specs.patches(plan_file, patch, trusted=trust_remote_code)
         source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         patches = cli_text.with_text(patches, calibration, source, sequences, length)
         measured = any(getattr(patch, "num_kv_heads", 0) == "auto" for patch in patches)
@@ -104,7 +104,7 @@ def apply(
         from .commands.place import check_room
         from .commands.replacing import replacing
 
-        patches = cli_specs.patches(plan_file, patch)
+        patches = cli_specs.patches(plan_file, patch, trusted=trust_remote_code)
         if damage is not None:
             cli_text.check_figure(damage)
         source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

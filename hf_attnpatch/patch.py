@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import AttnPatchError
+from .schema import brief
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,13 +94,14 @@ def internal_fields(cls: type[Patch]) -> dict[str, Any]:
     return {f.name: f.default for f in dataclasses.fields(cls) if f.metadata.get("internal")}
 
 
-def from_spec(spec: Mapping[str, Any], *, recorded: bool = False) -> Patch:
+def from_spec(spec: Mapping[str, Any], *, recorded: bool = False, trust_remote_code: bool = False) -> Patch:
     """Build a patch from ``{"patch": name, field: value, ...}``, the form of records, recipes and the command line.
 
     Args:
         spec: of the patch.
         recorded: whether it stands in a checkpoint's record, which holds what was found out, too, and no patch that
             leaves nothing to remember.
+        trust_remote_code: whether it may name a repository of kernels, whose code would run.
 
     Raises:
         AttnPatchError: for an unknown patch or field, with the ones there are, or a field that is not for its giver.
@@ -114,6 +116,7 @@ def from_spec(spec: Mapping[str, Any], *, recorded: bool = False) -> Patch:
     fields = {f.name for f in dataclasses.fields(cls)}
     choices = ", ".join(sorted(fields - set(internal_fields(cls))))
     _check_giver(cls, spec, recorded)
+    _check_kernel(cls, spec, trust_remote_code)
     unknown = sorted(map(str, set(spec) - fields - {"patch"}))
     if unknown:
         raise AttnPatchError(f"{name}: no field {', '.join(unknown)}; its fields are: {choices}.")
@@ -151,6 +154,15 @@ def _check_giver(cls: type[Patch], spec: Mapping[str, Any], recorded: bool) -> N
         kept = recorded and name not in cls.transient
         if name in spec and spec[name] != default and not kept:
             raise AttnPatchError(f"{cls.name}: {name} is found out by this package and never given; leave it out.")
+
+
+def _check_kernel(cls: type[Patch], spec: Mapping[str, Any], trusted: bool) -> None:
+    backend = spec.get("backend")
+    if isinstance(backend, str) and "/" in backend and not trusted:
+        raise AttnPatchError(
+            f"{cls.name}: backend {brief(backend)} is a repository whose code would run; choose another, or pass "
+            f"trust_remote_code=True (--trust-remote-code), or build {cls.__name__}(backend=...) yourself."
+        )
 
 
 __all__ = ["REGISTRY", "Patch", "Proposal", "from_spec", "internal", "internal_fields", "off_default"]

@@ -94,7 +94,8 @@ def push_to_hub(
     head = _place(hub, repo_id, private, overwrite)
     named = {"base_model": base_model, "license": license, "license_files": license_files}
     base = origin.find(hub, found.base_model, model.config, **named)  # type: ignore[arg-type]  # three options by name
-    confidential.check_links(Path(model.config._name_or_path))
+    if model.config._name_or_path:
+        confidential.check_links(Path(model.config._name_or_path))
     tokenizer = tokenizer_of(model.config._name_or_path) if tokenizer is None else tokenizer
     with tempfile.TemporaryDirectory(prefix="hf_attnpatch-") as temporary:
         folder = Path(temporary)

@@ -18,11 +18,13 @@ from typing import Any
 from transformers.utils import cached_file
 
 from .errors import AttnPatchError
+from .publishing import confidential
 from .schema import brief, text_of
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SHARD = re.compile(r"[\w-][\w.-]*", re.ASCII)  # a file of weights: beside its index, nowhere else
 _SMALL = 16 << 20  # bytes of a config: a million labels
+_TEXTS = (".json", ".txt", ".jinja", ".model")  # endings of a tokenizer's files
 _DEEPEST = 32  # configs in configs
 # What lists, modules and tables are built from before a weight is read: far more than any model has, far less than a
 # machine can hold. The first pattern that fits a key counts.
@@ -67,8 +69,10 @@ def check_tokenizer(name: str, where: Mapping[str, Any]) -> None:
     """Look at a tokenizer's config before it is read: the files of a tokenizer lie beside it.
 
     Raises:
-        AttnPatchError: it names another file, which is there.
+        AttnPatchError: it names another file, which is there, or one of its files is a link out of the checkpoint:
+            a vocabulary or a template may be any text, and would be saved as part of the patched checkpoint.
     """
+    confidential.check_links(Path(name), _TEXTS)
     config = _json(name, "tokenizer_config.json", where)
     for key, value in config.items() if isinstance(config, dict) else ():
         if key.endswith("_file") and isinstance(value, str) and os.path.lexists(value):

@@ -218,6 +218,19 @@ def test_a_record_holds_no_kernel_of_a_repository(copy):
 
 
 PATCHES = [getattr(patches, name) for name in patches.__all__]
+
+
+def test_a_plan_names_no_kernel_of_a_repository_unless_trusted(tmp_path):
+    spec = {"patch": "flash", "backend": "mallory/attention"}
+    (tmp_path / "plan.yaml").write_text(json.dumps([spec]))
+    for refused in (lambda: ap.from_spec(spec), lambda: specs.patches(tmp_path / "plan.yaml", [])):
+        with pytest.raises(ap.AttnPatchError, match=r"a repository whose code would run.*--trust-remote-code"):
+            refused()
+    flash = patches.Flash(backend="mallory/attention")  # whoever writes this has chosen it
+    assert specs.patches(tmp_path / "plan.yaml", [], trusted=True) == [flash]
+    assert specs.patches(None, ["flash:backend=mallory/attention"]) == [flash]
+
+
 INTERNAL = [(cls.name, field) for cls in PATCHES for field in internal_fields(cls)]
 
 

@@ -33,7 +33,9 @@ MAY_IMPORT = {
     "edit.py": {"errors"},
     "edits.py": {"configs", "edit", "errors"},
     "runtime.py": {"errors", "functional", "upstream"},
-    "patch.py": {"errors", "anatomy", "edits"},
+    "schema.py": {"errors"},
+    "showing.py": set(),
+    "patch.py": {"errors", "anatomy", "edits", "schema"},
     "probe.py": {"configs", "errors", "edits", "upstream"},
     "twin.py": {"configs", "errors", "edits"},
     "heads/projections.py": {"layouts", "sites"},
@@ -52,6 +54,7 @@ MAY_IMPORT = {
         "errors",
         "evaluation",
         "progress",
+        "schema",
         "upstream",
     },  # measures a model; knows nothing of patches
 }
@@ -120,6 +123,7 @@ MAY_WRITE = {
     "doctoring/asking.py": ("eval __class__ vars", "of models and configs that it has just built"),
     "comparing/models.py": ("eval", "of a model that it has just loaded"),
     "commands/models.py": ("eval", "of a model that it has just built"),
+    "publishing/hub.py": ("timeout", "of the Hub's client, for the length of a request; put back in any case"),
     "embedded/__init__.py": ("eval", "of a model that it has just loaded"),
 }
 _WRITING_CALLS = {

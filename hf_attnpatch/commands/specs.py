@@ -18,8 +18,13 @@ if TYPE_CHECKING:
 _COMMA = re.compile(r",(?![^\[]*\])")  # a comma that stands in no list
 
 
-def patches(plan: Path | None, texts: Sequence[str]) -> list[Patch]:
+def patches(plan: Path | None, texts: Sequence[str], *, trusted: bool = False) -> list[Patch]:
     """Build the patches of ``--plan`` and then those of ``--patch``, in order.
+
+    Args:
+        plan: a file, which somebody else may have written.
+        texts: what the user typed, which may name a repository of kernels.
+        trusted: whether the file may, too.
 
     Raises:
         AttnPatchError: nothing given, a spec that cannot be read, an unknown patch or field.
@@ -28,10 +33,11 @@ def patches(plan: Path | None, texts: Sequence[str]) -> list[Patch]:
     from ..errors import AttnPatchError
     from ..patch import from_spec
 
-    specs = [*(read_plan(plan) if plan else ()), *map(parse, texts)]
+    specs = [*((spec, trusted) for spec in (read_plan(plan) if plan else ())), *((parse(text), True) for text in texts)]
     if not specs:
         raise AttnPatchError("no patch given; add --patch grouped_query:num_kv_heads=2, or --plan plan.yaml.")
-    return [from_spec({key: _frozen(value) for key, value in spec.items()}) for spec in specs]
+    frozen = (({key: _frozen(value) for key, value in spec.items()}, trust) for spec, trust in specs)
+    return [from_spec(spec, trust_remote_code=trust) for spec, trust in frozen]
 
 
 def parse(text: str) -> dict[str, Any]:

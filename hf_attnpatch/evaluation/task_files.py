@@ -17,6 +17,7 @@ import yaml
 from ..errors import EvaluationError
 from ..schema import LARGEST_YAML, brief, from_yaml, text_of
 
+_DEEPEST = 64  # lists in lists; PyYAML takes quadratic time over deeper ones
 _DATA = {
     *("task", "task_alias", "tag", "dataset_path", "dataset_name", "dataset_kwargs", "training_split"),
     *("validation_split", "test_split", "fewshot_split", "output_type", "target_delimiter", "fewshot_delimiter"),
@@ -115,8 +116,12 @@ def _as_data(path: Path) -> dict[str, Any]:
 
 def _tags(text: str) -> Iterator[str]:
     """Yield the tags of a YAML text, as far as it can be read: what is wrong with it is said by whoever loads it."""
+    depth = 0
     try:
         for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                return
             yield getattr(event, "tag", None) or ""
     except (yaml.YAMLError, RecursionError):
         return

@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -27,14 +27,14 @@ _SECRET = re.compile(
 # A name that says that what stands behind it is secret: on a command line, in a URL, in a header.
 _NAMES = (
     r"(?:\b|_)(?:(?:access|auth|api|hub|hf|refresh|session|bot|user)[_-]?token|secret|passw(?:or)?d|credentials?"
-    r"|(?:api|access|secret|private)[_-]?key)\b|\btoken\b|(?-i:\b[A-Z][A-Z0-9_]*_(?:TOKEN|KEY|SECRET|PASSWORD)\b)"
+    r"|(?:api|access|secret|private)[_-]?key|x-amz-(?:signature|credential))\b|[?&]sig\b|\btoken\b|(?-i:\b[A-Z][A-Z0-9_]*_(?:TOKEN|KEY|SECRET|PASSWORD)\b)"
 )
 _NAMED = re.compile(
-    rf"(?P<before>(?:(?:{_NAMES})\s*[=:]\s*|--?[\w-]*(?:{_NAMES})\s+|\bauthorization:\s*\w+\s+|\bbearer\s+)['\"]?)"
-    r"(?P<value>[^\s'\"&;,{}()\[\]<>]{8,})"
-    r"|(?P<scheme>\b[a-z][a-z0-9+.-]*://[^\s/:@]*:)(?P<password>[^\s/@]+)(?=@)",
+    rf"(?:(?:{_NAMES})['\"]?\s*[=:]\s*|--?[\w-]*(?:{_NAMES})\s+|\bauthorization:\s*\w+\s+|\bbearer\s+)['\"]?"
+    r"(?P<value>[^\s'\"&;,{}()\[\]<>]{6,})",
     re.IGNORECASE,
 )
+_IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s/:@]*:)[^\s/@]+(?=@)", re.IGNORECASE)  # scheme://user:password@
 _NOT_SECRET = re.compile(r"(?:true|false|none|null|\$\w+|\$\{\w+\}|[\d.,]+|[*.x]+)\W*", re.IGNORECASE)
 
 _ABSOLUTE = re.compile(
@@ -45,20 +45,21 @@ _ABSOLUTE = re.compile(
 # Files whose text is a vocabulary, in which anything may stand.
 _VOCABULARY = re.compile(r"tokenizer\.json|vocab\..*|merges\.txt|.*\.model|.*\.codes")
 _WEIGHTS = (".safetensors", ".bin", ".png")
+_PROGRAMS = (".py", ".jinja")
 
 
 def hidden(text: str, *known: str | None) -> str:
     """Return a text without the given tokens, and without anything that looks like a secret of any service."""
     for token in known:
         text = text.replace(token, HIDDEN) if token else text
-    return _SECRET.sub(HIDDEN, text)
+    return _IN_URL.sub(rf"\1{HIDDEN}", _SECRET.sub(HIDDEN, text))
 
 
-def _holds_secret(text: str, known: tuple[str | None, ...]) -> bool:
-    """Whether a text holds a secret, or something that stands where one would."""
+def _holds_secret(text: str, known: tuple[str | None, ...], *, program: bool) -> bool:
+    """Whether a text holds a secret, or something that stands where one would; not so in a program, or a template."""
     if hidden(text, *known) != text:
         return True
-    return any(found["scheme"] or not _NOT_SECRET.fullmatch(found["value"]) for found in _NAMED.finditer(text))
+    return not program and any(not _NOT_SECRET.fullmatch(found["value"]) for found in _NAMED.finditer(text))
 
 
 def shortened(text: str) -> str:
@@ -120,23 +121,26 @@ def check(folder: Path, *known: str | None) -> None:
         name = path.relative_to(folder).as_posix()
         if _VOCABULARY.fullmatch(name):
             continue
-        for text in _texts(path):
-            if _holds_secret(text, known):
-                raise AttnPatchError(f"{name} would publish a token or a password; take it out of the command.")
-            place = next((p for p in _places() if re.search(rf"{re.escape(p)}(?=[/\\]|$|\W)", text)), None)
+        for key, text in _texts(path):
+            where = f"{name}, {key}," if key else name
+            named = f"{key}={text}" if key else text  # a key may say what stands behind it
+            if _holds_secret(named, known, program=path.suffix in _PROGRAMS or key == "chat_template"):
+                raise AttnPatchError(f"{where} would publish a token or a password; take it out of the command.")
+            place = text if key and key != "content" and _ABSOLUTE.fullmatch(text) else _below(text)  # content: a token
             if place is not None:
                 raise AttnPatchError(
-                    f"{name} would publish where something lies on this machine (below {place}); take it out of the "
+                    f"{where} would publish where something lies on this machine ({place}); take it out of the "
                     "config, the tokenizer or the command that it comes from."
                 )
 
 
-def check_links(folder: Path) -> None:
+def check_links(folder: Path, kinds: Collection[str] | None = None) -> None:
     """Refuse a checkpoint whose files are links out of it: what they lead to would be published as its own.
 
     Args:
         folder: that a model was loaded from; nothing is looked at where it is no folder. The Hub's own cache, which is
             made of links, is as good as a folder.
+        kinds: endings of the files to look at; all of them unless given.
 
     Raises:
         AttnPatchError: says which link, and where it leads.
@@ -144,30 +148,37 @@ def check_links(folder: Path) -> None:
     within = {folder.resolve(), *([folder.resolve().parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])}
     links = [path for path in folder.rglob("*") if path.is_symlink()] if folder.is_dir() else []
     for path in links:
-        if not within & {path.resolve(), *path.resolve().parents}:
+        if (kinds is None or path.suffix in kinds) and not within & {path.resolve(), *path.resolve().parents}:
             raise AttnPatchError(
-                f"{path} is a link to {path.resolve()}, outside of the checkpoint, which would be published; put a "
-                "file in its place if that is wanted."
+                f"{path} is a link to {path.resolve()}, outside of the checkpoint, of which it would become a part; "
+                "put a file in its place if that is wanted."
             )
 
 
-def _texts(path: Path) -> Iterator[str]:
+def _texts(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the texts of a file, each with the key that it stands under, if any."""
     text = path.read_text("utf-8", errors="replace")
     if path.suffix == ".json":
-        yield from _strings(json.loads(text))
+        yield from _strings("", json.loads(text))
     else:
-        yield text
+        yield "", text
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(key: str, value: Any) -> Iterator[tuple[str, str]]:
     if isinstance(value, str):
-        yield value
+        yield key, value
     elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from (f"{key}={item}",) if isinstance(item, str) else _strings(item)
+        for name, item in value.items():
+            yield "", name
+            yield from _strings(name, item)
     elif isinstance(value, list):
         for item in value:
-            yield from _strings(item)
+            yield from _strings(key, item)
+
+
+def _below(text: str) -> str | None:
+    """Return the folder of this machine below which a path in a text lies, or None."""
+    return next((p for p in _places() if re.search(rf"(?<![\w.-]){re.escape(p)}(?=[/\\]|$|\W)", text)), None)
 
 
 def _places() -> list[str]:
