@@ -6,6 +6,7 @@ torch and transformers are imported by the commands, not by this file: ``attnpat
 from __future__ import annotations
 
 import signal
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -34,7 +35,8 @@ from .commands.options import (
     show,
 )
 from .errors import NoWeights
-from .showing import line
+from .publishing import confidential
+from .showing import line, visible
 
 app = typer.Typer(
     name="attnpatch",
@@ -161,7 +163,9 @@ def main() -> None:
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own, of a class that it keeps to itself
             _say_usage(error)
-        raise
+        told = "".join(traceback.format_exception(error))  # a bug; what it quotes may be of a checkpoint
+        typer.echo(visible(confidential.hidden(told)), err=True)
+        raise SystemExit(1) from error
     raise SystemExit(code or 0)
 
 
