@@ -72,7 +72,7 @@ def _one_line(name: str, patch: str) -> Callable[..., "Report"]:
     def function(model: "PreTrainedModel", **fields: Any) -> "Report":
         from . import apply, from_spec
 
-        return apply(model, from_spec({**fields, "patch": name}))
+        return apply(model, from_spec({**fields, "patch": name}, trust_remote_code=True))  # the caller's own words
 
     function.__name__ = function.__qualname__ = f"patch_{name}"
     function.__doc__ = f"Apply :class:`{patch}` with these fields."

@@ -137,7 +137,7 @@ def _bookkeeping(
     entries = [{**s.patch.to_record(findings.get(s.patch.name)), "stock": s.proposal.stock} for s in recorded]
     after = record.Record(
         patches=(*(before.patches if before else ()), *entries),
-        base_model=before.base_model if before else str(getattr(config, "_name_or_path", "")),
+        base_model=before.base_model if before else record.source_of(config),
         base_model_type=before.base_model_type if before else config.model_type,
         stock=stock,
         versions={"hf_attnpatch": _version(), "transformers": transformers.__version__},

@@ -6,8 +6,11 @@ torch and transformers are imported by the commands, not by this file: ``attnpat
 from __future__ import annotations
 
 import signal
+import sys
+import traceback
 from pathlib import Path
-from typing import Annotated
+from types import TracebackType
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -20,8 +23,22 @@ from .commands import publish as cli_publish
 from .commands import search as cli_search
 from .commands import specs as cli_specs
 from .commands import text as cli_text
-from .commands.options import Device, Dtype, Length, Model, Patches, PlanFile, Sequences, Text, Trust, clear_errors
+from .commands.options import (
+    Device,
+    Dtype,
+    Length,
+    Model,
+    Patches,
+    PlanFile,
+    Sequences,
+    Text,
+    Trust,
+    clear_errors,
+    show,
+)
 from .errors import NoWeights
+from .publishing import confidential
+from .showing import line, visible
 
 app = typer.Typer(
     name="attnpatch",
@@ -38,7 +55,7 @@ def describe(model: Model, trust_remote_code: Trust = False) -> None:
     with clear_errors():
         import hf_attnpatch as ap
 
-        typer.echo(ap.describe(cli_models.Source(name=model, trust_remote_code=trust_remote_code).skeleton()))
+        show(ap.describe(cli_models.Source(name=model, trust_remote_code=trust_remote_code).skeleton()))
 
 
 @app.command()
@@ -57,7 +74,7 @@ def plan(
     with clear_errors():
         import hf_attnpatch as ap
 
-        patches = cli_specs.patches(plan_file, patch)
+        patches = cli_specs.patches(plan_file, patch, trusted=trust_remote_code)
         source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         patches = cli_text.with_text(patches, calibration, source, sequences, length)
         measured = any(getattr(patch, "num_kv_heads", 0) == "auto" for patch in patches)
@@ -65,7 +82,7 @@ def plan(
             found = ap.plan(source.model() if measured else source.skeleton(), *patches)
         except NoWeights:
             found = ap.plan(source.model(), *patches)
-        typer.echo(found)
+        show(found)
 
 
 @app.command()
@@ -91,7 +108,7 @@ def apply(
         from .commands.place import check_room
         from .commands.replacing import replacing
 
-        patches = cli_specs.patches(plan_file, patch)
+        patches = cli_specs.patches(plan_file, patch, trusted=trust_remote_code)
         if damage is not None:
             cli_text.check_figure(damage)
         source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -100,12 +117,13 @@ def apply(
         with replacing(out, overwrite, inputs) as folder:
             loaded, tokenizer = source.model(), source.tokenizer()
             check_room(out, cli_models.size_of(loaded))
+            cli_models.check_numbers(loaded, model)
             report = ap.apply(loaded, *patches)
             if damage is not None:
                 cli_text.draw(report, damage)
             cli_models.save(loaded, tokenizer, folder, cli_specs.spelled(context))
-        typer.echo(report)
-        typer.echo(f"saved {out}{'' if tokenizer is not None else ' (no tokenizer in the source)'}")
+        show(report)
+        show(f"saved {out}{'' if tokenizer is not None else ' (no tokenizer in the source)'}")
 
 
 @app.command()
@@ -116,7 +134,7 @@ def verify(model: Model, dtype: Dtype = "auto", device: Device = "cpu", trust_re
 
         source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         outcome = probe(source.model())
-    typer.echo(outcome)
+    show(outcome)
     raise typer.Exit(0 if outcome.passed else 1)
 
 
@@ -142,7 +160,31 @@ def main() -> None:
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:  # nohup ignores one
             signal.signal(getattr(signal, name), _ended)
-    app()
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # typer's own, of a class that it keeps to itself
+            _say_usage(error)
+        sys.excepthook = _say_bug  # typer has put its own there
+        raise
+    raise SystemExit(code or 0)
+
+
+def _say_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print a traceback, in which names of a checkpoint or tokens may be quoted."""
+    told = "".join(traceback.format_exception(kind, error, trace))
+    typer.echo(visible(confidential.hidden(told)), err=True)
+
+
+def _say_usage(error: Any) -> NoReturn:
+    """Say in one line what is wrong with a command line, what was wanted, and how it is used."""
+    said, parameter, context = error.format_message(), getattr(error, "param", None), getattr(error, "ctx", None)
+    if said.startswith("Missing") and parameter is not None:
+        name = parameter.opts[0] if parameter.param_type_name == "option" else (parameter.metavar or parameter.name)
+        said = f"{name.upper() if name == parameter.name else name} is missing: {parameter.help or ''}"
+    usage = "" if context is None else f" {' '.join(context.get_usage().split())}"
+    typer.secho(f"attnpatch: {line(said)}{usage}", fg=typer.colors.RED, err=True)
+    raise SystemExit(error.exit_code)
 
 
 def _ended(number: int, _: object) -> None:

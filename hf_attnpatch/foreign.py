@@ -14,6 +14,7 @@ config stops any constructor but those made here (``_Config.name_or_path``).
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from pathlib import Path
 from types import FrameType
@@ -70,7 +71,7 @@ class PatchedConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is 
             AttnPatchError: the record is missing, damaged, of a newer version or of a family unknown here.
         """
         found = record.parse(config_dict.get(record.FIELD))
-        if found.base_model_type not in CONFIG_MAPPING:
+        if found.base_model_type not in CONFIG_MAPPING or found.base_model_type == MODEL_TYPE:
             raise AttnPatchError(
                 f"the checkpoint is a patched {found.base_model_type!r}, which transformers "
                 f"{transformers.__version__} does not know; upgrade transformers."
@@ -149,6 +150,9 @@ class _Model:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # mixed into PreTrainedModel
         from .api import restore  # the edits need models, which must not need the edits to be imported
 
+        found = record.read(config)
+        if found is not None:
+            record.check_places(self, found)
         restore(self)
 
     @classmethod
@@ -237,11 +241,20 @@ def _auto_models(base: type[PretrainedConfig]) -> dict[str, str]:
 
 
 def twin_of(architecture: str, config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """Return the patched class for a patched config that no Auto class knows (Musicgen's decoder alone), or None."""
-    base = getattr(transformers, architecture, None)
-    if not isinstance(config, _Config) or not isinstance(base, type):
+    """Return the patched class for a patched config that no Auto class knows (Musicgen's decoder alone), or None.
+
+    The name is data of whoever made the checkpoint: it is looked up among the models of the config's own family only,
+    and nothing else of transformers is imported because of it.
+    """
+    if not isinstance(config, _Config):
         return None
-    return model_class(architecture, type(config).__mro__[2].__name__)
+    own = type(config).__mro__[2]
+    family = importlib.import_module(own.__module__.rpartition(".")[0])
+    known = architecture.isidentifier() and architecture in dir(family)
+    base = getattr(family, architecture) if known else None
+    if not isinstance(base, type) or not issubclass(base, transformers.PreTrainedModel):
+        return None
+    return model_class(architecture, own.__name__)
 
 
 def _stub_name(auto: str) -> str:

@@ -175,7 +175,7 @@ def test_a_plan_that_is_no_list_of_patches_is_one_line(checkpoints, tmp_path, te
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert fails(run("describe", tmp_path / "nothing"), "cannot be loaded")
+    assert fails(run("describe", tmp_path / "nothing"), "nothing: is not there; wanted the folder of a checkpoint")
     assert fails(run("describe", tmp_path), "cannot be loaded")
 
 

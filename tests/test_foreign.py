@@ -357,7 +357,7 @@ def test_several_patches_in_one_call(order, tmp_path):
     [
         (lambda c: c.pop("attnpatch"), "config.attnpatch is NoneType"),
         (lambda c: c["attnpatch"].update(version=99), "upgrade hf_attnpatch"),
-        (lambda c: c["attnpatch"].pop("patches"), "config.attnpatch.patches"),
+        (lambda c: c["attnpatch"].pop("patches"), "config.attnpatch: patches is missing"),
         (lambda c: c["attnpatch"].update(base_model_type="klingon"), "does not know; upgrade transformers"),
         (lambda c: c["attnpatch"]["patches"][0].update(patch="gone"), "'gone' does not exist"),
         (lambda c: c["attnpatch"]["patches"][0].update(num_kv_heads=3), "choose num_kv_heads from 1, 2, 4"),

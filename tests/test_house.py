@@ -39,7 +39,9 @@ MAY_IMPORT = {
     "edit.py": {"errors", "interruption"},
     "edits.py": {"configs", "edit", "errors", "interruption"},
     "runtime.py": {"errors", "functional", "upstream"},
-    "patch.py": {"errors", "anatomy", "edits"},
+    "schema.py": {"errors"},
+    "showing.py": set(),
+    "patch.py": {"errors", "anatomy", "edits", "schema"},
     "probe.py": {"configs", "errors", "edits", "exclusive", "interruption", "upstream"},
     "twin.py": {"configs", "errors", "edits"},
     "heads/projections.py": {"layouts", "sites"},
@@ -72,6 +74,7 @@ MAY_IMPORT = {
         "evaluation",
         "interruption",
         "progress",
+        "schema",
         "upstream",
     },  # measures a model; knows nothing of patches
 }
@@ -143,6 +146,8 @@ MAY_WRITE = {
     "doctoring/asking.py": ("eval __class__ vars", "of models and configs that it has just built"),
     "comparing/models.py": ("eval", "of a model that it has just loaded"),
     "commands/models.py": ("eval", "of a model that it has just built"),
+    "cli.py": ("excepthook", "of the command line's own process, when a bug has ended it"),
+    "publishing/hub.py": ("timeout", "of the Hub's client, for the length of a request; put back in any case"),
     "embedded/__init__.py": ("eval", "of a model that it has just loaded"),
 }
 _WRITING_CALLS = {

@@ -10,7 +10,7 @@ import typer
 
 from ..comparing.store import write
 from . import models as cli_models
-from .options import Device, Dtype, Model, Trust, check_file, clear_errors
+from .options import Device, Dtype, Model, Trust, check_file, clear_errors, show
 
 
 def diagnose(
@@ -47,4 +47,4 @@ def diagnose(
         )
         if json_file is not None:
             write(json_file, json.dumps(found.to_dict(), indent=1) + "\n")
-    typer.echo(found)
+    show(found)

@@ -12,7 +12,7 @@ import typer
 
 from ..comparing.store import write
 from .models import Source
-from .options import Device, Dtype, Model, Trust, check_file, clear_errors
+from .options import Device, Dtype, Model, Trust, check_file, clear_errors, show
 
 if TYPE_CHECKING:
     from ..evaluation import Result
@@ -105,7 +105,7 @@ def evaluate(
         found: dict[str, Any] = {}
         for name in names:
             result = _measured(name, loaded, tokenizer, work, options)
-            typer.echo(f"{result}\n")
+            show(f"{result}\n")
             found[name] = result.to_dict()
             if out is not None:  # after each: a later one that fails takes nothing away
                 write(out, json.dumps({"model": model, "results": found}, indent=1) + "\n")
@@ -115,7 +115,9 @@ def _measured(name: str, model: Any, tokenizer: Any, work: Work, options: dict[s
     from .. import evaluation
 
     if name == "tasks":
-        return evaluation.task_scores(model, tokenizer, work.tasks, max_length=work.max_length, limit=work.limit)
+        trust = bool(options["trust_remote_code"])
+        given = {"max_length": work.max_length, "limit": work.limit, "trust_remote_code": trust}
+        return evaluation.task_scores(model, tokenizer, work.tasks, **given)  # type: ignore[arg-type]
     if name == "decoding":
         return evaluation.decoding(model, contexts=work.lengths)
     if name in ("perplexity", "positions", "fidelity"):

@@ -49,10 +49,10 @@ class Source:
 
     def config(self) -> PretrainedConfig:
         """Return the config alone."""
-        from transformers import AutoConfig
+        from ..checkpoint import config_of
 
         with _explained(self.name):
-            return AutoConfig.from_pretrained(self.location, trust_remote_code=self.trust_remote_code)
+            return config_of(self.location, trust_remote_code=self.trust_remote_code)
 
     def skeleton(self) -> PreTrainedModel:
         """Return the model without weights: parameters on the meta device, rotary angles and other buffers real."""
@@ -70,6 +70,7 @@ class Source:
         from ..checkpoint import load
 
         self._check_dtype()
+        self._check_device()
         with _explained(self.name):
             model = load(self.location, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
             return model.to(self.device).eval()
@@ -89,10 +90,39 @@ class Source:
         if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise AttnPatchError(f"--dtype {self.dtype}: choose auto, float32, bfloat16 or float16.")
 
+    def _check_device(self) -> None:
+        """Refuse a device that is not here, before weights are read that would go there."""
+        import torch
+
+        from ..errors import AttnPatchError
+
+        here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        known = "cpu" if here is None else f"cpu or {here.type} (of which there are {torch.accelerator.device_count()})"
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise AttnPatchError(f"--device {self.device}: is none; wanted {known}.") from error
+        there = device.type in ("cpu", "meta") or (here is not None and device.type == here.type)
+        if not there or (here is not None and (device.index or 0) >= torch.accelerator.device_count() > 0):
+            raise AttnPatchError(f"--device {self.device}: torch sees no such device here; wanted {known}.")
+
 
 def size_of(model: PreTrainedModel) -> int:
     """Return the bytes of a model's tensors, each counted once: those of its checkpoint, near enough."""
     return sum(tensor.nbytes for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+
+
+def check_numbers(model: PreTrainedModel, name: str) -> None:
+    """Refuse weights that hold infinities or what is no number, in rows that no probe touches, too.
+
+    Raises:
+        AttnPatchError: says which tensor.
+    """
+    from ..errors import AttnPatchError
+
+    wrong = next((path for path, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    if wrong is not None:
+        raise AttnPatchError(f"{name}: {wrong} holds numbers that are not finite; get the checkpoint anew.")
 
 
 def save(model: PreTrainedModel, tokenizer: Any | None, folder: Path, command: str) -> None:
@@ -134,7 +164,8 @@ def _explained(name: str) -> Iterator[None]:
         if _is_about_the_checkpoint(error):
             said = " ".join(str(error).split())[:400]
             kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-            raise AttnPatchError(f"{name}: cannot be loaded: {kind}{said}") from error
+            trust = "; --trust-remote-code lets it run" if "trust_remote_code" in str(error) else ""
+            raise AttnPatchError(f"{name}: cannot be loaded: {kind}{said}{trust}") from error
         raise
 
 

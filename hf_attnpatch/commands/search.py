@@ -12,7 +12,7 @@ import typer
 from . import models as cli_models
 from . import specs as cli_specs
 from . import text as cli_text
-from .options import Device, Dtype, Model, Trust, clear_errors
+from .options import Device, Dtype, Model, Trust, clear_errors, show
 from .place import check_room
 from .replacing import replacing
 
@@ -72,16 +72,17 @@ def search_rope(
             loaded = source.model()
             if out is not None:
                 check_room(out, cli_models.size_of(loaded))  # before hours of work
+                cli_models.check_numbers(loaded, model)
             found = ap.search_rope(loaded, target=target, documents=searched, **options)  # type: ignore[arg-type]
-            typer.echo(found)
+            show(found)
             if kept:
-                typer.echo(_judged(loaded, found, kept, target, targets or target // 2))
-            typer.echo(f"as --patch: {_spec(found.patch)}")
+                show(_judged(loaded, found, kept, target, targets or target // 2))
+            show(f"as --patch: {_spec(found.patch)}")
             if folder is not None:
                 ap.apply(loaded, found.patch)
                 cli_models.save(loaded, source.tokenizer(), folder, cli_specs.spelled(context))
         if out is not None:
-            typer.echo(f"saved {out}")
+            show(f"saved {out}")
 
 
 def _place(

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from ..errors import AttnPatchError
 from ..publishing.card import Evaluation
+from ..publishing.confidential import cleaned, shortened
+from ..showing import line, prose
 from . import figures, page, tables, text
 from .digest import model_digest
 from .store import write
@@ -86,24 +88,27 @@ class Comparison:
     def for_card(self, folder: Path, path: str) -> Evaluation:
         """Copy figures, report and metrics into a folder and return what a model card says of them.
 
+        Paths of this machine that stand in the metrics are shortened to their last part.
+
         Args:
             folder: of this disk.
             path: of that folder in the repository.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        drawn = figures.draw(self.metrics)
+        metrics = cleaned(self.metrics)
+        drawn = figures.draw(metrics)
         for figure in drawn:
             write(folder / figure.file, figure.drawn["light"])
-        write(folder / "report.html", page.render(text.render(self.metrics, drawn), drawn))
-        write(folder / METRICS, json.dumps(self.metrics, indent=1) + "\n")
-        notes = [text.explain(self.metrics, part) for part in self.metrics["parts"] if part in text.WHAT]
-        found = [tables.summary(self.metrics), tables.loss_by_length(self.metrics) or ""]
+        write(folder / "report.html", page.render(text.render(metrics, drawn), drawn))
+        write(folder / METRICS, json.dumps(metrics, indent=1) + "\n")
+        notes = [text.explain(metrics, part) for part in metrics["parts"] if part in text.WHAT]
+        found = [tables.summary(metrics), tables.loss_by_length(metrics) or ""]
         return Evaluation(
             table="\n\n".join(part for part in found if part),
             figures={figure.alt: f"{path}/{figure.file}" for figure in drawn},
             results=self._results(),
-            notes=" ".join([f"Compared with {self.metrics['original']['name']}.", *notes]),
-            command=str(self.metrics["command"]),
+            notes=" ".join([f"Compared with {prose(metrics['original']['name'])}.", *notes]),
+            command=metrics["command"],
         )
 
     def _results(self) -> list[EvalResult]:
@@ -115,7 +120,7 @@ class Comparison:
             EvalResult(
                 task_type="text-generation",
                 dataset_type="text",
-                dataset_name=f"{self.metrics['text']}, {length} tokens of context",
+                dataset_name=line(f"{shortened(self.metrics['text'])}, {length} tokens of context"),
                 dataset_config=f"{length}",  # what tells results of one metric apart
                 metric_type="perplexity",
                 metric_value=round(score.perplexity, 4),

@@ -16,7 +16,7 @@ from ..configs import config_at
 from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..fused.deferring import rebiased
-from ..patch import Patch, Proposal
+from ..patch import Patch, Proposal, internal
 from ..positions.choice import BACKENDS, choose
 from ..positions.counting import counted
 from ..positions.modules import PREFIX, AlibiBias, Guard, alibi_of
@@ -59,7 +59,7 @@ class Alibi(Patch):
     distance_clip: int | None = None
     strength: float = 1.0
     training: bool | None = None
-    proved: bool = False  # a checkpoint's own structure, which is not tried again while it is being loaded
+    proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded
 
     def __post_init__(self) -> None:
         if isinstance(self.slopes, Tensor):

@@ -9,7 +9,7 @@ from typing import ClassVar
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..patch import Patch, Proposal
+from ..patch import Patch, Proposal, internal
 from ..positions.removal import attending, check_blind, none_there, removal, removed
 
 
@@ -29,7 +29,7 @@ class NoPosition(Patch):
     name: ClassVar[str] = "no_position"
     transient: ClassVar[frozenset[str]] = frozenset({"proved"})
 
-    proved: bool = False  # a checkpoint's own structure, which is not tried again while it is being loaded
+    proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded
 
     def structure(self) -> Patch:
         """Return the patch without a probe: a model that is being loaded cannot run yet."""

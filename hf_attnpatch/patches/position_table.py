@@ -15,7 +15,7 @@ from ..edits import ReplaceModule
 from ..errors import AttnPatchError
 from ..functional.tables import METHODS, lengthened
 from ..functional.turning import sinusoid
-from ..patch import Patch, Proposal
+from ..patch import Patch, Proposal, internal
 from ..positions.added import CHILD, LearnedPositions
 from ..positions.adding import adding, check_adding
 from ..positions.lengthening import learned, longer, positions
@@ -54,7 +54,7 @@ class PositionTable(Patch):
     length: int
     method: str | None = None
     init: str | None = None
-    proved: bool = False  # a checkpoint's own structure, which is not tried again while it is being loaded
+    proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded
 
     def __post_init__(self) -> None:
         if not isinstance(self.length, int) or isinstance(self.length, bool) or self.length < 1:

@@ -19,7 +19,7 @@ from ..configs import config_at
 from ..edits import AddModule, AddPreHook, Edit, ReplaceModule, SetAttention
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..fused.deferring import deferred
-from ..patch import Patch, Proposal
+from ..patch import Patch, Proposal, internal
 from ..positions.choice import BACKENDS, choose
 from ..positions.counting import counted
 from ..positions.modules import Guard
@@ -68,7 +68,7 @@ class RelativeXl(Patch):
     init: str = "recency"
     backend: str = "auto"
     training: bool | None = None
-    proved: bool = False  # a checkpoint's own structure, which is not tried again while it is being loaded
+    proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded
 
     def __post_init__(self) -> None:
         check_number("theta", self.theta, at_least=1)

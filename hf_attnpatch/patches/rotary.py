@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy, angle_table
 from ..errors import AttnPatchError, UnsupportedArchitecture
-from ..patch import Patch, Proposal
+from ..patch import Patch, Proposal, internal
 from ..positions.removal import attending, check_blind, check_effect, removal, removed
 from ..positions.rotating import attention_rotated, ignores_positions, rebased
 from ..positions.turning import KINDS, Rotation
@@ -63,8 +63,8 @@ class Rotary(Patch):
     partial: float | None = None
     interleaved: bool | None = None
     layer_types: tuple[str, ...] | None = None
-    counted: bool | None = None
-    proved: bool = False  # a checkpoint's own structure, which is not tried again while it is being loaded
+    counted: bool | None = internal()
+    proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded
 
     def __post_init__(self) -> None:
         check_number("theta", self.theta, at_least=1)

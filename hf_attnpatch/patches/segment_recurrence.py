@@ -16,7 +16,7 @@ from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.segments import Segments
 from ..fused.deferring import variants
-from ..patch import Patch, Proposal
+from ..patch import Patch, Proposal, internal
 from ..recurrence.attention import BELOW, base, key, register_recurrent
 from ..recurrence.modules import Recalling, Recurrent, recalling_of
 from ..recurrence.native import Remembering, window_of
@@ -69,7 +69,7 @@ class SegmentRecurrence(Patch):
     memory_length: int
     positions: str = "bounded"
     num_sinks: int = 0
-    turning: Mapping[str, Way | None] | None = None  # a checkpoint's own, which is not found again while it is loaded
+    turning: Mapping[str, Way | None] | None = internal()  # a checkpoint's own, not found again when it is loaded
 
     def __post_init__(self) -> None:
         for name, least in (("segment_length", 1), ("memory_length", 0), ("num_sinks", 0)):

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..errors import AttnPatchError
-from ..patch import Patch, Proposal
+from ..patch import Patch, Proposal, internal
 from ..positions.added import SinusoidalPositions
 from ..positions.adding import adding, check_adding
 from ..positions.removal import ADDED, attending, check_blind, removal, removed
@@ -47,7 +47,7 @@ class Sinusoidal(Patch):
     theta: float = 10000.0
     amplitude: float = 1.0
     embedding_scale: float | str = 1.0
-    proved: bool = False  # a checkpoint's own structure, which is not tried again while it is being loaded
+    proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded
 
     def __post_init__(self) -> None:
         check_number("theta", self.theta)
