@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .anatomy import Anatomy, describe
-from .edits import Edit
+from .edits import Edit, SetConfig
 from .errors import AttnPatchError, PatchConflict, UnsupportedArchitecture
 from .patch import Patch, Proposal
 from .recurrence.modules import recalling_of
@@ -46,6 +46,15 @@ class Plan:
     def stock(self) -> bool:
         """Whether stock transformers will load the checkpoint."""
         return all(step.proposal.stock for step in self.steps)
+
+    @property
+    def context(self) -> tuple[int, int] | None:
+        """The context that the model declares, in tokens, and the longer one that it will; None where it stays."""
+        before = self.anatomy.max_positions
+        edited = [e.value for e in self.edits if isinstance(e, SetConfig) and e.field == "max_position_embeddings"]
+        reached = [getattr(step.patch, "target", None) for step in self.steps if step.proposal.edits]
+        after = max((n for n in (*edited, *reached) if isinstance(n, int)), default=0)
+        return (before, after) if before is not None and after > before else None
 
     def __str__(self) -> str:
         from .report import render_plan

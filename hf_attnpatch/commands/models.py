@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,13 +67,18 @@ class Source:
 
     def model(self) -> PreTrainedModel:
         """Return the model with its weights, of the class that the config's ``architectures`` names."""
+        return self.model_with_info()[0]
+
+    def model_with_info(self) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+        """Return the same, and what transformers says of the names in its files."""
         from ..checkpoint import load
 
         self._check_dtype()
         self._check_device()
+        options: dict[str, Any] = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
         with _explained(self.name):
-            model = load(self.location, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
-            return model.to(self.device).eval()
+            model, info = load(self.location, output_loading_info=True, **options)
+            return model.to(self.device).eval(), info
 
     def tokenizer(self) -> Any | None:
         """Return the tokenizer, or None where the checkpoint has none."""
@@ -137,16 +142,24 @@ def save(model: PreTrainedModel, tokenizer: Any | None, folder: Path, command: s
     Raises:
         AttnPatchError: it cannot be written.
     """
-    from safetensors import SafetensorError
-
     from .. import record
-    from ..errors import AttnPatchError
 
-    try:
+    with writing():
         model.save_pretrained(folder)
         record.note_command(folder, command)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Say in one line that weights cannot be written."""
+    from safetensors import SafetensorError
+
+    from ..errors import AttnPatchError
+
+    try:
+        yield
     except SafetensorError as error:  # a full disk, as the library tells of it
         raise AttnPatchError(f"the checkpoint cannot be written: {' '.join(str(error).split())[:300]}") from error
 
