@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .anatomy import Anatomy, describe
 from .edits import Edit, SetConfig
-from .errors import AttnPatchError, PatchConflict, UnsupportedArchitecture
+from .errors import AttnPatchError, NoWeights, PatchConflict, UnsupportedArchitecture
 from .patch import Patch, Proposal
 from .recurrence.modules import recalling_of
 from .spans.modules import span_of
@@ -91,7 +93,7 @@ def plan(model: PreTrainedModel, *patches: Patch) -> Plan:
         proposal = patch.propose(model, anatomy)
         _refuse_stacked(model, patch, proposal)
         steps.append(Step(proposal.patch or patch, proposal, tuple(edit.preview(model) for edit in proposal.edits)))
-    _refuse_conflicts(steps)
+    _refuse_conflicts(model, patches, steps)
     return Plan(anatomy, tuple(steps))
 
 
@@ -148,14 +150,35 @@ def _writable(model: PreTrainedModel) -> None:
             raise UnsupportedArchitecture(f"{name} is stored as {parameter.dtype}; patch the full-precision model.")
 
 
-def _refuse_conflicts(steps: list[Step]) -> None:
+def _refuse_conflicts(model: PreTrainedModel, patches: Sequence[Patch], steps: list[Step]) -> None:
     owner: dict[str, Step] = {}
+    asked = {id(step): patch for patch, step in zip(patches, steps, strict=True)}
     for step in steps:
         edits = (edit.claim for edit in step.proposal.edits)
         for claim in (*edits, *step.proposal.claims, f"the patch {step.patch.name}"):
             first = owner.setdefault(claim, step)
             if first is not step:
                 raise PatchConflict(
-                    f"{claim}: both {first.patch.name} and {step.patch.name} would write it; keep one, or apply them "
-                    "in two calls if the second is meant to build on the first."
+                    f"{claim}: both {first.patch.name} and {step.patch.name} would write it; keep one"
+                    f"{_advice(model, *((asked[id(s)], s.proposal) for s in (first, step)))}."
                 )
+
+
+def _advice(model: PreTrainedModel, *calls: tuple[Patch, Proposal]) -> str:
+    """Say that two calls would do, if they do: on a copy of the modules around the same parameters.
+
+    Raises:
+        NoWeights: they cannot be tried.
+    """
+    from .api import apply
+
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    trial = copy.deepcopy(model, shared)
+    try:
+        for patch, proposal in calls:  # edits replace parameters, and write into none
+            apply(trial, patch if proposal.prepare is None else patch.structure())
+    except NoWeights:
+        raise
+    except AttnPatchError:
+        return ""
+    return ", or apply them in two calls if the second is meant to build on the first"

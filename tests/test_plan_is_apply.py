@@ -1,4 +1,4 @@
-"""A plan says what apply does, for every patch: of a model in memory, and of a folder whose weights nobody has loaded."""
+"""A plan says what apply does, for every patch, of a model in memory and of a folder whose weights are not loaded."""
 
 import pytest
 from architectures import tiny_model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,12 +48,36 @@ class Source:
             raise AttnPatchError(f"{folder}: the embedded model is not in this installation; reinstall hf_attnpatch.")
         return str(folder)
 
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """How files are asked for: those that are here already where the Hub cannot be reached, and not five times."""
+        from ..publishing.hub import is_reachable
+
+        here = Path(self.location).exists() or is_reachable()
+        return {"trust_remote_code": self.trust_remote_code, **({} if here else {"local_files_only": True})}
+
     def config(self) -> PretrainedConfig:
         """Return the config alone."""
         from ..checkpoint import config_of
 
-        with _explained(self.name):
-            return config_of(self.location, trust_remote_code=self.trust_remote_code)
+        with self._explained():
+            return config_of(self.location, **self.options)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        from ..errors import AttnPatchError
+
+        if not self.options.get("local_files_only"):
+            with _explained(self.name):
+                yield
+            return
+        try:
+            yield
+        except OSError as error:
+            raise AttnPatchError(
+                f"{self.name}: the Hub cannot be reached, and no copy of it is in the cache of this machine; look at "
+                "the connection and at HF_ENDPOINT, or name a folder."
+            ) from error
 
     def skeleton(self) -> PreTrainedModel:
         """Return the model without weights: parameters on the meta device, rotary angles and other buffers real."""
@@ -75,17 +100,16 @@ class Source:
 
         self._check_dtype()
         self._check_device()
-        options: dict[str, Any] = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
-        with _explained(self.name):
-            model, info = load(self.location, output_loading_info=True, **options)
+        with self._explained():
+            model, info = load(self.location, output_loading_info=True, dtype=self.dtype, **self.options)
             return model.to(self.device).eval(), info
 
     def tokenizer(self) -> Any | None:
         """Return the tokenizer, or None where the checkpoint has none."""
         from ..checkpoint import tokenizer_of
 
-        with _explained(self.name):
-            return tokenizer_of(self.location, trust_remote_code=self.trust_remote_code)
+        with self._explained():
+            return tokenizer_of(self.location, **self.options)
 
     def _check_dtype(self) -> None:
         import torch

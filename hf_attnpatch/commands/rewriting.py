@@ -37,7 +37,7 @@ class Rewriting:
         self.model, info = source.model_with_info()
         self.tokenizer = source.tokenizer()
         cli_models.check_numbers(self.model, source.name)
-        self.weights, self.kept = weights_of(source.location), Kept(self.model)
+        self.weights, self.kept = weights_of(source.location, local_files_only=True), Kept(self.model)
         known = {*self.kept.before, *(n.removeprefix(f"{self.model.base_model_prefix}.") for n in self.kept.before)}
         unloaded = {name for name in self.weights.files if name not in known and _is_passed_over(self.model, name)}
         self.strange = unloaded | set(info["unexpected_keys"])

@@ -172,7 +172,7 @@ def _lost(bench: Bench, sites: Sequence[Site], counts: Sequence[int]) -> Mapping
     if not bench.losses or any(p.is_meta for p in bench.model.parameters()):
         return {}
     try:
-        return {**predict(bench.model, sites, counts, None, None)}
+        return dict[int | str, float](predict(bench.model, sites, counts, None, None).items())
     except AttnPatchError as error:
         bench.left_out.append(f"no prediction of what merging heads loses: {error}")
         return {}
