@@ -125,6 +125,7 @@ MAY_WRITE = {
     "comparing/models.py": ("eval", "of a model that it has just loaded"),
     "rewriting/tokenizer.py": ("model_max_length", "of a tokenizer that it is handed to be lengthened"),
     "commands/models.py": ("eval", "of a model that it has just built"),
+    "cli.py": ("excepthook", "of the command line's own process, when a bug has ended it"),
     "publishing/hub.py": ("timeout", "of the Hub's client, for the length of a request; put back in any case"),
     "embedded/__init__.py": ("eval", "of a model that it has just loaded"),
 }
