@@ -71,7 +71,7 @@ def digest(tensor: Tensor) -> tuple[torch.Size, bytes]:
     """Return what tells a tensor's shape and bytes from those of others, of the same dtype."""
     flat, seen = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8), hashlib.blake2b(digest_size=16)
     for start in range(0, len(flat), _BYTES):
-        seen.update(memoryview(flat[start : start + _BYTES].numpy()))
+        seen.update(flat[start : start + _BYTES].numpy())  # type: ignore[arg-type]  # an array is a buffer
     return tensor.shape, seen.digest()
 
 
