@@ -107,6 +107,7 @@ def apply(
 
         from .commands.place import check_room
         from .commands.replacing import replacing
+        from .commands.rewriting import Rewriting, reread
 
         patches = cli_specs.patches(plan_file, patch, trusted=trust_remote_code)
         if damage is not None:
@@ -115,15 +116,16 @@ def apply(
         patches = cli_text.with_text(patches, calibration, source, sequences, length)
         inputs = {"MODEL": model, "--plan": plan_file, "--calibration": calibration, "--damage": damage}
         with replacing(out, overwrite, inputs) as folder:
-            loaded, tokenizer = source.model(), source.tokenizer()
-            check_room(out, cli_models.size_of(loaded))
-            cli_models.check_numbers(loaded, model)
-            report = ap.apply(loaded, *patches)
+            work = Rewriting(source)
+            check_room(out, cli_models.size_of(work.model))
+            report = ap.apply(work.model, *patches)
             if damage is not None:
                 cli_text.draw(report, damage)
-            cli_models.save(loaded, tokenizer, folder, cli_specs.spelled(context))
-        show(report)
-        show(f"saved {out}{'' if tokenizer is not None else ' (no tokenizer in the source)'}")
+            said = [str(report), *work.save(report, folder, cli_specs.spelled(context))]
+            del report  # which holds what was replaced
+            reread(folder, work.release(), source)
+        show("\n".join(said))
+        show(f"saved {out}{'' if work.tokenizer is not None else ' (no tokenizer in the source)'}")
 
 
 @app.command()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .anatomy import Anatomy, describe
-from .edits import Edit
-from .errors import AttnPatchError, PatchConflict, UnsupportedArchitecture
+from .edits import Edit, SetConfig
+from .errors import AttnPatchError, NoWeights, PatchConflict, UnsupportedArchitecture
 from .exclusive import alone, lock_of
 from .interruption import all_or_nothing
 from .patch import Patch, Proposal
@@ -49,6 +51,15 @@ class Plan:
     def stock(self) -> bool:
         """Whether stock transformers will load the checkpoint."""
         return all(step.proposal.stock for step in self.steps)
+
+    @property
+    def context(self) -> tuple[int, int] | None:
+        """The context that the model declares, in tokens, and the longer one that it will; None where it stays."""
+        before = self.anatomy.max_positions
+        edited = [e.value for e in self.edits if isinstance(e, SetConfig) and e.field == "max_position_embeddings"]
+        reached = [getattr(step.patch, "target", None) for step in self.steps if step.proposal.edits]
+        after = max((n for n in (*edited, *reached) if isinstance(n, int)), default=0)
+        return (before, after) if before is not None and after > before else None
 
     def __str__(self) -> str:
         from .report import render_plan
@@ -91,7 +102,7 @@ def _steps(model: PreTrainedModel, anatomy: Anatomy, patches: Sequence[Patch]) -
         proposal = _counted(anatomy, patch.propose(model, anatomy))
         _refuse_stacked(model, patch, proposal)
         steps.append(Step(proposal.patch or patch, proposal, tuple(edit.preview(model) for edit in proposal.edits)))
-    _refuse_conflicts(steps)
+    _refuse_conflicts(model, patches, steps)
     return steps
 
 
@@ -155,14 +166,35 @@ def _writable(model: PreTrainedModel) -> None:
             raise UnsupportedArchitecture(f"{name} is stored as {parameter.dtype}; patch the full-precision model.")
 
 
-def _refuse_conflicts(steps: list[Step]) -> None:
+def _refuse_conflicts(model: PreTrainedModel, patches: Sequence[Patch], steps: list[Step]) -> None:
     owner: dict[str, Step] = {}
+    asked = {id(step): patch for patch, step in zip(patches, steps, strict=True)}
     for step in steps:
         edits = (edit.claim for edit in step.proposal.edits)
         for claim in (*edits, *step.proposal.claims, f"the patch {step.patch.name}"):
             first = owner.setdefault(claim, step)
             if first is not step:
                 raise PatchConflict(
-                    f"{claim}: both {first.patch.name} and {step.patch.name} would write it; keep one, or apply them "
-                    "in two calls if the second is meant to build on the first."
+                    f"{claim}: both {first.patch.name} and {step.patch.name} would write it; keep one"
+                    f"{_advice(model, *((asked[id(s)], s.proposal) for s in (first, step)))}."
                 )
+
+
+def _advice(model: PreTrainedModel, *calls: tuple[Patch, Proposal]) -> str:
+    """Say that two calls would do, if they do: on a copy of the modules around the same parameters.
+
+    Raises:
+        NoWeights: they cannot be tried.
+    """
+    from .api import apply
+
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    trial = copy.deepcopy(model, shared)
+    try:
+        for patch, proposal in calls:  # edits replace parameters, and write into none
+            apply(trial, patch if proposal.prepare is None else patch.structure())
+    except NoWeights:
+        raise
+    except AttnPatchError:
+        return ""
+    return ", or apply them in two calls if the second is meant to build on the first"

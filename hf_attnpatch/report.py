@@ -17,6 +17,7 @@ from .exclusive import alone
 from .interruption import complete
 from .patch import off_default
 from .plan import Plan, Step
+from .rewriting.tokenizer import lengthened
 
 if TYPE_CHECKING:
     from .heads.damage import DamageReport
@@ -56,6 +57,22 @@ class Report:
     def stock(self) -> bool:
         """Whether transformers alone loads what ``save_pretrained`` now writes."""
         return self.plan.stock
+
+    @property
+    def context(self) -> tuple[int, int] | None:
+        """The context that the model declared, in tokens, and the longer one now; None where it is what it was."""
+        return self.plan.context
+
+    def lengthen(self, tokenizer: Any) -> str | None:
+        """Raise the length at which a tokenizer truncates, where it had the model's old one.
+
+        Args:
+            tokenizer: of the model; changed in place.
+
+        Returns:
+            A sentence on what was changed; None where nothing was.
+        """
+        return None if self.context is None else lengthened(tokenizer, *self.context)
 
     def revert(self) -> None:
         """Put back every object that was there before, bitwise; a second call does nothing.
@@ -143,6 +160,9 @@ def _steps(plan: Plan) -> Iterable[RenderableType]:
         if step.proposal.edits:
             yield _step_table(step)
         yield from (f"  {note}" for note in step.proposal.notes)
+    if plan.context is not None:
+        before, after = plan.context
+        yield f"context: {before} -> {after} tokens; report.lengthen(tokenizer) raises a tokenizer that truncates there"
     yield f"stock transformers loads the checkpoint: {'yes' if plan.stock else 'no, it needs hf_attnpatch'}"
 
 

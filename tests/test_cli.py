@@ -67,7 +67,8 @@ def test_describe_reads_no_weights(checkpoints, tmp_path):
 
 def test_plan_writes_nothing_and_says_what_would_be(checkpoints, tmp_path):
     (tmp_path / "config.json").write_text((checkpoints / "llama" / "config.json").read_text())
-    result = run("plan", tmp_path, "--patch", "grouped_query:num_kv_heads=2", "-p", "rope_scaling:kind=yarn,factor=4")
+    heads, rope = "grouped_query:num_kv_heads=2,method=mean", "rope_scaling:kind=yarn,factor=4"
+    result = run("plan", tmp_path, "--patch", heads, "-p", rope)
     assert result.exit_code == 0, result.output
     assert "config.num_key_value_heads" in result.output
     assert "rope: yarn" in result.output

@@ -214,7 +214,8 @@ def test_a_model_that_keeps_no_segment_ids_is_given_none():
     model.transformer.register_forward_pre_hook(lambda _, __, kwargs: seen.update(kwargs), with_kwargs=True)
     with torch.no_grad():
         model(ids)
-    assert seen["position_ids"] is not None and seen.get("token_type_ids") is None
+    assert seen["position_ids"] is not None
+    assert seen.get("token_type_ids") is None
 
 
 @pytest.mark.parametrize("patch", [ap.Rotary(theta=500.0), ap.Sinusoidal(), ap.NoPosition()], ids=lambda p: p.name)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,12 +48,36 @@ class Source:
             raise AttnPatchError(f"{folder}: the embedded model is not in this installation; reinstall hf_attnpatch.")
         return str(folder)
 
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """How files are asked for: those that are here already where the Hub cannot be reached, and not five times."""
+        from ..publishing.hub import is_reachable
+
+        here = Path(self.location).exists() or is_reachable()
+        return {"trust_remote_code": self.trust_remote_code, **({} if here else {"local_files_only": True})}
+
     def config(self) -> PretrainedConfig:
         """Return the config alone."""
         from ..checkpoint import config_of
 
-        with _explained(self.name):
-            return config_of(self.location, trust_remote_code=self.trust_remote_code)
+        with self._explained():
+            return config_of(self.location, **self.options)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        from ..errors import AttnPatchError
+
+        if not self.options.get("local_files_only"):
+            with _explained(self.name):
+                yield
+            return
+        try:
+            yield
+        except OSError as error:
+            raise AttnPatchError(
+                f"{self.name}: the Hub cannot be reached, and no copy of it is in the cache of this machine; look at "
+                "the connection and at HF_ENDPOINT, or name a folder."
+            ) from error
 
     def skeleton(self) -> PreTrainedModel:
         """Return the model without weights: parameters on the meta device, rotary angles and other buffers real."""
@@ -67,20 +92,24 @@ class Source:
 
     def model(self) -> PreTrainedModel:
         """Return the model with its weights, of the class that the config's ``architectures`` names."""
+        return self.model_with_info()[0]
+
+    def model_with_info(self) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+        """Return the same, and what transformers says of the names in its files."""
         from ..checkpoint import load
 
         self._check_dtype()
         self._check_device()
-        with _explained(self.name):
-            model = load(self.location, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
-            return model.to(self.device).eval()
+        with self._explained():
+            model, info = load(self.location, output_loading_info=True, dtype=self.dtype, **self.options)
+            return model.to(self.device).eval(), info
 
     def tokenizer(self) -> Any | None:
         """Return the tokenizer, or None where the checkpoint has none."""
         from ..checkpoint import tokenizer_of
 
-        with _explained(self.name):
-            return tokenizer_of(self.location, trust_remote_code=self.trust_remote_code)
+        with self._explained():
+            return tokenizer_of(self.location, **self.options)
 
     def _check_dtype(self) -> None:
         import torch
@@ -137,16 +166,24 @@ def save(model: PreTrainedModel, tokenizer: Any | None, folder: Path, command: s
     Raises:
         AttnPatchError: it cannot be written.
     """
-    from safetensors import SafetensorError
-
     from .. import record
-    from ..errors import AttnPatchError
 
-    try:
+    with writing():
         model.save_pretrained(folder)
         record.note_command(folder, command)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Say in one line that weights cannot be written."""
+    from safetensors import SafetensorError
+
+    from ..errors import AttnPatchError
+
+    try:
+        yield
     except SafetensorError as error:  # a full disk, as the library tells of it
         raise AttnPatchError(f"the checkpoint cannot be written: {' '.join(str(error).split())[:300]}") from error
 

@@ -15,6 +15,7 @@ from . import text as cli_text
 from .options import Device, Dtype, Model, Trust, clear_errors, show
 from .place import check_room
 from .replacing import replacing
+from .rewriting import Rewriting, reread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,18 +70,20 @@ def search_rope(
         options = {"targets": targets, "attention_factor": attention_factor, "state": state, **effort}
         with _place(out, overwrite, {"MODEL": model, "--data": data, "--state": state}) as folder:
             searched, kept = _parted(read_windows(data, source, windows + held_out, target), windows)
-            loaded = source.model()
+            work = None if folder is None else Rewriting(source)
+            loaded = source.model() if work is None else work.model
             if out is not None:
                 check_room(out, cli_models.size_of(loaded))  # before hours of work
-                cli_models.check_numbers(loaded, model)
             found = ap.search_rope(loaded, target=target, documents=searched, **options)  # type: ignore[arg-type]
             show(found)
             if kept:
                 show(_judged(loaded, found, kept, target, targets or target // 2))
             show(f"as --patch: {_spec(found.patch)}")
-            if folder is not None:
-                ap.apply(loaded, found.patch)
-                cli_models.save(loaded, source.tokenizer(), folder, cli_specs.spelled(context))
+            if folder is not None and work is not None:
+                for said in work.save(ap.apply(loaded, found.patch), folder, cli_specs.spelled(context)):
+                    show(said)
+                del loaded
+                reread(folder, work.release(), source)
         if out is not None:
             show(f"saved {out}")
 

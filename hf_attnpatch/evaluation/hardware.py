@@ -20,23 +20,8 @@ from .benchmarks import fresh, measured, references
 from .listener import Pass
 from .machine import BANDWIDTH, Machine, Point
 from .roofline import cost, unmeasured
+from .table import TABLE
 
-_SHEET = (
-    "NVIDIA H100 SXM5 data sheet (dense peak rates, so times are bounds from below; no launch overhead); attention: "
-)
-_FLASH2 = "35 % of that, as 2407.08608 measured for FlashAttention-2"
-TABLE = {
-    "h100": {
-        "name": "NVIDIA H100 SXM5 80 GB",
-        "source": _SHEET + _FLASH2,
-        "memory_bytes": 80e9,
-        "rates": {
-            "float32": {"matmul": 67e12, "attention": 67e12, BANDWIDTH: 3.35e12},
-            "bfloat16": {"matmul": 989e12, "attention": 346e12, BANDWIDTH: 3.35e12},
-            "float16": {"matmul": 989e12, "attention": 346e12, BANDWIDTH: 3.35e12},
-        },
-    }
-}
 _NUMBERS = ("threads", "memory_bytes", "call_seconds", "operation_seconds", "fresh_bytes", "fresh_seconds")
 _RATES = ("matmul", "attention", BANDWIDTH)
 
@@ -45,7 +30,7 @@ def machine_for(hardware: str, passes: Sequence[Pass], device: torch.device, *, 
     """Return a machine that knows the rates that some passes need.
 
     Args:
-        hardware: ``auto`` measures this one, a name of :data:`TABLE` takes its row, else it is a YAML or JSON file.
+        hardware: ``auto`` measures this one, a name of :data:`.table.TABLE` its row, else it is a YAML or JSON file.
         passes: what it is to be asked about.
         device: what ``auto`` measures.
         again: whether ``auto`` measures what an earlier call has measured already.

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import AttnPatchError, UnsupportedArchitecture
-from ..probe import codebooks, quiet, reads_tokens
+from ..probe import check_in_memory, codebooks, quiet, reads_tokens
 from ..sites import Site
 from ..upstream.roles import frequencies
 from . import calibration as cal
@@ -49,6 +49,7 @@ def unaligned(model: PreTrainedModel, sites: Sequence[Site]) -> str | None:
     blind = next((s for s in sites if not s.output), None)
     if blind is not None:
         return f"{blind.path}: {blind.kind} has no output projection"
+    check_in_memory(model)  # else "it cannot be run" would be taken for "it cannot be aligned"
     try:
         with quiet(model):
             find_frames(model, sites[:1])

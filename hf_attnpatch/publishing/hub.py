@@ -34,6 +34,17 @@ PATIENCE = 120.0  # seconds without a byte from the Hub, after which a request h
 _AGAIN = "run the same again; files that have arrived whole are not transferred again"
 
 
+def is_reachable() -> bool:
+    """Whether anything answers where the Hub is, asked once; huggingface_hub would try for a minute."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10.0)
+    except _HTTP_ERROR:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Head:
     """What a repository holds now: its newest commit, whether it is private, and its files."""
