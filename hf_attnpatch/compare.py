@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from . import embedded
 from .comparing import settings, texts
 from .comparing.digest import digest_of, model_digest
+from .comparing.metrics import check
 from .comparing.models import Named, about, check_vocabulary, context, loaded, tokenizer_for
 from .comparing.parts import Pair, all_parts, machine, why_not
 from .comparing.result import FILES, METRICS, VERSION, WANTED, Comparison
@@ -71,7 +72,9 @@ def compare(
     measured = {"parts": found, "left_out": why_not(pair), "seconds": seconds}
     what = {"settings": pair.settings.to_dict(), "text": pair.text.name, "command": command or _script(called)}
     metrics = {"version": VERSION, **models, **what, "machine": machine(), **measured}
-    result = Comparison(Path(out), json.loads(json.dumps(metrics)))  # as `load` will read it
+    written = json.loads(json.dumps(metrics))  # as `load` will read it
+    check(written, str(Path(out) / METRICS))  # parts of earlier runs, too
+    result = Comparison(Path(out), written)
     result.save()
     return result
 
