@@ -20,10 +20,9 @@ from ..showing import line, prose
 from ..writing import write
 from . import figures, page, tables, text
 from .digest import model_digest
-from .metrics import KEYS, check
+from .metrics import check
 
 METRICS = "metrics.json"
-WANTED = KEYS
 FILES = {METRICS, "report.md", "report.html", *(figure[1] for figure in figures.FIGURES)}
 
 

@@ -83,9 +83,9 @@ def _most(length: int, window: int, group: int) -> int:
 def _reaching(target: int, window: int, trained: int) -> int:
     """Return the smallest group with which no distance within ``target`` is foreign to the model.
 
-    With a = target - 1 and c = trained - window, a // g - window // g < c is wanted. It lies at (a - window) // g or one
-    above, so that no g up to (a - window) // c will do; beyond the window the second term is 0, so that a // c + 1 does.
-    In between, steps lead to the next g at which a quotient changes.
+    With a = target - 1 and c = trained - window, a // g - window // g < c is wanted. The left side is (a - window) // g
+    or one more, so that no g up to (a - window) // c will do; beyond the window its second term is 0, so that
+    a // c + 1 does. In between, steps lead to the next g at which a quotient changes.
     """
     last, room = target - 1, trained - window
     if room < 1:

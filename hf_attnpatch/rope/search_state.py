@@ -104,9 +104,8 @@ def _check(data: _Kept, where: str) -> None:
         if not right:
             raise AttnPatchError(f"{where}: does not hold together; wanted {wanted}.")
     if not (8 <= size <= _MOST and 1 <= rounds <= _MOST):
-        raise AttnPatchError(
-            f"{where}: population {brief(size)}, iterations {brief(rounds)}; wanted 8, 1 to {_MOST:,}."
-        )
+        said = f"population {brief(size)}, iterations {brief(rounds)}"
+        raise AttnPatchError(f"{where}: {said}; wanted at least 8 and 1, at most {_MOST:,}.")
 
 
 def opened(settings: dict[str, Any], seed: int, file: Path | None) -> State:
@@ -129,7 +128,7 @@ def opened(settings: dict[str, Any], seed: int, file: Path | None) -> State:
         state.chance.setstate(data.random)
     except (TypeError, ValueError, OverflowError) as error:  # what Python refuses as a state of its random numbers
         problem = brief(str(error).rstrip("."), 300)
-        raise AttnPatchError(f"{problem}: no state of a search; delete {file}.") from error
+        raise AttnPatchError(f"{problem}: no state of a search; delete it.") from error
     state.losses, state.population = dict(data.losses), list(data.population)
     state.iteration, state.settled, state.began = data.iteration, data.settled, state.chance.getstate()
     found: Mapping[str, Any] = data.settings
@@ -137,8 +136,8 @@ def opened(settings: dict[str, Any], seed: int, file: Path | None) -> State:
     if other:
         name = other[0]
         raise AttnPatchError(
-            f"{file}: is of a search with {name} {brief(found.get(name), 60)}, wanted {brief(settings[name], 60)}; name another "
-            "file, or delete it."
+            f"{file}: is of a search with {name} {brief(found.get(name), 60)}, wanted {brief(settings[name], 60)}; "
+            "name another file, or delete it."
         )
     state.settings = dict(found)
     return state
