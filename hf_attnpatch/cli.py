@@ -6,7 +6,10 @@ torch and transformers are imported by the commands, not by this file: ``attnpat
 from __future__ import annotations
 
 import signal
+import sys
+import traceback
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -34,7 +37,8 @@ from .commands.options import (
     show,
 )
 from .errors import NoWeights
-from .showing import line
+from .publishing import confidential
+from .showing import line, visible
 
 app = typer.Typer(
     name="attnpatch",
@@ -161,8 +165,15 @@ def main() -> None:
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own, of a class that it keeps to itself
             _say_usage(error)
+        sys.excepthook = _say_bug  # typer has put its own there
         raise
     raise SystemExit(code or 0)
+
+
+def _say_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print a traceback, in which names of a checkpoint or tokens may be quoted."""
+    told = "".join(traceback.format_exception(kind, error, trace))
+    typer.echo(visible(confidential.hidden(told)), err=True)
 
 
 def _say_usage(error: Any) -> NoReturn:

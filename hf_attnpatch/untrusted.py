@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import cached_file
 
 from .errors import AttnPatchError
@@ -53,6 +54,7 @@ def check(name: str, where: Mapping[str, Any], *, trusted: bool) -> None:
     if config is None:
         return  # transformers says what it found in its place
     _check_sizes(config, f"{name}/config.json")
+    _check_dtypes(config, f"{name}/config.json")
     _check_weights(name, config, where)
     if not trusted:  # another attention that the caller chooses does not keep transformers from fetching this one
         _check_kernels(config, f"{name}/config.json")
@@ -102,7 +104,7 @@ def _items(config: Any, where: str) -> Iterator[tuple[str, Any]]:
     """
     level = [config]
     for _ in range(_DEEPEST):
-        pairs = [pair for each in level if isinstance(each, Mapping) for pair in each.items()]
+        pairs = [pair for each in level for pair in _pairs(each)]
         yield from pairs
         level = [value for _, value in pairs] + [item for each in level if isinstance(each, list) for item in each]
         if not level:
@@ -135,6 +137,20 @@ def _check_kernels(config: Any, where: str) -> None:
                 f"{where}: {key} is {brief(repository)}, a repository whose code would run; take the line out, "
                 "or pass trust_remote_code=True (--trust-remote-code) if you trust it."
             )
+
+
+def _check_dtypes(config: Any, where: str) -> None:
+    """Hold dtypes to torch's: transformers takes any name that torch has, or none."""
+    inner = [item for key, item in _pairs(config) if key.endswith("config") and key != "quantization_config"]
+    for key, value in (pair for each in (config, *inner) for pair in _pairs(each)):
+        if key in ("dtype", "torch_dtype") and value is not None:
+            found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else None
+            if not isinstance(found, torch.dtype):
+                raise AttnPatchError(f"{where}: {key} is {brief(value)}; wanted a dtype of torch, such as 'bfloat16'.")
+
+
+def _pairs(config: Any) -> list[tuple[str, Any]]:
+    return list(config.items()) if isinstance(config, Mapping) else []
 
 
 def _check_sizes(config: Any, where: str) -> None:

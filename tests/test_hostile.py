@@ -4,7 +4,9 @@ What they publish of this machine is in `publishing/test_exfiltration.py`, tasks
 """
 
 import builtins
+import io
 import json
+import logging
 import os
 import pickle
 import subprocess
@@ -19,7 +21,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast as Fast
 
 import hf_attnpatch as ap
-from hf_attnpatch import checkpoint, foreign, patches, record, schema, untrusted
+from hf_attnpatch import checkpoint, cli, foreign, patches, record, schema, untrusted
 from hf_attnpatch.commands import specs
 from hf_attnpatch.patch import internal_fields
 
@@ -522,6 +524,44 @@ def test_nothing_of_a_checkpoint_acts_on_the_terminal(copy):
     for entry in ENTRIES[1:]:
         found = enter(folder, entry)
         assert not {"\x1b", "\x07", "\u202e"} & set(found)
+
+
+def test_what_transformers_logs_of_a_config_does_not_act_either(copy):
+    folder = copy("llama")
+    edit(folder, rope_parameters={"rope_type": "\x1b]0;owned\x07", "rope_theta": 1e4})
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        enter(folder, "describe")
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert "\\x1b]0;owned\\x07" in stream.getvalue()  # it was quoted, so the test sees what it looks for
+    assert not {"\x1b", "\x07"} & set(stream.getvalue())
+
+
+def test_a_traceback_does_not_act_either(monkeypatch, capsys):
+    secret = "hf_" + "a" * 30
+    monkeypatch.setattr(cli, "app", lambda **_: (_ for _ in ()).throw(RuntimeError(f"\x1b[2J {secret}")))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(RuntimeError) as raised:
+        cli.main()
+    sys.excepthook(raised.type, raised.value, raised.tb)  # as Python does at its end
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert "RuntimeError" in shown
+    assert "\x1b" not in shown
+    assert secret not in shown
+
+
+@pytest.mark.parametrize("dtype", ["\x1b[2J", "os", "Tensor", "load", ["float32"], {"": "float32"}, 3])
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_a_dtype_is_one_of_torchs(copy, key, dtype):
+    folder = copy("llama")
+    edit(folder, **{key: dtype})
+    with pytest.raises(ap.AttnPatchError, match="wanted a dtype of torch") as error:
+        ap.load(folder)
+    assert "\x1b" not in str(error.value)
 
 
 def test_a_folder_whose_name_is_an_escape_is_named_harmlessly(tmp_path):

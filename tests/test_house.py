@@ -137,6 +137,7 @@ MAY_WRITE = {
     "doctoring/asking.py": ("eval __class__ vars", "of models and configs that it has just built"),
     "comparing/models.py": ("eval", "of a model that it has just loaded"),
     "commands/models.py": ("eval", "of a model that it has just built"),
+    "cli.py": ("excepthook", "of the command line's own process, when a bug has ended it"),
     "publishing/hub.py": ("timeout", "of the Hub's client, for the length of a request; put back in any case"),
     "embedded/__init__.py": ("eval", "of a model that it has just loaded"),
 }

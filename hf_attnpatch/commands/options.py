@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -36,6 +38,7 @@ Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let code run that the checkpoint, or a task file, carries.")
 ]
 _LONGEST = 1500  # characters of an error
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 
 def check_file(path: Path | None, option: str, keys: Collection[str]) -> None:
@@ -68,12 +71,30 @@ def clear_errors() -> Iterator[None]:
     from ..errors import AttnPatchError
 
     try:
-        yield
+        with _harmless_logs():
+            yield
     except (AttnPatchError, OSError) as error:
         from ..publishing.hub import Hub
 
         typer.secho(f"attnpatch: {line(Hub().hide(str(error)), _LONGEST)}", fg=typer.colors.RED, err=True)
         raise typer.Exit(1) from error
+
+
+class _Record(logging.LogRecord):
+    """What a library logs: transformers quotes values of configs as they are."""
+
+    def getMessage(self) -> str:  # noqa: N802 - logging's name
+        return visible(_COLOUR.sub("", super().getMessage()))
+
+
+@contextlib.contextmanager
+def _harmless_logs() -> Iterator[None]:
+    before = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(_Record)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(before)
 
 
 def show(said: object) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
+from ..showing import visible
 from .readers import READERS, READS, REFUSES, SILENT, WARNS
 from .reading import CheckpointReport
 from .result import DoctorReport
@@ -37,20 +38,27 @@ def show(report: DoctorReport, console: Console) -> None:
 def show_checkpoint(report: CheckpointReport, console: Console) -> None:
     """Print who reads what of a checkpoint."""
     columns = (Column(reader, no_wrap=True) for reader in READERS)
-    table = Table("what it says", "", *columns, title=f"{report.name} ({report.model_type})", title_justify="left")
+    table = Table(
+        "what it says", "", *columns, title=_plain(f"{report.name} ({report.model_type})"), title_justify="left"
+    )
     found = {(r.fact, r.reader): r for r in report.readings}
     for fact, value in dict.fromkeys((r.fact, r.value) for r in report.readings):
         verdicts = [found[fact, reader].verdict if (fact, reader) in found else "" for reader in READERS]
-        table.add_row(Text(fact), Text(value[:40]), *(Text(v, _verdict_style(v)) for v in verdicts))
+        table.add_row(_plain(fact), _plain(value[:40]), *(Text(v, _verdict_style(v)) for v in verdicts))
     console.print(table)
     for r in report.readings:
         if r.verdict in (*SILENT, WARNS, REFUSES) and not r.part_of:
-            console.print(Text(f"  {r.reader} {r.verdict} {r.fact}: {r.says}", _verdict_style(r.verdict)))
+            console.print(_plain(f"  {r.reader} {r.verdict} {r.fact}: {r.says}", _verdict_style(r.verdict)))
     asked = "built and run" if report.ran else "built"
     unread = ", ".join(report.unread) or "none"
-    console.print(Text(f"  fields that change nothing in transformers 5 (a model was {asked} from them): {unread}"))
+    console.print(_plain(f"  fields that change nothing in transformers 5 (a model was {asked} from them): {unread}"))
     for line in report.advice:
-        console.print(Text(f"  {line}", "green"))
+        console.print(_plain(f"  {line}", "green"))
+
+
+def _plain(text: str, style: str = "") -> Text:
+    """Return a text of a checkpoint, in which nothing is markup or acts on the terminal."""
+    return Text(visible(text), style)
 
 
 def _verdict_style(verdict: str) -> str:
