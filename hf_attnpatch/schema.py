@@ -22,6 +22,7 @@ from .errors import AttnPatchError
 T = TypeVar("T")
 LARGEST_FILE = 64 << 20  # bytes of JSON: the losses of many documents
 LARGEST_YAML = 64 << 10  # bytes: a plan, a table of rates, the head of a card
+_PART = 1 << 16  # bytes that are read at first
 _LARGEST_INTEGER, _LONGEST_TEXT, _DEEPEST, _MOST_VALUES = 2**63, 1 << 20, 32, 1 << 20
 
 
@@ -54,8 +55,10 @@ def text_of(file: Path, largest: int = LARGEST_FILE) -> str:
         AttnPatchError: it is too large, or not UTF-8.
         OSError: it cannot be read.
     """
+    data = b""
     with open(file, "rb") as opened:
-        data = opened.read(largest + 1)
+        while len(data) <= largest and (part := opened.read(max(_PART, len(data)))):  # room for as much as is there
+            data += part
     if len(data) > largest:
         raise AttnPatchError(f"{file}: more than {largest:,} bytes, which is more than such a file has.")
     try:

@@ -5,13 +5,14 @@ A target takes text. It may return, or raise one of the documented errors; anyth
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import re
 from pathlib import Path
 
 import torch
-from metrics import METRICS as MADE_UP
+from comparing.metrics import METRICS as MADE_UP
 from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 
@@ -183,7 +184,7 @@ SPECS = [
     {"patch": "rotary", "theta": 10000, "kind": "linear", "factor": 2, "partial": 0.5},
     {"patch": "segment_recurrence", "segment_length": 8, "memory_length": 8, "positions": "bounded"},
     {"patch": "re_rope", "leak": 0.1},
-    {"patch": "position_table", "length": 64, "method": "extend"},
+    {"patch": "position_table", "length": 64, "method": "tile"},
     {"patch": "sinusoidal", "embedding_scale": "paper"},
     {"patch": "relative_xl", "size": 4, "init": "recency"},
 ]
@@ -286,13 +287,14 @@ def bent(valid: str, chance: random.Random) -> str:
             continue
         key, kind = chance.choice(keys), chance.randrange(6)
         if kind < 3:
-            into[key] = chance.choice(ODD)
+            into[key] = copy.deepcopy(chance.choice(ODD))
         elif kind == 3:
             into[key] = json.loads(json.dumps(into[chance.choice(keys)]))
         elif kind == 4:
             del into[key]
         elif isinstance(into, dict):
-            into[chance.choice(("more", "found", "proved", "__class__", "a.b", "\x1b[2J"))] = chance.choice(ODD)
+            name = chance.choice(("more", "found", "proved", "__class__", "a.b", "\x1b[2J"))
+            into[name] = copy.deepcopy(chance.choice(ODD))
         else:
             into.append(json.loads(json.dumps(into[key])))
     return json.dumps(tree)

@@ -58,7 +58,7 @@ def parse(text: str) -> dict[str, Any]:
                 f"--patch {brief(text, 200)}: {brief(part)!r} does not read field=value, as in "
                 f"{brief(name, 40)}:field=1,other=[1,2]."
             )
-        spec[field.strip()] = from_yaml(value, f"--patch {text[:200]}: {field.strip()}")
+        spec[field.strip()] = from_yaml(value, f"--patch {brief(text, 200)}: {brief(field.strip(), 40)}")
     return spec
 
 
