@@ -36,7 +36,7 @@ FAST := -n $(WORKERS) -m "not full and not slow"
 # the workers already fill the cores; a thread pool in each would only get in their way
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-all test-lowest test-newest check-releases mutation interrupt lock newest lint format survey drift \
+.PHONY: demo test test-all test-lowest test-newest check-releases mutation interrupt fuzz lock newest lint format survey drift \
 	bench bench-alibi bench-relative \
 	bench-decode bench-extend check-diagnose \
 	downstream peers results-grouped-query results-extend-context results-passkey results-recurrence \
@@ -76,6 +76,11 @@ test-newest: $(INSTALLED)
 # what the tests do not notice: hours of one core; `scripts/mutation.py --survivors` asks again for what was left
 mutation: $(MUTATE)/.installed
 	$(QUIET) $(MUTATE)/bin/python scripts/mutation.py
+
+# 100,000 broken inputs over every parser of files that strangers write: minutes of one core
+FUZZ ?= 100000
+fuzz: $(INSTALLED)
+	$(QUIET) $(BIN)/python scripts/fuzz.py --inputs $(FUZZ)
 
 lock: $(LOCKING)/.installed
 	$(LOCKING)/bin/python scripts/lock.py --torch $(TORCH)

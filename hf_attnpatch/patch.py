@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import AttnPatchError
-from .schema import brief
+from .schema import brief, plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .anatomy import Anatomy
     from .edits import Edit
 
+_LONGEST = 600  # characters of what a patch says of its fields
+_PLAIN = (int, float, str, list, tuple, Mapping)
 REGISTRY: dict[str, type[Patch]] = {}
 
 
@@ -111,24 +113,29 @@ def from_spec(spec: Mapping[str, Any], *, recorded: bool = False, trust_remote_c
         raise AttnPatchError(f"a {type(spec).__name__} is no patch; give a mapping such as {{'patch': 'flash'}}.")
     name = spec.get("patch")
     if not isinstance(name, str) or name not in REGISTRY:
-        raise AttnPatchError(f"patch {name!r} does not exist; choose from: {known}.")
+        said = repr(brief(name)) if isinstance(name, str) else brief(name)
+        raise AttnPatchError(f"patch {said} does not exist; choose from: {known}.")
     cls = REGISTRY[name]
     fields = {f.name for f in dataclasses.fields(cls)}
     choices = ", ".join(sorted(fields - set(internal_fields(cls))))
     _check_giver(cls, spec, recorded)
     _check_kernel(cls, spec, trust_remote_code)
-    unknown = sorted(map(str, set(spec) - fields - {"patch"}))
+    unknown = sorted(brief(key, 40) for key in set(spec) - fields - {"patch"})[:8]
     if unknown:
         raise AttnPatchError(f"{name}: no field {', '.join(unknown)}; its fields are: {choices}.")
     given = {key: value for key, value in spec.items() if key != "patch"}
+    for key in given.keys() - cls.transient:  # those may be tensors and tokenizers
+        if isinstance(given[key], _PLAIN):
+            plain(given[key], f"{name}.{key}", finite=False)
     free = dataclasses.MISSING
     lacking = [f.name for f in dataclasses.fields(cls) if f.default is free and f.name not in given]
     try:
         return cls(**given, **dict.fromkeys(lacking, _MISSING))
-    except AttnPatchError as error:
-        if not lacking:
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # of ours, or of Python's
+        if isinstance(error, AttnPatchError) and not lacking and len(str(error)) <= _LONGEST:
             raise
-        raise AttnPatchError(f"{name}: {str(error).rstrip('.')}; its fields are: {choices}.") from error
+        problem = brief(str(error).rstrip("."), _LONGEST)
+        raise AttnPatchError(f"{name}: {problem}; its fields are: {choices}.") from error
 
 
 class _Missing:

@@ -22,6 +22,7 @@ from .errors import AttnPatchError
 T = TypeVar("T")
 LARGEST_FILE = 64 << 20  # bytes of JSON: the losses of many documents
 LARGEST_YAML = 64 << 10  # bytes: a plan, a table of rates, the head of a card
+_PART = 1 << 16  # bytes that are read at first
 _LARGEST_INTEGER, _LONGEST_TEXT, _DEEPEST, _MOST_VALUES = 2**63, 1 << 20, 32, 1 << 20
 
 
@@ -54,8 +55,10 @@ def text_of(file: Path, largest: int = LARGEST_FILE) -> str:
         AttnPatchError: it is too large, or not UTF-8.
         OSError: it cannot be read.
     """
+    data = b""
     with open(file, "rb") as opened:
-        data = opened.read(largest + 1)
+        while len(data) <= largest and (part := opened.read(max(_PART, len(data)))):  # room for as much as is there
+            data += part
     if len(data) > largest:
         raise AttnPatchError(f"{file}: more than {largest:,} bytes, which is more than such a file has.")
     try:
@@ -64,22 +67,32 @@ def text_of(file: Path, largest: int = LARGEST_FILE) -> str:
         raise AttnPatchError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
 
 
-def from_json(text: str, where: str, *, finite: bool = True) -> Any:
+def from_json(text: str, where: str, *, finite: bool = True, unique: bool = False) -> Any:
     """Read JSON.
 
     Args:
         text: of a file.
         where: for the message.
         finite: whether infinities and numbers that are none are refused.
+        unique: whether a key that stands twice is refused.
 
     Raises:
         AttnPatchError: it is none, or nested or sized beyond what such files are.
     """
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=_once if unique else None)
     except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError, too
         raise AttnPatchError(f"{where}: not JSON ({brief(str(error))}).") from error
     return plain(found, where, finite=finite)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {brief(key)} stands there twice; readers take one or the other")
+        found[key] = value
+    return found
 
 
 def from_yaml(text: str, where: str) -> Any:
@@ -217,8 +230,14 @@ def _mapping(inner: tuple[Any, ...], value: Any, where: str) -> dict[Any, Any]:
     return found
 
 
-def fields_of(kind: type[T], value: Any, where: str) -> T:
+def fields_of(kind: type[T], value: Any, where: str, *, whole: bool = False) -> T:
     """Return a dataclass from a mapping with a value for each of its fields, and for nothing else.
+
+    Args:
+        kind: the dataclass.
+        value: from JSON.
+        where: for the message.
+        whole: whether fields that have a default must be there, too.
 
     Raises:
         AttnPatchError: a field is missing, unknown or of another type, or the class refuses it.
@@ -229,7 +248,8 @@ def fields_of(kind: type[T], value: Any, where: str) -> T:
     if unknown:
         raise AttnPatchError(f"{where}: no field {brief(unknown[0], 40)}; its fields are: {', '.join(fields)}.")
     free = dataclasses.MISSING
-    absent = [n for n, f in fields.items() if n not in value and f.default is free and f.default_factory is free]
+    open_ = {n for n, f in fields.items() if f.default is not free or f.default_factory is not free}
+    absent = [name for name in fields if name not in value and (whole or name not in open_)]
     if absent:
         raise AttnPatchError(f"{where}: {absent[0]} is missing; its fields are: {', '.join(fields)}.")
     hints = get_type_hints(kind)

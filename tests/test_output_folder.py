@@ -402,7 +402,7 @@ def test_a_file_that_is_no_earlier_result_stays(source, tmp_path, monkeypatch, c
 
 
 def test_results_honour_the_umask(tmp_path):
-    from hf_attnpatch.comparing.store import write
+    from hf_attnpatch.writing import write
 
     before = os.umask(0o007)
     try:

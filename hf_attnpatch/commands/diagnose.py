@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..comparing.store import write
+from ..writing import write
 from . import models as cli_models
 from .options import Device, Dtype, Model, Trust, check_file, clear_errors, show
 

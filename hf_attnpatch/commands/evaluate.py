@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..comparing.store import write
+from ..writing import write
 from .models import Source
 from .options import Device, Dtype, Model, Trust, check_file, clear_errors, show
 

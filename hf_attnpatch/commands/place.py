@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -10,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..errors import AttnPatchError
+from ..schema import from_json, text_of
 
 # What `save_pretrained` of models, tokenizers and processors writes, and what a repository of the Hub has beside it.
 # A folder that holds anything else holds somebody's work.
@@ -99,8 +99,8 @@ def _check_checkpoint(folder: Path) -> None:
 
 def _says_model(config: Path) -> bool:
     try:
-        found = json.loads(config.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):  # no file, no text, no JSON
+        found = from_json(text_of(config), str(config), finite=False)
+    except (OSError, AttnPatchError):  # no file, no text, no JSON
         return False
     return isinstance(found, dict) and ("model_type" in found or "architectures" in found)
 

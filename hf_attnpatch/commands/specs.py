@@ -47,7 +47,7 @@ def parse(text: str) -> dict[str, Any]:
         AttnPatchError: a part that does not read ``field=value``.
     """
     from ..errors import AttnPatchError
-    from ..schema import from_yaml
+    from ..schema import brief, from_yaml
 
     name, _, rest = text.partition(":")
     spec: dict[str, Any] = {"patch": name.strip()}
@@ -55,9 +55,10 @@ def parse(text: str) -> dict[str, Any]:
         field, sign, value = part.partition("=")
         if not sign or not field.strip():
             raise AttnPatchError(
-                f"--patch {text}: {part!r} does not read field=value, as in {name}:field=1,other=[1,2]."
+                f"--patch {brief(text, 200)}: {brief(part)!r} does not read field=value, as in "
+                f"{brief(name, 40)}:field=1,other=[1,2]."
             )
-        spec[field.strip()] = from_yaml(value, f"--patch {text[:200]}: {field.strip()}")
+        spec[field.strip()] = from_yaml(value, f"--patch {brief(text, 200)}: {brief(field.strip(), 40)}")
     return spec
 
 

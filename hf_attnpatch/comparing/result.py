@@ -15,14 +15,14 @@ from transformers import PreTrainedModel
 from ..errors import AttnPatchError
 from ..publishing.card import Evaluation
 from ..publishing.confidential import cleaned, shortened
+from ..schema import from_json, text_of
 from ..showing import line, prose
+from ..writing import write
 from . import figures, page, tables, text
 from .digest import model_digest
-from .store import write
+from .metrics import check
 
-VERSION = 1
 METRICS = "metrics.json"
-WANTED = {"version", "original", "patched", "settings", "text", "command", "machine", "parts", "left_out", "seconds"}
 FILES = {METRICS, "report.md", "report.html", *(figure[1] for figure in figures.FIGURES)}
 
 
@@ -49,13 +49,10 @@ class Comparison:
         if not file.is_file():
             raise AttnPatchError(f"{folder}: no comparison there (no {METRICS}); `attnpatch compare` writes one.")
         try:
-            found = json.loads(file.read_text("utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise AttnPatchError(f"{file}: not JSON ({error}); run the comparison again.") from error
-        missing = sorted(WANTED - set(found)) if isinstance(found, dict) else ["everything"]
-        if missing or found["version"] != VERSION:
-            problem = f"lacks {', '.join(missing)}" if missing else f"is of version {found['version']}"
-            raise AttnPatchError(f"{file}: {problem}; wanted version {VERSION}; run the comparison again.")
+            found = from_json(text_of(file), str(file))
+            check(found, str(file))
+        except AttnPatchError as error:
+            raise AttnPatchError(f"{str(error).rstrip('.')}; run the comparison again.") from error
         return cls(Path(folder), found)
 
     def check_model(self, model: PreTrainedModel) -> None:

@@ -5,13 +5,23 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import AttnPatchError
+from ..schema import fields_of, from_json, text_of
+from ..writing import write
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A part as its file has it."""
+
+    part: str
+    key: str
+    result: Any
 
 
 @dataclass(frozen=True)
@@ -34,12 +44,11 @@ class Store:
         if not file.is_file():
             return None
         try:
-            found = json.loads(file.read_text("utf-8"))
-            return found["result"] if found["key"] == key else None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise AttnPatchError(
-                f"{file}: not a part of a comparison ({error}); delete it to measure it again."
-            ) from error
+            found = fields_of(_Kept, from_json(text_of(file), str(file)), str(file))
+        except AttnPatchError as error:
+            problem = str(error).rstrip(".")
+            raise AttnPatchError(f"{problem}: not a part of a comparison; delete it to measure it again.") from error
+        return found.result if found.key == key else None
 
     def put(self, name: str, key: str, result: Any) -> None:
         """Keep the result of a part."""
@@ -49,26 +58,11 @@ class Store:
         return self.folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.{key[:16]}.json"
 
 
-def write(file: Path, data: str | bytes) -> None:
-    """Write a file that is there whole or not at all, also where the machine stops in the middle."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
-    try:
-        with open(aside, "xb") as target:  # not mkstemp, whose files only their owner may read: the umask says who may
-            target.write(data.encode() if isinstance(data, str) else data)
-            target.flush()
-            os.fsync(target.fileno())
-        os.replace(aside, file)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-
-
 def is_result(file: Path, keys: Collection[str]) -> bool:
     """Whether a file is JSON with at least these keys: a result that was written here, and may be written again."""
     try:
-        found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):  # no file, no text, no JSON
+        found = from_json(text_of(file), str(file), finite=False)
+    except (OSError, AttnPatchError):  # no file, no text, no JSON
         return False
     return isinstance(found, dict) and set(keys) <= set(found)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import AttnPatchError
+from ..schema import from_json, text_of
 
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
 
@@ -73,17 +73,7 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         AttnPatchError: not UTF-8, not JSON, not a mapping, or a key that stands there twice.
     """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        if twice:
-            raise AttnPatchError(f"{file}: the key {twice[0]!r} stands there twice; readers take one or the other.")
-        return dict(pairs)
-
-    try:
-        found = json.loads(file.read_text("utf-8"), object_pairs_hook=once)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise AttnPatchError(f"{file}: not JSON ({error}); mend it, or save the checkpoint again.") from error
+    found = from_json(text_of(file), str(file), finite=False, unique=True)
     if not isinstance(found, dict):
         raise AttnPatchError(f"{file}: found a {type(found).__name__}; wanted a JSON mapping.")
     return found

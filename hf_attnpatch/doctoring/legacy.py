@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..comparing.store import write
 from ..errors import AttnPatchError
 from ..foreign import MODEL_TYPE
+from ..writing import write
 from .asking import ask, computed, fields, first_difference, without
 from .files import CONFIG, Files
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from ..errors import EvaluationError
+from ..errors import AttnPatchError, EvaluationError
 from ..progress import track
+from ..schema import brief, from_json, from_yaml, text_of
+from ..writing import write
 from .benchmarks import fresh, measured, references
 from .listener import Pass
 from .machine import BANDWIDTH, Machine, Point
@@ -23,6 +24,7 @@ from .roofline import cost, unmeasured
 from .table import TABLE
 
 _NUMBERS = ("threads", "memory_bytes", "call_seconds", "operation_seconds", "fresh_bytes", "fresh_seconds")
+_MOST = 1e24  # operations, bytes or seconds: no machine has so many
 _RATES = ("matmul", "attention", BANDWIDTH)
 
 
@@ -48,11 +50,11 @@ def machine_for(hardware: str, passes: Sequence[Pass], device: torch.device, *, 
             f"hardware {hardware!r}: neither a file nor in the table; choose auto, {', '.join(TABLE)} or a YAML file."
         )
     try:
-        text = path.read_text("utf-8")
+        text = text_of(path)
         # YAML reads numbers as JSON writes them, 1e-06, as text
-        found = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise EvaluationError(f"hardware {path}: {' '.join(str(error).split())}; write it as YAML or JSON.") from error
+        found = (from_json if text.lstrip().startswith("{") else from_yaml)(text, f"hardware {path}")
+    except AttnPatchError as error:
+        raise EvaluationError(f"{str(error).rstrip('.')}; write it as YAML or JSON.") from error
     return from_mapping(found, f"hardware {path}")
 
 
@@ -70,7 +72,7 @@ def from_mapping(found: Any, where: str) -> Machine:
         raise EvaluationError(f"{where}: found a {type(found).__name__}; wanted a mapping with name and rates.")
     if "points" in found:
         return _as_written(found, where)
-    unknown = sorted(map(str, set(found) - {"name", "source", "rates", *_NUMBERS}))
+    unknown = sorted(brief(key, 40) for key in set(found) - {"name", "source", "rates", *_NUMBERS})
     if unknown or not isinstance(found.get("name"), str) or not isinstance(found.get("rates"), Mapping):
         problem = f"no field {unknown[0]!r}" if unknown else "a name (text) and rates (a mapping) must be there"
         raise EvaluationError(f"{where}: {problem}; fields are name, source, rates, {', '.join(_NUMBERS)}.")
@@ -96,14 +98,24 @@ def _as_written(found: Any, where: str) -> Machine:
         EvaluationError: it is damaged, or of another version.
     """
     try:
-        return Machine.from_dict(dict(found))
-    except (AttributeError, TypeError, ValueError) as error:
+        machine = Machine.from_dict(found)
+    except AttnPatchError as error:
         raise EvaluationError(f"{where}: not a table of rates ({error}); delete it, and measure again.") from error
+    numbers = {name: getattr(machine, name) for name in _NUMBERS}
+    for name, value in numbers.items():
+        _number(value, f"{where}: {name}", least=0)
+    for point in machine.points:
+        _number(point.rate, f"{where}: the rate of {brief(point.kind, 40)}")
+        for name, size in point.size:
+            _number(size, f"{where}: {brief(name, 40)} of {brief(point.kind, 40)}", least=0)
+    return machine
 
 
 def _points(dtype: str, rates: Any, where: str) -> list[Point]:
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise EvaluationError(f"{where}: rates for {dtype!r}, which is no dtype; write float32, bfloat16 or float16.")
+        raise EvaluationError(
+            f"{where}: rates for {brief(dtype)!r}, which is no dtype; write float32, bfloat16 or float16."
+        )
     missing = [name for name in _RATES if name not in rates] if isinstance(rates, Mapping) else list(_RATES)
     if missing:
         raise EvaluationError(f"{where}: rates.{dtype} lacks {', '.join(missing)}; wanted: {', '.join(_RATES)}.")
@@ -113,12 +125,11 @@ def _points(dtype: str, rates: Any, where: str) -> list[Point]:
 def _number(value: Any, where: str, least: float | None = None) -> float:
     try:
         number = float(value)  # YAML reads 1e12 as text
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         number = float("nan")
-    if isinstance(value, bool) or not (number > 0 if least is None else number >= least):
-        raise EvaluationError(
-            f"{where} is {value!r}; wanted a number {'above 0' if least is None else 'of 0 or more'}."
-        )
+    if isinstance(value, bool) or not (0 < number < _MOST if least is None else least <= number < _MOST):
+        said = repr(brief(value)) if isinstance(value, str) else brief(value)
+        raise EvaluationError(f"{where} is {said}; wanted a number {'above 0' if least is None else 'of 0 or more'}.")
     return number
 
 
@@ -154,17 +165,15 @@ def _this(passes: Sequence[Pass], device: torch.device, again: bool) -> Machine:
         ) from error
     machine = measured_here(passes, device, known)
     if machine != known:
-        part = file.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(machine.to_dict(), indent=1), "utf-8")
-        part.replace(file)
+        write(file, json.dumps(machine.to_dict(), indent=1))
     return machine
 
 
 def _kept(file: Path) -> Machine:
     try:
-        found = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise EvaluationError(f"{file}: not JSON ({error}); delete it, and measure again.") from error
+        found = from_json(text_of(file), str(file))
+    except AttnPatchError as error:
+        raise EvaluationError(f"{str(error).rstrip('.')}; delete it, and measure again.") from error
     return _as_written(found, str(file))
 
 

@@ -183,4 +183,6 @@ def _beside(folder: Path, files: Any) -> Any:
         return {split: _beside(folder, names) for split, names in files.items()}
     if isinstance(files, list):
         return [_beside(folder, name) for name in files]
+    if not isinstance(files, str):
+        raise EvaluationError(f"data_files is {brief(files)}; wanted names of files.")
     return str((folder / files).resolve()) if (folder / files).is_file() else files

@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, hf_hub_download
 from transformers import PretrainedConfig
 
 from ..errors import AttnPatchError
+from ..schema import brief
 from .hub import Hub
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
@@ -157,14 +158,14 @@ def _metadata(text: str, where: str) -> dict[str, Any]:
     """
     try:
         found: dict[str, Any] = vars(ModelCard(text, ignore_metadata_errors=True).data)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise AttnPatchError(f"{where}: not a model card: {' '.join(str(error).split())[:200]}") from error
     kept = {key: found[key] for key in CARRIED if found.get(key)}
     for key, value in kept.items():
         parts = value if isinstance(value, list) and key == "language" else [value]
         if not parts or not all(isinstance(part, str) and CARRIED[key].fullmatch(part) for part in parts):
             raise AttnPatchError(
-                f"{where}: its {key} is {value!r:.80}, which is none; name the licence with license=, and leave "
+                f"{where}: its {key} is {brief(value)}, which is none; name the licence with license=, and leave "
                 "base_model out, or mend the card."
             )
     return kept

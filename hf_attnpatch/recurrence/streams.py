@@ -12,6 +12,7 @@ from ..errors import AttnPatchError
 from ..interruption import complete
 from .memory import Memory
 from .modules import Recalling, recalling_of
+from .state import check_state
 
 
 class Stream:
@@ -64,8 +65,9 @@ class Stream:
         """Go on from what :meth:`state_dict` returned.
 
         Raises:
-            AttnPatchError: it is of other segments, another memory or another model.
+            AttnPatchError: it is no state, or of other segments, another memory or another model.
         """
+        state = check_state(state)
         found, layers = state.get("segments"), sum(name.endswith(".k") and name[0].isdigit() for name in state)
         if found is None or found.tolist() != self._sizes.tolist() or layers not in (0, self._hook.layers):
             said = "no sizes" if found is None else f"segments, memory and sinks of {found.tolist()}, {layers} layers"
