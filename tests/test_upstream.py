@@ -27,6 +27,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.auto import modeling_auto
+from transformers.utils import hub
 
 from hf_attnpatch import backends
 from hf_attnpatch.probe import default_inputs, trace
@@ -35,6 +36,10 @@ from hf_attnpatch.upstream.roles import roles_of
 
 # private name -> whether it is there
 PRIVATE = {
+    "_keys_to_ignore_on_load_unexpected": lambda: hasattr(PreTrainedModel, "_keys_to_ignore_on_load_unexpected"),
+    "_raise_exceptions_for_missing_entries": lambda: (
+        "_raise_exceptions_for_missing_entries" in inspect.signature(hub.cached_files).parameters
+    ),
     "_attn_implementation": lambda: isinstance(PretrainedConfig._attn_implementation, property),
     "_attn_implementation_internal": lambda: "_attn_implementation_internal" in vars(LlamaConfig()),
     "_name_or_path": lambda: hasattr(LlamaConfig(), "_name_or_path"),
