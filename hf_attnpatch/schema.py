@@ -90,7 +90,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {brief(key)} stands there twice; readers take one or the other")
+            raise ValueError(f"the key {brief(key)!r} stands there twice; readers take one or the other")
         found[key] = value
     return found
 
