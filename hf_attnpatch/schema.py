@@ -273,3 +273,8 @@ def brief(value: Any, limit: int = 80) -> str:
     if isinstance(value, (Mapping, list, tuple, set, frozenset)):
         return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"
+
+
+def quoted(value: Any) -> str:
+    """Return a value as :func:`brief` does, text in quotes."""
+    return repr(brief(value)) if isinstance(value, str) else brief(value)
