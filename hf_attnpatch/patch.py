@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import AttnPatchError
-from .schema import brief, plain
+from .schema import brief, plain, quoted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -113,8 +113,7 @@ def from_spec(spec: Mapping[str, Any], *, recorded: bool = False, trust_remote_c
         raise AttnPatchError(f"a {type(spec).__name__} is no patch; give a mapping such as {{'patch': 'flash'}}.")
     name = spec.get("patch")
     if not isinstance(name, str) or name not in REGISTRY:
-        said = repr(brief(name)) if isinstance(name, str) else brief(name)
-        raise AttnPatchError(f"patch {said} does not exist; choose from: {known}.")
+        raise AttnPatchError(f"patch {quoted(name)} does not exist; choose from: {known}.")
     cls = REGISTRY[name]
     fields = {f.name for f in dataclasses.fields(cls)}
     choices = ", ".join(sorted(fields - set(internal_fields(cls))))

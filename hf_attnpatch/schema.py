@@ -90,7 +90,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {brief(key)} stands there twice; readers take one or the other")
+            raise ValueError(f"the key {brief(key)!r} stands there twice; readers take one or the other")
         found[key] = value
     return found
 
@@ -273,3 +273,8 @@ def brief(value: Any, limit: int = 80) -> str:
     if isinstance(value, (Mapping, list, tuple, set, frozenset)):
         return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"
+
+
+def quoted(value: Any) -> str:
+    """Return a value as :func:`brief` does, text in quotes."""
+    return repr(brief(value)) if isinstance(value, str) else brief(value)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from hf_attnpatch.errors import AttnPatchError
-from hf_attnpatch.schema import LARGEST_YAML, brief, from_yaml, text_of
+from hf_attnpatch.schema import LARGEST_YAML, brief, from_yaml, quoted, text_of
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         for parent in parents:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
-                raise SettingsError(f"--set {override}: {parent} is {brief(target)}, no section; set it as a whole.")
+                raise SettingsError(f"--set {override}: {parent} is {quoted(target)}, no section; set it as a whole.")
         target[leaf] = _yaml(value, f"--set {override}")
     return values
 
@@ -100,7 +100,7 @@ def check_keys(kind: type[Any], values: dict[str, Any] | None, section: str) -> 
         SettingsError: a key is unknown or a required one is missing, or `values` is no mapping.
     """
     if not isinstance(values or {}, dict):
-        raise SettingsError(f"{section}: expected a mapping, found {brief(values)}.")
+        raise SettingsError(f"{section}: expected a mapping, found {quoted(values)}.")
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     given = dict(values or {})
     unknown = sorted(brief(key, 40) for key in set(given) - set(fields))
@@ -122,16 +122,16 @@ def _value(kind: Any, value: Any, name: str) -> Any:
         try:
             number = float(value)  # YAML reads 2e-3 as a string
         except (OverflowError, TypeError, ValueError) as error:
-            raise SettingsError(f"{name}: expected a number, found {brief(value)}.") from error
+            raise SettingsError(f"{name}: expected a number, found {quoted(value)}.") from error
         if not math.isfinite(number):
             raise SettingsError(f"{name}: expected a finite number, found {number}.")
         return number
     if get_origin(kind) is Literal and value not in get_args(kind):
         raise SettingsError(
-            f"{name}: {brief(value)} does not exist; choose from {', '.join(map(repr, get_args(kind)))}."
+            f"{name}: {quoted(value)} does not exist; choose from {', '.join(map(repr, get_args(kind)))}."
         )
     if kind is int and (not isinstance(value, int) or isinstance(value, bool)):
-        raise SettingsError(f"{name}: expected a whole number, found {brief(value)}.")
+        raise SettingsError(f"{name}: expected a whole number, found {quoted(value)}.")
     return tuple(value) if isinstance(value, list) else value
 
 

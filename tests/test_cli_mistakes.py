@@ -141,7 +141,7 @@ def test_a_line_of_json_ends_at_a_newline_alone(tmp_path):
 def test_a_document_that_is_no_text_is_named(tmp_path, text):
     """It was read as the word None."""
     (tmp_path / "text.jsonl").write_text(f'{{"text": {text}}}\n')
-    with pytest.raises(AttnPatchError, match=r"text\.jsonl: TypeError: a text is .*wanted UTF-8 text, or JSON lines"):
+    with pytest.raises(AttnPatchError, match=r"text\.jsonl:1: its text is .*wanted UTF-8 text, or JSON lines"):
         cli_text.read(tmp_path / "text.jsonl")
 
 

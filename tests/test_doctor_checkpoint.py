@@ -265,7 +265,7 @@ def test_a_folder_that_is_none(tmp_path):
     ("name", "text", "words"),
     [
         ("config.json", '{"model_type": ', "not JSON"),
-        ("config.json", b"\xff\xfe", "not JSON"),
+        ("config.json", b"\xff\xfe", "not UTF-8 text"),
         ("config.json", "[1]", "found a list"),
         ("config.json", '{"model_type": "llama", "model_type": "gpt2"}', "'model_type' stands there twice"),
         ("tokenizer_config.json", "nothing", "not JSON"),

@@ -15,7 +15,7 @@ import torch
 
 from ..errors import AttnPatchError, EvaluationError
 from ..progress import track
-from ..schema import brief, from_json, from_yaml, text_of
+from ..schema import brief, from_json, from_yaml, quoted, text_of
 from ..writing import write
 from .benchmarks import fresh, measured, references
 from .listener import Pass
@@ -114,7 +114,7 @@ def _as_written(found: Any, where: str) -> Machine:
 def _points(dtype: str, rates: Any, where: str) -> list[Point]:
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise EvaluationError(
-            f"{where}: rates for {brief(dtype)!r}, which is no dtype; write float32, bfloat16 or float16."
+            f"{where}: rates for {quoted(dtype)}, which is no dtype; write float32, bfloat16 or float16."
         )
     missing = [name for name in _RATES if name not in rates] if isinstance(rates, Mapping) else list(_RATES)
     if missing:
@@ -128,8 +128,9 @@ def _number(value: Any, where: str, least: float | None = None) -> float:
     except (OverflowError, TypeError, ValueError):
         number = float("nan")
     if isinstance(value, bool) or not (0 < number < _MOST if least is None else least <= number < _MOST):
-        said = repr(brief(value)) if isinstance(value, str) else brief(value)
-        raise EvaluationError(f"{where} is {said}; wanted a number {'above 0' if least is None else 'of 0 or more'}.")
+        raise EvaluationError(
+            f"{where} is {quoted(value)}; wanted a number {'above 0' if least is None else 'of 0 or more'}."
+        )
     return number
 
 
