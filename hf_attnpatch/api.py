@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from . import foreign, record
 from .anatomy import describe
 from .beside import Before, beside_text, remember
-from .edits import SetConfig, SetConfigClass, Write, undo_all, write_all
+from .edits import SetAttribute, SetConfig, SetConfigClass, Write, undo_all, write_all
 from .errors import AttnPatchError, SelfCheckFailed
 from .exclusive import alone, lock_of
 from .interruption import all_or_nothing, ensured
@@ -127,7 +127,7 @@ def restore(model: PreTrainedModel) -> None:
 
 def _bookkeeping(
     model: PreTrainedModel, steps: Plan, findings: Mapping[str, object]
-) -> Iterator[SetConfig | SetConfigClass]:
+) -> Iterator[SetAttribute | SetConfig | SetConfigClass]:
     """Yield the edits that make the config remember, and save under our model type where stock would load it wrong."""
     recorded = [s for s in steps.steps if s.patch.recorded and s.proposal.edits]
     if not recorded:
@@ -144,6 +144,10 @@ def _bookkeeping(
         commands=before.commands if before else (),
     )
     yield SetConfig("", record.FIELD, after.to_dict())
+    if record.loaded_from(config):  # what lies under that name is another model from here on
+        name = record.PatchedInMemory(record.loaded_from(config))
+        yield SetConfig("", "_name_or_path", name)
+        yield SetAttribute("", "name_or_path", name)
     kind: Any = type(config)
     if not stock and foreign.config_class(kind) is not kind:
         yield SetConfigClass("", foreign.config_class(kind))

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from . import embedded
+from . import embedded, record
 from .comparing import settings, texts
 from .comparing.digest import digest_of, model_digest
 from .comparing.metrics import KEYS, VERSION, check
@@ -133,7 +133,7 @@ def _measured(pair: Pair, store: Store, say: Callable[[str], None]) -> tuple[dic
 
 def _name(model: Named) -> str:
     """Return how a reader knows a model: a repository, or the last part of a path."""
-    name = model.config._name_or_path if isinstance(model, PreTrainedModel) else str(model)
+    name = record.loaded_from(model.config) if isinstance(model, PreTrainedModel) else str(model)
     return (Path(name).resolve().name if Path(name).exists() else name) or "a model in memory"
 
 

@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .anatomy import Anatomy, describe
 from .edits import Edit, SetConfig
-from .errors import AttnPatchError, NoWeights, PatchConflict, UnsupportedArchitecture
+from .errors import AttnPatchError, NoWeights, PatchConflict
 from .exclusive import alone, lock_of
 from .interruption import all_or_nothing
 from .patch import Patch, Proposal
 from .probe import way_back
 from .recurrence.modules import recalling_of
 from .spans.modules import span_of
+from .writable import check_replaced, check_writable
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,9 @@ def plan(model: PreTrainedModel, *patches: Patch) -> Plan:
         if not isinstance(patch, Patch):
             raise AttnPatchError(f"argument {number} after the model is {_not_a_patch(patch)}.")
     with alone(lock_of(model)):
+        if isinstance(model, PreTrainedModel):
+            check_writable(model)  # first: what is sharded or quantized cannot even be read
         anatomy = describe(model)
-        _writable(model)
         # some patches try edits out
         return all_or_nothing(lambda: Plan(anatomy, tuple(_steps(model, anatomy, patches))), way_back(model))
 
@@ -101,6 +102,7 @@ def _steps(model: PreTrainedModel, anatomy: Anatomy, patches: Sequence[Patch]) -
         _refuse_beneath_a_memory(model, patch)
         proposal = _counted(anatomy, patch.propose(model, anatomy))
         _refuse_stacked(model, patch, proposal)
+        check_replaced(model, proposal.edits)
         steps.append(Step(proposal.patch or patch, proposal, tuple(edit.preview(model) for edit in proposal.edits)))
     _refuse_conflicts(model, patches, steps)
     return steps
@@ -143,27 +145,6 @@ def _not_a_patch(found: object) -> str:
         return "a mapping; pass patches, such as hf_attnpatch.from_spec(mapping) gives"
     text = repr(found) if isinstance(found, (str, int, float, type(None))) else f"a {type(found).__name__}"
     return f"{text[:60]}; pass patches, such as hf_attnpatch.GroupedQuery(num_kv_heads=2)"
-
-
-def _writable(model: PreTrainedModel) -> None:
-    """Refuse models whose weights cannot be read and replaced as plain tensors."""
-    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        raise UnsupportedArchitecture(
-            f"{type(model).__name__} is quantized; patch the full-precision model first, then quantize the result."
-        )
-    adapted = next((name for name, module in model.named_modules() if hasattr(module, "base_layer")), None)
-    if adapted is not None:
-        raise UnsupportedArchitecture(
-            f"{adapted} carries an adapter (LoRA or the like), which replacing its module would throw away; "
-            "patch before adding adapters, or merge_and_unload() first."
-        )
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            raise UnsupportedArchitecture(
-                f"{name} is already sharded over devices; patch before fully_shard or tp_plan."
-            )
-        if not parameter.is_floating_point():
-            raise UnsupportedArchitecture(f"{name} is stored as {parameter.dtype}; patch the full-precision model.")
 
 
 def _refuse_conflicts(model: PreTrainedModel, patches: Sequence[Patch], steps: list[Step]) -> None:

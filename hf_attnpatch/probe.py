@@ -97,6 +97,19 @@ def check_in_memory(model: PreTrainedModel) -> None:
             )
 
 
+def check_loaded(model: PreTrainedModel, path: str) -> None:
+    """Refuse to put new parameters beside those of a module that are offloaded: nothing would bring them back.
+
+    Raises:
+        UnsupportedArchitecture: Accelerate has offloaded them.
+    """
+    if has_offloaded_params(model.get_submodule(path)):
+        raise UnsupportedArchitecture(
+            f"{path}: its parameters are offloaded by Accelerate, and new ones beside them would be nowhere. Load the "
+            "model without offloading, patch and save it; the result can be loaded offloaded."
+        )
+
+
 def codebooks(model: PreTrainedModel) -> int:
     """Return how many rows of ids make one sequence: audio decoders read one for each codebook."""
     with contextlib.suppress(NotImplementedError):  # of a model that has none

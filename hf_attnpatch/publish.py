@@ -94,9 +94,10 @@ def push_to_hub(
     head = _place(hub, repo_id, private, overwrite)
     named = {"base_model": base_model, "license": license, "license_files": license_files}
     base = origin.find(hub, found.base_model, model.config, **named)  # type: ignore[arg-type]  # three options by name
-    if model.config._name_or_path:
-        confidential.check_links(Path(model.config._name_or_path))
-    tokenizer = tokenizer_of(model.config._name_or_path) if tokenizer is None else tokenizer
+    source = record.loaded_from(model.config)
+    if source:
+        confidential.check_links(Path(source))
+    tokenizer = tokenizer_of(source) if tokenizer is None else tokenizer
     with tempfile.TemporaryDirectory(prefix="hf_attnpatch-") as temporary:
         folder = Path(temporary)
         found = _stage(model, tokenizer, folder, found, base, max_shard_size)

@@ -157,7 +157,11 @@ def _attention(name: str) -> SetAttention:
 
 
 def _biased(model: PreTrainedModel, places: list[Place], bias: AlibiBias) -> Iterator[Edit]:
+    held = {  # one for each number of heads, so that a rank of tensor parallelism knows which of them it has
+        heads: AlibiBias(bias.given, bias.clip, bias.exact, bias.strength, heads)
+        for heads in dict.fromkeys(place.num_heads for place in places)
+    }
     for place in places:
-        yield SetAttribute(place.path, "alibi", bias)
+        yield SetAttribute(place.path, "alibi", held[place.num_heads])
         config = config_at(model, place.config)
         yield AddPreHook(place.path, Guard(config, alibi_of, PREFIX, "ALiBi"), "refuses to run without its bias")

@@ -20,6 +20,7 @@ from ..positions.added import CHILD, LearnedPositions
 from ..positions.adding import adding, check_adding
 from ..positions.lengthening import learned, longer, positions
 from ..positions.removal import ADDED, attending, check_blind, removal, removed
+from ..probe import check_loaded
 
 INITS = ("zeros", "sinusoidal")
 
@@ -71,6 +72,9 @@ class PositionTable(Patch):
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Say which table would be made; see :meth:`Patch.propose`."""
         tables = learned(model, anatomy)
+        own = [f"{anatomy.base}.{CHILD}".lstrip(".")] if anatomy.added == "table" else []
+        for path in tables or own or [_embedding(model, anatomy.base)]:
+            check_loaded(model, path)
         if tables or anatomy.added == "table":
             return self._longer(model, anatomy, tables)
         if self.method is not None:
@@ -124,6 +128,12 @@ class PositionTable(Patch):
             places = torch.arange(self.length, device=embeddings.device)
             rows = sinusoid(places, embeddings.shape[1]).to(embeddings.dtype)
         return LearnedPositions(rows)
+
+
+def _embedding(model: PreTrainedModel, base: str | None) -> str:
+    """Return the path of the token embedding, beside which a new table is made; empty where there is none."""
+    found = model.get_submodule(base or "").get_input_embeddings()
+    return next((path for path, module in model.named_modules() if module is found), "")
 
 
 def _lengthened(old: nn.Module, length: int, method: str) -> nn.Module:

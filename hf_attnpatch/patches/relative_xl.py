@@ -25,6 +25,7 @@ from ..positions.counting import counted
 from ..positions.modules import Guard
 from ..positions.relative import CHILD, PREFIX, RelativeTerms, Term, default_size, relative_of
 from ..positions.removal import RELATIVE, check_blind, check_followed, removal, removed
+from ..probe import check_loaded
 from ..rope.fields import check_number
 from ..sites import Site, dispatching
 
@@ -91,6 +92,8 @@ class RelativeXl(Patch):
                 f"{anatomy.relative[0]}: has Transformer-XL's terms already; revert them first."
             )
         sites = _sites(anatomy)
+        for site in sites:
+            check_loaded(model, f"{site.path}.{site.layout.query}")
         away = removal(model, anatomy, own=RELATIVE)
         ears: dict[str, _Ear] = {}
         loud = (*away, *_put(model, sites, self._loud(ears)))  # with zeros, any kernel would agree
@@ -176,10 +179,10 @@ class _Ear(RelativeTerms):
             for parameter in self.parameters():
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
-    def of(self, query: torch.Tensor, scale: float) -> Term:
+    def of(self, query: torch.Tensor, scale: float, module: nn.Module | None = None) -> Term:
         """Listen."""
         self.heard["scale"] = scale
-        return super().of(query, scale)
+        return super().of(query, scale, module)
 
 
 def _put(model: PreTrainedModel, sites: list[Site], make: Maker) -> Edits:
