@@ -120,6 +120,8 @@ def restore(model: PreTrainedModel) -> None:
     if found is None:
         return
     warn_if_newer()
+    found = record.located(model, found)
+    record.check_places(model, found)
     for patch in found.restore():
         for edit in patch.propose(model, describe(model)).edits:
             edit.run(model)

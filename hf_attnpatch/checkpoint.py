@@ -112,7 +112,7 @@ def auto_class(config: PretrainedConfig) -> Any:
     """
     names = [*_AUTO, *(n for n in modeling_auto.__all__ if n.startswith("AutoModelFor")), "AutoModel"]
     wanted = [name.removeprefix("Patched") for name in _architectures(config)]
-    remote = getattr(config, "auto_map", None) or {}
+    remote = {} if foreign.is_patched(config) else getattr(config, "auto_map", None) or {}
     for name in dict.fromkeys(names):
         mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)  # whose truth imports every family
         found = mapping[type(config)] if mapping is not None and type(config) in mapping else ()

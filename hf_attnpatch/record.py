@@ -146,6 +146,30 @@ def _check_ways(value: object, where: str) -> None:
             raise AttnPatchError(f"{where}.{path}: {way[3]} is no dimension of a head.")
 
 
+def located(model: PreTrainedModel, record: Record) -> Record:
+    """Return a record whose names of modules are those of this model, which may be the trunk of the recorded one.
+
+    Or a head on top of it: what stands below ``model.`` in a language model stands at the top of its trunk.
+    """
+    modules, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
+
+    def there(path: str) -> str:
+        other = path.removeprefix(prefix) if path.startswith(prefix) else prefix + path
+        return other if path not in modules and other in modules else path
+
+    def moved(spec: Mapping[str, Any]) -> Mapping[str, Any]:
+        ways = {name: spec[name] for name in _WAYS if spec.get(name)}
+        return {
+            **spec,
+            **{
+                name: {there(path): way and [there(way[0]), *way[1:]] for path, way in found.items()}
+                for name, found in ways.items()
+            },
+        }
+
+    return replace(record, patches=tuple(map(moved, record.patches)))
+
+
 def check_places(model: PreTrainedModel, record: Record) -> None:
     """Hold what a record says of modules to a model that has just been built by its config.
 

@@ -41,6 +41,7 @@ PRIVATE = {
         "_raise_exceptions_for_missing_entries" in inspect.signature(hub.cached_files).parameters
     ),
     "_attn_implementation": lambda: isinstance(PretrainedConfig._attn_implementation, property),
+    "_experts_implementation": lambda: isinstance(PretrainedConfig._experts_implementation, property),
     "_attn_implementation_internal": lambda: "_attn_implementation_internal" in vars(LlamaConfig()),
     "_name_or_path": lambda: hasattr(LlamaConfig(), "_name_or_path"),
     "_supports_sdpa": lambda: isinstance(PreTrainedModel._supports_sdpa, bool),

@@ -127,3 +127,6 @@ ORIGINAL_FREQUENCIES: Final = "original_inv_freq"
 # What attention modules call things of their own.
 LAYER_NUMBER: Final = ("layer_idx", "layer_number", "layer_id")
 CROSS_ATTENTION: Final = ("is_cross_attention",)
+
+# Fields of a config which every constructor of a model asks whether it knows them, and no constructor of a config.
+SEALED: Final = ("_attn_implementation", "_experts_implementation")
