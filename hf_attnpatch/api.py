@@ -139,17 +139,18 @@ def _bookkeeping(
     entries = [{**s.patch.to_record(findings.get(s.patch.name)), "stock": s.proposal.stock} for s in recorded]
     after = record.Record(
         patches=(*(before.patches if before else ()), *entries),
-        base_model=before.base_model if before else record.source_of(config),
+        base_model=before.base_model if before else record.source_of(model),
         base_model_type=before.base_model_type if before else config.model_type,
         stock=stock,
         versions={"hf_attnpatch": _version(), "transformers": transformers.__version__},
         commands=before.commands if before else (),
     )
     yield SetConfig("", record.FIELD, after.to_dict())
-    if record.loaded_from(config):  # what lies under that name is another model from here on
-        name = record.PatchedInMemory(record.loaded_from(config))
-        yield SetConfig("", "_name_or_path", name)
-        yield SetAttribute("", "name_or_path", name)
+    source = record.loaded_from(model)
+    if source:  # what lies under that name is another model from here on
+        yield SetAttribute("", record.LOADED_FROM, source)
+        yield SetConfig("", "_name_or_path", record.IN_MEMORY)
+        yield SetAttribute("", "name_or_path", record.IN_MEMORY)
     kind: Any = type(config)
     if not stock and foreign.config_class(kind) is not kind:
         yield SetConfigClass("", foreign.config_class(kind))

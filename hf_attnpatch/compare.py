@@ -133,7 +133,7 @@ def _measured(pair: Pair, store: Store, say: Callable[[str], None]) -> tuple[dic
 
 def _name(model: Named) -> str:
     """Return how a reader knows a model: a repository, or the last part of a path."""
-    name = record.loaded_from(model.config) if isinstance(model, PreTrainedModel) else str(model)
+    name = record.loaded_from(model) if isinstance(model, PreTrainedModel) else str(model)
     return (Path(name).resolve().name if Path(name).exists() else name) or "a model in memory"
 
 

@@ -94,7 +94,7 @@ def push_to_hub(
     head = _place(hub, repo_id, private, overwrite)
     named = {"base_model": base_model, "license": license, "license_files": license_files}
     base = origin.find(hub, found.base_model, model.config, **named)  # type: ignore[arg-type]  # three options by name
-    source = record.loaded_from(model.config)
+    source = record.loaded_from(model)
     if source:
         confidential.check_links(Path(source))
     tokenizer = tokenizer_of(source) if tokenizer is None else tokenizer

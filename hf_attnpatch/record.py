@@ -202,37 +202,25 @@ def rewrite(folder: Path, record: Record) -> None:
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-class PatchedInMemory(str):
-    """What a model is called that is not, or no longer, what lies under the name it was loaded by.
-
-    An adapter that is trained on it (PEFT), or a trainer that wants a reference (TRL), names its base so; loading that
-    is an error that quotes this, where the old name would give the unpatched model without a word.
-    """
-
-    def __new__(cls, origin: str) -> PatchedInMemory:
-        """Say the same of every model."""
-        return super().__new__(cls, "patched in memory by hf_attnpatch: save_pretrained, load from there, and go on")
-
-    def __init__(self, origin: str):
-        self.origin = origin
-
-    def __getnewargs__(self) -> tuple[str]:
-        """Copy and pickle as the class is made."""
-        return (self.origin,)
+# What a model is called that is not, or no longer, what lies under the name it was loaded by. An adapter that is trained
+# on it (PEFT), or a trainer that wants a reference (TRL), names its base so; loading that is an error that quotes this,
+# where the old name would give the unpatched model without a word.
+IN_MEMORY = "patched in memory by hf_attnpatch: save_pretrained, load from there, and go on"
+LOADED_FROM = "attnpatch_loaded_from"  # attribute of such a model
 
 
-def loaded_from(config: PretrainedConfig) -> str:
+def loaded_from(model: PreTrainedModel) -> str:
     """Return the name or path that a model was loaded by, whether it was patched since; empty where it was built."""
-    name = getattr(config, "_name_or_path", None) or ""
-    return name.origin if isinstance(name, PatchedInMemory) else str(name)
+    found = vars(model).get(LOADED_FROM) or getattr(model.config, "_name_or_path", None) or ""
+    return str(found)
 
 
-def source_of(config: PretrainedConfig) -> str:
+def source_of(model: PreTrainedModel) -> str:
     """Return where a model came from, for its record: a repository, or ``./name`` for a folder of this machine.
 
     No repository begins so, and where the folder lies is nobody's business.
     """
-    name = loaded_from(config)
+    name = loaded_from(model)
     return f"./{Path(name).resolve().name}" if name and Path(name).exists() else name
 
 

@@ -1,6 +1,5 @@
 """Checkpoints that stock transformers cannot express: an error there, the same bits here."""
 
-import contextlib
 import json
 import os
 import pickle

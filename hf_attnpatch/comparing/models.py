@@ -39,7 +39,7 @@ def tokenizer_for(models: Mapping[str, PreTrainedModel], loading: Mapping[str, A
     """
     trust = {"trust_remote_code": bool(loading.get("trust_remote_code"))}
     found = {
-        which: tokenizer_of(name, **trust) for which, m in models.items() if (name := record.loaded_from(m.config))
+        which: tokenizer_of(name, **trust) for which, m in models.items() if (name := record.loaded_from(m))
     }
     there = [each for each in found.values() if each is not None]
     if not there:
