@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from . import foreign, record
 from .anatomy import describe
 from .beside import Before, beside_text, remember
-from .edits import SetAttribute, SetConfig, SetConfigClass, Write, undo_all, write_all
+from .edits import SetAttribute, SetConfig, SetConfigClass, Write, undo_all, whole_shapes, write_all
 from .errors import AttnPatchError, SelfCheckFailed
 from .exclusive import alone, lock_of
 from .interruption import all_or_nothing, ensured
@@ -123,8 +123,9 @@ def restore(model: PreTrainedModel) -> None:
     found = record.located(model, found)
     record.check_places(model, found)
     for patch in found.restore():
-        for edit in patch.propose(model, describe(model)).edits:
-            edit.run(model)
+        with whole_shapes(model):
+            for edit in patch.propose(model, describe(model)).edits:
+                edit.run(model)
 
 
 def _bookkeeping(

@@ -19,6 +19,7 @@ from .edit import short as _short
 from .edit import swap as _swap
 from .errors import UnsupportedArchitecture
 from .interruption import ensured
+from .upstream.partitioned import is_partitioned, shape_of
 
 __all__ = [
     "AddModule",
@@ -293,6 +294,36 @@ def first_layers(model: nn.Module, path: str, count: int) -> Iterator[None]:
     with ensured(put_back):
         store[name] = nn.ModuleList(list(whole.children())[:count])
         yield
+
+
+@contextlib.contextmanager
+def whole_shapes(model: nn.Module) -> Iterator[None]:
+    """Let parameters that ZeRO-3 partitioned have their full shape for the length of a block, in which edits run.
+
+    While a model is built, structure is read from shapes; numbers come from the checkpoint afterwards. What stands in
+    for a parameter holds one number. Modules that are put in the place of others are partitioned by DeepSpeed when they
+    are made; those that stay get their own parameters back.
+    """
+    partitioned = {id(p): p for p in model.parameters() if is_partitioned(p)}
+    if not partitioned:
+        yield
+        return
+    stand_ins = {
+        key: nn.Parameter(p.new_zeros(()).expand(shape_of(p)), requires_grad=p.requires_grad)
+        for key, p in partitioned.items()
+    }
+    _exchange(model, stand_ins)
+    try:
+        yield
+    finally:
+        _exchange(model, {id(stand_in): partitioned[key] for key, stand_in in stand_ins.items()})
+
+
+def _exchange(model: nn.Module, others: dict[int, nn.Parameter]) -> None:
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if id(parameter) in others:
+                module._parameters[name] = others[id(parameter)]
 
 
 @dataclass(frozen=True)

@@ -202,9 +202,9 @@ def rewrite(folder: Path, record: Record) -> None:
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-# What a model is called that is not, or no longer, what lies under the name it was loaded by. An adapter that is trained
-# on it (PEFT), or a trainer that wants a reference (TRL), names its base so; loading that is an error that quotes this,
-# where the old name would give the unpatched model without a word.
+# What a model is called that is not, or no longer, what lies under the name it was loaded by. An adapter trained on it
+# (PEFT), or a trainer that wants a reference (TRL), names its base so; loading that is an error that quotes this, where
+# the old name would give the unpatched model without a word. Plain text, as it is written into YAML.
 IN_MEMORY = "patched in memory by hf_attnpatch: save_pretrained, load from there, and go on"
 LOADED_FROM = "attnpatch_loaded_from"  # attribute of such a model
 

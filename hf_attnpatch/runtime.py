@@ -14,6 +14,7 @@ from transformers import Cache
 
 from .errors import AttnPatchError
 from .upstream.caches import Storing, view
+from .upstream.partitioned import shape_of
 
 
 class GroupedProjection(nn.Module):
@@ -50,8 +51,9 @@ class GroupedProjection(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the widths."""
-        shared, wide = self.weight.shape[0] // self.head_dim, len(self.index)
-        return f"in={self.weight.shape[1]}, heads={shared}, repeated to {wide}, head_dim={self.head_dim}"
+        rows, width = shape_of(self.weight)
+        shared, wide = rows // self.head_dim, len(self.index)
+        return f"in={width}, heads={shared}, repeated to {wide}, head_dim={self.head_dim}"
 
 
 class NarrowCache:

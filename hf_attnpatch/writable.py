@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from .configs import skeleton
 from .edits import Edit, ReplaceModule
 from .errors import UnsupportedArchitecture
+from .upstream.partitioned import is_partitioned
 
 # Module and class of what reads the parameters once, when it is built, and moves gradients or shards from then on.
 _HOLDERS = (
@@ -61,7 +62,7 @@ def check_writable(model: PreTrainedModel) -> None:
 def _check_parameter(name: str, parameter: nn.Parameter) -> None:
     if isinstance(parameter, DTensor):
         raise UnsupportedArchitecture(f"{name} is already sharded over devices; patch before fully_shard or tp_plan.")
-    if hasattr(parameter, "ds_shape"):
+    if is_partitioned(parameter):
         raise UnsupportedArchitecture(
             f"{name} is partitioned by DeepSpeed ZeRO-3, so that its numbers are not here; patch before there is an "
             "HfDeepSpeedConfig or TrainingArguments(deepspeed=...), save_pretrained, and load the result under ZeRO-3."

@@ -50,7 +50,7 @@ MAY_IMPORT = {
         "report",
     },  # the last one prints it
     "edit.py": {"errors", "interruption"},
-    "edits.py": {"configs", "edit", "errors", "interruption"},
+    "edits.py": {"configs", "edit", "errors", "interruption", "upstream"},
     "runtime.py": {"errors", "functional", "upstream"},
     "schema.py": {"errors"},
     "showing.py": set(),

@@ -28,6 +28,7 @@ from ..positions.removal import RELATIVE, check_blind, check_followed, removal, 
 from ..probe import check_loaded
 from ..rope.fields import check_number
 from ..sites import Site, dispatching
+from ..upstream.partitioned import is_partitioned
 
 Edits = tuple[Edit, ...]
 Maker = Callable[[Site, torch.Tensor], RelativeTerms]
@@ -157,7 +158,8 @@ class RelativeXl(Patch):
     def _quiet(self, reach: int, ears: Mapping[str, _Ear]) -> Maker:
         def make(site: Site, like: torch.Tensor) -> RelativeTerms:
             terms = RelativeTerms(site.num_heads, site.head_dim, self._size(site), float(self.theta), like)
-            if self.init == "recency" and not (like.is_meta or torch.empty(0).is_meta):  # else it is being loaded
+            loading = like.is_meta or torch.empty(0).is_meta or is_partitioned(terms.weight)
+            if self.init == "recency" and not loading:
                 heard = ears[site.path].heard.get("scale") if site.path in ears else None
                 terms.look_back(site.head_dim**-0.5 if heard is None else heard, reach)
             return terms

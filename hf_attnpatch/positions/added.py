@@ -14,6 +14,7 @@ from ..errors import AttnPatchError
 from ..functional.turning import sinusoid
 from ..upstream import words
 from ..upstream.caches import length as cached
+from ..upstream.partitioned import shape_of
 from ..upstream.roles import Arguments, Roles
 from .modules import NoPositions
 
@@ -63,14 +64,20 @@ class LearnedPositions(nn.Module):
             AttnPatchError: a position beyond the table.
         """
         rows = self.weight.shape[0]
-        beyond = places.shape[-1] > rows or (places.device.type == "cpu" and int(places.max()) >= rows)
+        beyond = places.shape[-1] > rows or (places.device.type == "cpu" and _beyond(places, rows))
         if beyond:  # on other devices the lookup itself complains: asking first would stop their queue
             raise AttnPatchError(f"a token at position {int(places.max())}; the position table has {rows} rows.")
         return embeddings + F.embedding(places, self.weight)
 
     def extra_repr(self) -> str:
         """Show the size."""
-        return f"length={self.weight.shape[0]}, width={self.weight.shape[1]}"
+        length, width = shape_of(self.weight)
+        return f"length={length}, width={width}"
+
+
+def _beyond(places: Tensor, rows: int) -> bool:
+    """Whether a position is in no row; a program that is exported has no positions yet."""
+    return not torch.compiler.is_exporting() and int(places.max()) >= rows
 
 
 class AddPositions:

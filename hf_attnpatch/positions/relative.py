@@ -14,6 +14,7 @@ from ..functional import relative
 from ..functional.alibi import slopes
 from ..functional.autocast import outside_autocast
 from ..functional.biased import Sight, attend_extended
+from ..upstream.partitioned import shape_of
 from .modules import NoPositions, share
 
 PREFIX = "relative_xl_"  # of the attention functions that add the terms, before the name of the kernel they call
@@ -41,7 +42,8 @@ class RelativeTerms(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the sizes."""
-        return f"heads={self.weight.shape[0]}, size={self.weight.shape[2]}, theta={self.theta:g}"
+        heads, _, size = shape_of(self.weight)
+        return f"heads={heads}, size={size}, theta={self.theta:g}"
 
     def look_back(self, scale: float, reach: int) -> None:
         """Begin with ALiBi's preference for what is near (its slopes, within ``reach`` tokens), by v W alone."""
