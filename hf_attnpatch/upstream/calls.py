@@ -102,6 +102,7 @@ def _learned() -> Interface:
     return Interface(_places(args, kwargs, heard.sentinel), keywords, _masks(heard.mask), by_position, _causal())
 
 
+@functools.cache
 def attention_registered(function: Function) -> Function:
     """Return what to register for an attention function that takes this package's words.
 
