@@ -14,7 +14,7 @@ from . import foreign, record
 from .anatomy import describe
 from .beside import Before, beside_text, remember
 from .edits import SetAttribute, SetConfig, SetConfigClass, Write, undo_all, whole_shapes, write_all
-from .errors import AttnPatchError, SelfCheckFailed
+from .errors import AttnPatchError, SelfCheckFailed, UnsupportedArchitecture
 from .exclusive import alone, lock_of
 from .interruption import all_or_nothing, ensured
 from .media import Probes, probes
@@ -168,11 +168,14 @@ def _check(model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Trace, r
 
     Raises:
         SelfCheckFailed: not finite, another shape, a patched site never called, or logits moved that must not.
+        UnsupportedArchitecture: the patched attention is given what it cannot compute with.
     """
     try:
         after = trace(model, inputs, tuple(before.calls))
     except AttnPatchError as error:
         cause = error.__cause__ or error
+        if isinstance(cause, UnsupportedArchitecture):
+            raise UnsupportedArchitecture(f"{cause} The model is unchanged.") from error
         raise SelfCheckFailed(
             f"{type(model).__name__} ran on the probe before the patch and does not after it "
             f"({type(cause).__name__}: {' '.join(str(cause).split())[:200]}): this family needs something "

@@ -48,6 +48,14 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
+class _Aliasing(_Loader):
+    """The same with aliases, which name what stands once: how often it is named is counted afterwards."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Compose a node of the document."""
+        return yaml.SafeLoader.compose_node(self, parent, index)
+
+
 def text_of(file: Path, largest: int = LARGEST_FILE) -> str:
     """Return the text of a file.
 
@@ -95,8 +103,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def from_yaml(text: str, where: str) -> Any:
+def from_yaml(text: str, where: str, *, aliases: bool = False) -> Any:
     """Read YAML that says what JSON can.
+
+    Args:
+        text: of a file.
+        where: for the message.
+        aliases: whether they are read; what they name counts as often as it is named.
 
     Raises:
         AttnPatchError: it is none, says more, or is nested or sized beyond what such files are.
@@ -104,7 +117,7 @@ def from_yaml(text: str, where: str) -> Any:
     if len(text) > LARGEST_YAML:
         raise AttnPatchError(f"{where}: {len(text):,} characters, wanted at most {LARGEST_YAML:,}.")
     try:
-        found = yaml.load(text, _Loader)  # noqa: S506 - a safe loader, made safer
+        found = yaml.load(text, _Aliasing if aliases else _Loader)  # noqa: S506 - a safe loader, made safer
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise AttnPatchError(f"{where}: {brief(str(error), 200)}; write it as YAML.") from error
     return plain(found, where)

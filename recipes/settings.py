@@ -58,7 +58,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 def _yaml(text: str, where: str) -> Any:
     try:
-        return from_yaml(text, where)
+        return from_yaml(text, where, aliases=True)
     except AttnPatchError as error:
         raise SettingsError(str(error)) from error
 

@@ -230,7 +230,7 @@ def test_calibration_text_reaches_the_patch(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such file"), (b"a few words", "windows of 512, wanted 64"), (b"\xff\xfe", "UnicodeDecodeError")],
+    [(None, "no such file"), (b"a few words", "windows of 512, wanted 64"), (b"\xff\xfe", "not UTF-8 text")],
 )
 def test_calibration_text_that_will_not_do(tmp_path, content, message):
     file = tmp_path / "text.txt"

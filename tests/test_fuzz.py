@@ -3,14 +3,17 @@
 import random
 import time
 import tracemalloc
+from pathlib import Path
 
 import pytest
+import yaml
 from fuzz_targets import TARGETS, mutated, outcome
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import hf_attnpatch as ap
 from hf_attnpatch.patches.self_extend import _most, _reaching
+from recipes import settings as recipe_settings
 
 REFUSED = {"patched config": "its own model type, which would recurse"}
 
@@ -67,3 +70,14 @@ def test_the_group_of_self_extend_is_the_smallest_that_reaches():
                 else:
                     assert _reaching(target, window, trained) == wanted
     assert _most(10**12, 1024, _reaching(10**12, 1024, 2048)) < 2048
+
+
+def test_settings_may_name_what_stands_once_but_not_multiply_it(tmp_path):
+    for file in Path(recipe_settings.__file__).with_name("configs").glob("*.yaml"):
+        assert recipe_settings.read(file) == yaml.safe_load(file.read_text("utf-8"))
+    (tmp_path / "bomb.yaml").write_text(BOMB)
+    with pytest.raises(recipe_settings.SettingsError, match="more than 1,048,576 values"):
+        recipe_settings.read(tmp_path / "bomb.yaml")
+    (tmp_path / "loop.yaml").write_text("a: &a [*a]")
+    with pytest.raises(recipe_settings.SettingsError, match="nested too deeply"):
+        recipe_settings.read(tmp_path / "loop.yaml")

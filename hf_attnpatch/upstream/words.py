@@ -77,14 +77,6 @@ ATTENTION: Final[Mapping[str, tuple[str, ...]]] = {
     name: (name,)
     for name in (DROPOUT, SCALING, IS_CAUSAL, SOFTCAP, SINKS, SCORE_BIAS, WINDOW, PACKED, PACKED_KEYS, PAGED)
 }
-# Keywords that reach attention functions and change nothing of what they compute.
-HARMLESS: Final = frozenset(
-    {
-        *("output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch", "layer_idx", "labels"),
-        *("cache_position", "max_length_q", "max_length_k", "cu_seq_lens_k", "logits_to_keep", "layer_head_mask"),
-    }
-)
-
 # Keywords of transformers' mask functions.
 MASKS: Final = (
     *("batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask", "local_size"),
