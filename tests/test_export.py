@@ -1,11 +1,13 @@
 """torch.export, ONNX and torch.compile of patched models, at any length and for forwards that stay."""
 
 import importlib.util
+from inspect import signature
 
 import pytest
 import torch
 from architectures import tiny_model
 from torch import nn
+from transformers import LlamaModel
 
 import hf_attnpatch as ap
 from hf_attnpatch.functional.alibi import BITS, parts
@@ -24,6 +26,7 @@ EXPORTED = [
     ("gpt2", ap.Alibi()),
 ]
 WITH_NAMES = pytest.mark.parametrize(("model_type", "patch"), EXPORTED, ids=[f"{t}-{p.name}" for t, p in EXPORTED])
+OLD = "cache_position" in signature(LlamaModel.forward).parameters
 ONNX = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
     reason="onnx, onnxscript or onnxruntime is not installed",
@@ -40,6 +43,8 @@ class Logits(nn.Module):
 
 
 def exported(model_type, patch):
+    if isinstance(patch, (ap.Alibi, ap.RelativeXl)) and OLD:
+        pytest.skip("this transformers makes masks from places in tensors, which an exported program has none of yet")
     model, free = tiny_model(model_type).eval(), torch.export.Dim.DYNAMIC
     ap.apply(model, patch)
     return model, torch.export.export(Logits(model), (IDS,), dynamic_shapes=({0: free, 1: free},))
@@ -74,6 +79,8 @@ def test_onnx_runs_at_any_length(model_type, patch, tmp_path):
 @pytest.mark.parametrize("model_type", ["bloom", "mpt", "falcon", "gptj", "codegen"])
 @pytest.mark.parametrize("patch", [ap.Flash(backend="sdpa"), ap.Alibi(), ap.RelativeXl()], ids=lambda p: p.name)
 def test_forwards_that_stay_compile(model_type, patch):
+    if model_type == "mpt" and OLD:
+        pytest.skip("this transformers gives MPT masks in which padding sees what is after it: refused")
     torch._dynamo.reset()
     model = tiny_model(model_type).eval()
     ap.apply(model, patch)
