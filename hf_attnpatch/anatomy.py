@@ -16,7 +16,7 @@ from .positions.added import CHILD, LearnedPositions, SinusoidalPositions
 from .positions.modules import alibi_of, bias_left_out, turns_nothing
 from .positions.relative import relative_of
 from .positions.turning import rotation_of
-from .sites import Site, bias_tables, read_sites
+from .sites import Site, bias_tables, in_tower, read_sites
 from .upstream import words
 from .upstream.roles import frequencies, learn, makes_angles, roles_of
 
@@ -80,6 +80,12 @@ class Anatomy:
     added: str = ""
     base: str | None = None
     distances: tuple[str, ...] = ()
+
+    @property
+    def attending(self) -> tuple[str, ...]:
+        """Paths of the modules of the language model that attend to its own tokens; all others where none was read."""
+        read = tuple(s.path for s in self.sites if not s.cross and not s.tower)
+        return read or tuple(path for path in (*self.other, *self.unread) if not in_tower(path))
 
     @property
     def positions(self) -> str:

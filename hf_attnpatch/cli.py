@@ -36,6 +36,7 @@ from .commands.options import (
     clear_errors,
     show,
 )
+from .commands.replacing import ENDED, end
 from .errors import NoWeights
 from .publishing import confidential
 from .showing import line, visible
@@ -159,12 +160,15 @@ app.command("search-rope")(cli_search.search_rope)
 
 def main() -> None:
     """Run the command line; asked to end, it ends as after an error: nothing half-made stays."""
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:  # nohup ignores one
-            signal.signal(getattr(signal, name), _ended)
+    for name in ("SIGTERM", "SIGHUP", "SIGINT"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores one
+            signal.signal(number, end)
     try:
         code = app(standalone_mode=False)
     except Exception as error:
+        if ENDED:  # whatever it was turned into on its way
+            raise SystemExit(128 + ENDED[0]) from None
         if hasattr(error, "format_message"):  # typer's own, of a class that it keeps to itself
             _say_usage(error)
         sys.excepthook = _say_bug  # typer has put its own there
@@ -187,10 +191,6 @@ def _say_usage(error: Any) -> NoReturn:
     usage = "" if context is None else f" {' '.join(context.get_usage().split())}"
     typer.secho(f"attnpatch: {line(said)}{usage}", fg=typer.colors.RED, err=True)
     raise SystemExit(error.exit_code)
-
-
-def _ended(number: int, _: object) -> None:
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

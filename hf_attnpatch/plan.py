@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -100,19 +100,12 @@ def _steps(model: PreTrainedModel, anatomy: Anatomy, patches: Sequence[Patch]) -
     steps = []
     for patch in patches:
         _refuse_beneath_a_memory(model, patch)
-        proposal = _counted(anatomy, patch.propose(model, anatomy))
+        proposal = patch.propose(model, anatomy)
         _refuse_stacked(model, patch, proposal)
         check_replaced(model, proposal.edits)
         steps.append(Step(proposal.patch or patch, proposal, tuple(edit.preview(model) for edit in proposal.edits)))
     _refuse_conflicts(model, patches, steps)
     return steps
-
-
-def _counted(anatomy: Anatomy, proposal: Proposal) -> Proposal:
-    """Return a proposal with modules whose calls can be counted: attention that was not read, where it names none."""
-    if proposal.sites or not proposal.edits:
-        return proposal
-    return replace(proposal, sites=tuple(anatomy.unread) or tuple(anatomy.other))
 
 
 def _refuse_beneath_a_memory(model: PreTrainedModel, patch: Patch) -> None:

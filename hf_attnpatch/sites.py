@@ -109,7 +109,7 @@ def dispatching(
         places.append(Place(site.path, site.num_heads, site.causal, site.config))
     for path in [*other, *unread]:
         module = model.get_submodule(path)
-        if _dispatches(type(module)) and not _in_tower(path):
+        if _dispatches(type(module)) and not in_tower(path):
             if path in unread:
                 raise UnsupportedArchitecture(f"{path}: {unread[path]}")
             places.append(Place(path, None, says_causal(module), _owner(model, module)))
@@ -130,7 +130,7 @@ def read_sites(model: PreTrainedModel) -> tuple[tuple[Site, ...], dict[str, str]
             continue
         layout = next((row for row in LAYOUTS if row.matches(module)), None)
         if layout is None:
-            if _looks_like_attention(module) and not _in_tower(path):
+            if _looks_like_attention(module) and not in_tower(path):
                 unread[path] = f"{kind}: matches no row of hf_attnpatch/layouts.py"
             continue
         if _convolved(module, layout):
@@ -165,7 +165,8 @@ def _convolved(module: nn.Module, layout: Layout) -> bool:
     return any(not path.startswith(f"{name}.") for path, _ in inner)
 
 
-def _in_tower(path: str) -> bool:
+def in_tower(path: str) -> bool:
+    """Whether a path lies in an image or audio tower beside the language model."""
     return any(word in path.lower() for word in (*_TOWERS, "visual"))
 
 

@@ -291,22 +291,26 @@ def _subject(action: str, model: Any, patch: Any, report: Any, inputs: Any) -> S
     return Subject(model, calls[action], before, None, inputs, calls["revert"] if action == "revert" else None)
 
 
+def _places(family: str, name: str, action: str, subject: Subject, by: str) -> int:
+    """Count places, without children; twice, since the first run learns what later ones know."""
+    case = next(case for case in CASES if case.name == name)
+    for _ in range(2):
+        twin, report, count = copy.deepcopy(subject.model), None, Injection(sys.maxsize, subject.judge, by)
+        if action == "revert":
+            twin = build(family, FAMILIES[family], case)
+            report = ap.apply(twin, case.patch)
+        count.run(_subject(action, twin, case.patch, report, subject.inputs).call)
+    return count.places
+
+
 def interrupt(
     family: str, name: str, actions: list[str], sample: int | None, by: str = "way"
 ) -> Iterator[dict[str, Any]]:
     """Yield a row of the table for each action."""
     for action, subject in subjects(family, name, actions):
         start, every = time.perf_counter(), 1
-        if sample is not None:  # once without children, to know how many places there are
-            twin = copy.deepcopy(subject.model)
-            count = Injection(sys.maxsize, subject.judge, by)
-            case = next(case for case in CASES if case.name == name)
-            report = None
-            if action == "revert":
-                twin = build(family, FAMILIES[family], case)
-                report = ap.apply(twin, case.patch)
-            count.run(_subject(action, twin, case.patch, report, subject.inputs).call)
-            every = max(1, count.places // sample)
+        if sample is not None:
+            every = max(1, _places(family, name, action, subject, by) // sample)
         injection = Injection(every, subject.judge, by)
         injection.run(subject.call)
         yield {

@@ -14,10 +14,12 @@ import errno
 import os
 import re
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from filelock import FileLock, Timeout
 
@@ -27,7 +29,16 @@ from .place import Picture, check_target, picture
 _HIDDEN = re.compile(r"\.(?P<name>.+)\.attnpatch-[a-z0-9_]{8}", re.DOTALL)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 _YOUNG = 60  # seconds, in which a run that has made its folder has locked it, too
+ENDED: list[int] = []  # signals that asked this process to end
 _CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)  # the system or the file system knows no exchange
+
+
+def end(number: int, _: object) -> NoReturn:
+    """End a command that got a signal. The signal is kept: code of a library may swallow the exception."""
+    ENDED.append(number)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
 
 
 @contextlib.contextmanager
@@ -53,6 +64,8 @@ def replacing(target: Path, overwrite: bool, inputs: Mapping[str, str | Path | N
         new = place / "new"
         new.mkdir()
         yield new
+        if ENDED:
+            raise SystemExit(128 + ENDED[0])
         _sync(new)
         _take_place(new, target, before, place / "old")
         _sync_entries(target.parent)

@@ -95,7 +95,7 @@ class Alibi(Patch):
         common = [*removal(model, anatomy, own=BIAS), *_biased(model, places, bias)]
         name, notes = self._kernel(model, anatomy, common)
         paths = tuple(p.path for p in places)
-        edits = (*common, *counted(model, paths, turned=False), _attention(name))
+        edits = (*common, *counted(model, paths, alibi_of), _attention(name))
         return Proposal(edits, paths, (*removed(anatomy), *notes), stock=False, claims=("the positions",))
 
     def _of_a_native(self, model: PreTrainedModel, anatomy: Anatomy, bias: AlibiBias) -> Proposal:
@@ -115,7 +115,7 @@ class Alibi(Patch):
             check_blind(model, anatomy, edits)
         notes = (*removed(anatomy), f"{self._what()}, through torch's kernel inside the forwards that stay")
         paths = tuple(s.path for s in anatomy.sites)
-        edits = (*edits, *counted(model, paths, turned=False))
+        edits = (*edits, *counted(model, paths, alibi_of))
         return Proposal(edits, paths, notes, stock=False, claims=("the positions",))
 
     def _check_heads(self, places: list[Place]) -> None:

@@ -123,7 +123,7 @@ class Flash(Patch):
         if len(edits) == 1 and used | {model.config._attn_implementation} == {name}:
             return Proposal((), (), (f"already in use: {note}",), preserves=True)
         hooked = tuple(edit.path for edit in edits if edit.path)
-        sites = hooked or tuple(s.path for s in anatomy.sites if s.dispatches)
+        sites = hooked or tuple(s.path for s in anatomy.sites if s.dispatches) or anatomy.attending
         return Proposal(edits, sites, (note, *([_HOOKED] if hooked else [])), preserves=True)
 
 

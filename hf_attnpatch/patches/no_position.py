@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..patch import Patch, Proposal, internal
-from ..positions.removal import attending, check_blind, none_there, removal, removed
+from ..positions.removal import check_blind, none_there, removal, removed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,5 +43,5 @@ class NoPosition(Patch):
             return Proposal((), (), (none_there(why),), preserves=True)
         both = any(site.causal is False and not site.cross and not site.tower for site in anatomy.sites)
         bag = ("attention looks both ways: without positions it sees a bag of tokens",) if both else ()
-        sites = attending(anatomy)
+        sites = anatomy.attending
         return Proposal(edits, sites, (*removed(anatomy), *bag), stock=False, claims=("the positions",))

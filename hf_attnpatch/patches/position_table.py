@@ -19,7 +19,7 @@ from ..patch import Patch, Proposal, internal
 from ..positions.added import CHILD, LearnedPositions
 from ..positions.adding import adding, check_adding
 from ..positions.lengthening import learned, longer, positions
-from ..positions.removal import ADDED, attending, check_blind, removal, removed
+from ..positions.removal import ADDED, check_blind, removal, removed
 from ..probe import check_loaded
 
 INITS = ("zeros", "sinusoidal")
@@ -88,7 +88,7 @@ class PositionTable(Patch):
             blind = removal(model, anatomy)
             check_blind(model, anatomy, blind)
             check_adding(model, anatomy, away, blind, edits)
-        sites = attending(anatomy)
+        sites = anatomy.attending
         notes = (*removed(anatomy), f"a new trainable table of {self.length} positions, {self._init}")
         return Proposal(edits, sites, notes, stock=False, claims=("the positions",))
 
@@ -112,7 +112,7 @@ class PositionTable(Patch):
             own, lambda old: _lengthened(old, self.length, method), f"{self.length} positions, {method}"
         )
         edits = longer(model, anatomy, tables, self.length, method) if tables else (new,)
-        sites = attending(anatomy)
+        sites = anatomy.attending
         note = f"{trained} positions become {self.length}, {method}"
         kept, claims = method != "interpolate", ("the positions",)
         return Proposal(edits, sites, (note,), stock=bool(tables), preserves=kept, claims=claims)

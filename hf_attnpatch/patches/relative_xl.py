@@ -105,7 +105,7 @@ class RelativeXl(Patch):
         what = f"u, v and W for each head, R of {self._size(sites[0])} ({self.init}): {count:,} new parameters"
         paths = tuple(site.path for site in sites)
         notes = (*removed(anatomy), what, said)
-        edits = (*away, *terms, *counted(model, paths, turned=False), *rest)
+        edits = (*away, *terms, *counted(model, paths, relative_of), *rest)
         return Proposal(edits, paths, notes, stock=False, claims=("the positions",))
 
     def _dispatched(

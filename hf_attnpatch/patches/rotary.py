@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..anatomy import Anatomy, angle_table
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..patch import Patch, Proposal, internal
-from ..positions.removal import attending, check_blind, check_effect, removal, removed
+from ..positions.removal import check_blind, check_effect, removal, removed
 from ..positions.rotating import attention_rotated, ignores_positions, rebased
 from ..positions.turning import KINDS, Rotation
 from ..rope.fields import check_number
@@ -101,7 +101,7 @@ class Rotary(Patch):
             check_blind(model, anatomy, removal(model, anatomy))
             counted = ignores_positions(model, anatomy, edits)
             edits = attention_rotated(model, anatomy, rotation, True) if counted else edits
-        sites = attending(anatomy)
+        sites = anatomy.attending
         pairs = "neighbours" if rotation.interleaved else "halves"
         heads = anatomy.sites[0].head_dim
         what = f"rotates {rotation.rotary_dim} of {heads} dimensions ({pairs}), theta {self.theta:g}, {self._kind()}"
@@ -122,7 +122,7 @@ class Rotary(Patch):
         if not edits and not away:
             return Proposal((), (), ("the model rotates so already",), preserves=True)
         stock = not away and not anatomy.stilled
-        sites = attending(anatomy)
+        sites = anatomy.attending
         gone = removed(others) if away else ("its bias by distance is switched off",) * own_alibi
         said = (*gone, f"theta {self.theta:g}, {self._kind()}", *notes)
         if not self.proved and (away or own_alibi):
@@ -159,7 +159,8 @@ class Rotary(Patch):
                 "one rotation needs heads of one size."
             )
         width = heads.pop()
-        inner = [getattr(module, str(angle_table(module))) for module in map(model.get_submodule, anatomy.inner)]
+        tables = ((module, angle_table(module)) for module in model.modules())  # those that were stilled, too
+        inner = [getattr(module, name) for module, name in tables if name is not None]
         own = inner[0].shape[-1] / width if inner else 1.0
         rotary_dim = int(width * (own if self.partial is None else self.partial))
         if rotary_dim < 2 or rotary_dim % 2:

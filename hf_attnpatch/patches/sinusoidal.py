@@ -14,7 +14,7 @@ from ..errors import AttnPatchError
 from ..patch import Patch, Proposal, internal
 from ..positions.added import SinusoidalPositions
 from ..positions.adding import adding, check_adding
-from ..positions.removal import ADDED, attending, check_blind, removal, removed
+from ..positions.removal import ADDED, check_blind, removal, removed
 from ..rope.fields import check_number
 
 
@@ -70,7 +70,7 @@ class Sinusoidal(Patch):
             blind = removal(model, anatomy)
             check_blind(model, anatomy, blind)
             check_adding(model, anatomy, away, blind, edits)
-        sites = attending(anatomy)
+        sites = anatomy.attending
         notes = (
             *removed(anatomy),
             f"adds {self.amplitude:g} times the sinusoid to the token embeddings, at any length",

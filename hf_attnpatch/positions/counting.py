@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,13 +27,17 @@ class Counting:
     Args:
         roles: of the arguments of its forward.
         turned: whether states were rotated by these positions, so that those of images (several axes) count, too.
+        site: path below the decoder of an attention module that works distances out.
+        held: returns what makes that module do so, or None where a later patch took it out.
     """
 
-    def __init__(self, roles: Roles, turned: bool):
-        self.roles, self.turned = roles, turned
+    def __init__(self, roles: Roles, turned: bool, site: str, held: Callable[[nn.Module], object]):
+        self.roles, self.turned, self.site, self.held = roles, turned, site, held
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Look, and change nothing."""
+        if self.held(module.get_submodule(self.site)) is None:
+            return
         named = self.roles.bind(args, kwargs)
         cache, positions = named.get(words.CACHE), named.get(words.POSITIONS)
         if positions is None and (cache is None or torch.compiler.is_compiling()):
@@ -60,19 +64,26 @@ class Counting:
             cache.attnpatch_counting = found
 
 
-def counted(model: PreTrainedModel, paths: Sequence[str], turned: bool) -> Iterator[Edit]:
+def counted(
+    model: PreTrainedModel, paths: Sequence[str], held: Callable[[nn.Module], object], turned: bool = False
+) -> Iterator[Edit]:
     """Yield the hook for what holds the layers, where it takes positions.
 
     Args:
         model: that is patched.
         paths: of its attention modules.
+        held: see :class:`Counting`.
         turned: see :class:`Counting`.
     """
     parts = paths[0].split(".") if paths else []
     path = ".".join(parts[: max(0, next((n for n, part in enumerate(parts) if part.isdigit()), 0) - 1)])
     roles = roles_of(model.get_submodule(path))
     if paths and roles.takes(words.POSITIONS):
-        yield AddPreHook(path, Counting(roles, turned), "refuses positions that are not the order of the tokens")
+        yield AddPreHook(
+            path,
+            Counting(roles, turned, paths[0][len(path) :].lstrip("."), held),
+            "refuses positions that are not the order of the tokens",
+        )
 
 
 def _ways(named: Arguments) -> frozenset[Way] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
@@ -13,21 +13,16 @@ from ..backends import kernel_of
 from ..edits import AddPreHook, Edit, ReplaceModule, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..fused.deferring import StillAngles, unbiased
-from ..probe import codebooks, default_inputs, disagreement, logits_under, tokens_of
+from ..probe import Inputs, codebooks, default_inputs, disagreement, logits_under, tokens_of
+from ..sites import in_tower
 from ..upstream import words
 from ..upstream.roles import roles_of
 from .added import CHILD, AnyLength, CountedOnly
 from .modules import NoBias, NoPositions, ZeroAngles
 from .relative import CHILD as TERMS
 
-_TOWERS = ("vision", "visual", "audio", "image", "speech")
 # what a patch may put in the place of the old by itself
 BIAS, ROTATION, ADDED, RELATIVE = "alibi", "rotation", "added", "relative"
-
-
-def in_tower(path: str) -> bool:
-    """Whether a path lies in an image or audio tower beside the language model."""
-    return any(word in path.lower() for word in _TOWERS)
 
 
 def removal(model: PreTrainedModel, anatomy: Anatomy, own: str = "") -> tuple[Edit, ...]:
@@ -74,12 +69,6 @@ def removed(anatomy: Anatomy) -> Iterator[str]:
     yield from (f"{what}: {where}" for what, where in found.items() if where)
 
 
-def attending(anatomy: Anatomy) -> tuple[str, ...]:
-    """Return the paths of the modules of the language model that attend to its own tokens, read or not."""
-    read = [s.path for s in anatomy.sites if not s.cross and not s.tower]
-    return (*read, *(path for path in (*anatomy.other, *anatomy.unread) if not read and not in_tower(path)))
-
-
 def none_there(unproved: str) -> str:
     """Say that a model has nothing that could be taken out, and what is known of that.
 
@@ -116,14 +105,7 @@ def check_blind(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit])
         return ""
     ids = tokens_of(model, default_inputs(model))
     same = roles_of(model).call(**{words.TOKENS: torch.full_like(ids, int(ids[0, 0]))})
-    try:
-        logits = logits_under(model, edits, same)
-    except AttnPatchError as error:
-        cause = " ".join(str(error.__cause__ or error).split())[:200]
-        raise UnsupportedArchitecture(
-            f"{anatomy.architecture}: does not run without the positions that it has ({cause}): they are used in a way "
-            "that was not recognised."
-        ) from error
+    logits = _logits_without(model, anatomy, edits, same)
     problem = disagreement(logits[:, :1].expand_as(logits), logits) if logits.dim() == 3 else None
     if problem is not None and not _counts(model):
         raise UnsupportedArchitecture(
@@ -156,14 +138,7 @@ def _check_order(model: PreTrainedModel, anatomy: Anatomy, blind: Sequence[Edit]
     inputs = roles.call(**given)
     if words.DECODER_TOKENS in roles.names and words.DECODER_MASK in roles.parameters:
         inputs[words.DECODER_MASK] = seen
-    try:
-        with_gap = logits_under(model, blind, inputs, padded=True)
-    except AttnPatchError as error:
-        cause = " ".join(str(error.__cause__ or error).split())[:200]
-        raise UnsupportedArchitecture(
-            f"{anatomy.architecture}: does not run without the positions that it has ({cause}): they are used in a way "
-            "that was not recognised."
-        ) from error
+    with_gap = _logits_without(model, anatomy, blind, inputs, padded=True)
     problem = disagreement(with_gap[0, :3], with_gap[1, apart]) if with_gap.dim() == 3 and len(with_gap) == 2 else None
     if problem is not None:
         where = anatomy.distances
@@ -172,6 +147,20 @@ def _check_order(model: PreTrainedModel, anatomy: Anatomy, blind: Sequence[Edit]
             f"{anatomy.architecture}: tells positions apart by {what}, which cannot be taken out (tokens one farther "
             f"from another, and {problem})."
         )
+
+
+def _logits_without(
+    model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit], inputs: Inputs, padded: bool = False
+) -> Tensor:
+    """Return logits without the positions of a model, or refuse one that does not run so."""
+    try:
+        return logits_under(model, edits, inputs, padded=padded)
+    except AttnPatchError as error:
+        cause = " ".join(str(error.__cause__ or error).split())[:200]
+        raise UnsupportedArchitecture(
+            f"{anatomy.architecture}: does not run without the positions that it has ({cause}): they are used in a way "
+            "that was not recognised."
+        ) from error
 
 
 def check_effect(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]) -> None:

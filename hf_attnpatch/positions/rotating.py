@@ -17,12 +17,12 @@ from ..edits import AddPreHook, Edit, ReplaceModule, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..fused.deferring import rotated
 from ..probe import default_inputs, logits_under, tokens_of
-from ..sites import Place, dispatching
+from ..sites import Place, dispatching, in_tower
 from ..twin import Change, difference
 from ..upstream import words
 from ..upstream.roles import frequencies, roles_of
 from .added import CountedOnly
-from .removal import ROTATION, check_followed, in_tower, removal
+from .removal import ROTATION, check_followed, removal
 from .turning import PREFIX, HandPlaces, Rotation, Turning
 
 _LOCAL = ("sliding", "local", "chunked")

@@ -116,7 +116,7 @@ def spanned(
     edits = [
         *_edits(model, anatomy, found, span),
         *_caches(model, found, span),
-        *counted(model, tuple(found), turned=True),
+        *counted(model, tuple(found), span_of, turned=True),
     ]
     kernel, said = _kernel(patch, model, [*_edits(model, anatomy, found, small)])
     return Proposal(

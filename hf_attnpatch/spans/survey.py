@@ -19,9 +19,8 @@ from ..anatomy import Anatomy
 from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
 from ..errors import UnsupportedArchitecture
 from ..functional.rerotation import Turning
-from ..positions.removal import in_tower
 from ..probe import TOLERANCE, default_inputs, largest_difference, logits_under
-from ..sites import dispatching
+from ..sites import dispatching, in_tower
 from ..upstream import words
 from ..upstream.roles import frequencies, roles_of
 from .backends import register_spans
