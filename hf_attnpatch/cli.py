@@ -5,7 +5,6 @@ torch and transformers are imported by the commands, not by this file: ``attnpat
 
 from __future__ import annotations
 
-import signal
 import sys
 import traceback
 from pathlib import Path
@@ -36,7 +35,7 @@ from .commands.options import (
     clear_errors,
     show,
 )
-from .commands.replacing import ENDED, end
+from .commands.replacing import ended_by_signals
 from .errors import NoWeights
 from .publishing import confidential
 from .showing import line, visible
@@ -160,15 +159,10 @@ app.command("search-rope")(cli_search.search_rope)
 
 def main() -> None:
     """Run the command line; asked to end, it ends as after an error: nothing half-made stays."""
-    for name in ("SIGTERM", "SIGHUP", "SIGINT"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores one
-            signal.signal(number, end)
     try:
-        code = app(standalone_mode=False)
+        with ended_by_signals():
+            code = app(standalone_mode=False)
     except Exception as error:
-        if ENDED:  # whatever it was turned into on its way
-            raise SystemExit(128 + ENDED[0]) from None
         if hasattr(error, "format_message"):  # typer's own, of a class that it keeps to itself
             _say_usage(error)
         sys.excepthook = _say_bug  # typer has put its own there

@@ -15,6 +15,7 @@ import torch
 from architectures import tiny_model
 from test_cli import fails, run
 
+from hf_attnpatch import cli
 from hf_attnpatch.commands import models as cli_models
 from hf_attnpatch.commands import place, replacing
 from hf_attnpatch.errors import AttnPatchError
@@ -355,12 +356,35 @@ def test_what_was_moved_aside_is_not_put_over_what_came_since(tmp_path):
     assert everything(tmp_path) == before
 
 
-def test_a_signal_whose_exception_a_library_swallows_still_ends_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(replacing, "ENDED", [])
-    with pytest.raises(SystemExit, match="143"), replacing.replacing(tmp_path / "out", overwrite=False):
-        with contextlib.suppress(SystemExit):
-            replacing.end(signal.SIGTERM, None)
+def test_a_signal_whose_exception_a_library_swallows_still_ends_the_run(tmp_path):
+    with pytest.raises(SystemExit, match="143"), replacing.ended_by_signals():
+        with replacing.replacing(tmp_path / "out", overwrite=False), contextlib.suppress(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_that_a_library_turns_into_an_error_ends_the_run_with_its_code():
+    def turned():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except SystemExit:
+            raise ValueError("something broke") from None
+
+    with pytest.raises(SystemExit, match="143"), replacing.ended_by_signals():
+        turned()
+
+
+def test_a_command_within_a_process_leaves_its_handlers_as_they_were(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["attnpatch", "--version"])
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)] == before
+    with pytest.raises(SystemExit), replacing.ended_by_signals():
+        signal.raise_signal(signal.SIGTERM)
+    with replacing.replacing(tmp_path / "out", overwrite=False) as new:  # the next command is not ended by it
+        (new / "config.json").write_text("{}")
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])

@@ -29,16 +29,54 @@ from .place import Picture, check_target, picture
 _HIDDEN = re.compile(r"\.(?P<name>.+)\.attnpatch-[a-z0-9_]{8}", re.DOTALL)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 _YOUNG = 60  # seconds, in which a run that has made its folder has locked it, too
-ENDED: list[int] = []  # signals that asked this process to end
+_ENDED: list[int] = []  # signals that asked the running command to end
 _CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)  # the system or the file system knows no exchange
 
 
-def end(number: int, _: object) -> NoReturn:
-    """End a command that got a signal. The signal is kept: code of a library may swallow the exception."""
-    ENDED.append(number)
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM, SIGHUP and SIGINT end the block as an error would, so that nothing half-made stays.
+
+    A library may swallow the exception that a signal raises, or turn it into another. The signal is kept: the block
+    ends with it all the same, before :func:`replacing` gives a folder its name. The handlers of before are put back.
+
+    Raises:
+        SystemExit: 128 + the number of the signal.
+    """
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    mine = [number for number, handler in before.items() if handler is not signal.SIG_IGN]  # nohup ignores one
+    _ENDED.clear()
+    for number in mine:
+        signal.signal(number, _end)
+    try:
+        yield
+    except Exception:
+        _leave()
+        raise
+    else:
+        _leave()
+    finally:
+        for number in mine:
+            signal.signal(number, before[number])
+        _ENDED.clear()
+
+
+def _end(number: int, _: object) -> NoReturn:
+    _ENDED.append(number)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)
+
+
+def _leave() -> None:
+    """End the command if a signal asked for it.
+
+    Raises:
+        SystemExit: it did.
+    """
+    if _ENDED:
+        raise SystemExit(128 + _ENDED[0]) from None
 
 
 @contextlib.contextmanager
@@ -64,8 +102,7 @@ def replacing(target: Path, overwrite: bool, inputs: Mapping[str, str | Path | N
         new = place / "new"
         new.mkdir()
         yield new
-        if ENDED:
-            raise SystemExit(128 + ENDED[0])
+        _leave()
         _sync(new)
         _take_place(new, target, before, place / "old")
         _sync_entries(target.parent)
