@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .configs import config_path
 from .errors import UnsupportedArchitecture
+from .homes.layers import unrotated
 from .positions.added import CHILD, LearnedPositions, SinusoidalPositions
 from .positions.modules import alibi_of, bias_left_out, turns_nothing
 from .positions.relative import relative_of
@@ -53,7 +54,7 @@ class Anatomy:
         alibi: whether scores are biased by distance.
         biased: paths of the modules that this package gave such a bias.
         max_positions: the context length that the config declares, in tokens.
-        stilled: modules computing rotary angles that this package made turn nothing.
+        stilled: modules computing rotary angles that this package made turn nothing, or that no layer uses.
         inner: paths of modules that gather angles from a table of theirs, whose rows limit the length: attention
             modules that rotate so, or the module that makes the angles for them.
         turned: paths of the modules that this package made rotate.
@@ -122,6 +123,7 @@ def describe(model: PreTrainedModel) -> Anatomy:
     text = model.config.get_text_config(decoder=True)
     sites, other, unread = read_sites(model)
     biased = tuple(path for path, module in model.named_modules() if alibi_of(module) is not None)
+    still = unrotated(model)
     rotary, base = list(_rotary(model)), _base(model, [*(s.path for s in sites if not s.tower), *other, *unread])
     return Anatomy(
         model_type=str(text.model_type),
@@ -129,12 +131,12 @@ def describe(model: PreTrainedModel) -> Anatomy:
         sites=sites,
         other=other,
         unread=unread,
-        rotary=tuple(found for found, turns in rotary if turns),
+        rotary=tuple(found for found, turns in rotary if turns and not still),
         tables=dict(_tables(model)),
         alibi=bool(biased) or _alibi(model),
         biased=biased,
         max_positions=getattr(text, "max_position_embeddings", None),
-        stilled=tuple(found for found, turns in rotary if not turns),
+        stilled=tuple(found for found, turns in rotary if not turns or still),
         inner=tuple(p for p, module in model.named_modules() if angle_table(module) and not turns_nothing(module)),
         turned=tuple(path for path, module in model.named_modules() if rotation_of(module) is not None),
         relative=tuple(path for path, module in model.named_modules() if relative_of(module) is not None),

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from . import foreign, record
 from .anatomy import describe
 from .beside import Before, beside_text, remember
-from .edits import SetAttribute, SetConfig, SetConfigClass, Write, undo_all, whole_shapes, write_all
+from .edits import BecomeModel, SetAttribute, SetConfig, SetConfigClass, Write, undo_all, whole_shapes, write_all
 from .errors import AttnPatchError, SelfCheckFailed, UnsupportedArchitecture
 from .exclusive import alone, lock_of
 from .interruption import all_or_nothing, ensured
@@ -138,10 +138,11 @@ def _bookkeeping(
     config, before = model.config, record.read(model.config)
     stock = all(s.proposal.stock for s in recorded) and (before is None or before.stock)
     entries = [{**s.patch.to_record(findings.get(s.patch.name)), "stock": s.proposal.stock} for s in recorded]
+    moved = [edit.model_type for edit in steps.edits if isinstance(edit, BecomeModel)]
     after = record.Record(
         patches=(*(before.patches if before else ()), *entries),
         base_model=before.base_model if before else record.source_of(model),
-        base_model_type=before.base_model_type if before else config.model_type,
+        base_model_type=moved[-1] if moved else before.base_model_type if before else config.model_type,
         stock=stock,
         versions={"hf_attnpatch": _version(), "transformers": transformers.__version__},
         commands=before.commands if before else (),

@@ -24,6 +24,7 @@ from .upstream.partitioned import is_partitioned, shape_of
 __all__ = [
     "AddModule",
     "AddPreHook",
+    "BecomeModel",
     "Edit",
     "ReplaceModule",
     "SetAttention",
@@ -353,6 +354,100 @@ class SetConfigClass(Edit):
             config.__class__ = old
 
         return Write(self.claim, lambda: type(config) is self.cls, do, undo)
+
+
+@dataclass(frozen=True)
+class BecomeModel(Edit):
+    """Make a model one of another type: class, config and modules change, its parameters and its identity stay.
+
+    Attributes:
+        make: builds a model of the other type around the same parameters.
+        model_type: of the result.
+        after: text for the report.
+    """
+
+    rung = "model"
+    make: Callable[[PreTrainedModel], PreTrainedModel]
+    model_type: str
+    after: str
+
+    @property
+    def claim(self) -> str:
+        """The class of the model."""
+        return "the class of the model"
+
+    def preview(self, model: PreTrainedModel) -> tuple[str, str]:
+        """Old and new class."""
+        return type(model).__name__, self.after
+
+    def prepare(self, model: PreTrainedModel) -> Write:
+        """Build the other model, and let its modules hold this one's config.
+
+        Raises:
+            AttnPatchError: a hook of the user's would be lost.
+            UnsupportedArchitecture: the model is spread over devices.
+        """
+        if any(hasattr(module, "_hf_hook") for module in model.modules()):
+            raise UnsupportedArchitecture(
+                f"{type(model).__name__}: is spread over devices or offloaded; load it without device_map before it "
+                "becomes one of another type."
+            )
+        config, other = model.config, self.make(model)
+        for name, child in model.named_children():
+            check_hooks(name, child, other.get_submodule(name))
+        _checkpointing(model, other)
+        borrowed = other.config
+        for module in other.modules():
+            if vars(module).get("config") is borrowed:
+                module.config = config
+        swaps = [
+            *_swapped(model._modules, other._modules, self.claim),
+            *_swapped(vars(model), {k: v for k, v in vars(other).items() if k not in _KEPT}, self.claim),
+            *_swapped(vars(config), vars(borrowed), self.claim),
+            *(_dropped(vars(config), key, self.claim) for key in vars(config).keys() - vars(borrowed).keys()),
+        ]
+        classes = ((model, type(model), type(other)), (config, type(config), type(borrowed)))
+
+        def do() -> None:
+            for swap_ in swaps:
+                swap_.do()
+            for thing, _, new in classes:
+                thing.__class__ = new
+
+        def undo() -> None:
+            for thing, old, _ in classes:
+                thing.__class__ = old
+            undo_all(swaps)
+
+        return Write(self.claim, lambda: type(model) is type(other), do, undo)
+
+
+# What a model keeps although its class changes: what torch hangs on every module, and what belongs to this very object.
+_KEPT = frozenset({*vars(nn.Module()), "config", "generation_config", "name_or_path", "warnings_issued"})
+
+
+def _swapped(store: dict[str, Any], new: dict[str, Any], claim: str) -> Iterator[Write]:
+    """Yield the writes after which a dictionary holds ``new``; what it holds besides stays."""
+    yield from (_swap(store, key, value, claim) for key, value in new.items() if store.get(key, _ABSENT) is not value)
+
+
+def _dropped(store: dict[str, Any], key: str, claim: str) -> Write:
+    """Return the write after which a dictionary lacks a key."""
+    old = store[key]
+
+    def undo() -> None:
+        store[key] = old
+
+    return Write(claim, lambda: key not in store, lambda: store.pop(key, None), undo)
+
+
+def _checkpointing(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Let another model recompute activations where this one does."""
+    for path, module in other.named_modules():
+        mine = vars(dict(model.named_modules()).get(path, module))
+        for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+            if name in mine:
+                setattr(module, name, mine[name])
 
 
 def _own_hook(hook: Any) -> Any:

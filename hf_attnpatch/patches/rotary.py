@@ -11,6 +11,9 @@ from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy, angle_table
 from ..errors import AttnPatchError, UnsupportedArchitecture
+from ..homes.checks import checked_layers, named, rotary_alone
+from ..homes.fitting import current, find
+from ..homes.layers import unrotated
 from ..patch import Patch, Proposal, internal
 from ..positions.removal import check_blind, check_effect, removal, removed
 from ..positions.rotating import attention_rotated, ignores_positions, rebased
@@ -34,7 +37,8 @@ class Rotary(Patch):
     families that compute attention by themselves (BLOOM, MPT, Falcon, GPT-J, CodeGen) torch's fused kernel takes their
     place. Positions are the ``position_ids`` that reach attention, otherwise places in the cache: only differences
     count, so left padding changes nothing. Such checkpoints are of this package's model type; the model has to be
-    fine-tuned.
+    fine-tuned. Another base in some layers, or rotation again in layers that have none, needs a home: a stock type that
+    holds the model bit for bit and can say so.
 
     Args:
         theta: base of the frequencies.
@@ -46,6 +50,10 @@ class Rotary(Patch):
             in Llama.
         layer_types: for models with rotary parameters for each layer type: which get the base; None takes those that
             see the whole context.
+        layers: numbers of the layers that get the base, from 0 (``kind="default"`` only); None takes those that rotate,
+            or all where none does.
+        home: for ``layers``, and for models whose layers rotate nothing: the stock model type that is to hold the
+            model, ``auto`` for the first that fits, or None.
         counted: found out, and remembered by checkpoints: whether ``position_ids`` do not reach attention (GPT-Neo), so
             that tokens are counted and other positions refused.
 
@@ -63,6 +71,8 @@ class Rotary(Patch):
     partial: float | None = None
     interleaved: bool | None = None
     layer_types: tuple[str, ...] | None = None
+    layers: tuple[int, ...] | None = None
+    home: str | None = "auto"
     counted: bool | None = internal()
     proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded
 
@@ -81,6 +91,10 @@ class Rotary(Patch):
             if isinstance(self.layer_types, str) or not all(isinstance(each, str) for each in self.layer_types):
                 raise AttnPatchError(f"layer_types is {self.layer_types!r}; give a list of names, or None.")
             self._normalise("layer_types", tuple(self.layer_types))
+        self._normalise("layers", checked_layers(self.layers))
+        named(self.home)
+        if self.layers is not None and (self.kind != "default" or self.layer_types is not None):
+            raise AttnPatchError("layers take another base each by itself: leave kind and layer_types out.")
 
     def structure(self) -> Patch:
         """Return the patch without a probe: a model that is being loaded cannot run yet."""
@@ -88,6 +102,8 @@ class Rotary(Patch):
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Say what would be taken out and what would rotate; see :meth:`Patch.propose`."""
+        if self.layers is not None or self.home not in (None, "auto") or unrotated(model):
+            return self._moved(model, anatomy)
         if anatomy.rotary or anatomy.stilled:
             return self._native(model, anatomy)
         if self.layer_types is not None:
@@ -128,6 +144,26 @@ class Rotary(Patch):
         if not self.proved and (away or own_alibi):
             check_effect(model, anatomy, (*away, *edits))
         return Proposal((*away, *edits), sites, said, stock=stock, claims=("the positions",))
+
+    def _moved(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
+        """The model becomes, or stays, of a type that has a base for each layer."""
+        if self.home is None or self.kind != "default" or self.partial is not None or self.interleaved is not None:
+            raise AttnPatchError(
+                f"{anatomy.architecture}: a base for some layers, or in a model whose layers rotate nothing, is said by a "
+                "stock type: give theta and home, and no kind, partial or interleaved."
+            )
+        if not anatomy.stilled:
+            rotary_alone(anatomy)
+        now = current(model)
+        turning = tuple(n for n, base in enumerate(now.bases) if base is not None) or None
+        wanted = now.rotated(float(self.theta), self.layers or turning)
+        if wanted == now:
+            return Proposal((), (), ("the model rotates so already",), preserves=True)
+        found = find(model, wanted, self.home)
+        changed = sum(a != b for a, b in zip(now.bases, wanted.bases, strict=True))
+        said = (f"theta {self.theta:g} in {changed} of {len(now.bases)} layers", *found.notes)
+        chosen = dataclasses.replace(self, home=found.home.model_type)
+        return Proposal((found.edit,), anatomy.attending, said, claims=("the positions",), patch=chosen)
 
     def _parameters(self, old: Mapping[str, Any], trained: int | None) -> dict[str, Any]:
         """Return transformers' dictionary for the wanted base and kind; what describes the model itself is kept."""

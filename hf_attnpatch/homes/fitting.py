@@ -1,0 +1,293 @@
+"""A model built again as another class around the very same parameters, and whether it computes the same bits."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .. import foreign, record
+from ..configs import building
+from ..edits import BecomeModel
+from ..errors import AttnPatchError, UnsupportedArchitecture
+from ..interruption import inside
+from ..probe import Inputs, default_inputs, quiet, valid
+from .layers import Layers, read_layers
+from .rows import HOMES, Home
+
+_EAGER = "eager"
+_BUILDING = (  # what constructors of transformers raise where a config does not suit them
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    StrictDataclassError,
+)
+
+
+class Unfit(AttnPatchError):
+    """A home does not hold this model; says why."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A home that holds a model.
+
+    Attributes:
+        home: the row.
+        edit: by which the model becomes one of that type.
+        notes: for the report.
+    """
+
+    home: Home
+    edit: BecomeModel
+    notes: tuple[str, ...]
+
+
+def current(model: PreTrainedModel) -> Layers:
+    """Return what the layers of a model do, where a home could say it.
+
+    Raises:
+        UnsupportedArchitecture: no home could.
+    """
+    found = record.read(model.config)
+    if foreign.is_patched(model.config) or (found is not None and not found.stock):
+        raise UnsupportedArchitecture(f"{type(model).__name__}: is no stock model any more; a home holds stock ones")
+    return read_layers(model.config)
+
+
+def find(model: PreTrainedModel, wanted: Layers, home: str) -> Found:
+    """Return the first home that holds a model and can say what its layers shall do.
+
+    Args:
+        model: a stock model, which is only read.
+        wanted: what its layers shall do.
+        home: a model type, or ``auto``.
+
+    Raises:
+        AttnPatchError: there is no such home.
+        UnsupportedArchitecture: none fits, with the reason for each.
+    """
+    known = [row for row in HOMES if home in ("auto", row.model_type)]
+    if not known:
+        choices = ", ".join(row.model_type for row in HOMES)
+        raise AttnPatchError(f"home {home!r} is not known; choose from auto, None, {choices}.")
+    own = model.config.model_type
+    reasons = []
+    for row in sorted(known, key=lambda row: row.model_type != own):  # its own type first: nothing has to move
+        if home == "auto" and row.model_type != own and row.model_type in _OWN_ONLY:
+            continue
+        try:
+            return _tried(model, row, wanted)
+        except Unfit as error:
+            reasons.append(f"{row.model_type} {error}")
+    raise UnsupportedArchitecture(f"{type(model).__name__}: no stock type can say this: {'; '.join(reasons)}.")
+
+
+_OWN_ONLY = ("qwen2", "qwen3", "mistral")  # can say no more than others do, so that nobody needs to move there
+
+
+def _tried(model: PreTrainedModel, home: Home, wanted: Layers) -> Found:
+    """Prove that a home holds the model as it is, and return the edit that moves it there with what is wanted.
+
+    Raises:
+        Unfit: so.
+    """
+    cls = _class(model, home)
+    _said(home, model, wanted)
+    if cls is not type(model):
+        _prove(model, home, cls)
+    attention = None if not home.eager or model.config._attn_implementation == _EAGER else _EAGER
+
+    def make(live: PreTrainedModel) -> PreTrainedModel:
+        return rebuilt(live, cls, _said(home, live, wanted), home.fills, attention)
+
+    make(model)  # what it is to become can be built, too
+    after = f"{cls.__name__}, the same parameters" + (" and sinks that take nothing" if home.fills else "")
+    return Found(home, BecomeModel("", make, home.model_type, after), tuple(_notes(model, home, wanted, attention)))
+
+
+def _notes(model: PreTrainedModel, home: Home, wanted: Layers, attention: str | None) -> Iterator[str]:
+    others = ", ".join(home.readers(wanted))
+    own = home.model_type == model.config.model_type
+    what = "its own type can say this" if own else f"home: {home.model_type}, which holds this model bit for bit"
+    yield f"{what}; checkpoints are stock ones of transformers {home.since} and later" + (f", {others}" if others else "")
+    if attention is not None:
+        yield f"attention is computed eagerly, as transformers does for {home.model_type}"
+
+
+def _said(home: Home, model: PreTrainedModel, layers: Layers) -> dict[str, Any]:
+    """Return the fields of a home's config that say what layers do.
+
+    Raises:
+        Unfit: it cannot.
+    """
+    found = home.fields(model.config, layers)
+    if isinstance(found, str):
+        raise Unfit(found)
+    return found
+
+
+def _class(model: PreTrainedModel, home: Home) -> type[PreTrainedModel]:
+    """Return the home's class for what this model is used for.
+
+    Raises:
+        Unfit: there is none.
+    """
+    own: Any = type(model)
+    if home.model_type == model.config.model_type:
+        return own  # type: ignore[no-any-return]
+    if home.model_type not in CONFIG_MAPPING:
+        raise Unfit(f"is not known to this transformers (it came with {home.since})")
+    config = CONFIG_MAPPING[home.model_type]
+    for auto in modeling_auto.__all__:
+        mapping = getattr(getattr(modeling_auto, auto), "_model_mapping", None)
+        if auto.startswith("AutoModel") and mapping is not None and type(model.config) in mapping and config in mapping:
+            mine, theirs = mapping[type(model.config)], mapping[config]
+            if own in (mine if isinstance(mine, tuple) else (mine,)):
+                return theirs[0] if isinstance(theirs, tuple) else theirs  # type: ignore[no-any-return]
+    raise Unfit(f"has no counterpart of {own.__name__}")
+
+
+def _prove(model: PreTrainedModel, home: Home, cls: type[PreTrainedModel]) -> None:
+    """Compare the logits of a model and of the home that holds it unchanged, bit by bit.
+
+    Raises:
+        Unfit: they differ.
+    """
+    neutral = _said(home, model, current(model))
+    inputs = default_inputs(model)
+    attention = _EAGER if home.eager else None
+    here = _logits(rebuilt(model, type(model), {}, {}, attention), inputs)
+    try:
+        there = _logits(rebuilt(model, cls, neutral, home.fills, attention), inputs)
+    except Unfit:
+        raise
+    except _BUILDING as error:
+        raise Unfit(f"does not run: {' '.join(str(error).split())[:200]}") from error
+    if attention is None and not torch.equal(_logits(model, inputs), here):
+        raise Unfit("cannot be tried: built again from its config, this model computes something else than it does")
+    if not torch.equal(here, there):
+        raise Unfit(f"computes other logits (by up to {(here - there).abs().max():.1e})")
+
+
+def _logits(model: PreTrainedModel, inputs: Inputs) -> torch.Tensor:
+    """Return the logits, or hidden states, at tokens that are not padding."""
+    with quiet(model), torch.no_grad():
+        return valid(model, model(**inputs)[0], inputs)
+
+
+def rebuilt(
+    model: PreTrainedModel,
+    cls: type[PreTrainedModel],
+    fields: Mapping[str, Any],
+    fills: Mapping[str, float],
+    attention: str | None = None,
+) -> PreTrainedModel:
+    """Build a class around the parameters of a model, which is only read.
+
+    Args:
+        model: whose parameters, persistent buffers and config are taken.
+        cls: of transformers.
+        fields: of the new config, beside those that both have.
+        fills: values of parameters that the model has not, by the last part of their name; a bias is 0.
+        attention: the attention implementation; None keeps the model's.
+
+    Raises:
+        Unfit: a parameter has no place, or another shape, or something cannot be built.
+    """
+    try:
+        config = _config(model, cls, fields, attention)
+        with building():
+            other: PreTrainedModel = inside(torch.device("meta"), lambda: cls(config))
+        _fill(other, model, fills)
+        _materialise(other, model)
+    except Unfit:
+        raise
+    except _BUILDING as error:
+        raise Unfit(f"cannot be built: {' '.join(str(error).split())[:200]}") from error
+    return other.train(model.training)
+
+
+def _config(
+    model: PreTrainedModel, cls: type[PreTrainedModel], fields: Mapping[str, Any], attention: str | None
+) -> PretrainedConfig:
+    """Return the config of the home: what both types say, and ``fields``."""
+    kind: Any = cls.config_class
+    given = model.config.to_dict()
+    known = {*inspect.signature(kind.__init__).parameters, *kind().to_dict(), record.FIELD, "head_dim"}
+    kept = {name: value for name, value in given.items() if name in known and name not in ("model_type", "architectures")}
+    if "attention_bias" in known and "attention_bias" not in given:  # Qwen2 has biases without a field for them
+        kept["attention_bias"] = any(name.endswith("k_proj.bias") for name, _ in model.named_parameters())
+    config = kind(**{**kept, **fields})
+    config.dtype = model.config.dtype
+    config._attn_implementation = attention or model.config._attn_implementation
+    config.architectures = [cls.__name__]  # saving writes it, and revert is to take it back
+    config._name_or_path = getattr(model.config, "_name_or_path", "")
+    return config  # type: ignore[no-any-return]
+
+
+def _fill(other: PreTrainedModel, model: PreTrainedModel, fills: Mapping[str, float]) -> None:
+    """Put the parameters and persistent buffers of a model into another.
+
+    Raises:
+        Unfit: they are not the same ones.
+    """
+    held = {**dict(model.named_parameters(remove_duplicate=False)), **_persistent(model)}
+    wanted = {**dict(other.named_parameters(remove_duplicate=False)), **_persistent(other)}
+    strange = sorted(held.keys() - wanted.keys())
+    if strange:
+        raise Unfit(f"has no place for {strange[0]}" + (f" and {len(strange) - 1} more" if strange[1:] else ""))
+    like = next(iter(model.parameters()))
+    for name, blank in wanted.items():
+        owner, _, last = name.rpartition(".")
+        module = other.get_submodule(owner)
+        store: dict[str, Any] = module._parameters if last in module._parameters else module._buffers
+        if name in held:
+            if held[name].shape != blank.shape:
+                raise Unfit(f"wants {name} of {tuple(blank.shape)}, which is {tuple(held[name].shape)} here")
+            store[last] = held[name]
+            continue
+        value = 0.0 if last == "bias" else fills.get(last)
+        if value is None:
+            raise Unfit(f"needs {name}, which is not here")
+        beside = next(module.parameters(recurse=False), like)
+        beside = like if beside.is_meta else beside
+        store[last] = nn.Parameter(torch.full(blank.shape, value, dtype=beside.dtype, device=beside.device))
+
+
+def _persistent(model: nn.Module) -> dict[str, torch.Tensor]:
+    lost = {f"{p}.{n}".lstrip(".") for p, m in model.named_modules() for n in m._non_persistent_buffers_set}
+    return {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name not in lost}
+
+
+def _materialise(other: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Make the buffers that no checkpoint holds, by building their modules once more.
+
+    Raises:
+        Unfit: one is not built from a config.
+    """
+    device = next(iter(model.parameters())).device
+    blank = [path for path, module in other.named_modules() if any(b.is_meta for b in module._buffers.values() if b is not None)]
+    for path in blank:
+        old: Any = other.get_submodule(path)
+        needed = list(inspect.signature(type(old).__init__).parameters.values())[1:]
+        free = [p.name for p in needed if p.default is inspect.Parameter.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        if free != ["config"] or not hasattr(old, "config"):
+            raise Unfit(f"has buffers in {path} that are not made from a config")
+        parent, _, name = path.rpartition(".")
+        other.get_submodule(parent)._modules[name] = type(old)(old.config).to(device)
+    left = next((name for name, t in (*other.named_parameters(), *other.named_buffers()) if t.is_meta), None)
+    if left is not None:
+        raise Unfit(f"leaves {left} without numbers")

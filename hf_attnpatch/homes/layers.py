@@ -1,0 +1,125 @@
+"""What the attention of each layer of a decoder does, as far as a stock config may say it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..errors import AttnPatchError, UnsupportedArchitecture
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+SLOPE, STEP = "llama_4_scaling_beta", "original_max_position_embeddings"  # of rope_parameters
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """Queries at position t are multiplied by 1 + slope * log(1 + floor(t / step)) (2504.08719, section 3.3).
+
+    Attributes:
+        slope: 0 changes nothing.
+        step: in tokens; queries below it stay as they are.
+    """
+
+    slope: float
+    step: int
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a decoder.
+
+    Attributes:
+        bases: of the rotary frequencies, for each layer; None where the layer rotates nothing.
+        windows: how many tokens each layer sees, the query's own included; None where it sees all before it.
+        temperature: of all layers; None for none.
+    """
+
+    bases: tuple[float | None, ...]
+    windows: tuple[int | None, ...]
+    temperature: Temperature | None = None
+
+    @property
+    def base(self) -> float | None:
+        """The one base of all layers that rotate; None where there are several, or none rotates."""
+        found = {base for base in self.bases if base is not None}
+        return found.pop() if len(found) == 1 else None
+
+    @property
+    def window(self) -> int | None:
+        """The one window of all layers that have one; None where there are several, or none has one."""
+        found = {window for window in self.windows if window is not None}
+        return found.pop() if len(found) == 1 else None
+
+    @property
+    def kinds(self) -> list[str]:
+        """Transformers' name for what each layer sees."""
+        return [FULL if window is None else SLIDING for window in self.windows]
+
+    def rotated(self, base: float | None, layers: Collection[int] | None = None) -> Layers:
+        """Return these layers with another base in some of them (None: all); a base of None rotates nothing.
+
+        Raises:
+            AttnPatchError: there is no such layer.
+        """
+        count = len(self.bases)
+        strange = [number for number in layers or () if not 0 <= number < count]
+        if strange:
+            raise AttnPatchError(
+                f"layers: {', '.join(map(str, strange))} is not there; this model has layers 0 to {count - 1}."
+            )
+        chosen = range(count) if layers is None else set(layers)
+        return dataclasses.replace(self, bases=tuple(base if n in chosen else b for n, b in enumerate(self.bases)))
+
+
+def read_layers(config: PretrainedConfig) -> Layers:
+    """Read what a config says of its layers.
+
+    A family that says such things in fields of its own is misread here, so that what is read must be proved.
+
+    Raises:
+        UnsupportedArchitecture: it says what a home cannot hold, or there are configs within it.
+    """
+    count, rope = getattr(config, "num_hidden_layers", None), getattr(config, "rope_parameters", None)
+    if config.sub_configs or not isinstance(count, int):
+        raise UnsupportedArchitecture(f"{config.model_type}: is no decoder of text alone")
+    if not isinstance(rope, Mapping) or not isinstance(rope.get("rope_theta"), (int, float)):
+        raise UnsupportedArchitecture(f"{config.model_type}: has no rotary base that all layers share")
+    return Layers(_bases(config, float(rope["rope_theta"]), count), _windows(config, count), _temperature(rope))
+
+
+def unrotated(model: PreTrainedModel) -> bool:
+    """Whether the config of a model with rotary modules says that none of its layers rotates."""
+    try:
+        return not any(read_layers(model.config).bases)
+    except UnsupportedArchitecture:
+        return False
+
+
+def _bases(config: PretrainedConfig, theta: float, count: int) -> tuple[float | None, ...]:
+    each, flags = getattr(config, "layer_rope_theta", None), getattr(config, "no_rope_layers", None)
+    if isinstance(each, (list, tuple)):
+        return tuple(float(base) if base else None for base in each[:count])
+    if isinstance(flags, (list, tuple)):  # 1 where the layer does rotate
+        return tuple(theta if flag else None for flag in flags[:count])
+    return (theta,) * count
+
+
+def _windows(config: PretrainedConfig, count: int) -> tuple[int | None, ...]:
+    width, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        width = None
+    if kinds is None:
+        return (width,) * count
+    strange = set(kinds) - {SLIDING, FULL}
+    if strange:
+        raise UnsupportedArchitecture(f"{config.model_type}: has layers of {', '.join(sorted(strange))}")
+    return tuple(width if kind == SLIDING else None for kind in kinds[:count])
+
+
+def _temperature(rope: Mapping[str, Any]) -> Temperature | None:
+    slope, step = rope.get(SLOPE), rope.get(STEP)
+    return Temperature(float(slope), int(step)) if slope and step else None
