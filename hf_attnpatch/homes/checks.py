@@ -19,7 +19,9 @@ def checked_layers(layers: object) -> tuple[int, ...] | None:
         return None
     found = tuple(layers) if isinstance(layers, (list, tuple, range)) else ()
     if not found or not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < _MOST for n in found):
-        raise AttnPatchError(f"layers is {layers!r}; give a list of layer numbers from 0, such as [0, 2], or None for all.")
+        raise AttnPatchError(
+            f"layers is {layers!r}; give a list of layer numbers from 0, such as [0, 2], or None for all."
+        )
     if len(set(found)) != len(found):
         raise AttnPatchError(f"layers is {list(found)}, which names one twice.")
     return tuple(sorted(found))
@@ -42,5 +44,10 @@ def rotary_alone(anatomy: Anatomy) -> None:
     Raises:
         UnsupportedArchitecture: so.
     """
-    if anatomy.positions != "rotary" or anatomy.turned or anatomy.inner or any(s.cross or s.tower for s in anatomy.sites):
+    if (
+        anatomy.positions != "rotary"
+        or anatomy.turned
+        or anatomy.inner
+        or any(s.cross or s.tower for s in anatomy.sites)
+    ):
         raise UnsupportedArchitecture(f"{anatomy.architecture}: positions here are: {anatomy.positions}")

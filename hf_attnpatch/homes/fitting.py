@@ -119,10 +119,11 @@ def _tried(model: PreTrainedModel, home: Home, wanted: Layers) -> Found:
 
 
 def _notes(model: PreTrainedModel, home: Home, wanted: Layers, attention: str | None) -> Iterator[str]:
-    others = ", ".join(home.readers(wanted))
+    others = " and ".join(home.readers(wanted))
     own = home.model_type == model.config.model_type
     what = "its own type can say this" if own else f"home: {home.model_type}, which holds this model bit for bit"
-    yield f"{what}; checkpoints are stock ones of transformers {home.since} and later" + (f", {others}" if others else "")
+    read = f"; by their sources {others} read it, too" if others else ""
+    yield f"{what}; transformers from {home.since} on loads the checkpoint without this package{read}"
     if attention is not None:
         yield f"attention is computed eagerly, as transformers does for {home.model_type}"
 
@@ -227,7 +228,9 @@ def _config(
     kind: Any = cls.config_class
     given = model.config.to_dict()
     known = {*inspect.signature(kind.__init__).parameters, *kind().to_dict(), record.FIELD, "head_dim"}
-    kept = {name: value for name, value in given.items() if name in known and name not in ("model_type", "architectures")}
+    kept = {
+        name: value for name, value in given.items() if name in known and name not in ("model_type", "architectures")
+    }
     if "attention_bias" in known and "attention_bias" not in given:  # Qwen2 has biases without a field for them
         kept["attention_bias"] = any(name.endswith("k_proj.bias") for name, _ in model.named_parameters())
     config = kind(**{**kept, **fields})
@@ -279,7 +282,11 @@ def _materialise(other: PreTrainedModel, model: PreTrainedModel) -> None:
         Unfit: one is not built from a config.
     """
     device = next(iter(model.parameters())).device
-    blank = [path for path, module in other.named_modules() if any(b.is_meta for b in module._buffers.values() if b is not None)]
+    blank = [
+        path
+        for path, module in other.named_modules()
+        if any(b.is_meta for b in module._buffers.values() if b is not None)
+    ]
     for path in blank:
         old: Any = other.get_submodule(path)
         needed = list(inspect.signature(type(old).__init__).parameters.values())[1:]

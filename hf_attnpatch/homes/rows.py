@@ -1,8 +1,8 @@
 """The homes: for each, the fields that say what its layers do, and who reads such a checkpoint.
 
 Sources: the configuration and modeling files of transformers 5.24; for llama.cpp its ``src/models/smollm3.cpp``, which
-takes every fourth layer for unrotated whatever the file says, and its pull request 25505 (``granite_swa``); for vLLM its
-pull request 52706 and its list of models. ``make downstream`` is what tries them.
+takes every fourth layer for unrotated whatever the file says, and its pull request 25505 (``granite_swa``); for vLLM
+its pull request 52706 and its list of models. Of other engines that is what their sources say; none was run here.
 """
 
 from __future__ import annotations
@@ -90,14 +90,16 @@ def _by_kind(config: PretrainedConfig, layers: Layers) -> Fields | str:
 
 
 def _width(config: PretrainedConfig, layers: Layers) -> int:
-    """Return the window, or the context where no layer has one: some forwards make a mask of that width all the same."""
+    """Return the window, or the context where no layer has one: some forwards make such a mask all the same."""
     return layers.window or int(config.max_position_embeddings)
 
 
 def _qwen(config: PretrainedConfig, layers: Layers) -> Fields | str:
     found = _by_kind(config, layers)
     windowed = layers.window is not None
-    return found if isinstance(found, str) else {**found, "sliding_window": layers.window, "use_sliding_window": windowed}
+    return (
+        found if isinstance(found, str) else {**found, "sliding_window": layers.window, "use_sliding_window": windowed}
+    )
 
 
 def _mistral(config: PretrainedConfig, layers: Layers) -> Fields | str:
@@ -135,7 +137,10 @@ def _granite_swa(config: PretrainedConfig, layers: Layers) -> Fields | str:
         "layer_rope_theta": [base or 0 for base in layers.bases],
         "sliding_window": _width(config, layers),
         "layer_types": layers.kinds,
-        **{name: getattr(config, name, value) for name, value in {**_GRANITE, "attention_multiplier": width**-0.5}.items()},
+        **{
+            name: getattr(config, name, value)
+            for name, value in {**_GRANITE, "attention_multiplier": width**-0.5}.items()
+        },
     }
 
 

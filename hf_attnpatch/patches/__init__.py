@@ -12,6 +12,7 @@ from .re_rope import ReRope
 from .relative_xl import RelativeXl
 from .rope_scaling import RopeScaling
 from .rotary import Rotary
+from .score_temperature import ScoreTemperature
 from .segment_recurrence import SegmentRecurrence
 from .self_extend import SelfExtend
 from .sinusoidal import Sinusoidal
@@ -29,6 +30,7 @@ __all__ = [
     "RelativeXl",
     "RopeScaling",
     "Rotary",
+    "ScoreTemperature",
     "SegmentRecurrence",
     "SelfExtend",
     "Sinusoidal",

@@ -1,0 +1,70 @@
+"""A score temperature that grows with the position."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+from transformers import PreTrainedModel
+
+from ..anatomy import Anatomy
+from ..errors import AttnPatchError, UnsupportedArchitecture
+from ..homes.checks import named, rotary_alone
+from ..homes.fitting import current, find
+from ..homes.layers import STEP, Temperature
+from ..patch import Patch, Proposal
+from ..rope.fields import check_number
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreTemperature(Patch):
+    """Sharpen attention with the position: queries at t are multiplied by 1 + slope * log(1 + floor(t / step)).
+
+    Attention over more tokens than a model was trained on spreads out; a larger scale of the scores gathers it again
+    (SWAN-GPT, 2504.08719; Llama 4). Queries before ``step`` keep their bits. A Llama-like model becomes a stock type
+    that computes this (``ministral3``), if it holds the model bit for bit, alone or on top of YaRN.
+
+    Args:
+        slope: beta of the paper, at least 0; 0.1 in Llama 4. 0 changes no number.
+        step: in tokens; None takes the context that the model was trained on.
+        home: stock model type that is to hold the model; ``auto`` for the first that fits.
+
+    Raises:
+        UnsupportedArchitecture: no stock type can say this of the model.
+        AttnPatchError: an argument out of range.
+    """
+
+    name: ClassVar[str] = "score_temperature"
+
+    slope: float
+    step: int | None = None
+    home: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.slope != 0:
+            check_number("slope", self.slope)
+        if self.step is not None:
+            if not isinstance(self.step, int) or isinstance(self.step, bool) or self.step < 1:
+                raise AttnPatchError(f"step is {self.step!r}; it must be a number of tokens, at least 1, or None.")
+        if self.home is None:
+            raise AttnPatchError("home is None; a temperature needs a stock type that computes it: choose auto.")
+        named(self.home)
+
+    def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
+        """Say which type the model would become; see :meth:`Patch.propose`."""
+        rotary_alone(anatomy)
+        now = current(model)
+        rope = model.config.rope_parameters
+        step = self.step or rope.get(STEP) or anatomy.max_positions
+        if not isinstance(step, int):
+            raise UnsupportedArchitecture(f"{anatomy.architecture}: declares no context; give step.")
+        wanted = dataclasses.replace(now, temperature=Temperature(float(self.slope), step))
+        if wanted == now:
+            return Proposal((), (), ("the model has this temperature already",), preserves=True)
+        found = find(model, wanted, self.home)
+        said = f"queries from position {step} on are multiplied by 1 + {self.slope:g} log(1 + floor(t / {step}))"
+        chosen = dataclasses.replace(self, step=step, home=found.home.model_type)
+        return Proposal(
+            (found.edit,), anatomy.attending, (said, *found.notes), claims=("the score temperature",), patch=chosen
+        )
