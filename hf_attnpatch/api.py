@@ -145,6 +145,7 @@ def _bookkeeping(
         stock=stock,
         versions={"hf_attnpatch": _version(), "transformers": transformers.__version__},
         commands=before.commands if before else (),
+        contexts=_contexts(before.contexts if before else (), steps.context),
     )
     yield SetConfig("", record.FIELD, after.to_dict())
     source = record.loaded_from(model)
@@ -155,6 +156,11 @@ def _bookkeeping(
     kind: Any = type(config)
     if not stock and foreign.config_class(kind) is not kind:
         yield SetConfigClass("", foreign.config_class(kind))
+
+
+def _contexts(before: tuple[int, ...], change: tuple[int, int] | None) -> tuple[int, ...]:
+    """Return the lengths that a tokenizer may have been made for, and the last."""
+    return before if change is None else (*before, *change) if change[0] not in before else (*before, change[1])
 
 
 def _version() -> str:

@@ -33,6 +33,7 @@ class Record:
         stock: whether transformers alone loads the checkpoint.
         versions: of this package and of transformers when it was written.
         commands: command lines that made the checkpoint, in order; empty where a script did.
+        contexts: tokens that the model declared to take, before each patch that raised them and after the last.
     """
 
     patches: tuple[Mapping[str, Any], ...]
@@ -41,10 +42,11 @@ class Record:
     stock: bool
     versions: Mapping[str, str] = field(default_factory=dict)
     commands: tuple[str, ...] = ()
+    contexts: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
-        commands = {"commands": list(self.commands)} if self.commands else {}
+        lists = {"commands": list(self.commands), "contexts": list(self.contexts)}
         return {
             "version": VERSION,
             "patches": [dict(p) for p in self.patches],
@@ -52,7 +54,7 @@ class Record:
             "base_model_type": self.base_model_type,
             "stock": self.stock,
             "versions": dict(self.versions),
-            **commands,
+            **{name: entries for name, entries in lists.items() if entries},
         }
 
     def restore(self) -> list[Patch]:
@@ -71,6 +73,7 @@ class _Written:
     stock: bool
     versions: dict[str, str]
     commands: list[str] = field(default_factory=list)
+    contexts: list[int] = field(default_factory=list)
 
 
 _MOST, _LONGEST = 64, 16_384  # entries of a list, characters of a text
@@ -113,16 +116,19 @@ def parse(data: object) -> Record:
         found.stock,
         found.versions,
         tuple(found.commands),
+        tuple(found.contexts),
     )
 
 
 def _check_sizes(found: _Written) -> None:
-    for name in ("patches", "versions", "commands"):
+    for name in ("patches", "versions", "commands", "contexts"):
         if len(getattr(found, name)) > _MOST:
             raise AttnPatchError(f"config.{FIELD}.{name} has {len(getattr(found, name))} entries, at most {_MOST}.")
     texts = (found.base_model, *found.commands, *found.versions, *found.versions.values())
     if any(len(text) > _LONGEST for text in texts):
         raise AttnPatchError(f"config.{FIELD}: a text of more than {_LONGEST} characters.")
+    if not all(0 < context < 1 << 31 for context in found.contexts):
+        raise AttnPatchError(f"config.{FIELD}.contexts is {brief(found.contexts)}; wanted numbers of tokens.")
     if not _TYPE.fullmatch(found.base_model_type):
         raise AttnPatchError(f"config.{FIELD}.base_model_type is {brief(found.base_model_type)}; wanted a model type.")
 
@@ -207,6 +213,7 @@ def rewrite(folder: Path, record: Record) -> None:
 # the old name would give the unpatched model without a word. Plain text, as it is written into YAML.
 IN_MEMORY = "patched in memory by hf_attnpatch: save_pretrained, load from there, and go on"
 LOADED_FROM = "attnpatch_loaded_from"  # attribute of such a model
+READ = "attnpatch_read"  # attribute of a model from ``load``: its checkpoint, and the names there that no class loads
 
 
 def loaded_from(model: PreTrainedModel) -> str:
