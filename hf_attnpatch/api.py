@@ -33,6 +33,7 @@ from .probe import (
 from .report import Report
 from .selfcheck import decoding
 from .tested import warn_if_newer
+from .weightless import restoring
 
 
 @torch.inference_mode(False)  # tensors made within it could never be trained
@@ -120,10 +121,8 @@ def restore(model: PreTrainedModel) -> None:
     if found is None:
         return
     warn_if_newer()
-    found = record.located(model, found)
-    record.check_places(model, found)
     for patch in found.restore():
-        with whole_shapes(model):
+        with whole_shapes(model), restoring():
             for edit in patch.propose(model, describe(model)).edits:
                 edit.run(model)
 

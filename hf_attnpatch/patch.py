@@ -82,7 +82,8 @@ class Patch(ABC):
 
     def to_record(self, finding: object = None) -> dict[str, Any]:
         """Return the JSON-able form that a checkpoint keeps; ``finding`` is what ``prepare`` returned."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.transient}
+        left = self.transient | internal_fields(type(self)).keys()
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left}
         return {"patch": self.name, **fields}
 
 
@@ -101,8 +102,7 @@ def from_spec(spec: Mapping[str, Any], *, recorded: bool = False, trust_remote_c
 
     Args:
         spec: of the patch.
-        recorded: whether it stands in a checkpoint's record, which holds what was found out, too, and no patch that
-            leaves nothing to remember.
+        recorded: whether it stands in a checkpoint's record, which holds no patch that leaves nothing to remember.
         trust_remote_code: whether it may name a repository of kernels, whose code would run.
 
     Raises:
@@ -157,8 +157,7 @@ def _check_giver(cls: type[Patch], spec: Mapping[str, Any], recorded: bool) -> N
     if recorded and not cls.recorded:
         raise AttnPatchError(f"{cls.name}: stands in no record, for a checkpoint has nothing to remember of it.")
     for name, default in internal_fields(cls).items():
-        kept = recorded and name not in cls.transient
-        if name in spec and spec[name] != default and not kept:
+        if name in spec and spec[name] != default:
             raise AttnPatchError(f"{cls.name}: {name} is found out by this package and never given; leave it out.")
 
 

@@ -50,7 +50,6 @@ class PositionTable(Patch):
     """
 
     name: ClassVar[str] = "position_table"
-    transient: ClassVar[frozenset[str]] = frozenset({"proved"})
 
     length: int
     method: str | None = None

@@ -64,7 +64,6 @@ class RopeScaling(Patch):
     """
 
     name: ClassVar[str] = "rope_scaling"
-    transient: ClassVar[frozenset[str]] = frozenset({"restored"})
 
     kind: str
     factor: float
