@@ -79,7 +79,8 @@ def check_name(name: object) -> None:
     if not isinstance(name, (str, os.PathLike)):
         raise AttnPatchError(f"load: name is a {type(name).__name__}; it must be a folder or the name of a repository.")
     text = os.fspath(name)
-    if not os.path.isdir(text) and (isinstance(name, os.PathLike) or not REPOSITORY.fullmatch(text)):
+    named = not isinstance(name, os.PathLike) and not os.path.lexists(text) and REPOSITORY.fullmatch(text)
+    if not os.path.isdir(text) and not named:
         found = "is a file" if os.path.lexists(text) else "is not there"
         raise AttnPatchError(f"{line(text)}: {found}; wanted the folder of a checkpoint, or owner/name on the Hub.")
 

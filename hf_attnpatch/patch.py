@@ -87,6 +87,21 @@ class Patch(ABC):
         return {"patch": self.name, **fields}
 
 
+class _Missing:
+    """Stands where a field must be given, so that the patch itself says what it wants there."""
+
+    def __repr__(self) -> str:
+        return "missing"
+
+
+_MISSING = _Missing()
+
+
+def required() -> Any:
+    """Return a field that must be given: ``__post_init__`` finds what reads ``missing`` there, and refuses it."""
+    return dataclasses.field(default=_MISSING)
+
+
 def internal(default: Any = None) -> Any:
     """Return a field that the package fills in: no plan, no argument and no stranger's record may."""
     return dataclasses.field(default=default, repr=False, metadata={"internal": True})
@@ -126,25 +141,14 @@ def from_spec(spec: Mapping[str, Any], *, recorded: bool = False, trust_remote_c
     for key in given.keys() - cls.transient:  # those may be tensors and tokenizers
         if isinstance(given[key], _PLAIN):
             plain(given[key], f"{name}.{key}", finite=False)
-    free = dataclasses.MISSING
-    lacking = [f.name for f in dataclasses.fields(cls) if f.default is free and f.name not in given]
+    lacking = [f.name for f in dataclasses.fields(cls) if f.default is _MISSING and f.name not in given]
     try:
-        return cls(**given, **dict.fromkeys(lacking, _MISSING))
+        return cls(**given)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # of ours, or of Python's
         if isinstance(error, AttnPatchError) and not lacking and len(str(error)) <= _LONGEST:
             raise
         problem = brief(str(error).rstrip("."), _LONGEST)
         raise AttnPatchError(f"{name}: {problem}; its fields are: {choices}.") from error
-
-
-class _Missing:
-    """Stands where a field must be given, so that the patch itself says what it wants there."""
-
-    def __repr__(self) -> str:
-        return "missing"
-
-
-_MISSING = _Missing()
 
 
 def _registered() -> Mapping[str, type[Patch]]:
@@ -170,7 +174,7 @@ def _check_kernel(cls: type[Patch], spec: Mapping[str, Any], trusted: bool) -> N
         )
 
 
-__all__ = ["REGISTRY", "Patch", "Proposal", "from_spec", "internal", "internal_fields", "off_default"]
+__all__ = ["REGISTRY", "Patch", "Proposal", "from_spec", "internal", "internal_fields", "off_default", "required"]
 
 
 def off_default(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.segments import Segments
 from ..fused.deferring import variants
-from ..patch import Patch, Proposal
+from ..patch import Patch, Proposal, required
 from ..recurrence.attention import BELOW, base, key, register_recurrent
 from ..recurrence.modules import Recalling, Recurrent, recalling_of
 from ..recurrence.native import Remembering, window_of
@@ -65,8 +65,8 @@ class SegmentRecurrence(Patch):
 
     name: ClassVar[str] = "segment_recurrence"
 
-    segment_length: int
-    memory_length: int
+    segment_length: int = required()
+    memory_length: int = required()
     positions: str = "bounded"
     num_sinks: int = 0
 

@@ -1,4 +1,4 @@
-"""What is pushed holds what the checkpoint held: tensors that no class loads, other dtypes, a tokenizer of the length."""
+"""A push holds what the checkpoint held: tensors that no class loads, other dtypes; and a tokenizer of the length."""
 
 import json
 
