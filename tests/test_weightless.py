@@ -13,6 +13,7 @@ import hf_attnpatch as ap
 from hf_attnpatch import patches
 from hf_attnpatch.anatomy import describe
 from hf_attnpatch.patch import internal_fields
+from hf_attnpatch.positions.added import CountedOnly
 from hf_attnpatch.recurrence.survey import ways
 from hf_attnpatch.spans.survey import survey
 from hf_attnpatch.weightless import weightless
@@ -114,6 +115,19 @@ def test_without_weights_the_same_is_found(family):
     with weightless(empty):
         assert (survey(empty, describe(empty)), ways(empty, describe(empty), paths)) == wanted
     assert all(t.is_meta for t in (*empty.parameters(), *empty.buffers()))
+
+
+@pytest.mark.parametrize("family", ["gpt_neo", "gpt2", "codegen", "bert"])
+def test_whether_positions_reach_attention_is_found_again(family, tmp_path):
+    """GPT-Neo hands them to its table only, so that others than those counted from 0 are refused."""
+    model = tiny_model(family)
+    ap.apply(model, ap.Rotary(theta=500.0))
+    model.save_pretrained(tmp_path)
+    hooks = [
+        [type(h) for m in each.modules() for h in m._forward_pre_hooks.values()] for each in (model, ap.load(tmp_path))
+    ]
+    assert hooks[0] == hooks[1]
+    assert (CountedOnly in hooks[0]) == (family == "gpt_neo")
 
 
 def test_a_block_that_fails_leaves_the_model_as_it_was():

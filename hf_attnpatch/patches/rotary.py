@@ -95,7 +95,7 @@ class Rotary(Patch):
         edits = attention_rotated(model, anatomy, rotation, False)
         if not self.proved:
             check_blind(model, anatomy, removal(model, anatomy))
-        with runnable(model):
+        with runnable(model, following=True):
             counted = ignores_positions(model, anatomy, edits)
         edits = attention_rotated(model, anatomy, rotation, True) if counted else edits
         sites = anatomy.attending
