@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from .compare import Comparison, compare
     from .diagnose import diagnose
     from .diagnosing.diagnosis import Diagnosis
+    from .doctor import doctor, doctor_checkpoint, write_legacy_keys
+    from .doctoring.legacy import LegacyKeys
+    from .doctoring.reading import CheckpointReport
+    from .doctoring.result import DoctorReport
     from .heads.own_text import OwnText
     from .patch import Patch, from_spec
     from .patches import (
@@ -68,7 +72,7 @@ def _one_line(name: str, patch: str) -> Callable[..., "Report"]:
     def function(model: "PreTrainedModel", **fields: Any) -> "Report":
         from . import apply, from_spec
 
-        return apply(model, from_spec({**fields, "patch": name}))
+        return apply(model, from_spec({**fields, "patch": name}, trust_remote_code=True))  # the caller's own words
 
     function.__name__ = function.__qualname__ = f"patch_{name}"
     function.__doc__ = f"Apply :class:`{patch}` with these fields."
@@ -97,13 +101,16 @@ __all__ = [
     "AttentionSinks",
     "AttnPatchError",
     "CalibrationError",
+    "CheckpointReport",
     "Comparison",
     "Diagnosis",
+    "DoctorReport",
     "DualChunk",
     "EvaluationError",
     "Flash",
     "GroupedQuery",
     "JetLong",
+    "LegacyKeys",
     "MissingExtra",
     "NoPosition",
     "OwnText",
@@ -132,6 +139,8 @@ __all__ = [
     "compare",
     "describe",
     "diagnose",
+    "doctor",
+    "doctor_checkpoint",
     "from_spec",
     "load",
     "patch_alibi",
@@ -157,6 +166,7 @@ __all__ = [
     "set_alibi_strength",
     "stream",
     "verify",
+    "write_legacy_keys",
 ]
 
 # module -> the public names that it defines
@@ -166,6 +176,10 @@ _DEFINES = {
     "checkpoint": ("load",),
     "diagnose": ("diagnose",),
     "diagnosing.diagnosis": ("Diagnosis",),
+    "doctor": ("doctor", "doctor_checkpoint", "write_legacy_keys"),
+    "doctoring.legacy": ("LegacyKeys",),
+    "doctoring.reading": ("CheckpointReport",),
+    "doctoring.result": ("DoctorReport",),
     "compare": ("Comparison", "compare"),
     "heads.own_text": ("OwnText",),
     "patch": ("Patch", "from_spec"),

@@ -16,7 +16,7 @@ from .positions.added import CHILD, LearnedPositions, SinusoidalPositions
 from .positions.modules import alibi_of, bias_left_out, turns_nothing
 from .positions.relative import relative_of
 from .positions.turning import rotation_of
-from .sites import Site, read_sites
+from .sites import Site, bias_tables, in_tower, read_sites
 from .upstream import words
 from .upstream.roles import frequencies, learn, makes_angles, roles_of
 
@@ -59,6 +59,7 @@ class Anatomy:
         turned: paths of the modules that this package made rotate.
         relative: paths of the modules that this package gave Transformer-XL's position terms.
         added: what this package adds to the embeddings: ``sinusoidal``, ``table`` or, for nothing, an empty string.
+        distances: paths of the tables of a learned bias by distance, one number for each head (T5).
         base: path of the language model proper, which gets token ids and holds all attention; None where not found.
     """
 
@@ -78,6 +79,13 @@ class Anatomy:
     relative: tuple[str, ...] = ()
     added: str = ""
     base: str | None = None
+    distances: tuple[str, ...] = ()
+
+    @property
+    def attending(self) -> tuple[str, ...]:
+        """Paths of the modules of the language model that attend to its own tokens; all others where none was read."""
+        read = tuple(s.path for s in self.sites if not s.cross and not s.tower)
+        return read or tuple(path for path in (*self.other, *self.unread) if not in_tower(path))
 
     @property
     def positions(self) -> str:
@@ -85,7 +93,11 @@ class Anatomy:
         found = [
             *(("rotary", self.rotary or self.turned), ("rotary by a table", self.inner)),
             *(("table", self.tables or self.added == "table"), ("sinusoidal", self.added == "sinusoidal")),
-            *(("alibi", self.alibi), ("relative (Transformer-XL)", self.relative)),
+            *(
+                ("learned bias by distance", self.distances),
+                ("alibi", self.alibi),
+                ("relative (Transformer-XL)", self.relative),
+            ),
         ]
         return " + ".join(name for name, there in found if there) or "none or inside the attention module"
 
@@ -110,7 +122,7 @@ def describe(model: PreTrainedModel) -> Anatomy:
     text = model.config.get_text_config(decoder=True)
     sites, other, unread = read_sites(model)
     biased = tuple(path for path, module in model.named_modules() if alibi_of(module) is not None)
-    rotary, base = list(_rotary(model)), _base(model, [*(s.path for s in sites), *other, *unread])
+    rotary, base = list(_rotary(model)), _base(model, [*(s.path for s in sites if not s.tower), *other, *unread])
     return Anatomy(
         model_type=str(text.model_type),
         architecture=type(model).__name__,
@@ -128,6 +140,7 @@ def describe(model: PreTrainedModel) -> Anatomy:
         relative=tuple(path for path, module in model.named_modules() if relative_of(module) is not None),
         added="" if base is None else _added(model.get_submodule(base)),
         base=base,
+        distances=bias_tables(model),
     )
 
 

@@ -3,43 +3,51 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 import transformers
 from transformers import PreTrainedModel
 
 from . import foreign, record
 from .anatomy import describe
-from .edits import Edit, Inverse, SetConfig, SetConfigClass
-from .errors import AttnPatchError, SelfCheckFailed
+from .beside import Before, beside_text, remember
+from .edits import SetAttribute, SetConfig, SetConfigClass, Write, undo_all, whole_shapes, write_all
+from .errors import AttnPatchError, SelfCheckFailed, UnsupportedArchitecture
+from .exclusive import alone, lock_of
+from .interruption import all_or_nothing, ensured
+from .media import Probes, probes
 from .patch import Patch
 from .plan import Plan, plan
 from .probe import (
     Inputs,
     Trace,
-    brief_inputs,
     check_in_memory,
     checked_inputs,
     disagreement,
     largest_difference,
     trace,
+    way_back,
 )
 from .report import Report
 from .selfcheck import decoding
 from .tested import warn_if_newer
 
 
+@torch.inference_mode(False)  # tensors made within it could never be trained
 def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, self_check: bool = True) -> Report:
     """Patch a model in place, check it on a few tokens, and say what happened.
 
-    Either everything happens or nothing: an exception anywhere unwinds every write; the model is bitwise what it was.
+    Either everything happens or nothing: an exception anywhere, Ctrl-C included, unwinds every write; the model is
+    bitwise what it was. Two threads may patch one model, one after the other; none may run it meanwhile.
     New weights are made layer by layer; the replaced ones stay in memory, for ``revert``, until the report is dropped.
 
     Args:
         model: a transformers model with its weights in memory.
         patches: in order.
-        probe: inputs for the self-check; by default two rows of eight tokens, one left-padded.
+        probe: inputs for the self-check; by default two rows of eight tokens, one left-padded, and with an image, sound
+            or whatever else the model takes, as far as that can be built.
         self_check: run the model on the probe before and after. Turn off only where it cannot run here.
 
     Raises:
@@ -47,40 +55,60 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
     """
     warn_if_newer()
     given = None if probe is None else checked_inputs("probe", probe)
-    steps = plan(model, *patches)
-    if not steps.edits:
-        return Report(steps, {"edits": "none needed; the model is untouched"}, None)
-    check_in_memory(model)
+    lock = lock_of(model)
+    with alone(lock):
+        steps = plan(model, *patches)
+        if not steps.edits:
+            return Report(steps, {"edits": "none needed; the model is untouched"}, None)
+        check_in_memory(model)
+        writes, as_it_was = list[Write](), way_back(model)
+
+        def put_back() -> None:
+            undo_all(writes)
+            as_it_was()
+
+        def call() -> Report:
+            checks, findings = _applied(model, steps, given, self_check, writes)
+            return Report(steps, checks, getattr(model.config, record.FIELD, None), findings, writes, lock)
+
+        return all_or_nothing(call, put_back)
+
+
+def _applied(
+    model: PreTrainedModel, steps: Plan, given: Inputs | None, self_check: bool, writes: list[Write]
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Write, check, and return what the checks and what the patches found."""
     sites = tuple(dict.fromkeys(path for step in steps.steps for path in step.proposal.sites))
-    inputs = (brief_inputs(model) if given is None else given) if self_check else None
+    asked = (probes(model) if given is None else Probes(given)) if self_check else None
+    inputs = None if asked is None else asked.main
     before = None if inputs is None else trace(model, inputs, sites)
+    more = Before() if asked is None or before is None else remember(model, asked, before, sites)
     if before is not None and not before.logits.isfinite().all():
         raise AttnPatchError(
             f"{type(model).__name__}: its logits on the probe are not finite before anything is patched; look at its "
             "weights and dtype, or pass probe={...} with inputs that it was made for."
         )
     findings = {s.patch.name: s.proposal.prepare(model) for s in steps.steps if s.proposal.prepare is not None}
-    edits, inverses = (*steps.edits, *_bookkeeping(model, steps, findings)), list[Inverse]()
-    try:
-        _run(model, edits, inverses)
-        checks = {"self-check": "not run"}
-        if inputs is not None and before is not None:
-            checks = _check(model, steps, inputs, before)
-            checks |= _check_decoding(model, steps, inputs, edits, inverses)
-    except BaseException:
-        _unwind(inverses)
-        raise
-    return Report(steps, checks, getattr(model.config, record.FIELD, None), findings, inverses)
+    write_all(model, (*steps.edits, *_bookkeeping(model, steps, findings)), writes)
+    if inputs is None or before is None:
+        return {"self-check": "not run"}, findings
+    checks = _check(model, steps, inputs, before, {*sites} != {*more.silent} or not sites)
+    checks |= beside_text(model, more, all(s.proposal.preserves or not s.proposal.edits for s in steps.steps))
+    return checks | _check_decoding(model, steps, inputs, writes), findings
 
 
 @contextlib.contextmanager
 def patched(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None) -> Iterator[Report]:
     """Patch for the length of a ``with`` block; afterwards the model is bitwise what it was."""
-    report = apply(model, *patches, probe=probe)
-    try:
-        yield report
-    finally:
-        report.revert()
+    reports: list[Report] = []
+
+    def put_back() -> None:
+        for report in reports:
+            report.revert()
+
+    with ensured(put_back):
+        reports.append(apply(model, *patches, probe=probe))
+        yield reports[0]
 
 
 def restore(model: PreTrainedModel) -> None:
@@ -91,14 +119,18 @@ def restore(model: PreTrainedModel) -> None:
     found = record.read(model.config)
     if found is None:
         return
+    warn_if_newer()
+    found = record.located(model, found)
+    record.check_places(model, found)
     for patch in found.restore():
-        for edit in patch.propose(model, describe(model)).edits:
-            edit.run(model)
+        with whole_shapes(model):
+            for edit in patch.propose(model, describe(model)).edits:
+                edit.run(model)
 
 
 def _bookkeeping(
     model: PreTrainedModel, steps: Plan, findings: Mapping[str, object]
-) -> Iterator[SetConfig | SetConfigClass]:
+) -> Iterator[SetAttribute | SetConfig | SetConfigClass]:
     """Yield the edits that make the config remember, and save under our model type where stock would load it wrong."""
     recorded = [s for s in steps.steps if s.patch.recorded and s.proposal.edits]
     if not recorded:
@@ -108,13 +140,18 @@ def _bookkeeping(
     entries = [{**s.patch.to_record(findings.get(s.patch.name)), "stock": s.proposal.stock} for s in recorded]
     after = record.Record(
         patches=(*(before.patches if before else ()), *entries),
-        base_model=before.base_model if before else str(getattr(config, "_name_or_path", "")),
+        base_model=before.base_model if before else record.source_of(model),
         base_model_type=before.base_model_type if before else config.model_type,
         stock=stock,
         versions={"hf_attnpatch": _version(), "transformers": transformers.__version__},
         commands=before.commands if before else (),
     )
     yield SetConfig("", record.FIELD, after.to_dict())
+    source = record.loaded_from(model)
+    if source:  # what lies under that name is another model from here on
+        yield SetAttribute("", record.LOADED_FROM, source)
+        yield SetConfig("", "_name_or_path", record.IN_MEMORY)
+        yield SetAttribute("", "name_or_path", record.IN_MEMORY)
     kind: Any = type(config)
     if not stock and foreign.config_class(kind) is not kind:
         yield SetConfigClass("", foreign.config_class(kind))
@@ -126,16 +163,19 @@ def _version() -> str:
     return __version__
 
 
-def _check(model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Trace) -> dict[str, str]:
-    """Run the patched model and hold it to what was promised.
+def _check(model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Trace, reached: bool) -> dict[str, str]:
+    """Run the patched model and hold it to what was promised; ``reached``: whether a probe calls a patched module.
 
     Raises:
         SelfCheckFailed: not finite, another shape, a patched site never called, or logits moved that must not.
+        UnsupportedArchitecture: the patched attention is given what it cannot compute with.
     """
     try:
         after = trace(model, inputs, tuple(before.calls))
     except AttnPatchError as error:
         cause = error.__cause__ or error
+        if isinstance(cause, UnsupportedArchitecture):
+            raise UnsupportedArchitecture(f"{cause} The model is unchanged.") from error
         raise SelfCheckFailed(
             f"{type(model).__name__} ran on the probe before the patch and does not after it "
             f"({type(cause).__name__}: {' '.join(str(cause).split())[:200]}): this family needs something "
@@ -153,6 +193,8 @@ def _check(model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Trace) -
                 f"{path}: ran {after.calls.get(path, 0)} times on the probe, {count} before; the patch has no effect."
             )
     difference = largest_difference(before.logits, after.logits)
+    if not reached and difference == 0:
+        raise SelfCheckFailed("no probe calls a module that was patched, and no logit moved: nothing proves an effect.")
     if all(s.proposal.preserves or not s.proposal.edits for s in steps.steps):
         problem = disagreement(before.logits, after.logits)
         if problem:
@@ -164,9 +206,7 @@ def _check(model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Trace) -
     }
 
 
-def _check_decoding(
-    model: PreTrainedModel, steps: Plan, inputs: Inputs, edits: Sequence[Edit], inverses: list[Inverse]
-) -> dict[str, str]:
+def _check_decoding(model: PreTrainedModel, steps: Plan, inputs: Inputs, writes: list[Write]) -> dict[str, str]:
     """Hold cached decoding to the full forward; a fault that the model had before the patch is said, not refused.
 
     Raises:
@@ -177,28 +217,19 @@ def _check_decoding(
     problem, said = decoding(model, inputs, sites, promises)
     if problem is None:
         return {"cached decoding": said}
-    _unwind(inverses)
+    undo_all(writes)
     before, _ = decoding(model, inputs, sites)
     if before is None:
         raise SelfCheckFailed(
             f"the patched {type(model).__name__} does not decode what it computes at once: {problem}. Before the patch "
             "it did. The model is unchanged; please report it."
         )
-    alone, _ = decoding(model, inputs, sites, steps=(1, 1))
-    _run(model, edits, inverses)
-    if alone is None:
+    single, _ = decoding(model, inputs, sites, steps=(1, 1))
+    for write in writes:
+        write.do()
+    if single is None:
         problem, said = decoding(model, inputs, sites, promises, steps=(1, 1))
         if problem is not None:
             raise SelfCheckFailed(f"the patched {type(model).__name__} does not decode token by token: {problem}.")
         return {"cached decoding": f"{said}; two tokens at once fail as before the patch: {before}"}
     return {"cached decoding": f"differs from the full forward, as before the patch: {before}"}
-
-
-def _run(model: PreTrainedModel, edits: Sequence[Edit], inverses: list[Inverse]) -> None:
-    for edit in edits:
-        inverses.append(edit.run(model))
-
-
-def _unwind(inverses: list[Inverse]) -> None:
-    while inverses:
-        inverses.pop().undo()

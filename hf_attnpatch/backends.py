@@ -62,8 +62,8 @@ def register(key: str, attention: Callable[..., Any], mask: Callable[..., Any]) 
     Raises:
         UpstreamChanged: the installed transformers calls such functions in a way that is not recognised.
     """
+    AttentionMaskInterface.register(key, mask_registered(mask))  # first: interrupted here, the name is not known
     AttentionInterface.register(key, attention_registered(attention))
-    AttentionMaskInterface.register(key, mask_registered(mask))
 
 
 FUSED = "fused_by_hf_attnpatch"  # no attention function of this name: the families that get it do not ask for one

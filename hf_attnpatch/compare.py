@@ -11,13 +11,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from . import embedded
+from . import embedded, record
 from .comparing import settings, texts
 from .comparing.digest import digest_of, model_digest
+from .comparing.metrics import KEYS, VERSION, check
 from .comparing.models import Named, about, check_vocabulary, context, loaded, tokenizer_for
 from .comparing.parts import Pair, all_parts, machine, why_not
-from .comparing.result import VERSION, Comparison
-from .comparing.store import Store
+from .comparing.result import FILES, METRICS, Comparison
+from .comparing.store import Store, check_results
 from .comparing.tables import BOTH
 from .errors import AttnPatchError
 from .plotting import import_pyplot
@@ -71,7 +72,9 @@ def compare(
     measured = {"parts": found, "left_out": why_not(pair), "seconds": seconds}
     what = {"settings": pair.settings.to_dict(), "text": pair.text.name, "command": command or _script(called)}
     metrics = {"version": VERSION, **models, **what, "machine": machine(), **measured}
-    result = Comparison(Path(out), json.loads(json.dumps(metrics)))  # as `load` will read it
+    written = json.loads(json.dumps(metrics))  # as `load` will read it
+    check(written, str(Path(out) / METRICS))  # parts of earlier runs, too
+    result = Comparison(Path(out), written)
     result.save()
     return result
 
@@ -91,6 +94,7 @@ def _pair(
     import_pyplot("drawing a comparison")  # before an hour of measuring, not after it; so is the folder
     if out.exists() and not out.is_dir():
         raise AttnPatchError(f"compare: {out} is a file; wanted a folder for the report.")
+    check_results(out, FILES, METRICS, KEYS)
     out.mkdir(parents=True, exist_ok=True)
     models = {w: loaded(m, loading, say) for w, m in zip(BOTH, (original, patched), strict=True)}
     check_vocabulary(models["original"], models["patched"])
@@ -129,7 +133,7 @@ def _measured(pair: Pair, store: Store, say: Callable[[str], None]) -> tuple[dic
 
 def _name(model: Named) -> str:
     """Return how a reader knows a model: a repository, or the last part of a path."""
-    name = model.config._name_or_path if isinstance(model, PreTrainedModel) else str(model)
+    name = record.loaded_from(model) if isinstance(model, PreTrainedModel) else str(model)
     return (Path(name).resolve().name if Path(name).exists() else name) or "a model in memory"
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PretrainedConfig
 
+from .interruption import ensured, inside
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -52,11 +54,10 @@ _BUILDING: ContextVar[bool] = ContextVar("hf_attnpatch_building", default=False)
 @contextlib.contextmanager
 def building() -> Iterator[None]:
     """Let classes of transformers be built from a patched config: what is missing is restored, or only compared."""
-    token = _BUILDING.set(True)
-    try:
+    before = _BUILDING.get()
+    with ensured(lambda: _BUILDING.set(before)):
+        _BUILDING.set(True)
         yield
-    finally:
-        _BUILDING.reset(token)
 
 
 def is_building() -> bool:
@@ -80,5 +81,5 @@ def skeleton(
     if attention is not None:
         config._attn_implementation = attention
     cls: Any = getattr(type(model), "unpatched", type(model))  # a patched class would re-apply its record
-    with torch.device("meta"), building():
-        return cls(config)
+    with building():
+        return inside(torch.device("meta"), lambda: cls(config))

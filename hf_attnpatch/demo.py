@@ -15,8 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import embedded
+from .comparing.store import check_results
 from .errors import AttnPatchError, missing_extra
 
+FILES = ("metrics.json", "report.txt", "damage.json", "damage.png", "log.jsonl", "loss.png", "comparison.png", "model")
 CONFIG = "configs/grouped_query_tiny.yaml"
 INTRODUCTION = """\
 The embedded model (8 key-value heads) is converted to 2 key-value heads, uptrained and measured at every stage.
@@ -34,13 +36,16 @@ def run(output: Path, *, overrides: Sequence[str] = ()) -> None:
 
     Raises:
         MissingExtra: a package that the recipes need is not installed.
-        AttnPatchError: the embedded model or the recipes are not in this installation, or the recipe failed.
+        AttnPatchError: the embedded model or the recipes are not in this installation, files that are no demo's are in
+            the way, or the recipe failed.
     """
     folder = recipes()
     if importlib.util.find_spec("matplotlib") is None:
         raise missing_extra("matplotlib", "recipes", "the demo")
     if not (embedded.path() / "config.json").is_file():
         raise AttnPatchError(f"{embedded.path()}: the embedded model is not in this installation; reinstall.")
+    if not (output / "cache").is_dir():  # which every demo makes first
+        check_results(output, FILES, "metrics.json", {"job", "scores"})
     print(INTRODUCTION, flush=True)
     cache = output / "cache"
     values = [f"train.output={output}", "train.save_every=0", f"data.cache={cache}", f"heldout.cache={cache}"]

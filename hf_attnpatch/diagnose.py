@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -31,21 +32,25 @@ def diagnose(
     hardware: str | os.PathLike[str] = "auto",
     training: bool = True,
     measure_again: bool = False,
+    losses: bool = True,
 ) -> Diagnosis:
     """Predict what a model costs at some work, name what it lacks, and prescribe the patch.
 
     Every operation of the model, as it is, is counted on tensors without data, and costed by the rates of a machine;
-    so are those of the patched model that is prescribed. Nothing of the model is run or changed (``Flash`` alone is
-    proved on a few tokens, where it comes into question), and weights need not be loaded.
+    so are those of the patched model that is prescribed. Nothing of the model is changed, and weights need not be
+    loaded; it is run only on a few tokens, to prove ``Flash`` and to predict what sharing heads loses.
 
     Args:
         model: a transformers model that reads one sequence; patched or not; in full precision.
         context: tokens in a sequence.
         batch: sequences.
-        hardware: ``auto`` measures this machine, as far as it has not been measured yet with as many threads; ``h100``;
-            or a YAML or JSON file: see :func:`hf_attnpatch.evaluation.hardware.from_mapping`.
+        hardware: ``auto`` measures this machine, as far as it has not been measured yet with as many threads; a name of
+            :data:`hf_attnpatch.evaluation.table.TABLE` (``a100``, ``h100``, ``h200``, ``l4``, ``rtx4090``, ``mi300x``,
+            ``laptop``); or a YAML or JSON file: see :func:`hf_attnpatch.evaluation.hardware.from_mapping`.
         training: whether to predict a training step (AdamW in the weights' dtype, no recomputation) as well.
         measure_again: whether ``auto`` forgets what it measured before.
+        losses: whether to predict what sharing key-value heads loses, for each number of them: the model is run on
+            random tokens for that, where its weights are in memory.
 
     Raises:
         UnsupportedArchitecture: no transformers model, or a quantized one.
@@ -54,7 +59,7 @@ def diagnose(
     anatomy = describe(model)
     _check(model, anatomy, context, batch)
     device = input_device(model)
-    bench = Bench(model, anatomy, batch, context, training)
+    bench = Bench(model, anatomy, batch, context, training, losses)
     own = bench.passes(model)
     machine = machine_for(os.fspath(hardware), list(own.values()), device, again=measure_again)
 
@@ -66,6 +71,7 @@ def diagnose(
 
 
 def _written_up(bench: Bench, machine: Machine, now: Work, price: Price) -> Diagnosis:
+    bench = replace(bench, memory_bytes=machine.memory_bytes)
     lacks = tuple(_lacks(bench.anatomy, now, machine, bench.context))
     answers = prescribe(bench, now, lacks, price)
     return Diagnosis(

@@ -1,20 +1,24 @@
 """What an edit is: one write with a claim (what it touches).
 
-``run`` performs it and returns an :class:`Inverse`, which knows whether the write still stands and how to take it back:
-the very objects that were there are put back.
+``prepare`` makes all that is to be written and returns a :class:`Write`, which does it, knows whether it still stands
+and takes it back: the very objects that were there are put back. Whoever writes keeps the :class:`Write` before it is
+done, so that an interruption at any moment finds the way back.
 """
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from .errors import AttnPatchError
+from .interruption import complete, ensured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,17 +27,19 @@ ABSENT = object()
 
 
 @dataclass(frozen=True)
-class Inverse:
-    """How to take one edit back.
+class Write:
+    """One edit of one model, ready to be done and to be taken back, as often as wanted.
 
     Attributes:
-        claim: what the edit touched.
-        stands: whether the edit is still in place, that is, whether taking it back would undo it and nothing else.
-        undo: takes it back.
+        claim: what the edit touches.
+        stands: whether the edit is in place, that is, whether taking it back would undo it and nothing else.
+        do: writes.
+        undo: takes it back; nothing is lost if that was done before, or the write was not, or not wholly.
     """
 
     claim: str
     stands: Callable[[], bool]
+    do: Callable[[], None]
     undo: Callable[[], None]
 
 
@@ -59,22 +65,79 @@ class Edit(ABC):
         """Return what is there and what would be, as short texts."""
 
     @abstractmethod
-    def run(self, model: PreTrainedModel) -> Inverse:
-        """Write, and return the way back."""
+    def prepare(self, model: PreTrainedModel) -> Write:
+        """Make what is to be written, and write nothing."""
+
+    def run(self, model: PreTrainedModel) -> Write:
+        """Write, all or nothing, and return the way back."""
+        write = self.prepare(model)
+        try:
+            write.do()
+        except BaseException:
+            complete(write.undo)
+            raise
+        return write
 
 
-def swap(store: dict[str, Any], key: str, value: Any, claim: str) -> Inverse:
-    """Put ``value`` under ``key``, remembering the object, or the absence, that was there."""
+def swap(store: dict[str, Any], key: str, value: Any, claim: str) -> Write:
+    """Return the write of ``value`` under ``key``; it remembers the object, or the absence, that is there now."""
     old = store.get(key, ABSENT)
-    store[key] = value
+    kinds = _kinds(value)
+
+    def do() -> None:
+        store[key] = value
 
     def undo() -> None:
         if old is ABSENT:
-            del store[key]
+            store.pop(key, None)
         else:
+            _follow(old, value, kinds)
             store[key] = old
 
-    return Inverse(claim, lambda: store.get(key, ABSENT) is value, undo)
+    return Write(claim, lambda: store.get(key, ABSENT) is value, do, undo)
+
+
+def write_all(model: PreTrainedModel, edits: Sequence[Edit], writes: list[Write]) -> None:
+    """Prepare and do edits one after the other; each is in ``writes`` before it is done."""
+    for edit in edits:
+        write = edit.prepare(model)
+        writes.append(write)
+        write.do()
+
+
+def undo_all(writes: Sequence[Write]) -> None:
+    """Take writes back, the last one first; they stay in the list, so that this may be begun again."""
+    for write in reversed(writes):
+        write.undo()
+
+
+@contextlib.contextmanager
+def tried(model: PreTrainedModel, edits: Sequence[Edit]) -> Iterator[None]:
+    """Edit a model for the length of a block."""
+    writes: list[Write] = []
+    with ensured(lambda: undo_all(writes)):
+        write_all(model, edits, writes)
+        yield
+
+
+def _kinds(value: Any) -> set[tuple[torch.dtype, torch.device]]:
+    """Dtypes and devices of a module's real numbers; none of what is no module, or has none in memory."""
+    if not isinstance(value, nn.Module):
+        return set()
+    tensors = (t for t in (*value.parameters(), *value.buffers()) if t.is_floating_point() and not t.is_meta)
+    return {(t.dtype, t.device) for t in tensors}
+
+
+def _follow(old: Any, new: Any, before: set[tuple[torch.dtype, torch.device]]) -> None:
+    """Cast and move a module that comes back as the one in its place was since, with the rest of the model."""
+    now = _kinds(new)
+    if not isinstance(old, nn.Module) or not now or now == before:
+        return
+    dtypes, devices = ({kind[n] for kind in now} for n in (0, 1))
+    if dtypes != {kind[0] for kind in before} and len(dtypes) == 1:
+        old.to(dtypes.pop())
+    if devices != {kind[1] for kind in before} and len(devices) == 1:
+        old.to(devices.pop())
 
 
 def short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The only code that writes to a model. Every edit returns its inverse (:mod:`.edit`)."""
+"""The only code that writes to a model. Every edit knows its way back before it writes (:mod:`.edit`)."""
 
 from __future__ import annotations
 
@@ -14,22 +14,28 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .configs import all_configs, config_at
 from .edit import ABSENT as _ABSENT
-from .edit import Edit, Inverse, check_hooks
+from .edit import Edit, Write, check_hooks, tried, undo_all, write_all
 from .edit import short as _short
 from .edit import swap as _swap
 from .errors import UnsupportedArchitecture
+from .interruption import ensured
+from .upstream.partitioned import is_partitioned, shape_of
 
 __all__ = [
     "AddModule",
     "AddPreHook",
     "Edit",
-    "Inverse",
     "ReplaceModule",
     "SetAttention",
     "SetAttribute",
     "SetBuffer",
     "SetConfig",
     "SetConfigClass",
+    "Write",
+    "first_layers",
+    "tried",
+    "undo_all",
+    "write_all",
 ]
 
 
@@ -50,15 +56,11 @@ class SetConfig(Edit):
         """Old and new value."""
         return _short(getattr(config_at(model, self.path), self.field, None)), _short(self.value)
 
-    def run(self, model: PreTrainedModel) -> Inverse:
-        """Set it; the inverse restores the object, or its absence."""
+    def prepare(self, model: PreTrainedModel) -> Write:
+        """Let a copy of the config validate the value."""
         config = config_at(model, self.path)
-        store = vars(config)
-        field = config.attribute_map.get(self.field, self.field)
-        old = store.get(field, _ABSENT)
-        setattr(config, self.field, self.value)  # lets the config validate
-        store[field] = old  # or its absence, as the swap knows it
-        return _swap(store, field, self.value, self.claim)
+        setattr(copy.copy(config), self.field, self.value)
+        return _swap(vars(config), config.attribute_map.get(self.field, self.field), self.value, self.claim)
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ class SetAttribute(Edit):
         """Old and new value."""
         return _short(getattr(model.get_submodule(self.path), self.name, None)), _short(self.value)
 
-    def run(self, model: PreTrainedModel) -> Inverse:
-        """Set it in the instance's dictionary."""
+    def prepare(self, model: PreTrainedModel) -> Write:
+        """It goes into the instance's dictionary."""
         return _swap(vars(model.get_submodule(self.path)), self.name, self.value, self.claim)
 
 
@@ -87,7 +89,7 @@ class SetAttribute(Edit):
 class ReplaceModule(Edit):
     """Put another module in the place of one; its tensors are made only when the edit runs, not when it is planned.
 
-    The inverse keeps the old module, so both live until the report is dropped.
+    The way back keeps the old module, so both live until the report is dropped.
 
     Attributes:
         make: builds the new module from the old one.
@@ -107,8 +109,8 @@ class ReplaceModule(Edit):
         """What stands there and what will."""
         return _short(model.get_submodule(self.path)), self.after
 
-    def run(self, model: PreTrainedModel) -> Inverse:
-        """Swap the child in its parent, keeping its place in the order."""
+    def prepare(self, model: PreTrainedModel) -> Write:
+        """Make the child that will take the old one's place in its parent's order."""
         parent, _, name = self.path.rpartition(".")
         old = model.get_submodule(self.path)
         new = self.make(old).train(old.training)
@@ -136,8 +138,8 @@ class AddModule(Edit):
         """What will stand there."""
         return "-", self.after
 
-    def run(self, model: PreTrainedModel) -> Inverse:
-        """Put it behind the other children."""
+    def prepare(self, model: PreTrainedModel) -> Write:
+        """Make it; it will stand behind the other children."""
         parent = model.get_submodule(self.path)
         return _swap(parent._modules, self.name, self.make(parent).train(parent.training), self.claim)
 
@@ -160,8 +162,8 @@ class SetBuffer(Edit):
         """Old shape and new."""
         return str(tuple(model.get_submodule(self.path).get_buffer(self.name).shape)), self.after
 
-    def run(self, model: PreTrainedModel) -> Inverse:
-        """Swap it in its module."""
+    def prepare(self, model: PreTrainedModel) -> Write:
+        """Make the tensor."""
         module = model.get_submodule(self.path)
         return _swap(module._buffers, self.name, self.make(module.get_buffer(self.name)), self.claim)
 
@@ -184,22 +186,40 @@ class AddPreHook(Edit):
         """What the hook does."""
         return "-", self.after
 
-    def run(self, model: PreTrainedModel) -> Inverse:
-        """Register it."""
+    def prepare(self, model: PreTrainedModel) -> Write:
+        """It will be found again by its identity, so that nothing depends on what registering it returns."""
         module = model.get_submodule(self.path)
-        handle = module.register_forward_pre_hook(self.hook, with_kwargs=True, prepend=self.first)
-        return Inverse(self.claim, lambda: handle.id in module._forward_pre_hooks, handle.remove)
+        stores = (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+        return self._registered(module.register_forward_pre_hook, *stores)
+
+    def _registered(self, register: Callable[..., Any], hooks: dict[int, Any], *marks: dict[int, Any]) -> Write:
+        """Return the write that registers the hook among ``hooks``, where ``marks`` say how each is called."""
+
+        def ours() -> list[int]:
+            return [key for key, hook in hooks.items() if hook is self.hook]
+
+        def undo() -> None:
+            for key in ours():
+                hooks.pop(key)  # first: without its marks it would be called with other arguments
+            for store in marks:
+                for key in [key for key in store if key not in hooks]:
+                    store.pop(key)
+
+        def do() -> None:
+            register(self.hook, with_kwargs=True, prepend=self.first)
+
+        return Write(self.claim, lambda: bool(ours()), do, undo)
 
 
 @dataclass(frozen=True)
 class AddHook(AddPreHook):
     """Register a forward hook (with keyword arguments) on a module: it may put another output in the place of its."""
 
-    def run(self, model: PreTrainedModel) -> Inverse:
-        """Register it."""
+    def prepare(self, model: PreTrainedModel) -> Write:
+        """As before."""
         module = model.get_submodule(self.path)
-        handle = module.register_forward_hook(self.hook, with_kwargs=True, prepend=self.first)
-        return Inverse(self.claim, lambda: handle.id in module._forward_hooks, handle.remove)
+        marks = (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
+        return self._registered(module.register_forward_hook, module._forward_hooks, *marks)
 
 
 @dataclass(frozen=True)
@@ -226,23 +246,24 @@ class SetAttention(Edit):
         """Old and new."""
         return _short(model.config._attn_implementation), self.implementation
 
-    def run(self, model: PreTrainedModel) -> Inverse:
-        """Set it everywhere transformers keeps it; the inverse restores each config's own value."""
+    def prepare(self, model: PreTrainedModel) -> Write:
+        """Find everything where transformers keeps it; the way back restores each config's own value."""
         key = "_attn_implementation_internal"
-        stores = {id(c): vars(c) for c in all_configs(model)}
-        before = {i: store.get(key, _ABSENT) for i, store in stores.items()}
+        stores = [vars(config) for config in all_configs(model)]
+        before = [store.get(key, _ABSENT) for store in stores]
 
         def undo() -> None:
-            for i, store in stores.items():
-                store.pop(key, None)
-                if before[i] is not _ABSENT:
-                    store[key] = before[i]
+            for store, old in zip(stores, before, strict=True):
+                if old is _ABSENT:
+                    store.pop(key, None)
+                else:
+                    store[key] = old
 
-        if self.register is not None:
-            self.register()
-        try:
+        def do() -> None:
+            if self.register is not None:
+                self.register()
             if self.only_masks:
-                for store in stores.values():
+                for store in stores:
                     store[key] = self.implementation
             else:
                 model.set_attn_implementation(self.implementation)
@@ -251,10 +272,8 @@ class SetAttention(Edit):
                     f"{type(model).__name__} chooses its attention when it is built; load it with "
                     f"attn_implementation={self.implementation!r} instead of patching it."
                 )
-        except BaseException:
-            undo()
-            raise
-        return Inverse(self.claim, lambda: model.config._attn_implementation == self.implementation, undo)
+
+        return Write(self.claim, lambda: model.config._attn_implementation == self.implementation, do, undo)
 
 
 @contextlib.contextmanager
@@ -268,11 +287,43 @@ def first_layers(model: nn.Module, path: str, count: int) -> Iterator[None]:
     """
     parent, _, name = path.rpartition(".")
     store, whole = model.get_submodule(parent)._modules, model.get_submodule(path)
-    store[name] = nn.ModuleList(list(whole.children())[:count])
+
+    def put_back() -> None:
+        store[name] = whole
+
+    with ensured(put_back):
+        store[name] = nn.ModuleList(list(whole.children())[:count])
+        yield
+
+
+@contextlib.contextmanager
+def whole_shapes(model: nn.Module) -> Iterator[None]:
+    """Let parameters that ZeRO-3 partitioned have their full shape for the length of a block, in which edits run.
+
+    While a model is built, structure is read from shapes; numbers come from the checkpoint afterwards. What stands in
+    for a parameter holds one number. Modules that are put in the place of others are partitioned by DeepSpeed when they
+    are made; those that stay get their own parameters back.
+    """
+    partitioned = {id(p): p for p in model.parameters() if is_partitioned(p)}
+    if not partitioned:
+        yield
+        return
+    stand_ins = {
+        key: nn.Parameter(p.new_zeros(()).expand(shape_of(p)), requires_grad=p.requires_grad)
+        for key, p in partitioned.items()
+    }
+    _exchange(model, stand_ins)
     try:
         yield
     finally:
-        store[name] = whole
+        _exchange(model, {id(stand_in): partitioned[key] for key, stand_in in stand_ins.items()})
+
+
+def _exchange(model: nn.Module, others: dict[int, nn.Parameter]) -> None:
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if id(parameter) in others:
+                module._parameters[name] = others[id(parameter)]
 
 
 @dataclass(frozen=True)
@@ -291,15 +342,17 @@ class SetConfigClass(Edit):
         """Old and new class."""
         return type(config_at(model, self.path)).__name__, self.cls.__name__
 
-    def run(self, model: PreTrainedModel) -> Inverse:
-        """Set ``__class__``."""
+    def prepare(self, model: PreTrainedModel) -> Write:
+        """Its ``__class__`` will be set."""
         config, old = config_at(model, self.path), type(config_at(model, self.path))
-        config.__class__ = self.cls
+
+        def do() -> None:
+            config.__class__ = self.cls
 
         def undo() -> None:
             config.__class__ = old
 
-        return Inverse(self.claim, lambda: type(config) is self.cls, undo)
+        return Write(self.claim, lambda: type(config) is self.cls, do, undo)
 
 
 def _own_hook(hook: Any) -> Any:

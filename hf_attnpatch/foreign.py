@@ -7,13 +7,16 @@ structure before the weights are loaded; so sharding, dtypes, ``device_map``, ``
 transformers' own.
 
 The concrete classes of transformers never ask for the model type, so two more things keep them from building something
-unpatched: on disk the labels stand under a key that no stock config class can read (:data:`SEAL`), and in memory the
-config stops any constructor but those made here (``_Config.name_or_path``).
+unpatched: on disk the implementations of attention and experts have a name that no stock model class takes
+(:data:`SEAL`), and in memory the config stops any constructor but those made here (``_Config.name_or_path``). Config
+classes read the files, as Trainer and tokenizers want. The class in ``architectures`` has a name that transformers does
+not know, so that whoever looks it up there (TRL) asks an Auto class.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from pathlib import Path
 from types import FrameType
@@ -27,6 +30,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from . import record
 from .configs import building, is_building
 from .errors import AttnPatchError
+from .upstream import words
 
 if TYPE_CHECKING:  # takes as long to import as all the rest, and whoever imports the package need not build a model
     from transformers import PreTrainedModel
@@ -34,8 +38,9 @@ if TYPE_CHECKING:  # takes as long to import as all the rest, and whoever import
 MODEL_TYPE = "hf_attnpatch"
 STUB = "modeling_hf_attnpatch"
 _BORROWED = "_of_"
-# Stands on disk where the label ids do. Every stock config class turns those into numbers, and Python's complaint
-# quotes the text (200 characters of it): the one sentence of ours that a stock class can be made to say.
+_PATCHED = "Patched"  # before the name of a class of transformers
+# Stands on disk where implementations do. Every constructor of a stock model asks whether it knows them, and its
+# complaint quotes the text: the one sentence of ours that a stock class can be made to say.
 SEAL = (
     "a checkpoint patched by hf_attnpatch: `pip install hf_attnpatch`, `import hf_attnpatch`, then load it with an "
     "Auto class or hf_attnpatch.load; this class cannot read it"
@@ -70,7 +75,7 @@ class PatchedConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is 
             AttnPatchError: the record is missing, damaged, of a newer version or of a family unknown here.
         """
         found = record.parse(config_dict.get(record.FIELD))
-        if found.base_model_type not in CONFIG_MAPPING:
+        if found.base_model_type not in CONFIG_MAPPING or found.base_model_type == MODEL_TYPE:
             raise AttnPatchError(
                 f"the checkpoint is a patched {found.base_model_type!r}, which transformers "
                 f"{transformers.__version__} does not know; upgrade transformers."
@@ -110,14 +115,20 @@ class _Config:
     def name_or_path(self, value: str) -> None:
         PretrainedConfig.name_or_path.fset(self, value)
 
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """What TRL asks of a class that transformers does not know: whether it reads images. All else is registered."""
+        images = "AutoModelForImageTextToText"
+        return {auto: code for auto, code in _auto_map(type(self).__mro__[2]).items() if auto == images}
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form: our own model type, and labels that only a patched config class can read."""
+        """Return the JSON form: our own model type and names of classes, and the seal."""
         data: dict[str, Any] = super().to_dict()  # type: ignore[misc]  # mixed into PretrainedConfig
-        labels = data.get("id2label")
-        usual = {i: f"LABEL_{i}" for i in range(2)}  # stock files leave these out, so that num_labels can be chosen
-        sealed = {SEAL: None if labels == usual else labels}
+        named = data.get("architectures")
+        if isinstance(named, list) and all(isinstance(name, str) for name in named):
+            data["architectures"] = [_PATCHED + name.removeprefix(_PATCHED) for name in named]
         base = type(self).__mro__[2]
-        return {**data, "model_type": MODEL_TYPE, "auto_map": _auto_map(base), "id2label": sealed}
+        return {**data, "model_type": MODEL_TYPE, "auto_map": _auto_map(base), **dict.fromkeys(words.SEALED, SEAL)}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save, and lay the stub beside it."""
@@ -145,8 +156,11 @@ class _Model:
     """Mixin of every patched model class."""
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
+        inner = is_building()  # the trunk of a head, or a module of a skeleton: what is around it is restored whole
         with building():
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # mixed into PreTrainedModel
+        if inner:
+            return
         from .api import restore  # the edits need models, which must not need the edits to be imported
 
         restore(self)
@@ -199,14 +213,14 @@ def _bare_config_class(base: Any) -> Any:
 
     # the constructor stands in the class itself: dataclasses, which configs are, would put theirs before a mixin's
     body = {"__module__": __name__, "__doc__": f"Patched {base.__name__}.", "__init__": __init__}
-    return type(f"Patched{base.__name__}", (_Config, base), body)
+    return type(f"{_PATCHED}{base.__name__}", (_Config, base), body)
 
 
 def _unsealed(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the family's own fields from those that :meth:`_Config.to_dict` wrote, in this release or another."""
-    own = {key: value for key, value in fields.items() if key not in ("model_type", "auto_map")}
+    own = {key: value for key, value in fields.items() if key not in ("model_type", "auto_map", *words.SEALED)}
     labels = own.get("id2label") or {}
-    behind = [value for key, value in labels.items() if not str(key).isdigit()]  # whatever the seal's wording was
+    behind = [value for key, value in labels.items() if not str(key).isdigit()]  # where the seal stood before
     return {**own, "id2label": behind[0]} if behind else own
 
 
@@ -215,7 +229,7 @@ def __getattr__(name: str) -> Any:
     model, borrowed, config = name.partition(_BORROWED)
     if borrowed and not name.startswith("_"):
         return model_class(model, config)
-    base = None if name.startswith("_") else getattr(transformers, name.removeprefix("Patched"), None)
+    base = None if name.startswith("_") else getattr(transformers, name.removeprefix(_PATCHED), None)
     if isinstance(base, type) and issubclass(base, transformers.PreTrainedModel):
         return model_class(base.__name__)
     if isinstance(base, type) and issubclass(base, PretrainedConfig):
@@ -236,12 +250,26 @@ def _auto_models(base: type[PretrainedConfig]) -> dict[str, str]:
     return found
 
 
+def is_patched(config: PretrainedConfig) -> bool:
+    """Whether a config is of this package's type: its models are known here, whatever code it names."""
+    return isinstance(config, _Config)
+
+
 def twin_of(architecture: str, config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """Return the patched class for a patched config that no Auto class knows (Musicgen's decoder alone), or None."""
-    base = getattr(transformers, architecture, None)
-    if not isinstance(config, _Config) or not isinstance(base, type):
+    """Return the patched class for a patched config that no Auto class knows (Musicgen's decoder alone), or None.
+
+    The name is data of whoever made the checkpoint: it is looked up among the models of the config's own family only,
+    and nothing else of transformers is imported because of it.
+    """
+    if not isinstance(config, _Config):
         return None
-    return model_class(architecture, type(config).__mro__[2].__name__)
+    own = type(config).__mro__[2]
+    family = importlib.import_module(own.__module__.rpartition(".")[0])
+    known = architecture.isidentifier() and architecture in dir(family)
+    base = getattr(family, architecture) if known else None
+    if not isinstance(base, type) or not issubclass(base, transformers.PreTrainedModel):
+        return None
+    return model_class(architecture, own.__name__)
 
 
 def _stub_name(auto: str) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import AttnPatchError
+from .schema import brief, plain, quoted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from .anatomy import Anatomy
     from .edits import Edit
 
+_LONGEST = 600  # characters of what a patch says of its fields
+_PLAIN = (int, float, str, list, tuple, Mapping)
 REGISTRY: dict[str, type[Patch]] = {}
 
 
@@ -83,35 +86,96 @@ class Patch(ABC):
         return {"patch": self.name, **fields}
 
 
-def from_spec(spec: Mapping[str, Any]) -> Patch:
+def internal(default: Any = None) -> Any:
+    """Return a field that the package fills in: no plan, no argument and no stranger's record may."""
+    return dataclasses.field(default=default, repr=False, metadata={"internal": True})
+
+
+def internal_fields(cls: type[Patch]) -> dict[str, Any]:
+    """Return the names of such fields, with what stands in them otherwise."""
+    return {f.name: f.default for f in dataclasses.fields(cls) if f.metadata.get("internal")}
+
+
+def from_spec(spec: Mapping[str, Any], *, recorded: bool = False, trust_remote_code: bool = False) -> Patch:
     """Build a patch from ``{"patch": name, field: value, ...}``, the form of records, recipes and the command line.
 
+    Args:
+        spec: of the patch.
+        recorded: whether it stands in a checkpoint's record, which holds what was found out, too, and no patch that
+            leaves nothing to remember.
+        trust_remote_code: whether it may name a repository of kernels, whose code would run.
+
     Raises:
-        AttnPatchError: for an unknown patch or field, with the ones there are.
+        AttnPatchError: for an unknown patch or field, with the ones there are, or a field that is not for its giver.
     """
-    importlib.import_module(f"{__package__}.patches")  # they register themselves, and nobody may have asked for one yet
-    known = ", ".join(sorted(REGISTRY))
+    known = ", ".join(sorted(_registered()))
     if not isinstance(spec, Mapping):
         raise AttnPatchError(f"a {type(spec).__name__} is no patch; give a mapping such as {{'patch': 'flash'}}.")
     name = spec.get("patch")
     if not isinstance(name, str) or name not in REGISTRY:
-        raise AttnPatchError(f"patch {name!r} does not exist; choose from: {known}.")
+        raise AttnPatchError(f"patch {quoted(name)} does not exist; choose from: {known}.")
     cls = REGISTRY[name]
     fields = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(map(str, set(spec) - fields - {"patch"}))
+    choices = ", ".join(sorted(fields - set(internal_fields(cls))))
+    _check_giver(cls, spec, recorded)
+    _check_kernel(cls, spec, trust_remote_code)
+    unknown = sorted(brief(key, 40) for key in set(spec) - fields - {"patch"})[:8]
     if unknown:
-        raise AttnPatchError(f"{name}: no field {', '.join(unknown)}; its fields are: {', '.join(sorted(fields))}.")
+        raise AttnPatchError(f"{name}: no field {', '.join(unknown)}; its fields are: {choices}.")
+    given = {key: value for key, value in spec.items() if key != "patch"}
+    for key in given.keys() - cls.transient:  # those may be tensors and tokenizers
+        if isinstance(given[key], _PLAIN):
+            plain(given[key], f"{name}.{key}", finite=False)
+    free = dataclasses.MISSING
+    lacking = [f.name for f in dataclasses.fields(cls) if f.default is free and f.name not in given]
     try:
-        return cls(**{key: value for key, value in spec.items() if key != "patch"})
-    except TypeError as error:  # a missing field: dataclasses say which
-        raise AttnPatchError(f"{name}: {error}; its fields are: {', '.join(sorted(fields))}.") from error
+        return cls(**given, **dict.fromkeys(lacking, _MISSING))
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # of ours, or of Python's
+        if isinstance(error, AttnPatchError) and not lacking and len(str(error)) <= _LONGEST:
+            raise
+        problem = brief(str(error).rstrip("."), _LONGEST)
+        raise AttnPatchError(f"{name}: {problem}; its fields are: {choices}.") from error
 
 
-__all__ = ["REGISTRY", "Patch", "Proposal", "from_spec"]
+class _Missing:
+    """Stands where a field must be given, so that the patch itself says what it wants there."""
+
+    def __repr__(self) -> str:
+        return "missing"
+
+
+_MISSING = _Missing()
+
+
+def _registered() -> Mapping[str, type[Patch]]:
+    importlib.import_module(f"{__package__}.patches")  # they register themselves, and nobody may have asked for one yet
+    return REGISTRY
+
+
+def _check_giver(cls: type[Patch], spec: Mapping[str, Any], recorded: bool) -> None:
+    """Refuse what only the package fills in: a rotation that was given would be compared with itself."""
+    if recorded and not cls.recorded:
+        raise AttnPatchError(f"{cls.name}: stands in no record, for a checkpoint has nothing to remember of it.")
+    for name, default in internal_fields(cls).items():
+        kept = recorded and name not in cls.transient
+        if name in spec and spec[name] != default and not kept:
+            raise AttnPatchError(f"{cls.name}: {name} is found out by this package and never given; leave it out.")
+
+
+def _check_kernel(cls: type[Patch], spec: Mapping[str, Any], trusted: bool) -> None:
+    backend = spec.get("backend")
+    if isinstance(backend, str) and "/" in backend and not trusted:
+        raise AttnPatchError(
+            f"{cls.name}: backend {brief(backend)} is a repository whose code would run; choose another, or pass "
+            f"trust_remote_code=True (--trust-remote-code), or build {cls.__name__}(backend=...) yourself."
+        )
+
+
+__all__ = ["REGISTRY", "Patch", "Proposal", "from_spec", "internal", "internal_fields", "off_default"]
 
 
 def off_default(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a spec or of a patch in a record that are not at their default, to show what was chosen."""
-    fields = {key: value for key, value in spec.items() if key not in ("patch", "stock")}
-    defaults = {f.name: f.default for f in dataclasses.fields(from_spec({"patch": spec["patch"], **fields}))}
-    return {key: value for key, value in fields.items() if value != defaults[key]}
+    """Return the fields of a patch in a record that a user may choose and that are not at their default."""
+    cls = _registered()[spec["patch"]]
+    defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.name not in internal_fields(cls)}
+    return {key: value for key, value in spec.items() if key in defaults and value != defaults[key]}

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .anatomy import Anatomy, describe
-from .edits import Edit
-from .errors import AttnPatchError, PatchConflict, UnsupportedArchitecture
+from .edits import Edit, SetConfig
+from .errors import AttnPatchError, NoWeights, PatchConflict
+from .exclusive import alone, lock_of
+from .interruption import all_or_nothing
 from .patch import Patch, Proposal
+from .probe import way_back
 from .recurrence.modules import recalling_of
 from .spans.modules import span_of
+from .writable import check_replaced, check_writable
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,15 @@ class Plan:
         """Whether stock transformers will load the checkpoint."""
         return all(step.proposal.stock for step in self.steps)
 
+    @property
+    def context(self) -> tuple[int, int] | None:
+        """The context that the model declares, in tokens, and the longer one that it will; None where it stays."""
+        before = self.anatomy.max_positions
+        edited = [e.value for e in self.edits if isinstance(e, SetConfig) and e.field == "max_position_embeddings"]
+        reached = [getattr(step.patch, "target", None) for step in self.steps if step.proposal.edits]
+        after = max((n for n in (*edited, *reached) if isinstance(n, int)), default=0)
+        return (before, after) if before is not None and after > before else None
+
     def __str__(self) -> str:
         from .report import render_plan
 
@@ -74,16 +88,24 @@ def plan(model: PreTrainedModel, *patches: Patch) -> Plan:
     for number, patch in enumerate(patches, 1):
         if not isinstance(patch, Patch):
             raise AttnPatchError(f"argument {number} after the model is {_not_a_patch(patch)}.")
-    anatomy = describe(model)
-    _writable(model)
+    with alone(lock_of(model)):
+        if isinstance(model, PreTrainedModel):
+            check_writable(model)  # first: what is sharded or quantized cannot even be read
+        anatomy = describe(model)
+        # some patches try edits out
+        return all_or_nothing(lambda: Plan(anatomy, tuple(_steps(model, anatomy, patches))), way_back(model))
+
+
+def _steps(model: PreTrainedModel, anatomy: Anatomy, patches: Sequence[Patch]) -> list[Step]:
     steps = []
     for patch in patches:
         _refuse_beneath_a_memory(model, patch)
         proposal = patch.propose(model, anatomy)
         _refuse_stacked(model, patch, proposal)
+        check_replaced(model, proposal.edits)
         steps.append(Step(proposal.patch or patch, proposal, tuple(edit.preview(model) for edit in proposal.edits)))
-    _refuse_conflicts(steps)
-    return Plan(anatomy, tuple(steps))
+    _refuse_conflicts(model, patches, steps)
+    return steps
 
 
 def _refuse_beneath_a_memory(model: PreTrainedModel, patch: Patch) -> None:
@@ -118,35 +140,35 @@ def _not_a_patch(found: object) -> str:
     return f"{text[:60]}; pass patches, such as hf_attnpatch.GroupedQuery(num_kv_heads=2)"
 
 
-def _writable(model: PreTrainedModel) -> None:
-    """Refuse models whose weights cannot be read and replaced as plain tensors."""
-    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        raise UnsupportedArchitecture(
-            f"{type(model).__name__} is quantized; patch the full-precision model first, then quantize the result."
-        )
-    adapted = next((name for name, module in model.named_modules() if hasattr(module, "base_layer")), None)
-    if adapted is not None:
-        raise UnsupportedArchitecture(
-            f"{adapted} carries an adapter (LoRA or the like), which replacing its module would throw away; "
-            "patch before adding adapters, or merge_and_unload() first."
-        )
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            raise UnsupportedArchitecture(
-                f"{name} is already sharded over devices; patch before fully_shard or tp_plan."
-            )
-        if not parameter.is_floating_point():
-            raise UnsupportedArchitecture(f"{name} is stored as {parameter.dtype}; patch the full-precision model.")
-
-
-def _refuse_conflicts(steps: list[Step]) -> None:
+def _refuse_conflicts(model: PreTrainedModel, patches: Sequence[Patch], steps: list[Step]) -> None:
     owner: dict[str, Step] = {}
+    asked = {id(step): patch for patch, step in zip(patches, steps, strict=True)}
     for step in steps:
         edits = (edit.claim for edit in step.proposal.edits)
         for claim in (*edits, *step.proposal.claims, f"the patch {step.patch.name}"):
             first = owner.setdefault(claim, step)
             if first is not step:
                 raise PatchConflict(
-                    f"{claim}: both {first.patch.name} and {step.patch.name} would write it; keep one, or apply them "
-                    "in two calls if the second is meant to build on the first."
+                    f"{claim}: both {first.patch.name} and {step.patch.name} would write it; keep one"
+                    f"{_advice(model, *((asked[id(s)], s.proposal) for s in (first, step)))}."
                 )
+
+
+def _advice(model: PreTrainedModel, *calls: tuple[Patch, Proposal]) -> str:
+    """Say that two calls would do, if they do: on a copy of the modules around the same parameters.
+
+    Raises:
+        NoWeights: they cannot be tried.
+    """
+    from .api import apply
+
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    trial = copy.deepcopy(model, shared)
+    try:
+        for patch, proposal in calls:  # edits replace parameters, and write into none
+            apply(trial, patch if proposal.prepare is None else patch.structure())
+    except NoWeights:
+        raise
+    except AttnPatchError:
+        return ""
+    return ", or apply them in two calls if the second is meant to build on the first"

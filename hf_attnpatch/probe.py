@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .configs import all_configs
-from .edits import Edit, Inverse
-from .errors import AttnPatchError, NoWeights
+from .edits import Edit, tried
+from .errors import AttnPatchError, NoWeights, UnsupportedArchitecture
+from .exclusive import alone, lock_of
+from .interruption import ensured, removing
 from .upstream import words
 from .upstream.roles import predicted, roles_of
 
@@ -24,6 +27,7 @@ from .upstream.roles import predicted, roles_of
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 Inputs = Mapping[str, Tensor]
+_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,13 @@ def default_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
 
     Raises:
         NoWeights: there is nothing to be run.
+        UnsupportedArchitecture: it reads no tokens.
     """
     check_in_memory(model)
+    if not reads_tokens(model):
+        raise UnsupportedArchitecture(
+            f"{type(model).__name__}: reads {model.main_input_name} and no tokens; this needs a model of text."
+        )
     vocab = model.config.get_text_config(decoder=True).vocab_size
     ids = (torch.arange(20).view(2, 10) * 7 + 5) % vocab
     mask = torch.ones_like(ids)
@@ -58,6 +67,13 @@ def brief_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         NoWeights: there is nothing to be run.
     """
     return {name: tensor[:, 1:9] for name, tensor in default_inputs(model).items()}
+
+
+def reads_tokens(model: PreTrainedModel) -> bool:
+    """Whether a model's forward takes token ids, of its only or its second sequence."""
+    roles = roles_of(model)
+    vocabulary = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
+    return isinstance(vocabulary, int) and (roles.takes(words.TOKENS) or roles.takes(words.DECODER_TOKENS))
 
 
 def tokens_of(model: PreTrainedModel, inputs: Inputs) -> Tensor:
@@ -81,10 +97,25 @@ def check_in_memory(model: PreTrainedModel) -> None:
             )
 
 
+def check_loaded(model: PreTrainedModel, path: str) -> None:
+    """Refuse to put new parameters beside those of a module that are offloaded: nothing would bring them back.
+
+    Raises:
+        UnsupportedArchitecture: Accelerate has offloaded them.
+    """
+    if has_offloaded_params(model.get_submodule(path)):
+        raise UnsupportedArchitecture(
+            f"{path}: its parameters are offloaded by Accelerate, and new ones beside them would be nowhere. Load the "
+            "model without offloading, patch and save it; the result can be loaded offloaded."
+        )
+
+
 def codebooks(model: PreTrainedModel) -> int:
     """Return how many rows of ids make one sequence: audio decoders read one for each codebook."""
-    tables = model.get_input_embeddings()
-    return len(tables) if isinstance(tables, nn.ModuleList) else 1
+    with contextlib.suppress(NotImplementedError):  # of a model that has none
+        tables = model.get_input_embeddings()
+        return len(tables) if isinstance(tables, nn.ModuleList) else 1
+    return 1
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -113,7 +144,9 @@ def checked_inputs(name: str, inputs: object) -> Inputs:
     return inputs
 
 
-def trace(model: PreTrainedModel, inputs: Inputs, watch: tuple[str, ...] = (), use_cache: bool = False) -> Trace:
+def trace(
+    model: PreTrainedModel, inputs: Inputs, watch: tuple[str, ...] = (), use_cache: bool = False, padded: bool = False
+) -> Trace:
     """Run one forward in eval mode.
 
     Args:
@@ -121,6 +154,7 @@ def trace(model: PreTrainedModel, inputs: Inputs, watch: tuple[str, ...] = (), u
         inputs: keyword arguments of its forward.
         watch: paths of modules whose calls are counted.
         use_cache: whether keys and values pass through a cache on the way.
+        padded: whether the logits at padding are kept.
 
     Raises:
         AttnPatchError: the forward fails on these inputs.
@@ -134,7 +168,7 @@ def trace(model: PreTrainedModel, inputs: Inputs, watch: tuple[str, ...] = (), u
                 f"{type(model).__name__} does not run on the probe ({names}): {type(error).__name__}: {error}. "
                 "Pass probe={...} with inputs it takes."
             ) from error
-    return Trace(valid(model, logits, inputs), dict(calls))
+    return Trace(logits if padded else valid(model, logits, inputs), dict(calls))
 
 
 def trial(
@@ -152,36 +186,31 @@ def trial(
     Returns:
         None if the logits agree, otherwise why the edits will not do.
     """
-    inverses: list[Inverse] = []
     try:
-        for edit in edits:
-            inverses.append(edit.run(model))
-        found = trace(model, inputs).logits
-        problem = disagreement(reference, found)
-        return problem or (_try_backward(model, inputs) if backward else None)
+        with tried(model, edits):
+            found = trace(model, inputs).logits
+            problem = disagreement(reference, found)
+            return problem or (_try_backward(model, inputs) if backward else None)
     except AttnPatchError as error:
         return _one_line(error.__cause__ or error)
     except (ImportError, ValueError, RuntimeError, OSError, TypeError) as error:
         return _one_line(error)
-    finally:
-        while inverses:
-            inverses.pop().undo()
 
 
-def logits_under(model: PreTrainedModel, edits: Sequence[Edit], inputs: Inputs) -> Tensor:
+def logits_under(model: PreTrainedModel, edits: Sequence[Edit], inputs: Inputs, padded: bool = False) -> Tensor:
     """Return the logits that the model would have, and leave it as it was.
+
+    Args:
+        model: any model.
+        edits: what to try.
+        inputs: keyword arguments of the forward.
+        padded: whether those at padding are returned, too.
 
     Raises:
         AttnPatchError: an edit is refused, or the edited model does not run on these inputs.
     """
-    inverses: list[Inverse] = []
-    try:
-        for edit in edits:
-            inverses.append(edit.run(model))
-        return trace(model, inputs).logits
-    finally:
-        while inverses:
-            inverses.pop().undo()
+    with tried(model, edits):
+        return trace(model, inputs, padded=padded).logits
 
 
 def disagreement(reference: Tensor, found: Tensor) -> str | None:
@@ -226,50 +255,115 @@ def valid(model: PreTrainedModel, logits: Tensor, inputs: Inputs) -> Tensor:
 
 @contextlib.contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluate, and put back what a forward writes: modes, states and children of modules, configs, random state."""
+    """Evaluate, and put back what a forward writes: modes, states and children of modules, configs, random state.
+
+    No other thread may patch or probe the model meanwhile. One that runs it sees eval mode, and may find what a forward
+    leaves in modules put back; that cannot be guarded.
+    """
+    with alone(lock_of(model)), unchanged(model), own_random_state(model):
+        model.eval()
+        yield
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Put back, at the end of a block, what modules and configs hold (not what tensors do), and torch's modes."""
+    with ensured(way_back(model)):
+        yield
+
+
+def way_back(model: nn.Module) -> Callable[[], None]:
+    """Return a function that makes what modules and configs hold, and torch's modes, what they are now."""
     stores = [vars(m) for m in model.modules()]
     stores += [vars(c) for c in all_configs(model)] if isinstance(model, PreTrainedModel) else []
-    ways_back = [remembered(store) for store in stores]
-    try:
-        with torch.random.fork_rng():
-            model.eval()
-            yield
-    finally:
-        for way_back in ways_back:
-            way_back()
+    if isinstance(model, PreTrainedModel) and model.can_generate() and model.generation_config is not None:
+        stores.append(vars(model.generation_config))
+    ways = [remembered(store) for store in stores]
+    gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+
+    def put_back() -> None:
+        for way in ways:
+            way()
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(dtype)
+
+    return put_back
 
 
 def remembered(store: dict[str, Any]) -> Callable[[], None]:
-    """Return a function that makes a namespace, and the plain containers directly in it, what they are now."""
-    containers = [(v, copy.copy(v)) for v in (store, *store.values()) if isinstance(v, (dict, list))]
+    """Return a function that makes a namespace, and the plain containers directly in it, what they are now.
+
+    What is missing is added before what is new is taken away, so that another thread never finds less than there was.
+    """
+    containers: list[Any] = [(v, copy.copy(v)) for v in (store, *store.values()) if isinstance(v, (dict, list))]
 
     def restore() -> None:
         for container, content in containers:
             if isinstance(container, dict):
-                container.clear()
-                container.update(content)
-            else:
+                _make_equal(container, content)
+            elif len(container) != len(content) or any(a is not b for a, b in zip(container, content, strict=True)):
                 container[:] = content
 
     return restore
+
+
+def _make_equal(found: dict[Any, Any], wanted: dict[Any, Any]) -> None:
+    for key, value in wanted.items():
+        if found.get(key, _ABSENT) is not value:
+            found[key] = value
+    for key in [key for key in found if key not in wanted]:
+        found.pop(key, None)
+    if list(found) != list(wanted):
+        for key in wanted:  # in this order behind one another
+            found[key] = found.pop(key)
+
+
+@contextlib.contextmanager
+def own_random_state(model: nn.Module) -> Iterator[None]:
+    """Put torch's random state back where this block has drawn.
+
+    Generators belong to the whole process. If their state has moved while other threads were there, it was most likely
+    one of them that drew, as models draw nothing in eval mode: then their numbers go on, and none comes twice.
+    """
+    put_back = random_states(model)
+    with ensured(lambda: _other_threads() or put_back()):
+        yield
+
+
+def random_states(model: nn.Module) -> Callable[[], None]:
+    """Return a function that puts the random state of the CPU, and of the devices of the model, back where it moved."""
+    devices = [d for d in dict.fromkeys(p.device for p in model.parameters()) if d.type not in ("cpu", "meta")]
+    before, states = torch.get_rng_state(), [torch.get_device_module(d).get_rng_state(d) for d in devices]
+
+    def put_back() -> None:
+        if not torch.equal(before, torch.get_rng_state()):
+            torch.set_rng_state(before)
+        for device, state in zip(devices, states, strict=True):
+            torch.get_device_module(device).set_rng_state(state, device)
+
+    return put_back
+
+
+def _other_threads() -> bool:
+    """Whether a thread beside this one may draw; progress bars have one that does not."""
+    others = (t for t in threading.enumerate() if t is not threading.current_thread())
+    return any(type(thread).__name__ != "TMonitor" for thread in others)
 
 
 @contextlib.contextmanager
 def _counting(model: nn.Module, paths: tuple[str, ...]) -> Iterator[Counter[str]]:
     calls: Counter[str] = Counter()
 
-    def counter(path: str) -> object:
+    def counter(path: str) -> Callable[..., None]:
         def count(*_: object) -> None:
             calls[path] += 1
 
-        return model.get_submodule(path).register_forward_hook(count)
+        return count
 
-    handles = [counter(path) for path in paths]
-    try:
+    with removing() as handles:
+        for path in paths:
+            handles.append(model.get_submodule(path).register_forward_hook(counter(path)))
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()  # type: ignore[attr-defined]  # RemovableHandle
 
 
 def _one_line(error: BaseException) -> str:

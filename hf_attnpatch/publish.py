@@ -15,10 +15,11 @@ from . import record
 from .checkpoint import auto_class, tokenizer_of
 from .comparing.result import Comparison
 from .errors import AttnPatchError
-from .publishing import card, origin
+from .publishing import card, confidential, origin
 from .publishing.hub import Head, Hub
 from .publishing.stale import stale_files
 from .report import Report
+from .showing import line
 
 Reports: TypeAlias = Report | Comparison | str | Path | Sequence[Report | Comparison | str | Path]
 FIGURES = "attnpatch"  # folder of the repository for figures and metrics
@@ -44,7 +45,8 @@ class Published:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return "\n".join([f"published {self.url} at {self.commit[:12]}: {len(self.files)} files", *self.notes])
+        head = f"published {self.url} at {self.commit[:12]}: {len(self.files)} files: {', '.join(self.files)}"
+        return "\n".join([head, *self.notes])
 
 
 def push_to_hub(
@@ -55,6 +57,7 @@ def push_to_hub(
     tokenizer: Any | None = None,
     base_model: str | None = None,
     license: str | None = None,
+    license_files: Sequence[str | Path] = (),
     command: str | None = None,
     private: bool | None = None,
     overwrite: bool = False,
@@ -63,6 +66,8 @@ def push_to_hub(
 ) -> Published:
     """Publish a patched model: weights, tokenizer and a card, as one commit that is there whole or not at all.
 
+    What is sent is what ``save_pretrained`` of model and tokenizer writes, the base model's licence files, the card,
+    and what ``compare`` measured; a token in it, or where something lies on this machine, is refused.
     The card names the base model, what was done to it, how to load it with and without this package, what ``compare``
     measured, the command that made it, and the base model's licence.
 
@@ -71,8 +76,10 @@ def push_to_hub(
         repo_id: ``owner/name``; made if it is not there.
         report: what ``apply`` or ``compare`` returned for this model, the folder of ``compare``, or several of these.
         tokenizer: by default the one of the checkpoint that the model was loaded from, if it has one.
-        base_model: repository of the base model, where the record names a folder of this machine.
+        base_model: repository of the base model. Without it the one that the record names is asked for, if it is
+            public; a folder that the record names is not looked into.
         license: identifier of the Hub, in the place of the one in the base model's card.
+        license_files: licences and notices of this disk that are to stand beside the model.
         command: that made the model, in the place of what its record says.
         private: of a repository that is made; by default as the Hub does. One that is there must agree.
         overwrite: replace the model in a repository that holds files: weights, card, tokenizer, figures. Others stay.
@@ -85,15 +92,19 @@ def push_to_hub(
     """
     found, hub = _checked(model, repo_id), Hub(token, _version())
     head = _place(hub, repo_id, private, overwrite)
-    base = origin.find(hub, found.base_model, model.config, base_model=base_model, license=license)
-    tokenizer = tokenizer_of(model.config._name_or_path) if tokenizer is None else tokenizer
+    named = {"base_model": base_model, "license": license, "license_files": license_files}
+    base = origin.find(hub, found.base_model, model.config, **named)  # type: ignore[arg-type]  # three options by name
+    source = record.loaded_from(model)
+    if source:
+        confidential.check_links(Path(source))
+    tokenizer = tokenizer_of(source) if tokenizer is None else tokenizer
     with tempfile.TemporaryDirectory(prefix="hf_attnpatch-") as temporary:
         folder = Path(temporary)
         found = _stage(model, tokenizer, folder, found, base, max_shard_size)
-        commands = [command] if command else found.commands
+        commands = [confidential.command(command)] if command else found.commands
         facts = card.Facts(repo_id, found, base, auto_class(model.config).__name__, commands)
         card.render(_with_reports(facts, model, report, folder)).save(folder / "README.md")
-        _no_secret(hub, folder)
+        confidential.check(folder, hub.token)
         head = hub.create(repo_id, private) if head is None else head
         commit, files = hub.commit(repo_id, folder, head, stale_files(head.files, folder), _message(found))
     return Published(repo_id, f"{hub.api.endpoint}/{repo_id}", commit, files, _notes(base, tokenizer))
@@ -141,7 +152,8 @@ def _stage(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     base.copy_licences(folder)
-    found = replace(found, base_model=base.shown)
+    commands = tuple(map(confidential.command, found.commands))
+    found = replace(found, base_model=line(base.shown, 100), commands=commands)
     record.rewrite(folder, found)
     return found
 
@@ -154,7 +166,7 @@ def _with_reports(facts: card.Facts, model: PreTrainedModel, report: Any, folder
                 raise AttnPatchError(
                     "push_to_hub: the report of apply is of another model, or of before another patch."
                 )
-            facts = replace(facts, report=str(each))
+            facts = replace(facts, report=confidential.shortened(str(each)))
         elif isinstance(each, (Comparison, str, Path)):
             found = each if isinstance(each, Comparison) else Comparison.load(each)
             found.check_model(model)
@@ -167,14 +179,6 @@ def _with_reports(facts: card.Facts, model: PreTrainedModel, report: Any, folder
     return facts
 
 
-def _no_secret(hub: Hub, folder: Path) -> None:
-    """Refuse to publish a token, which a command line may hold."""
-    for path in (folder / "README.md", folder / "config.json"):
-        text = path.read_text("utf-8")
-        if hub.hide(text) != text:
-            raise AttnPatchError(f"push_to_hub: {path.name} would publish a token; take it out of the command.")
-
-
 def _message(found: record.Record) -> str:
     return f"Upload with hf_attnpatch: {', '.join(card.in_words(found))}"
 
@@ -182,7 +186,7 @@ def _message(found: record.Record) -> str:
 def _notes(base: origin.Origin, tokenizer: Any) -> tuple[str, ...]:
     notes = []
     if base.name is None:
-        notes.append(f"the card does not link its base model, the folder {base.shown}; base_model='owner/name' does")
+        notes.append(f"the card does not link its base model, {line(base.shown)}; base_model='owner/name' does")
     if tokenizer is None:
         notes.append("no tokenizer was published: the checkpoint that the model was loaded from has none")
     return tuple(notes)

@@ -11,10 +11,13 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 from .anatomy import Anatomy
-from .edits import Inverse
+from .edits import Write, undo_all
 from .errors import PatchConflict
+from .exclusive import alone
+from .interruption import complete
 from .patch import off_default
 from .plan import Plan, Step
+from .rewriting.tokenizer import lengthened
 
 if TYPE_CHECKING:
     from .heads.damage import DamageReport
@@ -35,7 +38,9 @@ class Report:
     checks: Mapping[str, str]
     record: Mapping[str, Any] | None
     findings: Mapping[str, Any] = field(default_factory=dict)
-    _inverses: list[Inverse] = field(default_factory=list, repr=False)
+    _writes: list[Write] = field(default_factory=list, repr=False)
+    _lock: Any = field(default=None, repr=False)  # of the model
+    _reverting: bool = field(default=False, repr=False)
 
     @property
     def changed(self) -> bool:
@@ -53,19 +58,45 @@ class Report:
         """Whether transformers alone loads what ``save_pretrained`` now writes."""
         return self.plan.stock
 
+    @property
+    def context(self) -> tuple[int, int] | None:
+        """The context that the model declared, in tokens, and the longer one now; None where it is what it was."""
+        return self.plan.context
+
+    def lengthen(self, tokenizer: Any) -> str | None:
+        """Raise the length at which a tokenizer truncates, where it had the model's old one.
+
+        Args:
+            tokenizer: of the model; changed in place.
+
+        Returns:
+            A sentence on what was changed; None where nothing was.
+        """
+        return None if self.context is None else lengthened(tokenizer, *self.context)
+
     def revert(self) -> None:
         """Put back every object that was there before, bitwise; a second call does nothing.
+
+        If it is interrupted, everything is put back nevertheless; if that fails twice, another call goes on.
 
         Raises:
             PatchConflict: something was written over a place of this patch since; nothing is reverted.
         """
-        lost = [inverse.claim for inverse in self._inverses if not inverse.stands()]
-        if lost:
-            raise PatchConflict(
-                f"{lost[0]} was changed after this patch ({len(lost)} such places); revert the later patch first."
-            )
-        while self._inverses:
-            self._inverses.pop().undo()
+        if not self._writes:
+            return
+        with alone(self._lock):
+            lost = [write.claim for write in self._writes if not write.stands()]
+            if lost and not self._reverting:
+                raise PatchConflict(
+                    f"{lost[0]} was changed after this patch ({len(lost)} such places); revert the later patch first."
+                )
+            self._reverting = True
+            complete(self._put_back)
+
+    def _put_back(self) -> None:
+        undo_all(self._writes)
+        self._writes.clear()  # forgotten only now that all is back
+        self._reverting = False
 
     def __str__(self) -> str:
         checks = Table("self-check", "found", title_justify="left")
@@ -129,6 +160,9 @@ def _steps(plan: Plan) -> Iterable[RenderableType]:
         if step.proposal.edits:
             yield _step_table(step)
         yield from (f"  {note}" for note in step.proposal.notes)
+    if plan.context is not None:
+        before, after = plan.context
+        yield f"context: {before} -> {after} tokens; report.lengthen(tokenizer) raises a tokenizer that truncates there"
     yield f"stock transformers loads the checkpoint: {'yes' if plan.stock else 'no, it needs hf_attnpatch'}"
 
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from transformers import Cache
 
+from .errors import AttnPatchError
 from .upstream.caches import Storing, view
+from .upstream.partitioned import shape_of
 
 
 class GroupedProjection(nn.Module):
@@ -49,8 +51,9 @@ class GroupedProjection(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the widths."""
-        shared, wide = self.weight.shape[0] // self.head_dim, len(self.index)
-        return f"in={self.weight.shape[1]}, heads={shared}, repeated to {wide}, head_dim={self.head_dim}"
+        rows, width = shape_of(self.weight)
+        shared, wide = rows // self.head_dim, len(self.index)
+        return f"in={width}, heads={shared}, repeated to {wide}, head_dim={self.head_dim}"
 
 
 class NarrowCache:
@@ -77,8 +80,21 @@ class NarrowCache:
         return view(value, self.stored) if isinstance(value, Cache) else value
 
     def stored(self, storing: Storing, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the first head of each group and return all heads: (batch, heads, length, head_dim) twice."""
-        keys, values = storing.store(key[:, :: self.groups], value[:, :: self.groups])
+        """Store the first head of each group and return all heads: (batch, heads, length, head_dim) twice.
+
+        Raises:
+            AttnPatchError: the cache was filled, or made, for another number of heads.
+        """
+        shared = key[:, :: self.groups]
+        layers, number = getattr(storing.cache, "layers", ()), storing.layer
+        held = getattr(layers[number], "keys", None) if number < len(layers) else None
+        if isinstance(held, Tensor) and held.dim() == 4 and held.shape[1] != shared.shape[1]:
+            raise AttnPatchError(
+                f"the cache holds {held.shape[1]} key-value heads and this model has {shared.shape[1]}: it was filled "
+                "or made for another model. A learned prefix (PEFT's prefix tuning) is made and trained after the "
+                "patch; a static cache takes its number of heads from the config."
+            )
+        keys, values = storing.store(shared, value[:, :: self.groups])
         keys, values = _repeat(keys, self.groups), _repeat(values, self.groups)
         return (keys.contiguous(), values.contiguous()) if self.contiguous else (keys, values)
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from .edits import first_layers
 from .errors import SelfCheckFailed
 from .invariants.noise import rounding
-from .probe import Inputs, default_inputs, disagreement, largest_difference, quiet, valid
-from .stepwise import STEPS, NoCache, in_pieces, rereads
+from .probe import Inputs, disagreement, largest_difference, quiet, valid
+from .stepwise import STEPS, NoCache, in_pieces, remembers, rereads, writes_as_it_reads
 from .upstream import words
 from .upstream.roles import predicted, roles_of
 
@@ -37,7 +37,7 @@ def decoding(
     Args:
         model: patched or not; left as it was.
         sites: paths of modules inside the layers that may be left out.
-        inputs: of its forward; where there is more in them than text, the default ones are taken.
+        inputs: of its forward; what is no text goes with the first tokens.
         promises: of patches about the cache.
         steps: tokens of each step after the prefill.
 
@@ -65,17 +65,20 @@ def _asked(
 ) -> tuple[str | None, str]:
     roles = roles_of(model)
     text = {roles.names.get(role) for role in _TEXT}
-    given = _placed(model, inputs if set(inputs) <= text else default_inputs(model))
+    given = _placed(model, inputs) if set(inputs) <= text else inputs
     caches: list[Any] = []
     with quiet(model), torch.no_grad():
         try:
             wanted, found = _both(model, given, steps, caches)
         except NoCache as error:
-            if rereads(model, {name: t for name, t in given.items() if name in text - {roles.names.get(words.MASK)}}):
-                return None, NO_CACHE
-            raise SelfCheckFailed(
-                f"{error} Its cached decoding could not be checked; the model is unchanged."
-            ) from error
+            if _apart(model, given, _whole(model, given), error.found) is None:
+                return None, "modules keep their own state, by which single steps equal the full forward"
+            said = _without_a_cache(model, given)
+            if said is None:
+                raise SelfCheckFailed(
+                    f"{error} Its cached decoding could not be checked; the model is unchanged."
+                ) from error
+            return None, said
         except (ValueError, TypeError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
             text_of = " ".join(f"{type(error).__name__}: {error}".split())
             return f"decoding with a cache fails ({text_of[:200]})", ""
@@ -85,6 +88,44 @@ def _asked(
         if broken is not None:
             raise SelfCheckFailed(f"{broken}. The model is unchanged.")
     return problem, ""
+
+
+def _without_a_cache(model: PreTrainedModel, given: Inputs) -> str | None:
+    """Say how a model generates that hands no cache back, where that is proved to be right; None where it is not."""
+    roles = roles_of(model)
+    ids = {roles.names.get(words.TOKENS), roles.names.get(words.DECODER_TOKENS)}
+    hidden = {roles.names.get(words.MASK), roles.names.get(words.POSITIONS)}
+    plain = {name: t for name, t in given.items() if name in ids or name not in hidden}
+    alone = {name: t for name, t in plain.items() if name == roles.name(words.TOKENS)}
+    try:
+        if rereads(model, plain):
+            return NO_CACHE
+        if remembers(model, plain) and writes_as_it_reads(model, alone):
+            return "modules keep their own state; the tokens of generate are those of full forwards"
+    except (ValueError, TypeError, RuntimeError, LookupError, AttributeError, AssertionError):
+        return None  # it does not generate from these inputs, which proves nothing
+    return None
+
+
+def decoded_with(model: PreTrainedModel, given: Inputs) -> str | None:
+    """Say what is wrong with decoding inputs that are more than text, read with the first tokens; None for nothing.
+
+    Args:
+        model: patched or not; left as it was.
+        given: of its forward, without padding.
+    """
+    roles = roles_of(model)
+    if not model.can_generate() or not {roles.names.get(r) for r in (words.TOKENS, words.DECODER_TOKENS)} & set(given):
+        return None
+    with quiet(model), torch.no_grad():
+        try:
+            wanted, found = _both(model, given, STEPS, [])
+        except NoCache as error:
+            wanted, found = _whole(model, given), error.found
+        except (ValueError, TypeError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
+            text_of = " ".join(f"{type(error).__name__}: {error}".split())
+            return f"decoding with a cache fails ({text_of[:200]})"
+        return _apart(model, given, wanted, found)
 
 
 def one_of_each(model: PreTrainedModel, sites: Sequence[str]) -> tuple[str, int] | None:
@@ -132,9 +173,11 @@ def _both(model: PreTrainedModel, given: Inputs, steps: tuple[int, ...], caches:
     stream = roles.names.get(words.DECODER_TOKENS, "")
     length = given[stream if stream in given else roles.name(words.TOKENS)].shape[-1]
     sizes = [length - sum(steps), *steps] if length > sum(steps) else [1] * length
-    found = in_pieces(model, given, sizes, caches.append)
-    without = roles.call(**{words.USE_CACHE: False}) if roles.takes(words.USE_CACHE) else {}
-    return predicted(model(**given, **without)), found
+    return _whole(model, given), in_pieces(model, given, sizes, caches.append)
+
+
+def _whole(model: PreTrainedModel, given: Inputs) -> Tensor:
+    return predicted(model(**given, **roles_of(model).call(**{words.USE_CACHE: False})))
 
 
 def _apart(model: PreTrainedModel, given: Inputs, wanted: Tensor, found: Tensor) -> str | None:

@@ -16,11 +16,12 @@ from .layouts import LAYOUTS, Layout, Rows, is_projection, weight_rows
 from .upstream import words
 from .upstream.calls import says_causal
 
+_CONVOLVED = "keys pass a convolution of their own for each head, which shared heads cannot"
 # What a module's own children and parameters are called where it keeps something else than keys and values.
 _OTHER = {
     "latent attention caches a compressed vector, which has no heads to share": r"kv_[ab]_proj.*|kv_lora.*",
     "one projection gives keys and values, spread over heads in the module's own way": r"kv_proj",
-    "keys pass a convolution of their own for each head, which shared heads cannot": r"k_sconv",
+    _CONVOLVED: r"k_sconv",
     "linear attention keeps a state, not keys and values": r"A_log|dt_bias|slope_rate|.*conv1d.*|receptance",
 }
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "num_q_heads", "n_head")
@@ -108,7 +109,7 @@ def dispatching(
         places.append(Place(site.path, site.num_heads, site.causal, site.config))
     for path in [*other, *unread]:
         module = model.get_submodule(path)
-        if _dispatches(type(module)) and not _in_tower(path):
+        if _dispatches(type(module)) and not in_tower(path):
             if path in unread:
                 raise UnsupportedArchitecture(f"{path}: {unread[path]}")
             places.append(Place(path, None, says_causal(module), _owner(model, module)))
@@ -129,8 +130,11 @@ def read_sites(model: PreTrainedModel) -> tuple[tuple[Site, ...], dict[str, str]
             continue
         layout = next((row for row in LAYOUTS if row.matches(module)), None)
         if layout is None:
-            if _looks_like_attention(module) and not _in_tower(path):
+            if _looks_like_attention(module) and not in_tower(path):
                 unread[path] = f"{kind}: matches no row of hf_attnpatch/layouts.py"
+            continue
+        if _convolved(module, layout):
+            other[path] = f"{kind}: {_CONVOLVED}"
             continue
         site = _site(model, path, module, layout)
         if isinstance(site, str):
@@ -154,8 +158,24 @@ def _other_state(module: nn.Module) -> str | None:
     return next((why for why, pattern in _OTHER.items() if any(re.fullmatch(pattern, n) for n in names)), None)
 
 
-def _in_tower(path: str) -> bool:
+def _convolved(module: nn.Module, layout: Layout) -> bool:
+    """Whether the projection of keys stands in a module beside other weights: its rows are not yet the keys."""
+    wrapper, _, name = layout.key.rpartition(".")
+    inner = module.get_submodule(wrapper).named_parameters() if wrapper else ()
+    return any(not path.startswith(f"{name}.") for path, _ in inner)
+
+
+def in_tower(path: str) -> bool:
+    """Whether a path lies in an image or audio tower beside the language model."""
     return any(word in path.lower() for word in (*_TOWERS, "visual"))
+
+
+def bias_tables(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the paths of embeddings that hold one number for each head: biases by distance, as T5 learns them."""
+    config = model.config.get_text_config(decoder=True)
+    heads = {n for owner in (config, *model.modules()) if (n := _first_int(owner, _HEADS))}
+    tables = ((p, m) for p, m in model.named_modules() if isinstance(m, nn.Embedding) and m.embedding_dim in heads)
+    return tuple(path for path, _ in tables)
 
 
 def _looks_like_attention(module: nn.Module) -> bool:

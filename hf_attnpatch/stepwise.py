@@ -19,7 +19,15 @@ STEPS = (1, 1, 2)
 
 
 class NoCache(AttnPatchError):
-    """A model that generates gives back nothing to go on from."""
+    """A model that generates gives back nothing to go on from.
+
+    Attributes:
+        found: its predictions for all tokens, each piece read for itself: right where modules keep their own state.
+    """
+
+    def __init__(self, message: str, found: Tensor):
+        super().__init__(message)
+        self.found = found
 
 
 def in_pieces(
@@ -30,6 +38,7 @@ def in_pieces(
     Args:
         model: a decoder, or an encoder-decoder, of which the second sequence is cut.
         inputs: of its forward, by its own names; a mask and positions of all tokens among them, or none.
+            What is no text goes with the first piece.
         sizes: tokens of each piece, together the whole length.
         seen: is shown the last cache.
 
@@ -41,20 +50,29 @@ def in_pieces(
     stream = roles.name(words.DECODER_TOKENS if both else words.TOKENS)
     mask, positions = roles.names.get(words.MASK, ""), roles.names.get(words.POSITIONS, "")
     state: dict[str, Any] = {}
-    found, start = [], 0
+    text = {roles.names.get(role) for role in (words.TOKENS, words.MASK, words.POSITIONS)}
+    each = {stream: inputs[stream]}  # what has a number for each token
+    if not both:
+        alike = {name: t for name, t in inputs.items() if t.shape == inputs[stream].shape and name not in text}
+        each |= alike
+    beside = not both and set(inputs) - set(each) - text  # images, which are read once
+    found, start, returned = [], 0, False
     for size in sizes:
         end = start + size
-        piece = {**inputs, stream: inputs[stream][:, start:end]}
+        kept = {name: t for name, t in inputs.items() if both or not state or name in text or not beside}
+        piece = {**kept, **{name: t[:, start:end] for name, t in each.items() if name in kept}}
         if positions in inputs:
             piece[positions] = inputs[positions][..., start:end]
         if mask in inputs and not both:
-            piece[mask] = inputs[mask][:, :end]
+            piece[mask] = inputs[mask][:, 0 if state else start : end]  # without a cache, of what is read alone
         output = model(**piece, **roles.call(**{words.USE_CACHE: True}), **state)
         state = resumed(model, output)
-        if not state:
-            raise NoCache(f"{roles.owner}: its forward was asked for a cache, and returned none that it takes again.")
+        returned = returned or bool(state)
         found.append(predicted(output))
         start = end
+    if not returned:
+        said = f"{roles.owner}: its forward was asked for a cache, and returned none that it takes again."
+        raise NoCache(said, torch.cat(found, 1))
     if seen is not None:
         seen(next(iter(state.values())))
     return torch.cat(found, 1)
@@ -82,4 +100,35 @@ def rereads(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
     return len(lengths) == 3 and min(lengths) > 1
 
 
-__all__ = ["STEPS", "NoCache", "in_pieces", "rereads"]
+def remembers(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
+    """Whether modules of a model keep tensors from one forward to the next, beside what the model hands back.
+
+    Args:
+        model: that can generate; what it keeps is for the caller to put back.
+        inputs: of its forward, by its own names, without padding.
+    """
+    before = _held(model)
+    model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    return _held(model) != before
+
+
+def _held(model: nn.Module) -> list[tuple[str, int]]:
+    return [(name, id(v)) for m in model.modules() for name, v in vars(m).items() if isinstance(v, Tensor)]
+
+
+def writes_as_it_reads(model: PreTrainedModel, inputs: Mapping[str, Tensor], tokens: int = 4) -> bool:
+    """Whether the tokens that ``generate`` writes greedily are those that full forwards without a cache predict.
+
+    Args:
+        model: that can generate.
+        inputs: token ids alone, by the model's own name, without padding.
+        tokens: to write.
+    """
+    (name, ids), roles = next(iter(inputs.items())), roles_of(model)
+    written = model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    text = written[:, : ids.shape[1] + tokens]
+    wanted = predicted(model(**{name: text[:, :-1]}, **roles.call(**{words.USE_CACHE: False})))[:, -tokens:].argmax(-1)
+    return torch.equal(text[:, -tokens:], wanted)
+
+
+__all__ = ["STEPS", "NoCache", "in_pieces", "remembers", "rereads", "writes_as_it_reads"]

@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .anatomy import describe
-from .configs import all_configs
-from .errors import AttnPatchError
+from .errors import AttnPatchError, UnsupportedArchitecture
+from .exclusive import alone, lock_of
+from .interruption import all_or_nothing, ensured
 from .invariants import INVARIANTS, SAVING, Answer, Subject
-from .probe import checked_inputs, codebooks, input_device, remembered
+from .probe import checked_inputs, codebooks, input_device, random_states, reads_tokens, way_back
 from .upstream import words
 from .upstream.roles import columns, roles_of
 
@@ -88,7 +89,7 @@ def verify(model: PreTrainedModel, *, inputs: Mapping[str, Tensor] | None = None
         save: whether to save and load it twice in a temporary directory.
 
     Raises:
-        UnsupportedArchitecture: not a ``PreTrainedModel``.
+        UnsupportedArchitecture: not a ``PreTrainedModel``, or one that reads no tokens.
         AttnPatchError: inputs that are no mapping of tensors, have no token ids, fewer than two rows of eight tokens,
             or padding.
     """
@@ -96,7 +97,12 @@ def verify(model: PreTrainedModel, *, inputs: Mapping[str, Tensor] | None = None
     given = _default_inputs(model) if inputs is None else _checked(model, checked_inputs("inputs", inputs))
     subject = Subject(model, anatomy, {name: tensor.to(input_device(model)) for name, tensor in given.items()})
     asked = {name: ask for name, ask in INVARIANTS.items() if save or name not in SAVING}
-    return Verification(anatomy.architecture, tuple(find(name, ask, subject) for name, ask in asked.items()))
+
+    def found() -> tuple[Finding, ...]:
+        return tuple(find(name, ask, subject) for name, ask in asked.items())
+
+    with alone(lock_of(model)):
+        return Verification(anatomy.architecture, all_or_nothing(found, _way_back(model)))
 
 
 def find(name: str, ask: Callable[[Subject], Answer], subject: Subject) -> Finding:
@@ -118,23 +124,29 @@ def find(name: str, ask: Callable[[Subject], Answer], subject: Subject) -> Findi
 @contextlib.contextmanager
 def untouched(model: PreTrainedModel) -> Iterator[None]:
     """Put back, at the end, all that forwards, backwards and saving may leave behind, weights excepted."""
-    stores = [vars(m) for m in model.modules()] + [vars(c) for c in all_configs(model)]
-    if model.can_generate() and model.generation_config is not None:
-        stores.append(vars(model.generation_config))
-    ways_back = [remembered(store) for store in stores]
+    with alone(lock_of(model)), ensured(_way_back(model)):
+        yield
+
+
+def _way_back(model: PreTrainedModel) -> Callable[[], None]:
+    """Return what does so: :func:`way_back`, buffers, gradients and the random state.
+
+    Some invariants draw, seeded and in training mode. A thread that draws meanwhile gets numbers of that seed, and may
+    get some of its own once more.
+    """
+    structure, states = way_back(model), random_states(model)
     buffers = [(b, b.clone()) for b in model.buffers()]
     gradients = [(p, p.grad) for p in model.parameters()]
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        for way_back in ways_back:
-            way_back()
+
+    def put_back() -> None:
+        structure()
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        with torch.no_grad():
-            for buffer, content in buffers:
-                buffer.copy_(content)
+        for buffer, content in buffers:
+            buffer.detach().copy_(content)
+        states()
+
+    return put_back
 
 
 def _failed(name: str, error: Exception) -> Finding:
@@ -161,6 +173,10 @@ def _checked(model: PreTrainedModel, given: Mapping[str, Tensor]) -> Mapping[str
 
 def _default_inputs(model: PreTrainedModel) -> Mapping[str, Tensor]:
     """Return two different rows of ordinary tokens: no id that the config gives a meaning."""
+    if not reads_tokens(model):
+        raise UnsupportedArchitecture(
+            f"{type(model).__name__}: reads {model.main_input_name}; verify asks with tokens."
+        )
     text = model.config.get_text_config(decoder=True)
     special = {i for config in (model.config, text) for i in _special(config)}
     ordinary = [i for i in range(min(text.vocab_size, 8 * _LENGTH)) if i not in special]

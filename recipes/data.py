@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hf_attnpatch.schema import brief
 from recipes.settings import at_least
 from recipes.skipping import check as check_skip
 from recipes.skipping import skipped_positions
@@ -146,8 +147,8 @@ def rows(path: Path, field: str) -> Iterator[str]:
 def _row(line: str, field: str, where: str) -> str:
     try:
         text = json.loads(line)[field]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{where}: wanted a JSON object with the key '{field}': {error!r}") from error
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise DataError(f"{where}: wanted a JSON object with the key '{field}': {brief(repr(error), 200)}") from error
     return _checked(text, field, where)
 
 
@@ -230,10 +231,10 @@ def write_tokens(config: DataConfig, tokenizer: Any, path: Path) -> None:
     """Tokenises the source into a flat file of token ids; the file appears whole or not at all."""
     kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")  # not mkstemp, whose files only their owner may read
     count = 0
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             for ids in token_batches(documents(config), tokenizer):
                 file.write(np.asarray(ids, dtype=kind).tobytes())
                 count += len(ids)
@@ -243,7 +244,7 @@ def write_tokens(config: DataConfig, tokenizer: Any, path: Path) -> None:
             raise DataError(f"{config.source}: found no text, every document is blank; name a source with text in it.")
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def load_blocks(config: DataConfig, tokenizer: Any) -> Blocks:

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from hf_attnpatch import Stream
+from recipes.checkpoints import ResumeError
 from recipes.data import DataConfig, DataError, documents
 
 IGNORED = -100
@@ -114,23 +116,34 @@ def load_lanes(config: DataConfig, tokenizer: Any, rows: int, seed: int) -> Lane
     return Lanes(texts, rows, config.block, seed, digest.hexdigest()[:24])
 
 
-class MemoryState:
-    """A stream in Accelerate's checkpoints: the memories of all processes, each taken back by its own.
+def keep_memories(accelerator: Accelerator, streams: Sequence[Stream]) -> None:
+    """Make the memories of streams part of Accelerate's checkpoints.
+
+    Each process has a file of its own, of tensors alone: Accelerate's own files for registered objects are pickles,
+    which run code when they are read.
 
     Args:
-        stream: of the model.
         accelerator: whose processes have a memory each.
+        streams: of the model.
+
+    Raises:
+        ResumeError: when the state is loaded: a checkpoint has no such file.
     """
 
-    def __init__(self, stream: Stream, accelerator: Accelerator) -> None:
-        self.stream, self.accelerator = stream, accelerator
+    def name(number: int) -> str:
+        return f"memory_{number}_process_{accelerator.process_index}.safetensors"
 
-    def state_dict(self) -> dict[str, Any]:
-        """Gather the memories; every process calls it."""
-        own = {name: tensor.cpu() for name, tensor in self.stream.state_dict().items()}
-        return {"memories": gather_object([own])}
+    def save(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
+        for number, stream in enumerate(streams):
+            own = {key: tensor.cpu().contiguous() for key, tensor in stream.state_dict().items()}
+            save_file(own, Path(folder) / name(number))
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take this process's memory back."""
-        own, device = state["memories"][self.accelerator.process_index], self.accelerator.device
-        self.stream.load_state_dict({name: tensor.to(device) for name, tensor in own.items()})
+    def load(models: list[nn.Module], folder: str) -> None:
+        for number, stream in enumerate(streams):
+            file = Path(folder) / name(number)
+            if not file.is_file():
+                raise ResumeError(f"{file} is not there: the run is of an earlier release; start it anew.")
+            stream.load_state_dict(load_file(file, str(accelerator.device)))
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)

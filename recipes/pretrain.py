@@ -44,7 +44,7 @@ def load_tokenizer(config: TokenizerConfig, data: DataConfig) -> Any:
     path = locate(config.path)
     if not (Path(path) / "tokenizer.json").is_file():
         train_tokenizer(documents(data), path, vocab_size=config.vocab_size, context=data.block)
-    return AutoTokenizer.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def first_model(values: dict[str, Any] | str, tokenizer: Any, seed: int) -> PreTrainedModel:

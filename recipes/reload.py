@@ -24,7 +24,9 @@ def compare(folder: str, probe: str, attention: str | None) -> float:
     from transformers import AutoModelForCausalLM
 
     tensors = load_file(probe)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation=attention).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", attn_implementation=attention, trust_remote_code=False
+    ).eval()
     with torch.no_grad():
         logits = model(input_ids=tensors["input_ids"], use_cache=False).logits
     if logits.shape != tensors["logits"].shape or logits.dtype != tensors["logits"].dtype:

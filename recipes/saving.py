@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from recipes import checkpoints
+from hf_attnpatch.commands.replacing import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 STOCK_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
@@ -25,17 +23,14 @@ class ReloadError(RuntimeError):
 
 
 def save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Saves model and tokenizer; the folder appears under its name once all of it is on the disk."""
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    for path in [*temporary.rglob("*"), temporary]:
-        checkpoints.sync(path)
-    if folder.exists():
-        checkpoints.discard(folder)
-    os.replace(temporary, folder)
-    checkpoints.sync(folder.parent)
+    """Saves model and tokenizer; the folder appears under its name once all of it is on the disk.
+
+    Raises:
+        AttnPatchError: the folder is there and holds something else than a checkpoint.
+    """
+    with replacing(folder, overwrite=True) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
 
 
 @torch.no_grad()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
+from hf_attnpatch.errors import AttnPatchError
+from hf_attnpatch.schema import LARGEST_YAML, brief, from_yaml, quoted, text_of
 
 T = TypeVar("T")
 
@@ -34,9 +36,9 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if not Path(path).is_file():
         raise SettingsError(f"{path}: no such configuration; the ones that ship are in recipes/configs/.")
     try:
-        text = Path(path).read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{path}: not UTF-8 text ({error}); write it as YAML.") from error
+        text = text_of(Path(path), LARGEST_YAML)
+    except AttnPatchError as error:
+        raise SettingsError(f"{error} Write it as YAML.") from error
     values = _yaml(text, str(path))
     if not isinstance(values, dict):
         raise SettingsError(f"{path}: expected a mapping of sections, found {type(values).__name__}.")
@@ -49,16 +51,16 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         for parent in parents:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
-                raise SettingsError(f"--set {override}: {parent} is {target!r}, no section; set it as a whole.")
+                raise SettingsError(f"--set {override}: {parent} is {quoted(target)}, no section; set it as a whole.")
         target[leaf] = _yaml(value, f"--set {override}")
     return values
 
 
 def _yaml(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{where}: {' '.join(str(error).split())}; write it as YAML.") from error
+        return from_yaml(text, where, aliases=True)
+    except AttnPatchError as error:
+        raise SettingsError(str(error)) from error
 
 
 def at_least(least: int, section: str, **values: int | None) -> None:
@@ -98,10 +100,10 @@ def check_keys(kind: type[Any], values: dict[str, Any] | None, section: str) -> 
         SettingsError: a key is unknown or a required one is missing, or `values` is no mapping.
     """
     if not isinstance(values or {}, dict):
-        raise SettingsError(f"{section}: expected a mapping, found {values!r}.")
+        raise SettingsError(f"{section}: expected a mapping, found {quoted(values)}.")
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     given = dict(values or {})
-    unknown = sorted(set(given) - set(fields))
+    unknown = sorted(brief(key, 40) for key in set(given) - set(fields))
     if unknown:
         raise SettingsError(f"{section}: unknown {', '.join(unknown)}; choose from {', '.join(sorted(fields))}.")
     missing = dataclasses.MISSING
@@ -118,13 +120,18 @@ def _value(kind: Any, value: Any, name: str) -> Any:
         return None if value is None else _value(inner[0], value, name)
     if kind is float:
         try:
-            return float(value)  # YAML reads 2e-3 as a string
-        except (TypeError, ValueError) as error:
-            raise SettingsError(f"{name}: expected a number, found {value!r}.") from error
+            number = float(value)  # YAML reads 2e-3 as a string
+        except (OverflowError, TypeError, ValueError) as error:
+            raise SettingsError(f"{name}: expected a number, found {quoted(value)}.") from error
+        if not math.isfinite(number):
+            raise SettingsError(f"{name}: expected a finite number, found {number}.")
+        return number
     if get_origin(kind) is Literal and value not in get_args(kind):
-        raise SettingsError(f"{name}: {value!r} does not exist; choose from {', '.join(map(repr, get_args(kind)))}.")
+        raise SettingsError(
+            f"{name}: {quoted(value)} does not exist; choose from {', '.join(map(repr, get_args(kind)))}."
+        )
     if kind is int and (not isinstance(value, int) or isinstance(value, bool)):
-        raise SettingsError(f"{name}: expected a whole number, found {value!r}.")
+        raise SettingsError(f"{name}: expected a whole number, found {quoted(value)}.")
     return tuple(value) if isinstance(value, list) else value
 
 

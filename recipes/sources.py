@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_attnpatch import embedded
+from hf_attnpatch.checkpoint import load, tokenizer_of
 from recipes.data import DataConfig, DataError
 
 MODEL = "embedded"
@@ -27,13 +28,19 @@ def locate(model: str) -> str:
 def load_model(model: str, dtype: str) -> PreTrainedModel:
     """Loads a causal language model in eval mode, its weights in `dtype` (`auto`: the checkpoint's own)."""
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(locate(model), dtype=kind)
-    return loaded.eval()
+    return load(locate(model), dtype=kind).eval()
 
 
 def load_tokenizer(model: str) -> Any:
-    """Loads the tokenizer beside a model."""
-    return AutoTokenizer.from_pretrained(locate(model))
+    """Loads the tokenizer beside a model.
+
+    Raises:
+        DataError: there is none.
+    """
+    found = tokenizer_of(locate(model))
+    if found is None:
+        raise DataError(f"{model}: has no tokenizer to read text with; save one into its folder.")
+    return found
 
 
 def embedded_texts(source: str) -> list[str]:

@@ -34,7 +34,7 @@ from recipes.checkpoints import ResumeError
 from recipes.data import DataConfig, DataError
 from recipes.effective_context import effective_context, losses_under
 from recipes.job import HeldoutConfig
-from recipes.lanes import IGNORED, Lanes, MemoryState, load_lanes, tokenised
+from recipes.lanes import IGNORED, Lanes, keep_memories, load_lanes, tokenised
 from recipes.loop import Batch, Loss, new_accelerator, train
 from recipes.schedule import TrainConfig
 from recipes.settings import SettingsError
@@ -97,7 +97,7 @@ def fine_tune(
     memory of its own.
     """
     streams = [ap.stream(model) for _ in range(config.accumulation)]
-    accelerator.register_for_checkpointing(*(MemoryState(stream, accelerator) for stream in streams))
+    keep_memories(accelerator, streams)
     return train(model, lanes, recurrent_loss(*streams), config, accelerator=accelerator, resume=resume, also=also)
 
 

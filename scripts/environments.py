@@ -58,6 +58,8 @@ def install(runtime: Runtime, environments: Path) -> None:
         InstallFailed: a step failed; says which, and what it wrote last.
     """
     folder = environments / runtime.name
+    if folder.exists() and not {"pyvenv.cfg", "install.log"} & {path.name for path in folder.iterdir()}:
+        raise InstallFailed(f"{folder} is there, and no environment; move it away, or choose other --environments.")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     log = folder / "install.log"

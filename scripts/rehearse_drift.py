@@ -7,6 +7,8 @@
     python scripts/rehearse_drift.py --rename scaling=scale@attribute       # in some roles only
     python scripts/rehearse_drift.py --move masking_utils=masks.attention   # a module goes elsewhere
 
+A copy changes what all models share and the models that are asked; `--whole-package` changes the others, too.
+
 The release is asked first, once for each state of this code; what was answered is kept in outputs/drift, and the same
 command goes on where it was stopped. Exit status 1: a crash, a silent cell, a mutation that is none, or less than 80 %
 of the cells the same.
@@ -68,6 +70,13 @@ def chosen_cases(asked: Sequence[str]) -> list[str]:
     return found if asked else list(CASES)
 
 
+def folders(families: Iterable[str]) -> list[str]:
+    """The folders below ``models`` that a copy has to change for these families."""
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+    return sorted({"auto", *map(model_type_to_module_name, families)})
+
+
 def remembered(file: Path, code: str) -> dict[tuple[str, str], dict[Cell, Found]]:
     """Answers of earlier runs of this code, by the digest of the mutation; of two the later counts."""
     found: dict[tuple[str, str], dict[Cell, Found]] = {}
@@ -101,7 +110,7 @@ def ask_copies(
     code, cells = reference.release.code, list(cells)
     known = remembered(ANSWERS, code)
     waiting, answers = list(mutations)[::-1], queue.Queue()
-    digests = {m.name: copies.digest(reference.release.package, m.changes) for m in mutations}
+    digests = {m.name: copies.digest(reference.release.package, m.changes) for m in mutations}  # of any families
 
     def run() -> None:
         try:
@@ -132,7 +141,7 @@ def ask_copies(
 
 
 def main() -> None:
-    """Rehearses, prints, and writes where everything was asked."""
+    """Rehearses, prints, and writes where every mutation and patch was asked of ten families or more."""
     arguments = _arguments()
     if arguments.list:
         print("mutations:", *(m.name for m in MUTATIONS), "\nfamilies:", *FAMILIES, "\ncases:", *CASES, sep="\n  ")
@@ -140,7 +149,8 @@ def main() -> None:
     own = [*map(renaming, arguments.rename), *map(moving, arguments.move)]
     mutations = [*map(by_name, arguments.mutations), *own] or list(MUTATIONS)
     OUTPUTS.mkdir(parents=True, exist_ok=True)
-    reference = Reference(installed(), arguments.limit)
+    models = () if arguments.whole_package else folders(arguments.families)
+    reference = Reference(installed(), arguments.limit, models=models)
     cases, start = chosen_cases(arguments.patches), time.monotonic()
     cells = ask_release(reference, arguments.families, cases)
     total = len(mutations) * len(cells)
@@ -151,7 +161,7 @@ def main() -> None:
         _progress(f"{len(answers)} of {total}, {seconds:.0f} s, {name}: {' '.join(cell)}: {found['status']}")
     order = {m.name: i for i, m in enumerate(mutations)}
     answers = dict(sorted(answers.items(), key=lambda item: (order[item[0][0]], list(cells).index(item[0][1]))))
-    whole = not (arguments.mutations or own or arguments.patches) and tuple(arguments.families) == FAMILIES
+    whole = not (arguments.mutations or own or arguments.patches) and len(arguments.families) >= 10
     _finish(answers, {case: kind for case, kind in kinds().items() if case in cases}, whole)
 
 
@@ -186,6 +196,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--patches", nargs="+", default=[], help="only these patches or cases, or unpatched")
     parser.add_argument("--workers", type=int, default=2, help="mutations at a time")
     parser.add_argument("--limit", type=float, default=300, help="seconds for one cell")
+    parser.add_argument(
+        "--whole-package", action="store_true", help="change all models, not only those asked (minutes)"
+    )
     parser.add_argument("--list", action="store_true", help="print what there is to choose from")
     arguments = parser.parse_args()
     try:

@@ -3,6 +3,7 @@
     python scripts/survey_architectures.py                       # everything; JSON and the README's support table
     python scripts/survey_architectures.py --resume              # the same, going on where one was cut off
     python scripts/survey_architectures.py --types llama gpt2    # some; printed, nothing written
+    python scripts/survey_architectures.py --quick               # what applies now and did not, or the reverse
     python scripts/survey_architectures.py --render              # the README's table again, from the JSON
     python scripts/survey_architectures.py --check               # exit 1 unless README and JSON agree
 
@@ -34,7 +35,7 @@ import torch
 import transformers
 from rich.console import Console
 from rich.progress import Progress
-from survey_cases import CASES, Answer
+from survey_cases import ASKED, CASES, Answer
 from survey_table import summary, table
 
 import hf_attnpatch as ap
@@ -161,12 +162,30 @@ def survey(
     return {"versions": versions, "types": there_are, "invariants": list(INVARIANTS), "rows": judged(ordered)}
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Yield each cell that applied in an earlier survey and does not, or the reverse; then how many are as before."""
+    pairs = [
+        (row, case, before["rows"].get(row, {}).get(case, {}).get("status", "-"), found)
+        for row, cases in now["rows"].items()
+        for case, found in cases.items()
+    ]
+    works = ("native", "own type")
+    changed = [
+        pair for pair in pairs if (pair[2] in works) != (pair[3]["status"] in works) or pair[3]["status"] == "FAILED"
+    ]
+    for row, case, was, found in sorted(changed, key=lambda pair: (pair[2] not in works, pair[1], pair[0])):
+        yield f"{row} | {case} | {was} -> {found['status']} | {found.get('detail', '')[:160]}"
+    versions = f"transformers {before['versions']['transformers']} -> {now['versions']['transformers']}"
+    yield f"{versions}: {len(pairs) - len(changed)} of {len(pairs)} cells as before"
+
+
 def main() -> None:
     """Surveys, renders or checks, as asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", default=[], help="only these model types; nothing is written")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--limit", type=int, default=LIMIT, help="seconds for one question; more on a busy machine")
+    parser.add_argument("--quick", action="store_true", help="apply and revert only; prints what changed")
     parser.add_argument("--resume", action="store_true", help="keep the answers of a survey that was cut off")
     parser.add_argument("--render", action="store_true", help="write the README's table from the JSON that is there")
     parser.add_argument("--check", action="store_true", help="exit 1 unless the README's table is that of the JSON")
@@ -174,6 +193,11 @@ def main() -> None:
     if arguments.check:
         current = readme.is_current(PART, table(json.loads(RESULTS.read_text("utf-8"))))
         sys.exit(None if current else "README.md: the support table is not current; run `make survey`.")
+    if arguments.quick:
+        ASKED.clear()
+        found = survey(arguments.types, arguments.workers, {}, limit=arguments.limit, keep=False)
+        print("\n".join(differences(json.loads(RESULTS.read_text("utf-8")), found)))
+        return
     if not arguments.render:
         ANSWERS.parent.mkdir(parents=True, exist_ok=True)
         if not arguments.resume and not arguments.types:

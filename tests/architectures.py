@@ -46,7 +46,7 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(["intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "dff", "dim_ff"], _WIDTH),
     **dict.fromkeys(["d_inner", "ffn_hidden_size", "hidden_dim", "feed_forward_size", "intermediate_size_mlp"], _WIDTH),
     **dict.fromkeys(["dense_intermediate_size", "prefix_dense_intermediate_size", "prediction_head_size"], _WIDTH),
-    "vocab_size": VOCAB,
+    **dict.fromkeys(["vocab_size", "unpadded_vocab_size"], VOCAB),
     **dict.fromkeys(["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"], 128),
     **dict.fromkeys(["max_target_positions", "max_source_positions"], 128),
     "rotary_dim": 8,

@@ -1,6 +1,8 @@
 """What all tests share: no network, one thread each, and upstream's deprecations are errors."""
 
+import importlib
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -13,7 +15,12 @@ from transformers.utils import logging
 
 
 def pytest_configure(config):
+    # its releases before 5.3 compile functions on import, whose warnings the compiler only knows as Python's own
+    importlib.import_module("transformers.models.gpt_bigcode.modeling_gpt_bigcode")
     WATCH.start()
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs ignore it, and so do their children
     config.addinivalue_line("markers", "compiled: with torch.compile, which the other tests go without")
     config.addinivalue_line("markers", "deprecated(name): uses on purpose what transformers calls deprecated")
     settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)

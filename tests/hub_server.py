@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,6 +32,7 @@ class Fault:
     skip: int = 0  # let so many requests pass first
     body: str = '{"error": "out of order"}'
     late: bool = False  # do what was asked, then hang up instead of answering
+    silent: float = 0.0  # seconds before an answer
 
     def hits(self, method: str, path: str) -> bool:
         if not self.times or method != self.method or not re.search(self.path, path):
@@ -112,6 +114,8 @@ class Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             self.hub.log.append((self.command, path, {key.lower(): value for key, value in self.headers.items()}))
             self.fault = next((f for f in self.hub.faults if f.hits(self.command, path)), None)
+        if self.fault and self.fault.silent:
+            time.sleep(self.fault.silent)
         if self.fault and self.fault.status:
             self._body()
             return self._json({}, status=self.fault.status, text=self.fault.body)

@@ -3,6 +3,7 @@
 import pytest
 from architectures import tiny_config, tiny_model
 from snapshot import snapshot
+from transformers import CONFIG_MAPPING
 
 import hf_attnpatch as ap
 
@@ -119,6 +120,15 @@ def test_what_cannot_be_read_says_why(model_type, words):
     why = {**anatomy.unread, **anatomy.other}
     assert all(words in reason for reason in why.values())
     assert next(iter(why)).split(".")[0] in str(anatomy)
+
+
+def test_keys_that_pass_other_weights_after_their_projection_are_not_read():
+    """Inkling-2 convolves each head's keys by weights of its own; 5.24 put these beside the projection."""
+    if "inkling2_text" not in CONFIG_MAPPING:
+        pytest.skip("this release has no Inkling-2")
+    anatomy = ap.describe(tiny_model("inkling2_text"))
+    assert not anatomy.sites
+    assert sum("convolution of their own" in why for why in anatomy.other.values()) == 2
 
 
 def test_heads_are_read_from_weights_not_from_the_config():

@@ -122,7 +122,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     ),
     "one-liner, missing": (
         lambda m: ap.patch_rope_scaling(m, kind="yarn"),
-        "rope_scaling: .*'factor'",
+        "rope_scaling: factor is missing",
         "its fields are",
     ),
     "load, None": (lambda m: ap.load(None), "name is a NoneType", "a folder or the name of a repository"),

@@ -6,12 +6,13 @@ from pretended_gpu import CUDA, PretendedGpu
 from torch import nn
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-from hf_attnpatch import AttnPatchError
+from hf_attnpatch import AttnPatchError, UnsupportedArchitecture
 from hf_attnpatch.functional import alibi, reference
 from hf_attnpatch.functional import relative as formulas
 from hf_attnpatch.positions import alibi_attention, relative_attention
 from hf_attnpatch.positions.modules import AlibiBias
 from hf_attnpatch.positions.relative import CHILD, RelativeTerms
+from hf_attnpatch.upstream.calls import attention_registered
 
 HEADS, WIDTH, KEYS = 4, 8, 9
 GENERATOR = torch.Generator().manual_seed(0)
@@ -289,3 +290,20 @@ def test_half_precision_goes_in_and_comes_out(kind, function):
     found, _ = getattr(ROOMS[kind], function)(owner, *parts, mask)
     assert found.dtype == torch.bfloat16
     close(found, rows(owner, *parts[:2], causal(KEYS)), parts[2], atol=4e-2)
+
+
+def test_a_tensor_for_each_head_by_an_unknown_keyword_is_refused():
+    """A release that renames the sinks' keyword would otherwise lose them from the scores without a word."""
+    registered = attention_registered(lambda module, query, key, value, mask, **kwargs: (query, None))
+    given = (module(), *states(), None)
+    one, four = torch.zeros(HEADS), torch.zeros(2, HEADS, KEYS, 1)
+    for name, value in (("renamed", one), ("renamed", four)):
+        with pytest.raises(UnsupportedArchitecture, match="passes renamed, .* a tensor for each head"):
+            registered(*given, **{name: value})
+    for name, value in (("s_aux", one), ("counted", one.long()), ("states", torch.zeros(2, HEADS, 8)), ("mass", None)):
+        assert registered(*given, **{name: value})[0] is given[1]
+
+
+def test_a_mask_may_come_by_its_keyword():
+    registered = attention_registered(lambda module, query, key, value, mask, **kwargs: (mask, kwargs))
+    assert registered(module(), *states(), attention_mask=KEEP, dropout=0.0) == (KEEP, {"dropout": 0.0})

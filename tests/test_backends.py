@@ -153,10 +153,10 @@ def test_each_kernel_gets_its_function_and_the_masks_it_understands(prefix, regi
     for name in (*backends.FLAG, "eager"):
         attention, mask = _registered(prefix + name)
         if name.startswith("flash"):
-            assert attention is flash(name)
+            assert attention.__wrapped__ is flash(name)
             assert torch.equal(mask(*sizes, attention_mask=padding).bool(), padding.bool())
             continue
-        assert attention is getattr(room, name.removesuffix("_attention"))
+        assert attention.__wrapped__ is getattr(room, name.removesuffix("_attention"))
         made = mask(*sizes, mask_function=causal_mask_function, attention_mask=padding.bool(), device="cpu")
         if name == "sdpa":  # padding alone, in linear memory
             assert made.shape == (2, 1, 1, 6)
@@ -173,7 +173,7 @@ def test_rotating_functions_are_those_of_the_kernels(monkeypatch):
     inner = {"sdpa": sdpa_attention, "flex_attention": flex_attention, "eager": alibi_attention.eager}
     for name in (*backends.FLAG, "eager"):
         attention, _ = _registered("rotary_" + name)
-        assert attention is turning.turning(inner.get(name) or alibi_flash.flash(name))
+        assert attention.__wrapped__ is turning.turning(inner.get(name) or alibi_flash.flash(name))
 
 
 def test_masks_without_a_function_for_families_that_compute_attention_themselves(monkeypatch):

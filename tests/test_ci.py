@@ -30,7 +30,7 @@ def _run(tmp_path, **steps):
 
 
 def test_all_steps_run_and_a_newest_that_is_locked_needs_no_tests(tmp_path):
-    assert _run(tmp_path) == (0, ["lint", "test", "test-lowest", "test-newest"])
+    assert _run(tmp_path) == (0, ["lint", "test", "test-lowest", "check-releases", "test-newest"])
 
 
 @pytest.mark.parametrize("line", [PASSED, "=== 1 passed in 0.10s ==="])

@@ -67,7 +67,8 @@ def test_describe_reads_no_weights(checkpoints, tmp_path):
 
 def test_plan_writes_nothing_and_says_what_would_be(checkpoints, tmp_path):
     (tmp_path / "config.json").write_text((checkpoints / "llama" / "config.json").read_text())
-    result = run("plan", tmp_path, "--patch", "grouped_query:num_kv_heads=2", "-p", "rope_scaling:kind=yarn,factor=4")
+    heads, rope = "grouped_query:num_kv_heads=2,method=mean", "rope_scaling:kind=yarn,factor=4"
+    result = run("plan", tmp_path, "--patch", heads, "-p", rope)
     assert result.exit_code == 0, result.output
     assert "config.num_key_value_heads" in result.output
     assert "rope: yarn" in result.output
@@ -123,27 +124,28 @@ def test_a_patched_checkpoint_is_patched_again_and_keeps_its_task_head(checkpoin
 
 
 def test_overwrite_is_asked_for(checkpoints, tmp_path):
-    (tmp_path / "precious.txt").write_text("mine")
-    arguments = ["apply", checkpoints / "llama", tmp_path, "-p", "grouped_query:num_kv_heads=2"]
+    out = tmp_path / "out"
+    tiny_model("gpt2").save_pretrained(out)
+    arguments = ["apply", checkpoints / "llama", out, "-p", "grouped_query:num_kv_heads=2"]
     assert fails(run(*arguments), "not empty", "--overwrite")
-    assert (tmp_path / "precious.txt").read_text() == "mine"
+    assert "gpt2" in (out / "config.json").read_text()
     result = run(*arguments, "--overwrite")
     assert result.exit_code == 0, result.output
-    assert not (tmp_path / "precious.txt").exists()
-    assert (tmp_path / "config.json").exists()
+    assert "llama" in (out / "config.json").read_text()
 
 
 def test_a_failure_leaves_out_as_it_was(checkpoints, tmp_path, monkeypatch):
+    tiny_model("gpt2").save_pretrained(tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
     def broken(self, folder, **_):
         (folder / "config.json").write_text("half")
         raise OSError("disk full")
 
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", broken)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old.txt").write_text("old")
     arguments = ["apply", checkpoints / "llama", tmp_path / "out", "-p", "grouped_query:num_kv_heads=2", "--overwrite"]
     assert fails(run(*arguments), "disk full")
-    assert [p.name for p in tmp_path.rglob("*")] == ["out", "old.txt"]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
@@ -174,7 +176,7 @@ def test_a_plan_that_is_no_list_of_patches_is_one_line(checkpoints, tmp_path, te
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert fails(run("describe", tmp_path / "nothing"), "cannot be loaded")
+    assert fails(run("describe", tmp_path / "nothing"), "nothing: is not there; wanted the folder of a checkpoint")
     assert fails(run("describe", tmp_path), "cannot be loaded")
 
 
@@ -228,7 +230,7 @@ def test_calibration_text_reaches_the_patch(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such file"), (b"a few words", "windows of 512, wanted 64"), (b"\xff\xfe", "UnicodeDecodeError")],
+    [(None, "no such file"), (b"a few words", "windows of 512, wanted 64"), (b"\xff\xfe", "not UTF-8 text")],
 )
 def test_calibration_text_that_will_not_do(tmp_path, content, message):
     file = tmp_path / "text.txt"

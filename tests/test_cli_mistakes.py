@@ -1,7 +1,10 @@
 """What a user of the command line may get wrong, or find broken on the disk: one line, before hours of work."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -57,7 +60,21 @@ def test_a_damaged_checkpoint_is_one_line(whole, tmp_path, damage):
 
 @pytest.mark.parametrize("device", ["abacus", "cuda:1000"])
 def test_a_device_that_is_not_there_is_one_line(whole, tmp_path, device):
-    assert fails(run("apply", whole, tmp_path / "out", *HEADS, "--device", device), "cannot be loaded")
+    assert fails(run("apply", whole, tmp_path / "out", *HEADS, "--device", device), f"--device {device}", "wanted cpu")
+
+
+@pytest.mark.parametrize("command", [("plan", "-p", "flash"), ("describe",), ("apply", "out", *HEADS)])
+def test_a_hub_that_cannot_be_reached_is_one_line_at_once(tmp_path, command):
+    name, *rest = command
+    quiet = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
+    words = [sys.executable, "-W", "ignore", "-m", "hf_attnpatch.cli", name, "nobody/nothing", *rest]
+    environment = {**os.environ, **quiet}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=environment, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "attnpatch: nobody/nothing: the Hub cannot be reached, and no copy of it is in the cache of this machine; look "
+        "at the connection and at HF_ENDPOINT, or name a folder."
+    ]
 
 
 def test_a_mistake_in_code_keeps_its_traceback():
@@ -76,7 +93,7 @@ def test_the_folder_that_holds_the_model_is_never_replaced(whole, tmp_path, monk
     for out in (tmp_path, tmp_path / "in"):
         assert fails(run("apply", tmp_path / "in" / "llama", out, *HEADS, "--overwrite"), "holds MODEL")
     monkeypatch.chdir(tmp_path / "in")
-    assert fails(run("apply", "llama", ".", *HEADS, "--overwrite"), "holds MODEL")
+    assert fails(run("apply", "llama", ".", *HEADS, "--overwrite"), "is the current folder")
     assert (tmp_path / "in" / "llama" / "model.safetensors").is_file()
     done = run("apply", "llama", "llama", *HEADS, "--overwrite")  # itself is what --overwrite is for
     assert done.exit_code == 0, done.output
@@ -124,7 +141,7 @@ def test_a_line_of_json_ends_at_a_newline_alone(tmp_path):
 def test_a_document_that_is_no_text_is_named(tmp_path, text):
     """It was read as the word None."""
     (tmp_path / "text.jsonl").write_text(f'{{"text": {text}}}\n')
-    with pytest.raises(AttnPatchError, match=r"text\.jsonl: TypeError: a text is .*wanted UTF-8 text, or JSON lines"):
+    with pytest.raises(AttnPatchError, match=r"text\.jsonl:1: its text is .*wanted UTF-8 text, or JSON lines"):
         cli_text.read(tmp_path / "text.jsonl")
 
 

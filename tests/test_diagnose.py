@@ -1,5 +1,6 @@
 """Diagnosis: what is lacking, what is prescribed, that it runs and does what was predicted; hardware from a file."""
 
+import importlib
 import json
 
 import pytest
@@ -20,10 +21,14 @@ from typer.testing import CliRunner
 import hf_attnpatch
 import hf_attnpatch as ap
 from hf_attnpatch.cli import app
+from hf_attnpatch.commands import diagnose as cli_diagnose
 from hf_attnpatch.commands import specs as cli_specs
+from hf_attnpatch.diagnosing import diagnosis, prescribe
+from hf_attnpatch.evaluation import hardware
 from hf_attnpatch.evaluation.memory import held_bytes
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 100}
+diagnosing = importlib.import_module("hf_attnpatch.diagnose")  # whose name the function has, too
 RATES = {"matmul": 1e11, "attention": 5e10, "bandwidth": 2e10}
 
 
@@ -168,7 +173,9 @@ def test_training_holds_weights_gradients_and_states(box):
 def test_weights_need_not_be_there(box):
     with torch.device("meta"):
         empty = llama()
-    found, full = (ap.diagnose(m, context=48, batch=8, hardware=box(), training=False) for m in (empty, llama()))
+    found, full = (
+        ap.diagnose(m, context=48, batch=8, hardware=box(), training=False, losses=False) for m in (empty, llama())
+    )
     assert found == full
 
 
@@ -244,3 +251,62 @@ def test_the_command_explains(tmp_path):
     done = CliRunner().invoke(app, ["diagnose", str(tmp_path / "model"), "--hardware", "h1000"])
     assert done.exit_code == 1
     assert "attnpatch: hardware 'h1000': neither a file nor in the table" in done.stderr
+
+
+# -- how much of a patch ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("width", "first"), [(2048, 0), (900, 1), (500, 2), (48, None)])
+def test_the_mildest_setting_that_lifts_the_bottleneck_comes_first(box, width, first):
+    """It was 32 -> 1 heads, whatever the first steps gave. The wider the rest, the less has to be taken away."""
+    model = llama(num_attention_heads=8, num_key_value_heads=8, head_dim=16, intermediate_size=width)
+    each = of(ap.diagnose(model, context=64, batch=16, hardware=box()), "cache")
+    assert [s.spec for s in each.settings] == [f"grouped_query:num_kv_heads={n}" for n in (4, 2, 1)]
+    assert [s.gains["cache bytes"] for s in each.settings] == [2, 4, 8]
+    lost = [s.lost for s in each.settings]
+    assert lost == sorted(lost)
+    assert all(0 < share < 1 for share in lost)
+    lifts = [s.lifts for s in each.settings]
+    assert lifts == sorted(lifts)
+    assert (lifts.index(True) if any(lifts) else None) == first
+    assert each.command.endswith(each.settings[first or 0].spec)
+    assert each.gains == each.settings[first or 0].gains
+    assert any("no setting lifts it" in line for line in each.untouched) == (first is None)
+
+
+def test_what_does_not_fit_is_answered_by_the_mildest_that_fits(box):
+    model = llama(num_attention_heads=8, num_key_value_heads=8, head_dim=16)
+    now = ap.diagnose(model, context=64, batch=256, hardware=box(), training=False, losses=False).work
+
+    def answer(limit):
+        bench = prescribe.Bench(model, ap.describe(model), 256, 64, training=False, losses=False, memory_bytes=limit)
+        machine = hardware.machine_for(str(box()), [], torch.device("cpu"))
+        lack = diagnosis.Lack("memory", "decode", "")
+        return prescribe._cache(bench, now, lambda passes, priced: diagnosing.work(passes, machine, priced), lack)
+
+    largest = answer(1 << 40)
+    assert largest.command.endswith("num_kv_heads=4")
+    each = answer(largest.after.memory["decode"].total - 1)
+    assert [s.lifts for s in each.settings] == [False, True, True]
+    assert each.command.endswith("num_kv_heads=2")
+
+
+def test_what_is_lost_is_predicted_from_weights_that_are_there(box):
+    with torch.device("meta"):
+        empty = llama()
+    blank = of(ap.diagnose(empty, context=48, batch=64, hardware=box()), "cache")
+    assert {s.lost for s in blank.settings} == {None}
+    found = ap.diagnose(llama(), context=48, batch=64, hardware=box())
+    assert "energy lost" in str(found)
+    assert f"{of(found, 'cache').settings[0].lost:.1%}" in str(found)
+
+
+@pytest.mark.parametrize("name", ["a100", "h100", "h200", "l4", "rtx4090", "mi300x", "laptop"])
+def test_every_machine_of_the_table_costs_every_dtype(name):
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        found = ap.diagnose(llama().to(dtype), context=64, batch=2, hardware=name, training=False, losses=False)
+        assert "bounds from below" in found.source
+        seconds[dtype] = found.work.phases["prefill"].seconds
+    assert seconds[torch.float32] > seconds[torch.bfloat16] == seconds[torch.float16]
+    assert name in cli_diagnose.NAMES

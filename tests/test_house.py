@@ -14,28 +14,51 @@ PACKAGE = Path(hf_attnpatch.__file__).parent
 FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
-_CORE = {"anatomy", "configs", "edits", "errors", "functional", "layouts", "probe", "sites", "upstream"}
+_CORE = {
+    "anatomy",
+    "configs",
+    "edits",
+    "errors",
+    "functional",
+    "interruption",
+    "layouts",
+    "probe",
+    "schema",
+    "sites",
+    "upstream",
+    "writing",
+}
 
 # rooms and what they may import of the project; a room that is not named may import anything
 MAY_IMPORT = {
     "functional/": set(),
     "errors.py": set(),
-    "upstream/": {"configs", "errors"},  # the vocabulary of transformers: below everything but mathematics
+    "interruption.py": set(),
+    "exclusive.py": {"interruption"},
+    "upstream/": {
+        "configs",
+        "errors",
+        "interruption",
+    },  # the vocabulary of transformers: below everything but mathematics
     "stepwise.py": {"errors", "upstream"},
     "tested.py": set(),
-    "configs.py": {"errors"},
+    "configs.py": {"errors", "interruption"},
     "layouts.py": {"errors", "runtime"},
     "sites.py": {"configs", "errors", "layouts", "upstream"},
     "anatomy.py": {
         *("configs", "errors", "layouts", "positions", "sites", "upstream"),
         "report",
     },  # the last one prints it
-    "edit.py": {"errors"},
-    "edits.py": {"configs", "edit", "errors"},
+    "edit.py": {"errors", "interruption"},
+    "edits.py": {"configs", "edit", "errors", "interruption", "upstream"},
     "runtime.py": {"errors", "functional", "upstream"},
-    "patch.py": {"errors", "anatomy", "edits"},
-    "probe.py": {"configs", "errors", "edits", "upstream"},
+    "schema.py": {"errors"},
+    "showing.py": set(),
+    "writing.py": set(),
+    "patch.py": {"errors", "anatomy", "edits", "schema"},
+    "probe.py": {"configs", "errors", "edits", "exclusive", "interruption", "upstream"},
     "twin.py": {"configs", "errors", "edits"},
+    "rewriting/": {"errors", "schema"},
     "heads/projections.py": {"layouts", "sites"},
     "heads/": {*_CORE, "backends", "evaluation", "plotting", "progress", "report", "runtime", "twin"},
     "rope/fields.py": {"errors"},
@@ -46,13 +69,29 @@ MAY_IMPORT = {
     "positions/": {*_CORE, "backends", "fused", "record", "twin"},
     "spans/": {*_CORE, "backends", "patch", "positions", "record"},
     "recurrence/": {*_CORE, "backends", "fused", "positions"},
-    "patches/": {*_CORE, "backends", "fused", "heads", "patch", "positions", "recurrence", "rope", "spans", "twin"},
+    "media.py": {"errors", "probe", "upstream"},
+    "patches/": {
+        *_CORE,
+        "backends",
+        "fused",
+        "heads",
+        "media",
+        "patch",
+        "positions",
+        "recurrence",
+        "rope",
+        "spans",
+        "twin",
+    },
     "evaluation/": {
         "embedded",
         "errors",
         "evaluation",
+        "interruption",
         "progress",
+        "schema",
         "upstream",
+        "writing",
     },  # measures a model; knows nothing of patches
 }
 
@@ -72,9 +111,11 @@ MAY_WRITE = {
     "configs.py": ("_attn_implementation", "of a copy of the config"),
     "recurrence/attention.py": ("register", "through backends.register, its own names"),
     "recurrence/survey.py": ("register", "through backends.register, its own name"),
-    "recurrence/modules.py": ("setattr", "a mark of its own on the cache that a caller holds"),
     "recurrence/streams.py": ("load_state_dict", "of its own memory"),
-    "recurrence/memory.py": ("keys values", "of a layer that it has just made"),
+    "recurrence/memory.py": (
+        "keys values __class__",
+        "of a layer that it has just made; of an empty cache that a caller holds, which becomes its own",
+    ),
     "__init__.py": (
         "register __class__ __setattr__ __name__ __qualname__ __doc__",
         "calls foreign.register; the class of its own module; the names of its one-liners",
@@ -82,9 +123,9 @@ MAY_WRITE = {
     "backends.py": ("register", "the only writer of transformers' attention and mask tables"),
     "spans/backends.py": ("register", "through backends.py"),
     "foreign.py": ("register", "teaches the Auto classes our own model type"),
-    "probe.py": ("eval register_forward_hook clear update", "counting hooks; puts back what a forward leaves behind"),
+    "probe.py": ("eval register_forward_hook", "counting hooks; puts back what a forward leaves behind"),
     "invariants/noise.py": ("register_forward_hook", "for the length of a forward; removed in any case"),
-    "verify.py": ("clear update grad copy_ eval", "puts back what probing leaves behind"),
+    "verify.py": ("grad copy_ eval", "puts back what probing leaves behind"),
     "invariants/training.py": ("train", "inside verify, which restores the mode"),
     "invariants/copies.py": ("eval neg_ data", "of the copy and of what was just loaded"),
     "runtime.py": ("register_parameter", "a module's own parameters, in its constructor"),
@@ -99,6 +140,7 @@ MAY_WRITE = {
     "heads/refine.py": ("requires_grad_ grad", "of its own copies of weights"),
     "functional/pieces.py": ("step scale gap count", "of autograd's context"),
     "functional/two_way.py": ("scale", "of autograd's context"),
+    "positions/counting.py": ("attnpatch_counting", "a mark of its own on the cache of a text"),
     "positions/alibi_attention.py": ("query_offset", "of the mask that it has just made"),
     "rope/search_course.py": ("settings", "of its own search"),
     "rope/search_state.py": ("losses population iteration settled settings began", "of a state just made"),
@@ -115,8 +157,14 @@ MAY_WRITE = {
     "evaluation/memory.py": ("bytes before", "of the object that it gives to its caller"),
     "evaluation/benchmarks.py": ("eval requires_grad_", "of what it has just built"),
     "evaluation/layers.py": ("register_forward_hook register_forward_pre_hook", "for the length of a forward"),
+    "doctoring/models.py": ("eval", "of a model that it has just built"),
+    "doctoring/decoding.py": ("register_forward_hook", "for the length of a call; removed in any case"),
+    "doctoring/asking.py": ("eval __class__ vars", "of models and configs that it has just built"),
     "comparing/models.py": ("eval", "of a model that it has just loaded"),
+    "rewriting/tokenizer.py": ("model_max_length", "of a tokenizer that it is handed to be lengthened"),
     "commands/models.py": ("eval", "of a model that it has just built"),
+    "cli.py": ("excepthook", "of the command line's own process, when a bug has ended it"),
+    "publishing/hub.py": ("timeout", "of the Hub's client, for the length of a request; put back in any case"),
     "embedded/__init__.py": ("eval", "of a model that it has just loaded"),
 }
 _WRITING_CALLS = {

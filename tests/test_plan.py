@@ -54,9 +54,46 @@ def test_two_patches_that_write_one_place_are_a_conflict(model_type, patches, cl
     model = tiny_model(model_type)
     before = snapshot(model)
     for verb in (ap.plan, ap.apply):
-        with pytest.raises(ap.PatchConflict, match=rf"{claim}: both {patches[0].name} and .*apply them in two calls"):
+        with pytest.raises(ap.PatchConflict, match=rf"{claim}: both {patches[0].name} and .*keep one"):
             verb(model, *patches)
     assert snapshot(model) == before
+
+
+ROPE, LINEAR, SPANS = (
+    ap.RopeScaling(kind="yarn", factor=2),
+    ap.RopeScaling(kind="linear", factor=2),
+    ap.SelfExtend(window=6, group=3, trained=10),
+)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "first", "second", "works"),
+    [
+        ("llama", ROPE, LINEAR, True),
+        ("llama", ROPE, ap.Alibi(), True),
+        ("llama", ap.Alibi(), ROPE, False),
+        ("llama", ap.NoPosition(), SPANS, False),
+        ("llama", ROPE, SPANS, True),
+        ("llama", SPANS, ROPE, False),
+        ("llama", ap.GroupedQuery(num_kv_heads=2), ap.GroupedQuery(num_kv_heads=1), True),
+        ("gpt2", ap.GroupedQuery(num_kv_heads=2), ap.GroupedQuery(num_kv_heads=1), False),
+        ("gpt2", ap.Rotary(), ap.Sinusoidal(), True),
+        ("llama", ap.SegmentRecurrence(segment_length=8, memory_length=6), ROPE, False),
+    ],
+)
+def test_two_calls_are_advised_where_they_work(model_type, first, second, works):
+    model = tiny_model(model_type)
+    before = snapshot(model)
+    with pytest.raises(ap.PatchConflict) as refused:
+        ap.plan(model, first, second)
+    assert ("in two calls" in str(refused.value)) == works
+    assert snapshot(model) == before
+    ap.apply(model, first)
+    if works:
+        ap.apply(model, second)
+    else:
+        with pytest.raises(ap.AttnPatchError):
+            ap.apply(model, second)
 
 
 def test_two_kernels_are_a_conflict():

@@ -203,3 +203,23 @@ def test_taking_out_nothing_changes_nothing(name):
     before = snapshot(model)
     assert not ap.patch_no_position(model).changed
     assert snapshot(model) == before
+
+
+def test_a_model_that_keeps_no_segment_ids_is_given_none():
+    """XLM adds the embedding of token 0 for segment 0: absence of segments is something else there."""
+    model = tiny_model("xlm")
+    ids = torch.randint(5, 60, (2, 6))
+    ap.apply(model, ap.NoPosition())
+    seen = {}
+    model.transformer.register_forward_pre_hook(lambda _, __, kwargs: seen.update(kwargs), with_kwargs=True)
+    with torch.no_grad():
+        model(ids)
+    assert seen["position_ids"] is not None
+    assert seen.get("token_type_ids") is None
+
+
+@pytest.mark.parametrize("patch", [ap.Rotary(theta=500.0), ap.Sinusoidal(), ap.NoPosition()], ids=lambda p: p.name)
+def test_latent_attention_that_is_not_read_is_counted_all_the_same(patch):
+    model = tiny_model("deepseek_v3")
+    report = ap.apply(model, patch)
+    assert report.checks["sites called"].startswith("2 of 2")

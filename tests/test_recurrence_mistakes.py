@@ -103,7 +103,7 @@ def test_a_state_of_another_memory_is_refused():
     for other in (with_memory(model := tiny_model("llama"), length=16), with_memory(model, sinks=2)):
         with pytest.raises(ap.AttnPatchError, match="load what a stream of the same model returned"):
             ap.stream(other).load_state_dict(state)
-    with pytest.raises(ap.AttnPatchError, match="no sizes"):
+    with pytest.raises(ap.AttnPatchError, match="segments is missing"):
         ap.stream(other).load_state_dict({})
 
 

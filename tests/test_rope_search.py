@@ -142,7 +142,7 @@ def test_the_file_of_another_search_is_refused(tmp_path):
     with pytest.raises(ap.AttnPatchError, match="is of a search with text"):
         _searched(state=file, iterations=1, documents=TEXTS[:2])
     file.write_text("{}")
-    with pytest.raises(ap.AttnPatchError, match="no state of a search .*delete it"):
+    with pytest.raises(ap.AttnPatchError, match="settings is missing.*no state of a search.*delete it"):
         _searched(state=file)
 
 

@@ -258,7 +258,8 @@ def test_flash_attention_is_told_which_keys_there_are():
     memory = recurrence_memory.Memory()
     memory.begin(2)
     held = torch.tensor([[NOBODY, NOBODY, *range(5)], [*range(1, 8)]])
-    memory.put({}, Sinks(), held, held, torch.tensor([5, 8]), torch.zeros(2, dtype=torch.int64), 8)
+    read = torch.ones(2, 8, dtype=torch.bool)
+    memory.put({}, Sinks(), held, held, torch.tensor([5, 8]), torch.zeros(2, dtype=torch.int64), read)
     call = recurrence_call.Call(
         Segments(16, 8), recurrence_call.Tokens(tokens != NOBODY, tokens, tokens), memory, layers=1
     )

@@ -6,6 +6,7 @@ A release that moves one of these fails this file first, and says which.
 import ast
 import inspect
 import re
+import sys
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.auto import modeling_auto
+from transformers.utils import hub
 
 from hf_attnpatch import backends
 from hf_attnpatch.probe import default_inputs, trace
@@ -34,7 +36,12 @@ from hf_attnpatch.upstream.roles import roles_of
 
 # private name -> whether it is there
 PRIVATE = {
+    "_keys_to_ignore_on_load_unexpected": lambda: hasattr(PreTrainedModel, "_keys_to_ignore_on_load_unexpected"),
+    "_raise_exceptions_for_missing_entries": lambda: (
+        "_raise_exceptions_for_missing_entries" in inspect.signature(hub.cached_files).parameters
+    ),
     "_attn_implementation": lambda: isinstance(PretrainedConfig._attn_implementation, property),
+    "_experts_implementation": lambda: isinstance(PretrainedConfig._experts_implementation, property),
     "_attn_implementation_internal": lambda: "_attn_implementation_internal" in vars(LlamaConfig()),
     "_name_or_path": lambda: hasattr(LlamaConfig(), "_name_or_path"),
     "_supports_sdpa": lambda: isinstance(PreTrainedModel._supports_sdpa, bool),
@@ -47,6 +54,9 @@ PRIVATE = {
     "_prepare_cache_for_generation": lambda: _cache_is_prepared_with_a_length(),
     "_backward_hooks": lambda: isinstance(nn.Linear(1, 1)._backward_hooks, dict),
     "_forward_pre_hooks": lambda: isinstance(nn.Linear(1, 1)._forward_pre_hooks, dict),
+    "_forward_pre_hooks_with_kwargs": lambda: isinstance(nn.Linear(1, 1)._forward_pre_hooks_with_kwargs, dict),
+    "_forward_hooks_with_kwargs": lambda: isinstance(nn.Linear(1, 1)._forward_hooks_with_kwargs, dict),
+    "_forward_hooks_always_called": lambda: isinstance(nn.Linear(1, 1)._forward_hooks_always_called, dict),
     "_orig_mod": lambda: hasattr(torch.compile(nn.Linear(1, 1)), "_orig_mod"),
     "_hf_hook": lambda: _accelerate_keeps("_hf_hook"),
     "_scaled_dot_product_flash_attention_for_cpu": lambda: _schema("", "attn_mask", "is_causal"),
@@ -60,6 +70,7 @@ PRIVATE = {
     "_grouped_mm": lambda: callable(torch.ops.aten._grouped_mm),
     "_unsafe_view": lambda: callable(torch.ops.aten._unsafe_view),
     "_local_scalar_dense": lambda: callable(torch.ops.aten._local_scalar_dense),
+    "_getframe": lambda: sys._getframe(0) is not None,
     "_old_forward": lambda: _accelerate_keeps("_old_forward"),
 }
 
@@ -240,6 +251,7 @@ def test_no_other_room_spells_what_transformers_calls_an_argument(name):
 # this package's own uses of a word that transformers has, too
 OWN_WORDS = {
     ("__init__.py", "alibi"): "a module of this package",
+    ("doctoring/expected.py", "alibi"): "the patch of that name",
     ("api.py", "logits"): "a line of the report",
     ("anatomy.py", "alibi"): "the position scheme of that name",
     ("anatomy.py", "position_embeddings"): "what some families call their table, a module",

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ..showing import visible
 from . import specs as cli_specs
-from .options import Device, Dtype, Trust, clear_errors
+from .options import Device, Dtype, Trust, clear_errors, show
 
 Numbers = Annotated[str | None, typer.Option(metavar="N,N,...", help="Context lengths, in tokens.")]
 
@@ -53,13 +54,13 @@ def compare(
             text=None if text is None else read(text, "--text"),
             text_name=None if text is None else text.name,
             command=cli_specs.spelled(context),
-            say=lambda line: typer.echo(line, err=True),
+            say=lambda line: typer.echo(visible(line), err=True),
             lengths=None if lengths is None else [_number(word) for word in _words(lengths) or ()],
             documents=documents,
             retrieval_task=task,
             retrieval_samples=samples,
         )
-    typer.echo(result)
+    show(result)
 
 
 def _words(text: str | None) -> list[str] | None:

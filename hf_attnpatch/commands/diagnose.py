@@ -8,9 +8,12 @@ from typing import Annotated
 
 import typer
 
-from ..comparing.store import write
+from ..writing import write
 from . import models as cli_models
-from .options import Device, Dtype, Model, Trust, check_file, clear_errors
+from .options import Device, Dtype, Model, Trust, check_file, clear_errors, show
+
+NAMES = "a100, h100, h200, l4, rtx4090, mi300x or laptop"  # of evaluation/table.py, which torch is imported with
+_LIGHT = 4e9  # bytes of weights, which are loaded in seconds
 
 
 def diagnose(
@@ -19,32 +22,45 @@ def diagnose(
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 8,
     hardware: Annotated[
         str,
-        typer.Option(metavar="auto|h100|FILE", help="auto measures this machine; FILE is YAML or JSON with its rates."),
+        typer.Option(metavar="auto|NAME|FILE", help=f"auto measures this one; else {NAMES}; or YAML, JSON of rates."),
     ] = "auto",
     training: Annotated[bool, typer.Option("--training/--no-training", help="Predict a training step too.")] = True,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the diagnosis here too.")
     ] = None,
     measure_again: Annotated[bool, typer.Option("--measure-again", help="Forget what auto has measured.")] = False,
+    losses: Annotated[
+        bool | None,
+        typer.Option(
+            "--losses/--no-losses", help="Predict what sharing heads loses, from the weights; by default up to 4 GB."
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     trust_remote_code: Trust = False,
 ) -> None:
     """Predict time and memory of prefill, decoding and training; name what is lacking, and the patch that answers.
 
-    On the CPU no weights are loaded, unless a fused kernel must be proved on them.
+    On the CPU weights are loaded only to predict what sharing heads loses, or to prove a fused kernel on them.
     """
     with clear_errors():
-        check_file(json_file, "--json")
+        check_file(json_file, "--json", {"lacks", "prescriptions"})
         import hf_attnpatch as ap
 
         source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         loaded = source.skeleton()
-        if device != "cpu" or loaded.config._attn_implementation == "eager":
+        losses = cli_models.size_of(loaded) < _LIGHT if losses is None else losses
+        if losses or device != "cpu" or loaded.config._attn_implementation == "eager":
             loaded = source.model()
         found = ap.diagnose(
-            loaded, context=context, batch=batch, hardware=hardware, training=training, measure_again=measure_again
+            loaded,
+            context=context,
+            batch=batch,
+            hardware=hardware,
+            training=training,
+            measure_again=measure_again,
+            losses=losses,
         )
         if json_file is not None:
             write(json_file, json.dumps(found.to_dict(), indent=1) + "\n")
-    typer.echo(found)
+    show(found)

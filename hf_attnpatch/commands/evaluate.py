@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..comparing.store import write
+from ..writing import write
 from .models import Source
-from .options import Device, Dtype, Model, Trust, check_file, clear_errors
+from .options import Device, Dtype, Model, Trust, check_file, clear_errors, show
 
 if TYPE_CHECKING:
     from ..evaluation import Result
@@ -90,7 +90,7 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint: perplexity by context, retrieval, fidelity, decoding, tasks of lm-eval."""
     with clear_errors():
-        check_file(out, "--out")
+        check_file(out, "--out", {"model", "results"})
         names = _names(suite, tasks)
         options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         source = Source(name=model, **options)  # type: ignore[arg-type]  # three options by name
@@ -105,7 +105,7 @@ def evaluate(
         found: dict[str, Any] = {}
         for name in names:
             result = _measured(name, loaded, tokenizer, work, options)
-            typer.echo(f"{result}\n")
+            show(f"{result}\n")
             found[name] = result.to_dict()
             if out is not None:  # after each: a later one that fails takes nothing away
                 write(out, json.dumps({"model": model, "results": found}, indent=1) + "\n")
@@ -115,7 +115,9 @@ def _measured(name: str, model: Any, tokenizer: Any, work: Work, options: dict[s
     from .. import evaluation
 
     if name == "tasks":
-        return evaluation.task_scores(model, tokenizer, work.tasks, max_length=work.max_length, limit=work.limit)
+        trust = bool(options["trust_remote_code"])
+        given = {"max_length": work.max_length, "limit": work.limit, "trust_remote_code": trust}
+        return evaluation.task_scores(model, tokenizer, work.tasks, **given)  # type: ignore[arg-type]
     if name == "decoding":
         return evaluation.decoding(model, contexts=work.lengths)
     if name in ("perplexity", "positions", "fidelity"):

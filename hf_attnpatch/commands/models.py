@@ -1,13 +1,11 @@
-"""Models and folders for the command line: load what a name means, write a checkpoint whole or not at all."""
+"""Models for the command line: load what a name means, save what was made of it."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,12 +48,36 @@ class Source:
             raise AttnPatchError(f"{folder}: the embedded model is not in this installation; reinstall hf_attnpatch.")
         return str(folder)
 
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """How files are asked for: those that are here already where the Hub cannot be reached, and not five times."""
+        from ..publishing.hub import is_reachable
+
+        here = Path(self.location).exists() or is_reachable()
+        return {"trust_remote_code": self.trust_remote_code, **({} if here else {"local_files_only": True})}
+
     def config(self) -> PretrainedConfig:
         """Return the config alone."""
-        from transformers import AutoConfig
+        from ..checkpoint import config_of
 
-        with _explained(self.name):
-            return AutoConfig.from_pretrained(self.location, trust_remote_code=self.trust_remote_code)
+        with self._explained():
+            return config_of(self.location, **self.options)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        from ..errors import AttnPatchError
+
+        if not self.options.get("local_files_only"):
+            with _explained(self.name):
+                yield
+            return
+        try:
+            yield
+        except OSError as error:
+            raise AttnPatchError(
+                f"{self.name}: the Hub cannot be reached, and no copy of it is in the cache of this machine; look at "
+                "the connection and at HF_ENDPOINT, or name a folder."
+            ) from error
 
     def skeleton(self) -> PreTrainedModel:
         """Return the model without weights: parameters on the meta device, rotary angles and other buffers real."""
@@ -70,19 +92,24 @@ class Source:
 
     def model(self) -> PreTrainedModel:
         """Return the model with its weights, of the class that the config's ``architectures`` names."""
+        return self.model_with_info()[0]
+
+    def model_with_info(self) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+        """Return the same, and what transformers says of the names in its files."""
         from ..checkpoint import load
 
         self._check_dtype()
-        with _explained(self.name):
-            model = load(self.location, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
-            return model.to(self.device).eval()
+        self._check_device()
+        with self._explained():
+            model, info = load(self.location, output_loading_info=True, dtype=self.dtype, **self.options)
+            return model.to(self.device).eval(), info
 
     def tokenizer(self) -> Any | None:
         """Return the tokenizer, or None where the checkpoint has none."""
         from ..checkpoint import tokenizer_of
 
-        with _explained(self.name):
-            return tokenizer_of(self.location, trust_remote_code=self.trust_remote_code)
+        with self._explained():
+            return tokenizer_of(self.location, **self.options)
 
     def _check_dtype(self) -> None:
         import torch
@@ -92,54 +119,73 @@ class Source:
         if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise AttnPatchError(f"--dtype {self.dtype}: choose auto, float32, bfloat16 or float16.")
 
+    def _check_device(self) -> None:
+        """Refuse a device that is not here, before weights are read that would go there."""
+        import torch
 
-def check_target(target: Path, overwrite: bool) -> Path:
-    """Return the absolute path of a folder that may be written.
+        from ..errors import AttnPatchError
+
+        here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        known = "cpu" if here is None else f"cpu or {here.type} (of which there are {torch.accelerator.device_count()})"
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise AttnPatchError(f"--device {self.device}: is none; wanted {known}.") from error
+        there = device.type in ("cpu", "meta") or (here is not None and device.type == here.type)
+        if not there or (here is not None and (device.index or 0) >= torch.accelerator.device_count() > 0):
+            raise AttnPatchError(f"--device {self.device}: torch sees no such device here; wanted {known}.")
+
+
+def size_of(model: PreTrainedModel) -> int:
+    """Return the bytes of a model's tensors, each counted once: those of its checkpoint, near enough."""
+    return sum(tensor.nbytes for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+
+
+def check_numbers(model: PreTrainedModel, name: str) -> None:
+    """Refuse weights that hold infinities or what is no number, in rows that no probe touches, too.
 
     Raises:
-        AttnPatchError: something is in the way.
+        AttnPatchError: says which tensor.
     """
     from ..errors import AttnPatchError
 
-    target = Path(os.path.abspath(target))
-    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
-        raise AttnPatchError(f"{target} is not empty; choose another OUT, or add --overwrite to replace a folder.")
-    return target
+    wrong = next((path for path, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    if wrong is not None:
+        raise AttnPatchError(f"{name}: {wrong} holds numbers that are not finite; get the checkpoint anew.")
+
+
+def save(model: PreTrainedModel, tokenizer: Any | None, folder: Path, command: str) -> None:
+    """Write a patched model with its tokenizer and the command line that made it.
+
+    Args:
+        model: patched.
+        tokenizer: None where there is none.
+        folder: where to, empty.
+        command: as a reader would type it.
+
+    Raises:
+        AttnPatchError: it cannot be written.
+    """
+    from .. import record
+
+    with writing():
+        model.save_pretrained(folder)
+        record.note_command(folder, command)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
 
 
 @contextlib.contextmanager
-def replacing(target: Path, overwrite: bool, model: str = "") -> Iterator[Path]:
-    """Give an empty folder beside ``target`` that takes its name once everything is written, or vanishes.
+def writing() -> Iterator[None]:
+    """Say in one line that weights cannot be written."""
+    from safetensors import SafetensorError
 
-    Args:
-        target: where the folder is wanted; must not exist, or be empty.
-        overwrite: whether a folder that is there may be replaced.
-        model: where it is made from; a folder that this lies in is never replaced.
-
-    Raises:
-        AttnPatchError: something is in the way.
-    """
     from ..errors import AttnPatchError
 
-    target = check_target(target, overwrite)
-    if model and Path(model).exists() and target.resolve() in Path(model).resolve().parents:
-        raise AttnPatchError(f"{target} holds MODEL, {model}, which replacing it would delete; choose another OUT.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        new, old = aside / "new", aside / "old"
-        new.mkdir()
-        yield new
-        if target.exists():
-            target.rename(old)
-        try:
-            new.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-    finally:
-        shutil.rmtree(aside)
+        yield
+    except SafetensorError as error:  # a full disk, as the library tells of it
+        raise AttnPatchError(f"the checkpoint cannot be written: {' '.join(str(error).split())[:300]}") from error
 
 
 @contextlib.contextmanager
@@ -155,7 +201,8 @@ def _explained(name: str) -> Iterator[None]:
         if _is_about_the_checkpoint(error):
             said = " ".join(str(error).split())[:400]
             kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-            raise AttnPatchError(f"{name}: cannot be loaded: {kind}{said}") from error
+            trust = "; --trust-remote-code lets it run" if "trust_remote_code" in str(error) else ""
+            raise AttnPatchError(f"{name}: cannot be loaded: {kind}{said}{trust}") from error
         raise
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import logging
+import os
+import re
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from ..showing import line, visible
 
 Model = Annotated[str, typer.Argument(help="A checkpoint folder, a hub name, or `embedded`.", show_default=False)]
 Patches = Annotated[
@@ -29,15 +34,25 @@ Sequences = Annotated[int, typer.Option(min=1, help="Windows of calibration text
 Length = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="Where the model is loaded: cpu, cuda, cuda:1 ...")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that the checkpoint carries run.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let code run that the checkpoint, or a task file, carries.")
+]
+_LONGEST = 1500  # characters of an error
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 
-def check_file(path: Path | None, option: str) -> None:
-    """Refuse a file that could not be written, before the work whose outcome it is to hold.
+def check_file(path: Path | None, option: str, keys: Collection[str]) -> None:
+    """Refuse a file that could not or must not be written, before the work whose outcome it is to hold.
+
+    Args:
+        path: of JSON; None for none.
+        option: by which the user named it.
+        keys: that an earlier result of the same command has; any other file stays.
 
     Raises:
-        AttnPatchError: a folder has its name, or a file that of one of its folders.
+        AttnPatchError: a folder has its name, or a file that of one of its folders, or it holds something else.
     """
+    from ..comparing.store import is_result
     from ..errors import AttnPatchError
 
     if path is None:
@@ -46,6 +61,8 @@ def check_file(path: Path | None, option: str) -> None:
     if path.is_dir() or not there.is_dir():
         found = f"{path} is a folder" if path.is_dir() else f"{there} is no folder"
         raise AttnPatchError(f"{option} {path}: {found}; wanted the name of a file.")
+    if os.path.lexists(path) and not is_result(path, keys):
+        raise AttnPatchError(f"{option} {path}: is there, and no earlier result of this command; name another file.")
 
 
 @contextlib.contextmanager
@@ -54,9 +71,32 @@ def clear_errors() -> Iterator[None]:
     from ..errors import AttnPatchError
 
     try:
-        yield
+        with _harmless_logs():
+            yield
     except (AttnPatchError, OSError) as error:
         from ..publishing.hub import Hub
 
-        typer.secho(f"attnpatch: {Hub().hide(' '.join(str(error).split()))}", fg=typer.colors.RED, err=True)
+        typer.secho(f"attnpatch: {line(Hub().hide(str(error)), _LONGEST)}", fg=typer.colors.RED, err=True)
         raise typer.Exit(1) from error
+
+
+class _Record(logging.LogRecord):
+    """What a library logs: transformers quotes values of configs as they are."""
+
+    def getMessage(self) -> str:  # noqa: N802 - logging's name
+        return visible(_COLOUR.sub("", super().getMessage()))
+
+
+@contextlib.contextmanager
+def _harmless_logs() -> Iterator[None]:
+    before = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(_Record)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(before)
+
+
+def show(said: object) -> None:
+    """Print what was found; names and notes in it come from checkpoints, and nothing in them acts on the terminal."""
+    typer.echo(visible(str(said)))

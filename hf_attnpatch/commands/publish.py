@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import models as cli_models
-from .options import Device, Dtype, Model, Trust, clear_errors
+from .options import Device, Dtype, Model, Trust, clear_errors, show
 
 
 def push(
@@ -19,6 +19,10 @@ def push(
         str | None, typer.Option(metavar="OWNER/NAME", help="The base model, where MODEL was made from a folder.")
     ] = None,
     license: Annotated[str | None, typer.Option(metavar="ID", help="In the place of the base model's.")] = None,
+    license_file: Annotated[
+        list[Path],
+        typer.Option(metavar="FILE", help="A licence or notice to stand beside the model; may be given again."),
+    ] = [],  # noqa: B006 - typer copies it
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="Of a new repository; one that is there must agree.")
     ] = None,
@@ -39,7 +43,8 @@ def push(
             tokenizer=source.tokenizer(),
             base_model=base_model,
             license=license,
+            license_files=license_file,
             private=private,
             overwrite=overwrite,
         )
-    typer.echo(published)
+    show(published)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +12,10 @@ import typer
 from . import models as cli_models
 from . import specs as cli_specs
 from . import text as cli_text
-from .options import Device, Dtype, Model, Trust, clear_errors
+from .options import Device, Dtype, Model, Trust, clear_errors, show
+from .place import check_room
+from .replacing import replacing
+from .rewriting import Rewriting, reread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,20 +66,32 @@ def search_rope(
         import hf_attnpatch as ap
 
         source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        if out is not None:
-            cli_models.check_target(out, overwrite)  # before hours of work
-        searched, kept = _parted(read_windows(data, source, windows + held_out, target), windows)
-        loaded = source.model()
         effort = {"population": population, "iterations": iterations, "minutes": minutes, "step": step, "seed": seed}
         options = {"targets": targets, "attention_factor": attention_factor, "state": state, **effort}
-        found = ap.search_rope(loaded, target=target, documents=searched, **options)  # type: ignore[arg-type]
-        typer.echo(found)
-        if kept:
-            typer.echo(_judged(loaded, found, kept, target, targets or target // 2))
-        typer.echo(f"as --patch: {_spec(found.patch)}")
+        with _place(out, overwrite, {"MODEL": model, "--data": data, "--state": state}) as folder:
+            searched, kept = _parted(read_windows(data, source, windows + held_out, target), windows)
+            work = None if folder is None else Rewriting(source)
+            loaded = source.model() if work is None else work.model
+            if out is not None:
+                check_room(out, cli_models.size_of(loaded))  # before hours of work
+            found = ap.search_rope(loaded, target=target, documents=searched, **options)  # type: ignore[arg-type]
+            show(found)
+            if kept:
+                show(_judged(loaded, found, kept, target, targets or target // 2))
+            show(f"as --patch: {_spec(found.patch)}")
+            if folder is not None and work is not None:
+                for said in work.save(ap.apply(loaded, found.patch), folder, cli_specs.spelled(context)):
+                    show(said)
+                del loaded
+                reread(folder, work.release(), source)
         if out is not None:
-            _save(loaded, found.patch, source, out, cli_specs.spelled(context), overwrite)
-            typer.echo(f"saved {out}")
+            show(f"saved {out}")
+
+
+def _place(
+    out: Path | None, overwrite: bool, inputs: Mapping[str, str | Path | None]
+) -> contextlib.AbstractContextManager[Path | None]:
+    return contextlib.nullcontext() if out is None else replacing(out, overwrite, inputs)
 
 
 def read_windows(file: Path, source: cli_models.Source, count: int, length: int) -> list[Tensor]:
@@ -133,17 +150,3 @@ def _spec(patch: Any) -> str:
     said = [f"{name}={value}" for name, value in fields.items() if value is not None]
     said += [f"{name}=[{','.join(map(str, values))}]" for name, values in lists.items()]
     return f"{patch.name}:{','.join(said)}"
-
-
-def _save(model: Any, patch: Any, source: cli_models.Source, out: Path, command: str, overwrite: bool) -> None:
-    import hf_attnpatch as ap
-
-    from .. import record
-
-    with cli_models.replacing(out, overwrite) as folder:
-        ap.apply(model, patch)
-        model.save_pretrained(folder)
-        record.note_command(folder, command)
-        tokenizer = source.tokenizer()
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)

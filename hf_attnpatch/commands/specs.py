@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
+from ..publishing.confidential import command
 
 if TYPE_CHECKING:
     import typer
@@ -18,8 +18,13 @@ if TYPE_CHECKING:
 _COMMA = re.compile(r",(?![^\[]*\])")  # a comma that stands in no list
 
 
-def patches(plan: Path | None, texts: Sequence[str]) -> list[Patch]:
+def patches(plan: Path | None, texts: Sequence[str], *, trusted: bool = False) -> list[Patch]:
     """Build the patches of ``--plan`` and then those of ``--patch``, in order.
+
+    Args:
+        plan: a file, which somebody else may have written.
+        texts: what the user typed, which may name a repository of kernels.
+        trusted: whether the file may, too.
 
     Raises:
         AttnPatchError: nothing given, a spec that cannot be read, an unknown patch or field.
@@ -28,10 +33,11 @@ def patches(plan: Path | None, texts: Sequence[str]) -> list[Patch]:
     from ..errors import AttnPatchError
     from ..patch import from_spec
 
-    specs = [*(read_plan(plan) if plan else ()), *map(parse, texts)]
+    specs = [*((spec, trusted) for spec in (read_plan(plan) if plan else ())), *((parse(text), True) for text in texts)]
     if not specs:
         raise AttnPatchError("no patch given; add --patch grouped_query:num_kv_heads=2, or --plan plan.yaml.")
-    return [from_spec({key: _frozen(value) for key, value in spec.items()}) for spec in specs]
+    frozen = (({key: _frozen(value) for key, value in spec.items()}, trust) for spec, trust in specs)
+    return [from_spec(spec, trust_remote_code=trust) for spec, trust in frozen]
 
 
 def parse(text: str) -> dict[str, Any]:
@@ -41,6 +47,7 @@ def parse(text: str) -> dict[str, Any]:
         AttnPatchError: a part that does not read ``field=value``.
     """
     from ..errors import AttnPatchError
+    from ..schema import brief, from_yaml
 
     name, _, rest = text.partition(":")
     spec: dict[str, Any] = {"patch": name.strip()}
@@ -48,9 +55,10 @@ def parse(text: str) -> dict[str, Any]:
         field, sign, value = part.partition("=")
         if not sign or not field.strip():
             raise AttnPatchError(
-                f"--patch {text}: {part!r} does not read field=value, as in {name}:field=1,other=[1,2]."
+                f"--patch {brief(text, 200)}: {brief(part)!r} does not read field=value, as in "
+                f"{brief(name, 40)}:field=1,other=[1,2]."
             )
-        spec[field.strip()] = _yaml(value, f"--patch {text}: {field.strip()}")
+        spec[field.strip()] = from_yaml(value, f"--patch {brief(text, 200)}: {brief(field.strip(), 40)}")
     return spec
 
 
@@ -61,24 +69,23 @@ def read_plan(path: Path) -> Iterator[Mapping[str, Any]]:
         AttnPatchError: not a list of mappings that name a patch.
     """
     from ..errors import AttnPatchError
+    from ..schema import LARGEST_YAML, brief, from_yaml, text_of
 
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise AttnPatchError(
-            f"{path}: not UTF-8 text ({error}); wanted YAML, a list such as `- patch: flash`."
-        ) from error
-    found = _yaml(text, str(path))
+    found = from_yaml(text_of(path, LARGEST_YAML), str(path))
     if not isinstance(found, list) or not found:
         raise AttnPatchError(f"{path}: found {type(found).__name__}; wanted a list such as `- patch: flash`.")
     for i, spec in enumerate(found):
         if not isinstance(spec, Mapping) or "patch" not in spec:
-            raise AttnPatchError(f"{path}: entry {i} is {spec!r}; wanted a mapping with a `patch:` and its fields.")
+            said = brief(spec)
+            raise AttnPatchError(f"{path}: entry {i} is {said}; wanted a mapping with a `patch:` and its fields.")
         yield spec
 
 
 def spelled(context: typer.Context) -> str:
-    """Return the command line that a command was called with: its arguments, then the options off their default."""
+    """Return the command line that a command was called with: its arguments, then the options off their default.
+
+    It is written into checkpoints and reports, so of a path from the root of this machine only the last part is told.
+    """
     words, options = ["attnpatch", str(context.info_name)], []
     for parameter in context.command.params:
         value = context.params.get(str(parameter.name))
@@ -89,16 +96,7 @@ def spelled(context: typer.Context) -> str:
         elif value not in (None, False, parameter.default, ()) and value != []:
             each = value if isinstance(value, (list, tuple)) else [value]
             options += [word for item in each for word in (parameter.opts[0], str(item))]
-    return shlex.join([*words, *options])
-
-
-def _yaml(text: str, where: str) -> Any:
-    from ..errors import AttnPatchError
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise AttnPatchError(f"{where}: {' '.join(str(error).split())}; write it as YAML.") from error
+    return command(shlex.join([*words, *options]))
 
 
 def _frozen(value: Any) -> Any:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,9 @@ if TYPE_CHECKING:
     from ..patch import Patch
     from ..report import Report
     from .models import Source
+
+
+_LARGEST = 1 << 30  # bytes of text to be tokenised at once
 
 
 def with_text(patches: Sequence[Patch], file: Path | None, source: Source, sequences: int, length: int) -> list[Patch]:
@@ -56,25 +58,30 @@ def read(file: Path, option: str = "--calibration") -> list[str]:
         AttnPatchError: no such file, not UTF-8, or a line that is no JSON with a field ``text``.
     """
     from ..errors import AttnPatchError
+    from ..schema import from_json, text_of
 
     if not file.is_file():
         raise AttnPatchError(f"{option} {file}: no such file; wanted text, or JSON lines with a field text.")
     try:
-        text = file.read_text("utf-8")
+        text = text_of(file, _LARGEST)
         if file.suffix != ".jsonl":
             return [text]
         # by newlines alone: JSON may hold other separators of lines, as they are, inside a text
-        return [_document(json.loads(line)) for line in text.split("\n") if line.strip()]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        problem = f"{type(error).__name__}: {error}"
-        raise AttnPatchError(f"{option} {file}: {problem}; wanted UTF-8 text, or JSON lines with text.") from error
+        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return [_document(from_json(line, f"{file}:{n}", finite=False), f"{file}:{n}") for n, line in lines]
+    except AttnPatchError as error:
+        problem = str(error).rstrip(".")
+        raise AttnPatchError(f"{option} {problem}; wanted UTF-8 text, or JSON lines with text.") from error
 
 
-def _document(row: Any) -> str:
-    text = row["text"]
-    if not isinstance(text, str):
-        raise TypeError(f"a text is {text!r:.40}")
-    return text
+def _document(row: Any, where: str) -> str:
+    from ..errors import AttnPatchError
+    from ..schema import brief
+
+    found = row.get("text") if isinstance(row, Mapping) else row
+    if not isinstance(row, Mapping) or not isinstance(found, str):
+        raise AttnPatchError(f"{where}: its text is {brief(found)}.")
+    return found
 
 
 def check_figure(path: Path) -> None:

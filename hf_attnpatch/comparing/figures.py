@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .. import showing
 from . import style, tables
 from .tables import Metrics
 
@@ -98,7 +99,8 @@ def retrieval_map(pyplot: Any, metrics: Metrics, theme: str) -> Any:
         axes.set(title=which, xlabel="depth of the needle")
     panels[0].set_ylabel("prompt (tokens)")
     figure.colorbar(image, ax=list(panels), label="score, of 100")
-    figure.suptitle(f"Retrieval: {first.task}")
+    task = showing.line(first.task, 60).replace("$", r"\$")  # between dollars it would be mathematics
+    figure.suptitle(f"Retrieval: {task}")
     return figure
 
 

@@ -38,9 +38,7 @@ def tokenizer_for(models: Mapping[str, PreTrainedModel], loading: Mapping[str, A
         EvaluationError: there is none, or there are two that differ.
     """
     trust = {"trust_remote_code": bool(loading.get("trust_remote_code"))}
-    found = {
-        which: tokenizer_of(m.config._name_or_path, **trust) for which, m in models.items() if m.config._name_or_path
-    }
+    found = {which: tokenizer_of(name, **trust) for which, m in models.items() if (name := record.loaded_from(m))}
     there = [each for each in found.values() if each is not None]
     if not there:
         raise EvaluationError("neither checkpoint has a tokenizer; give the one that both models use: tokenizer=...")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from markdown_it import MarkdownIt
+from markdown_it.common.utils import unescapeAll
 from markdown_it.token import Token
 
 from .figures import Figure
@@ -66,7 +67,8 @@ def render(markdown: str, figures: Sequence[Figure]) -> str:
     reader.add_render_rule("image", image)
     reader.add_render_rule("table_open", lambda *_: '<div class="wide"><table>\n')
     reader.add_render_rule("table_close", lambda *_: "</table></div>\n")
-    title = next((line[2:] for line in markdown.splitlines() if line.startswith("# ")), "Comparison")
+    heading = next((line[2:] for line in markdown.splitlines() if line.startswith("# ")), "Comparison")
+    title = unescapeAll(heading)  # no markup in a title
     return _PAGE.format(title=html.escape(title), style=_STYLE, body=reader.render(markdown))
 
 

@@ -14,13 +14,16 @@ from transformers import PreTrainedModel
 
 from ..errors import AttnPatchError
 from ..publishing.card import Evaluation
+from ..publishing.confidential import cleaned, shortened
+from ..schema import from_json, text_of
+from ..showing import line, prose
+from ..writing import write
 from . import figures, page, tables, text
 from .digest import model_digest
-from .store import write
+from .metrics import check
 
-VERSION = 1
 METRICS = "metrics.json"
-_WANTED = {"version", "original", "patched", "settings", "text", "command", "machine", "parts", "left_out", "seconds"}
+FILES = {METRICS, "report.md", "report.html", *(figure[1] for figure in figures.FIGURES)}
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,10 @@ class Comparison:
         if not file.is_file():
             raise AttnPatchError(f"{folder}: no comparison there (no {METRICS}); `attnpatch compare` writes one.")
         try:
-            found = json.loads(file.read_text("utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise AttnPatchError(f"{file}: not JSON ({error}); run the comparison again.") from error
-        missing = sorted(_WANTED - set(found)) if isinstance(found, dict) else ["everything"]
-        if missing or found["version"] != VERSION:
-            problem = f"lacks {', '.join(missing)}" if missing else f"is of version {found['version']}"
-            raise AttnPatchError(f"{file}: {problem}; wanted version {VERSION}; run the comparison again.")
+            found = from_json(text_of(file), str(file))
+            check(found, str(file))
+        except AttnPatchError as error:
+            raise AttnPatchError(f"{str(error).rstrip('.')}; run the comparison again.") from error
         return cls(Path(folder), found)
 
     def check_model(self, model: PreTrainedModel) -> None:
@@ -85,24 +85,27 @@ class Comparison:
     def for_card(self, folder: Path, path: str) -> Evaluation:
         """Copy figures, report and metrics into a folder and return what a model card says of them.
 
+        Paths of this machine that stand in the metrics are shortened to their last part.
+
         Args:
             folder: of this disk.
             path: of that folder in the repository.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        drawn = figures.draw(self.metrics)
+        metrics = cleaned(self.metrics)
+        drawn = figures.draw(metrics)
         for figure in drawn:
             write(folder / figure.file, figure.drawn["light"])
-        write(folder / "report.html", page.render(text.render(self.metrics, drawn), drawn))
-        write(folder / METRICS, json.dumps(self.metrics, indent=1) + "\n")
-        notes = [text.explain(self.metrics, part) for part in self.metrics["parts"] if part in text.WHAT]
-        found = [tables.summary(self.metrics), tables.loss_by_length(self.metrics) or ""]
+        write(folder / "report.html", page.render(text.render(metrics, drawn), drawn))
+        write(folder / METRICS, json.dumps(metrics, indent=1) + "\n")
+        notes = [text.explain(metrics, part) for part in metrics["parts"] if part in text.WHAT]
+        found = [tables.summary(metrics), tables.loss_by_length(metrics) or ""]
         return Evaluation(
             table="\n\n".join(part for part in found if part),
             figures={figure.alt: f"{path}/{figure.file}" for figure in drawn},
             results=self._results(),
-            notes=" ".join([f"Compared with {self.metrics['original']['name']}.", *notes]),
-            command=str(self.metrics["command"]),
+            notes=" ".join([f"Compared with {prose(metrics['original']['name'])}.", *notes]),
+            command=metrics["command"],
         )
 
     def _results(self) -> list[EvalResult]:
@@ -114,7 +117,7 @@ class Comparison:
             EvalResult(
                 task_type="text-generation",
                 dataset_type="text",
-                dataset_name=f"{self.metrics['text']}, {length} tokens of context",
+                dataset_name=line(f"{shortened(self.metrics['text'])}, {length} tokens of context"),
                 dataset_config=f"{length}",  # what tells results of one metric apart
                 metric_type="perplexity",
                 metric_value=round(score.perplexity, 4),

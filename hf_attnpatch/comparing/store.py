@@ -5,12 +5,23 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import AttnPatchError
+from ..schema import fields_of, from_json, text_of
+from ..writing import write
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A part as its file has it."""
+
+    part: str
+    key: str
+    result: Any
 
 
 @dataclass(frozen=True)
@@ -33,12 +44,11 @@ class Store:
         if not file.is_file():
             return None
         try:
-            found = json.loads(file.read_text("utf-8"))
-            return found["result"] if found["key"] == key else None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise AttnPatchError(
-                f"{file}: not a part of a comparison ({error}); delete it to measure it again."
-            ) from error
+            found = fields_of(_Kept, from_json(text_of(file), str(file)), str(file))
+        except AttnPatchError as error:
+            problem = str(error).rstrip(".")
+            raise AttnPatchError(f"{problem}: not a part of a comparison; delete it to measure it again.") from error
+        return found.result if found.key == key else None
 
     def put(self, name: str, key: str, result: Any) -> None:
         """Keep the result of a part."""
@@ -48,17 +58,27 @@ class Store:
         return self.folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.{key[:16]}.json"
 
 
-def write(file: Path, data: str | bytes) -> None:
-    """Write a file that is there whole or not at all, also where the machine stops in the middle."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+def is_result(file: Path, keys: Collection[str]) -> bool:
+    """Whether a file is JSON with at least these keys: a result that was written here, and may be written again."""
     try:
-        with os.fdopen(handle, "wb") as target:
-            target.write(data.encode() if isinstance(data, str) else data)
-            target.flush()
-            os.fsync(target.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        found = from_json(text_of(file), str(file), finite=False)
+    except (OSError, AttnPatchError):  # no file, no text, no JSON
+        return False
+    return isinstance(found, dict) and set(keys) <= set(found)
+
+
+def check_results(folder: Path, names: Collection[str], metrics: str, keys: Collection[str]) -> None:
+    """Refuse a folder in which results would take the place of somebody else's files.
+
+    Args:
+        folder: need not be there.
+        names: of the files that will be written.
+        metrics: the one of them that is JSON, by which an earlier result is known.
+        keys: that it has.
+
+    Raises:
+        AttnPatchError: a file of one of these names is there, and is no earlier result.
+    """
+    there = sorted(name for name in names if os.path.lexists(folder / name))
+    if there and not is_result(folder / metrics, keys):
+        raise AttnPatchError(f"{folder} holds {there[0]}, which is no earlier result; choose another folder.")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..evaluation import LossByLength, Retrieval, difference
+from ..showing import prose
 
 Metrics = Mapping[str, Any]
 BOTH = ("original", "patched")
@@ -95,10 +96,6 @@ def decoding(metrics: Metrics) -> str | None:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; numbers to the right, the first column to the left."""
+    """A Markdown table of plain texts; numbers to the right, the first column to the left."""
     marks = ["---", *("---:" for _ in head[1:])]
-    return "\n".join("| " + " | ".join(_cell(c) for c in row) + " |" for row in (head, marks, *rows))
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return "\n".join("| " + " | ".join(map(prose, row)) + " |" for row in (head, marks, *rows))

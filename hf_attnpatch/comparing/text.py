@@ -7,6 +7,7 @@ from typing import Any
 
 from ..publishing.card import in_words
 from ..record import parse
+from ..showing import code, fenced, prose
 from . import tables
 from .figures import Figure
 from .tables import Metrics
@@ -29,7 +30,7 @@ WHAT = {
 
 def render(metrics: Metrics, figures: Sequence[Figure]) -> str:
     """Return report.md."""
-    names = [metrics[which]["name"] for which in tables.BOTH]
+    names = [prose(metrics[which]["name"]) for which in tables.BOTH]
     parts = [f"# {names[1]} against {names[0]}", _models(metrics), "## In short", tables.summary(metrics)]
     shown = {figure.title: figure for figure in figures}
     for title, part, made in SECTIONS:
@@ -44,7 +45,8 @@ def render(metrics: Metrics, figures: Sequence[Figure]) -> str:
 
 def explain(metrics: Metrics, part: str) -> str:
     """Say what a part measured."""
-    return WHAT[part].format(**facts(metrics, part))
+    shown = {key: prose(value) if isinstance(value, str) else value for key, value in facts(metrics, part).items()}
+    return WHAT[part].format(**shown)
 
 
 def facts(metrics: Metrics, part: str) -> Mapping[str, Any]:
@@ -67,24 +69,24 @@ def _models(metrics: Metrics) -> str:
     for which in tables.BOTH:
         model = metrics[which]
         done = in_words(parse(model["record"])) if model.get("record") else []
-        patches = ", ".join(f"`{words}`" for words in done)
+        patches = ", ".join(map(code, done))
         context = f"context {model['context'] or 'not declared'}"
-        said = f"`{model['name']}`, {model['architecture']}, {model['dtype']}, {context}"
+        said = f"{code(model['name'])}, {prose(model['architecture'])}, {prose(model['dtype'])}, {context}"
         lines.append(f"* **{which}**: {said}{f', patched: {patches}' if patches else ''}")
     return "\n".join(lines)
 
 
 def _left_out(metrics: Metrics) -> list[str]:
-    lines = [f"* {part}: {why}" for part, why in metrics["left_out"].items()]
+    lines = [f"* {prose(part)}: {prose(why)}" for part, why in metrics["left_out"].items()]
     return ["## Not measured", "\n".join(lines)] if lines else []
 
 
 def _how(metrics: Metrics) -> str:
-    machine = ", ".join(f"{key} {value}" for key, value in metrics["machine"].items())
+    machine = ", ".join(prose(f"{key} {value}") for key, value in metrics["machine"].items())
     total = sum(metrics["seconds"].values())
-    digests = "\n".join(f"* {which}: `{metrics[which]['digest']}`" for which in tables.BOTH)
+    digests = "\n".join(f"* {which}: {code(metrics[which]['digest'])}" for which in tables.BOTH)
     return (
-        f"```sh\n{metrics['command']}\n```\n\n{total / 60:.1f} minutes of measuring on: {machine}.\n\nDigests of the "
+        f"{fenced(metrics['command'], 'sh')}\n\n{total / 60:.1f} minutes of measuring on: {machine}.\n\nDigests of the "
         f"models, which `push` holds a report to:\n\n{digests}"
     )
 

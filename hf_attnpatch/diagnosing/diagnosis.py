@@ -55,6 +55,24 @@ class Lack(Result):
 
 
 @dataclass(frozen=True)
+class Setting(Result):
+    """One strength of a patch.
+
+    Attributes:
+        spec: of the patch, as ``--patch`` takes it.
+        gains: what falls by which factor; above 1 is better.
+        lost: share of the energy of keys and values that merging by the weights alone is predicted to lose, a bound for
+            what methods that are fitted on text lose; None where the weights are not at hand, or cannot be aligned.
+        lifts: whether what was lacking is not lacking with it.
+    """
+
+    spec: str
+    gains: dict[str, float]
+    lost: float | None
+    lifts: bool
+
+
+@dataclass(frozen=True)
 class Prescription(Result):
     """A patch that answers a lack.
 
@@ -66,6 +84,8 @@ class Prescription(Result):
         after: what the patched model would cost.
         untouched: what stays as it was, and what the patch does not promise.
         stock: whether stock transformers loads the result.
+        settings: strengths of the patch, the mildest first; empty where it has one only. What is prescribed is the
+            mildest that lifts what is lacking, or the mildest of all where none does.
     """
 
     answers: str
@@ -75,6 +95,7 @@ class Prescription(Result):
     after: Work
     untouched: tuple[str, ...]
     stock: bool
+    settings: tuple[Setting, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,12 +149,24 @@ def _table(work: Work) -> Table:
     return table
 
 
-def _prescribed(each: Prescription) -> Iterable[str]:
+def _settings(settings: Sequence[Setting]) -> Table:
+    names = list(dict.fromkeys(name for each in settings for name in each.gains))
+    table = Table("setting", *(f"less {name}" for name in names), "energy lost", "lifts it")
+    for each in settings:
+        gains = [f"{each.gains[name]:.2f} x" if name in each.gains else "-" for name in names]
+        lost = "not predicted" if each.lost is None else f"{each.lost:.1%}"
+        table.add_row(each.spec, *gains, lost, "yes" if each.lifts else "no")
+    return table
+
+
+def _prescribed(each: Prescription) -> Iterable[RenderableType]:
     yield f"for {each.answers}: {each.code}"
     yield f"  or: {each.command}"
     gains = ", ".join(f"{what} {factor:.2f} times less" for what, factor in each.gains.items())
     yield f"  predicted: {gains or 'no time or memory; see below'}"
     yield f"  stock transformers loads the result: {'yes' if each.stock else 'no, it needs hf_attnpatch'}"
+    if each.settings:
+        yield _settings(each.settings)
     yield from (f"  not touched: {line}" for line in each.untouched)
 
 
@@ -160,4 +193,4 @@ def _text(parts: Sequence[RenderableType]) -> str:
     return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
 
 
-__all__ = ["PHASES", "Diagnosis", "Lack", "Memory", "Prescription", "Work"]
+__all__ = ["PHASES", "Diagnosis", "Lack", "Memory", "Prescription", "Setting", "Work"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -13,13 +13,14 @@ from ..anatomy import Anatomy, Site, describe
 from ..errors import AttnPatchError, EvaluationError
 from ..evaluation.listener import PARTS, Pass
 from ..evaluation.operations import Phantom, without_data
-from ..evaluation.roofline import Phase
+from ..heads.group_size import predict
 from ..patch import Patch
 from ..patches import Flash, GroupedQuery, RopeScaling
 from ..plan import Plan, plan
-from .diagnosis import Lack, Prescription, Work, seconds
+from .diagnosis import Lack, Prescription, Setting, Work, seconds
 
-ENOUGH = 0.25  # of a decoding step: what keys and values may take
+ENOUGH = 0.25  # of the memory of a phase: what keys and values may take
+MOST = 0.5  # of a decoding step: what takes less is no bottleneck
 _WORTH = 1.05  # a factor below this is not worth a change of the model
 _SEEN = 0.01  # of a phase: smaller parts are not worth a word
 _STAYS = 0.95  # a part that keeps so much of its time is not touched
@@ -37,6 +38,8 @@ class Bench:
         batch: sequences.
         context: tokens in each.
         training: whether training is asked about.
+        losses: whether to predict what merging heads loses, where the weights are at hand.
+        memory_bytes: of the machine; 0 where not known.
         decodes: whether it keeps keys and values; false once it has been seen that it does not.
         left_out: sentences on what could not be followed.
     """
@@ -46,11 +49,13 @@ class Bench:
     batch: int
     context: int
     training: bool
+    losses: bool = True
+    memory_bytes: int = 0
     decodes: bool = True
     left_out: list[str] = field(default_factory=list)
 
-    def passes(self, model: PreTrainedModel, *, generating: bool = False) -> dict[str, Pass]:
-        """Return the passes of a model, phase by phase; of training only where it is not about ``generating`` alone.
+    def passes(self, model: PreTrainedModel) -> dict[str, Pass]:
+        """Return the passes of a model, phase by phase.
 
         Raises:
             EvaluationError: not even a forward can be followed.
@@ -61,7 +66,7 @@ class Bench:
         if not phantom.decodes or not found["decode"].cache_bytes:
             self.decodes = False
             found = {"prefill": phantom.forward(self.batch, self.context)}
-        if self.training and not generating:
+        if self.training:
             try:
                 found["train"] = phantom.training(self.batch, self.context)
             except EvaluationError as error:
@@ -123,31 +128,54 @@ def _context(bench: Bench, now: Work, price: Price, lack: Lack) -> Prescription:
 
 
 def _cache(bench: Bench, now: Work, price: Price, lack: Lack) -> Prescription | str:
-    """Return the largest number of shared heads that is enough, or the smallest that is worth it."""
+    """Return the mildest number of shared heads that lifts the lack, with all that are worth it; else the mildest."""
     sites = [s for s in bench.anatomy.sites if not s.cross and not s.tower]
-    tried: list[tuple[GroupedQuery, Plan, PreTrainedModel]] = []
-    steps: list[Phase] = [now.phases["decode"]]
+    tried: list[tuple[GroupedQuery, Plan, Work, bool]] = []
+    last = now.phases["decode"].seconds
     for count in _counts(sites):
         patch = GroupedQuery(num_kv_heads=count)
-        planned = plan(bench.model, patch)
+        planned = plan(bench.model, _shape(bench, patch))
         copy = bench.patched(planned, patch)
-        step = price(bench.passes(copy, generating=True), copy).phases["decode"]
-        if tried and steps[-1].seconds < _WORTH * step.seconds:
+        after = price(bench.passes(copy), copy)
+        if tried and last < _WORTH * after.phases["decode"].seconds:
             break
-        tried.append((patch, planned, copy))
-        steps.append(step)
-        if step.parts["cache"] + step.parts["attention"] < ENOUGH * step.seconds:
-            break
+        tried.append((patch, planned, after, _lifted(bench, lack, after)))
+        last = after.phases["decode"].seconds
     if not tried:
         return "cache: every layer has one key-value head already, or none of its own"
-    patch, planned, copy = tried[-1]
+    patch, planned, after, lifts = next((each for each in tried if each[-1]), tried[0])
     said = ["the model changes: merged heads lose quality; give calibration= and tokenizer=, look at report.damage"]
-    milder = zip(tried[:-1], steps[1:-1], strict=True)
-    said += [
-        f"less: num_kv_heads={p.num_kv_heads} decodes {steps[0].seconds / s.seconds:.2f} times as fast"
-        for (p, *_), s in milder
+    said += [] if lifts else ["what is lacking stays: no setting lifts it; this is the mildest"]
+    lost = _lost(bench, sites, [p.num_kv_heads for p, *_ in tried if isinstance(p.num_kv_heads, int)])
+    settings = [
+        Setting(_spec(p), dict(_gains(now, work)), lost.get(p.num_kv_heads), lifted) for p, _, work, lifted in tried
     ]
-    return _made("cache", bench, patch, planned, now, price(bench.passes(copy), copy), said)
+    made = _made("cache", bench, patch, planned, now, after, said)
+    return replace(made, settings=tuple(settings))
+
+
+def _shape(bench: Bench, patch: GroupedQuery) -> GroupedQuery:
+    """Return what says the shapes: how heads are merged cannot be tried without weights, and costs nothing later."""
+    return patch if all(not p.is_meta for p in bench.model.parameters()) else replace(patch, method="mean")
+
+
+def _lifted(bench: Bench, lack: Lack, after: Work) -> bool:
+    """Whether a lack is none any more: it fits, or keys and values do not take most of a step."""
+    if lack.kind == "memory":
+        return after.memory[lack.where].total <= bench.memory_bytes
+    step = after.phases["decode"]
+    return step.parts["cache"] + step.parts["attention"] < MOST * step.seconds
+
+
+def _lost(bench: Bench, sites: Sequence[Site], counts: Sequence[int]) -> Mapping[int | str, float]:
+    """Return the share of energy that merging loses, by number of heads, predicted from the weights where they are."""
+    if not bench.losses or any(p.is_meta for p in bench.model.parameters()):
+        return {}
+    try:
+        return dict[int | str, float](predict(bench.model, sites, counts, None, None).items())
+    except AttnPatchError as error:
+        bench.left_out.append(f"no prediction of what merging heads loses: {error}")
+        return {}
 
 
 def _counts(sites: Sequence[Site]) -> list[int]:
@@ -188,20 +216,27 @@ _FOR: dict[str, Callable[[Bench, Work, Price, Lack], Prescription | str]] = {
 def _made(
     answers: str, bench: Bench, patch: Patch, steps: Plan, now: Work, after: Work, said: Sequence[str]
 ) -> Prescription:
-    fields = {k: v for k, v in patch.to_record().items() if k != "patch" and v != _default(patch, k)}
+    fields = _chosen(patch)
     code = f"hf_attnpatch.patch_{patch.name}(model, {', '.join(f'{k}={v!r}' for k, v in fields.items())})"
-    spec = f"{patch.name}:{','.join(f'{k}={v}' for k, v in fields.items())}".rstrip(":")
     proposal = steps.steps[0].proposal
     left = [note for note in proposal.notes if note.startswith("left alone")]
     return Prescription(
         answers=answers,
         code=code,
-        command=f"attnpatch apply MODEL OUT --patch {spec}",
+        command=f"attnpatch apply MODEL OUT --patch {_spec(patch)}",
         gains=dict(_gains(now, after)),
         after=after,
         untouched=(*said, *(_staying(now, after) if after is not now else ()), *left),
         stock=steps.stock,
     )
+
+
+def _chosen(patch: Patch) -> dict[str, Any]:
+    return {k: v for k, v in patch.to_record().items() if k != "patch" and v != _default(patch, k)}
+
+
+def _spec(patch: Patch) -> str:
+    return f"{patch.name}:{','.join(f'{k}={v}' for k, v in _chosen(patch).items())}".rstrip(":")
 
 
 def _default(patch: Patch, name: str) -> Any:

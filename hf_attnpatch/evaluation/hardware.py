@@ -12,32 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from ..errors import EvaluationError
+from ..errors import AttnPatchError, EvaluationError
 from ..progress import track
+from ..schema import brief, from_json, from_yaml, quoted, text_of
+from ..writing import write
 from .benchmarks import fresh, measured, references
 from .listener import Pass
 from .machine import BANDWIDTH, Machine, Point
 from .roofline import cost, unmeasured
+from .table import TABLE
 
-_SHEET = (
-    "NVIDIA H100 SXM5 data sheet (dense peak rates, so times are bounds from below; no launch overhead); attention: "
-)
-_FLASH2 = "35 % of that, as 2407.08608 measured for FlashAttention-2"
-TABLE = {
-    "h100": {
-        "name": "NVIDIA H100 SXM5 80 GB",
-        "source": _SHEET + _FLASH2,
-        "memory_bytes": 80e9,
-        "rates": {
-            "float32": {"matmul": 67e12, "attention": 67e12, BANDWIDTH: 3.35e12},
-            "bfloat16": {"matmul": 989e12, "attention": 346e12, BANDWIDTH: 3.35e12},
-            "float16": {"matmul": 989e12, "attention": 346e12, BANDWIDTH: 3.35e12},
-        },
-    }
-}
 _NUMBERS = ("threads", "memory_bytes", "call_seconds", "operation_seconds", "fresh_bytes", "fresh_seconds")
+_MOST = 1e24  # operations, bytes or seconds: no machine has so many
 _RATES = ("matmul", "attention", BANDWIDTH)
 
 
@@ -45,7 +32,7 @@ def machine_for(hardware: str, passes: Sequence[Pass], device: torch.device, *, 
     """Return a machine that knows the rates that some passes need.
 
     Args:
-        hardware: ``auto`` measures this one, a name of :data:`TABLE` takes its row, else it is a YAML or JSON file.
+        hardware: ``auto`` measures this one, a name of :data:`.table.TABLE` its row, else it is a YAML or JSON file.
         passes: what it is to be asked about.
         device: what ``auto`` measures.
         again: whether ``auto`` measures what an earlier call has measured already.
@@ -63,11 +50,11 @@ def machine_for(hardware: str, passes: Sequence[Pass], device: torch.device, *, 
             f"hardware {hardware!r}: neither a file nor in the table; choose auto, {', '.join(TABLE)} or a YAML file."
         )
     try:
-        text = path.read_text("utf-8")
+        text = text_of(path)
         # YAML reads numbers as JSON writes them, 1e-06, as text
-        found = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise EvaluationError(f"hardware {path}: {' '.join(str(error).split())}; write it as YAML or JSON.") from error
+        found = (from_json if text.lstrip().startswith("{") else from_yaml)(text, f"hardware {path}")
+    except AttnPatchError as error:
+        raise EvaluationError(f"{str(error).rstrip('.')}; write it as YAML or JSON.") from error
     return from_mapping(found, f"hardware {path}")
 
 
@@ -85,7 +72,7 @@ def from_mapping(found: Any, where: str) -> Machine:
         raise EvaluationError(f"{where}: found a {type(found).__name__}; wanted a mapping with name and rates.")
     if "points" in found:
         return _as_written(found, where)
-    unknown = sorted(map(str, set(found) - {"name", "source", "rates", *_NUMBERS}))
+    unknown = sorted(brief(key, 40) for key in set(found) - {"name", "source", "rates", *_NUMBERS})
     if unknown or not isinstance(found.get("name"), str) or not isinstance(found.get("rates"), Mapping):
         problem = f"no field {unknown[0]!r}" if unknown else "a name (text) and rates (a mapping) must be there"
         raise EvaluationError(f"{where}: {problem}; fields are name, source, rates, {', '.join(_NUMBERS)}.")
@@ -111,14 +98,24 @@ def _as_written(found: Any, where: str) -> Machine:
         EvaluationError: it is damaged, or of another version.
     """
     try:
-        return Machine.from_dict(dict(found))
-    except (AttributeError, TypeError, ValueError) as error:
+        machine = Machine.from_dict(found)
+    except AttnPatchError as error:
         raise EvaluationError(f"{where}: not a table of rates ({error}); delete it, and measure again.") from error
+    numbers = {name: getattr(machine, name) for name in _NUMBERS}
+    for name, value in numbers.items():
+        _number(value, f"{where}: {name}", least=0)
+    for point in machine.points:
+        _number(point.rate, f"{where}: the rate of {brief(point.kind, 40)}")
+        for name, size in point.size:
+            _number(size, f"{where}: {brief(name, 40)} of {brief(point.kind, 40)}", least=0)
+    return machine
 
 
 def _points(dtype: str, rates: Any, where: str) -> list[Point]:
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise EvaluationError(f"{where}: rates for {dtype!r}, which is no dtype; write float32, bfloat16 or float16.")
+        raise EvaluationError(
+            f"{where}: rates for {quoted(dtype)}, which is no dtype; write float32, bfloat16 or float16."
+        )
     missing = [name for name in _RATES if name not in rates] if isinstance(rates, Mapping) else list(_RATES)
     if missing:
         raise EvaluationError(f"{where}: rates.{dtype} lacks {', '.join(missing)}; wanted: {', '.join(_RATES)}.")
@@ -128,11 +125,11 @@ def _points(dtype: str, rates: Any, where: str) -> list[Point]:
 def _number(value: Any, where: str, least: float | None = None) -> float:
     try:
         number = float(value)  # YAML reads 1e12 as text
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         number = float("nan")
-    if isinstance(value, bool) or not (number > 0 if least is None else number >= least):
+    if isinstance(value, bool) or not (0 < number < _MOST if least is None else least <= number < _MOST):
         raise EvaluationError(
-            f"{where} is {value!r}; wanted a number {'above 0' if least is None else 'of 0 or more'}."
+            f"{where} is {quoted(value)}; wanted a number {'above 0' if least is None else 'of 0 or more'}."
         )
     return number
 
@@ -169,17 +166,15 @@ def _this(passes: Sequence[Pass], device: torch.device, again: bool) -> Machine:
         ) from error
     machine = measured_here(passes, device, known)
     if machine != known:
-        part = file.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(machine.to_dict(), indent=1), "utf-8")
-        part.replace(file)
+        write(file, json.dumps(machine.to_dict(), indent=1))
     return machine
 
 
 def _kept(file: Path) -> Machine:
     try:
-        found = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise EvaluationError(f"{file}: not JSON ({error}); delete it, and measure again.") from error
+        found = from_json(text_of(file), str(file))
+    except AttnPatchError as error:
+        raise EvaluationError(f"{str(error).rstrip('.')}; delete it, and measure again.") from error
     return _as_written(found, str(file))
 
 

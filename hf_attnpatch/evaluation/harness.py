@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
 
 from ..errors import EvaluationError, missing_extra
+from ..interruption import ensured
 from .mode import measuring
 from .result import Result
+from .task_files import is_file, specified
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def task_scores(
     num_fewshot: int | None = None,
     batch: int = 8,
     seed: int = 1234,
+    trust_remote_code: bool = False,
 ) -> TaskScores:
     """Run tasks of lm-eval on a model object, patched or not.
 
@@ -84,11 +85,13 @@ def task_scores(
         num_fewshot: solved examples before each; the task's own number unless given.
         batch: examples in a forward pass.
         seed: of the choice of solved examples.
+        trust_remote_code: whether code that a task file holds or names may run: functions, templates that do more than
+            name fields, other files, metrics of the Hub.
 
     Raises:
         MissingExtra: lm-eval is not installed.
-        EvaluationError: no such task, data that are missing, an example that is too long, or a figure or logits that
-            are NaN.
+        EvaluationError: no such task, one that would run code, data that are missing, an example that is too long,
+            or a figure or logits that are NaN.
     """
     try:
         import lm_eval  # its import takes seconds
@@ -102,63 +105,27 @@ def task_scores(
         raise EvaluationError(
             f"max_length={length}, tasks={list(tasks)}; give a number of tokens and at least one task."
         )
-    manager = TaskManager(include_defaults=not all(_is_file(task) for task in tasks))
+    manager = TaskManager(include_defaults=not all(map(is_file, tasks)))
     settings = {"limit": limit, "num_fewshot": num_fewshot, "fewshot_random_seed": seed, "log_samples": False}
-    chosen = [_specified(task, manager.all_tasks) for task in tasks]
-    with measuring(model), _same_random_state(), _explained(tasks):
+    chosen = [specified(task, manager.all_tasks, trusted=trust_remote_code) for task in tasks]
+    with measuring(model), _same_random_state(model), _explained(tasks):
         asked = WholeExamples(model, tokenizer, length, batch)
         found = lm_eval.simple_evaluate(model=asked, tasks=chosen, task_manager=manager, **settings)
     return _scores(found, length, version("lm-eval"))
 
 
-def _is_file(task: str | Path) -> bool:
-    return str(task).endswith((".yaml", ".yml"))
-
-
-def _specified(task: str | Path, known: Iterable[str]) -> str | dict[str, Any]:
-    """Return what lm-eval takes for a task: a known name, a file, or the content of a file with its data found.
-
-    Raises:
-        EvaluationError: no such name or file.
-    """
-    if not _is_file(task):
-        if str(task) not in known:
-            near = difflib.get_close_matches(str(task), list(known), n=5)
-            hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
-            raise EvaluationError(f"task {task!r}: lm-eval has no such task; {hint} A local task ends in .yaml.")
-        return str(task)
-    path = Path(task)
-    if not path.is_file():
-        raise EvaluationError(f"task {task}: there is no such file; wanted a task of lm-eval in YAML.")
-    try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError:  # functions of its own, which only lm-eval can read
-        return str(path)
-    files = (content.get("dataset_kwargs") or {}).get("data_files") if isinstance(content, dict) else None
-    if files is None or "include" in content:
-        return str(path)
-    return {**content, "dataset_kwargs": {**content["dataset_kwargs"], "data_files": _beside(path.parent, files)}}
-
-
-def _beside(folder: Path, files: Any) -> Any:
-    """Return data files with those that lie in ``folder`` named in full."""
-    if isinstance(files, dict):
-        return {split: _beside(folder, names) for split, names in files.items()}
-    if isinstance(files, list):
-        return [_beside(folder, name) for name in files]
-    return str((folder / files).resolve()) if (folder / files).is_file() else files
-
-
 @contextlib.contextmanager
-def _same_random_state() -> Iterator[None]:
+def _same_random_state(model: nn.Module) -> Iterator[None]:
     """Undo what lm-eval does to the generators of the whole process: it seeds all of them."""
     before = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
+
+    def put_back() -> None:
         random.setstate(before[0])
         np.random.set_state(before[1])
+
+    devices = {p.device.index for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    with ensured(put_back), torch.random.fork_rng(devices):
+        yield
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EvaluationError
+from ..interruption import removing
 from ..progress import track
 from ..upstream import words
 from ..upstream.roles import roles_of
@@ -135,12 +136,10 @@ def _watched(
         out = output[0] if isinstance(output, tuple) else output
         found[path] = (found[path][0], out.detach().double().flatten(0, -2))
 
-    handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
-    try:
+    with removing() as handles:
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _check_paths(model: nn.Module, paths: Sequence[str]) -> None:

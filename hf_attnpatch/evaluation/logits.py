@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EvaluationError
+from ..interruption import removing
 from ..upstream import words
 from ..upstream.roles import predicted, run
 
@@ -141,11 +142,9 @@ def _before_head(model: nn.Module, change: Any) -> Iterator[None]:
     if head is None:
         yield
         return
-    hook = head.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]) if args else None)
-    try:
+    with removing() as handles:
+        handles.append(head.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]) if args else None))
         yield
-    finally:
-        hook.remove()
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

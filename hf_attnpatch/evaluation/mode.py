@@ -8,19 +8,22 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from ..interruption import ensured, entered
+
 
 @contextlib.contextmanager
 def measuring(*models: nn.Module) -> Iterator[None]:
     """Put models in eval mode without gradients, and each of their modules back in the mode that it had."""
     modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
+
+    def put_back() -> None:
         for module, training in modes:
             module.training = training
+
+    with ensured(put_back), entered(torch.no_grad()):
+        for model in models:
+            model.eval()
+        yield
 
 
 def device_of(model: nn.Module) -> torch.device:

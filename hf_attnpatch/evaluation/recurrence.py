@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EvaluationError
+from ..interruption import entered
 from ..upstream import words
 from ..upstream.roles import predicted
 from .logits import _cross_entropy, forward, positions_at_once
@@ -68,7 +69,7 @@ def document_tokens(
     rows = min(rows, len(waiting))
     columns = min(columns, positions_at_once(model, rows))
     lanes: list[tuple[Hashable, int] | None] = [(waiting.pop(), 0) for _ in range(rows)]
-    with measuring(model), stream:
+    with measuring(model), entered(stream):
         stream.reset()
         while any(lane is not None for lane in lanes):
             ids, labels = _cut(named, lanes, columns)

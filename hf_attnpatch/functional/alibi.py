@@ -55,11 +55,10 @@ def bias(slope: Tensor, queries: Tensor, keys: Tensor, clip: int | None = None) 
 
 def parts(values: Tensor, count: int, bits: int) -> list[Tensor]:
     """Split fp64 values into a sum of ``count`` parts, each of at most ``bits`` significant bits, largest first."""
-    found, rest = [], values
+    found, rest, factor = [], values, 2.0 ** (_SIGNIFICAND[torch.float64] - bits) + 1
     for _ in range(count):
-        _, exponent = torch.frexp(rest)
-        unit = torch.ldexp(torch.ones_like(rest), exponent - bits)
-        part = torch.round(rest / unit) * unit
+        large = rest * factor  # Veltkamp's splitting: products and differences only, which ONNX has, too
+        part = large - (large - rest)
         found.append(part)
         rest = rest - part
     return found

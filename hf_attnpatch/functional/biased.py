@@ -23,6 +23,11 @@ HIDDEN = -1e30  # score of a key that a query does not see; finite, so that a ro
 UNSEEN = HIDDEN * 1e-3  # below it is a score that was hidden, and perhaps scaled afterwards
 
 
+def few(queries: int) -> bool:
+    """Whether rows of biases cost less than columns; a program that is exported for any number takes columns."""
+    return not torch.compiler.is_exporting() and queries <= FEW
+
+
 @dataclass(frozen=True)
 class Distance:
     """How far counts.
@@ -84,7 +89,7 @@ def attend(
     """
     key, value, sight = _filled(query, key, value, sight)
     args = (query, key, value, distance, sight, scale)
-    if distance.clip is not None or query.shape[2] <= FEW:
+    if distance.clip is not None or few(query.shape[2]):
         return _rows(*args, dropout)
     if sight.causal:
         return _columns(*args, dropout)
@@ -108,7 +113,7 @@ def attend_with(
         added = None if sight.keep is None else padding_columns(here, query.dtype, sight.keep)
         return _on_columns(query, key, value, added, sight, scale, dropout)
     bias = bias[..., : key.shape[2]]
-    if query.shape[2] <= FEW:
+    if few(query.shape[2]):
         rows = _centred(bias, here).to(_exact(query))
         return _dense(query, key, value, _seen(rows, here, sight, slice(None)), scale, dropout)
     key, value = _repeated(key, query.shape[1]), _repeated(value, query.shape[1])
@@ -125,7 +130,7 @@ def attend_extended(
     """
     key, value, sight = _filled(query, key, value, sight)
     here = positions(query, key, sight)
-    if query.shape[2] <= FEW:
+    if few(query.shape[2]):
         rows = extension.rows(here, key.shape[2])
         return _dense(query, key, value, _seen(rows, here, sight, slice(None)), scale, dropout)
     left, right = extension.columns(here, key.shape[2])

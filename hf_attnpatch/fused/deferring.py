@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -186,13 +185,11 @@ class StillAngles(Still):
         return given.back()
 
 
-@dataclass(frozen=True)
 class _Seen:
     """What queries see of so many keys, where the mask is ours; None where the forward adds its own."""
 
-    mask: Tensor | None
-    ours: bool
-    queries: int
+    def __init__(self, mask: Tensor | None, ours: bool, queries: int):  # no dataclass: torch.compile cannot build one
+        self.mask, self.ours, self.queries = mask, ours, queries
 
     def __call__(self, keys: int) -> Sight | None:
         return read_sight(self.mask, True, self.queries, keys) if self.ours else None

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import AttnPatchError, UnsupportedArchitecture
-from ..probe import codebooks, quiet
+from ..probe import check_in_memory, codebooks, quiet, reads_tokens
 from ..sites import Site
 from ..upstream.roles import frequencies
 from . import calibration as cal
@@ -49,6 +49,7 @@ def unaligned(model: PreTrainedModel, sites: Sequence[Site]) -> str | None:
     blind = next((s for s in sites if not s.output), None)
     if blind is not None:
         return f"{blind.path}: {blind.kind} has no output projection"
+    check_in_memory(model)  # else "it cannot be run" would be taken for "it cannot be aligned"
     try:
         with quiet(model):
             find_frames(model, sites[:1])
@@ -124,7 +125,16 @@ def _sized(rows: Tensor, size: Tensor) -> Tensor:
 
 
 def random_ids(model: PreTrainedModel, shape: tuple[int, int]) -> Tensor:
-    """Return token ids, the same for every model of a vocabulary; (sequences, length), or a row for each codebook."""
+    """Return token ids, the same for every model of a vocabulary; (sequences, length), or a row for each codebook.
+
+    Raises:
+        UnsupportedArchitecture: the model reads no tokens.
+    """
+    if not reads_tokens(model):
+        raise UnsupportedArchitecture(
+            f"{type(model).__name__}: reads {model.main_input_name} and no tokens, so that heads cannot be weighed by "
+            "text; choose method='mean', 'mean_rescaled' or 'first'."
+        )
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
     return ids.repeat_interleave(codebooks(model), dim=0)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.gauge import Frame, fixed, random_gauge, rotary, unrotated
+from ..interruption import removing
 from ..probe import TOLERANCE, largest_difference
 from ..sites import Site
-from .replay import Call, Rewrite, Socket, removing
+from .replay import Call, Rewrite, Socket
 
 _NORM = r"{}_?(layer_?)?norm"
 SLACK = 5  # times the rounding of logits; a wrong hypothesis is off by tenths
@@ -194,12 +195,11 @@ def _scale(module: nn.Module, which: str, heads: int, dim: int) -> Tensor:
 @contextlib.contextmanager
 def _even_norms(module: nn.Module, frame: Frame, site: Site) -> Iterator[None]:
     """Let norms act as if their weights were even over each plane; then unit phases are exact."""
-    handles = []
-    for which, heads in (("(k|key)", site.num_kv_heads), ("(q|query)", site.num_heads)):
-        scale = _scale(module, which, heads, site.head_dim)
-        hook = _Times(even(scale, frame) / scale)
-        handles += [norm.register_forward_hook(hook) for norm in _norms(module, which)]
-    with removing(handles):
+    with removing() as handles:
+        for which, heads in (("(k|key)", site.num_kv_heads), ("(q|query)", site.num_heads)):
+            scale = _scale(module, which, heads, site.head_dim)
+            hook = _Times(even(scale, frame) / scale)
+            handles += [norm.register_forward_hook(hook) for norm in _norms(module, which)]
         yield
 
 

@@ -54,8 +54,8 @@ class OwnText:
         length = min(self.length, window) if isinstance(window, int) else self.length
         parts = [min(ROWS, self.sequences - at) for at in range(0, self.sequences, ROWS)]
         with quiet(model), torch.no_grad():
-            torch.manual_seed(self.seed)
-            found = [_sampled(model, first, rows, length) for rows in track(parts, "writing own text")]
+            draws = torch.Generator(input_device(model)).manual_seed(self.seed)  # nobody else's numbers move
+            found = [_sampled(model, first, rows, length, draws) for rows in track(parts, "writing own text")]
         return torch.cat(found)
 
     def _first(self, model: PreTrainedModel) -> int:
@@ -76,12 +76,13 @@ class OwnText:
         return found
 
 
-def _sampled(model: PreTrainedModel, first: int, rows: int, length: int) -> Tensor:
+def _sampled(model: PreTrainedModel, first: int, rows: int, length: int, draws: torch.Generator) -> Tensor:
     """(rows, length), by none of the checkpoint's own generation settings, and without an end."""
     ids = [torch.full((rows, 1), first, device=input_device(model))]
     past = None
     with announced(model, length):
         while len(ids) < length:
             logits, past = prefill(model, ids[-1], past)
-            ids.append(logits.float().softmax(-1).multinomial(1).to(ids[0].device))
+            probabilities = logits.float().softmax(-1).to(draws.device)
+            ids.append(probabilities.multinomial(1, generator=draws).to(ids[0].device))
     return torch.cat(ids, 1).cpu()

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy, Site
 from ..configs import config_at
-from ..edits import AddPreHook, Edit, ReplaceModule, SetAttribute
+from ..edits import AddPreHook, Edit, ReplaceModule, SetAttribute, SetConfig
 from ..errors import UnsupportedArchitecture
 from ..functional.grouping import resize_heads
 from ..layouts import is_transposed, weight_rows
@@ -117,6 +117,10 @@ def foreign(
         groups = site.num_heads // source.num_kv_heads
         narrow = NarrowCache(groups, not site.dispatches)  # first: other hooks hand over caches that it would not know
         yield AddPreHook(site.path, narrow, f"cache holds 1 of {groups} heads", first=True)
+    if model.can_generate() and not any(site.cross or site.tower for site in anatomy.sites):
+        # no module reads it, but whoever makes a cache before the first token does: static ones, PEFT's learned prefix
+        for config in dict.fromkeys(site.config for site in sites):
+            yield SetConfig(config, KV_FIELDS[0][1], source.num_kv_heads)
     if rewritten:
         yield from _rewritten(sites, source, "the same module")
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..backends import dense
-from ..edits import SetAttention
+from ..edits import SetAttention, Write, undo_all, write_all
 from ..errors import AttnPatchError
 from ..functional.merging import refit
+from ..interruption import ensured
 from ..progress import track
 from ..sites import Site
 from . import calibration as cal
@@ -128,12 +129,10 @@ def _samples(text: Sequence[Batch], done: Conversion) -> list[Batch]:
 @contextmanager
 def eager(model: PreTrainedModel) -> Iterator[None]:
     """Let modules return their attention weights, where the family has eager attention to switch to."""
-    try:
-        inverse = SetAttention("", dense(str(model.config._attn_implementation))).run(model)
-    except (ValueError, AttnPatchError):
-        inverse = None
-    try:
+    found, writes = model.config._attn_implementation, list[Write]()
+    with ensured(lambda: undo_all(writes)):
+        try:
+            write_all(model, [SetAttention("", dense(str(found)))], writes)
+        except (ValueError, AttnPatchError):
+            undo_all(writes)
         yield
-    finally:
-        if inverse is not None:
-            inverse.undo()

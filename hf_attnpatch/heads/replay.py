@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import AttnPatchError
+from ..interruption import removing
 from ..sites import Site
 from .projections import query_rows
 
@@ -83,8 +84,9 @@ class Socket:
             AttnPatchError: the module keeps something from call to call.
         """
         found: dict[str, Tensor] = {}
-        with removing(self.taps(found, rewrites)):
+        with removing() as handles:
             try:
+                handles += self.taps(found, rewrites)
                 output = self.module(*call.args, **call.kwargs)
             except (RuntimeError, TypeError, IndexError, KeyError, AttributeError) as error:
                 raise AttnPatchError(
@@ -153,16 +155,15 @@ def recording(model: nn.Module, sites: Sequence[Site], see: See) -> Iterator[Cal
         A function to be told the token masks of the next forward: ``(attention_mask, decoder_attention_mask)``.
     """
     masks: list[Tensor | None] = [None, None]
-    handles: list[RemovableHandle] = []
-    for site in sites:
-        watch = _Watch(Socket(model, site), see, masks, {}, [])
-        handles += watch.socket.taps(watch.found, {})
-        handles.append(watch.socket.module.register_forward_hook(watch, with_kwargs=True))
 
     def tell(mask: Tensor | None, decoder_mask: Tensor | None = None) -> None:
         masks[:] = [mask, decoder_mask]
 
-    with removing(handles):
+    with removing() as handles:
+        for site in sites:
+            watch = _Watch(Socket(model, site), see, masks, {}, [])
+            handles += watch.socket.taps(watch.found, {})
+            handles.append(watch.socket.module.register_forward_hook(watch, with_kwargs=True))
         yield tell
 
 
@@ -189,16 +190,6 @@ class _Watch:
     def _tokens(self, hidden: Tensor) -> Tensor | None:
         mask = self.masks["decoder" in self.socket.site.path and self.masks[1] is not None]
         return mask.bool() if mask is not None and mask.shape == hidden.shape[:2] else None
-
-
-@contextlib.contextmanager
-def removing(handles: Sequence[RemovableHandle]) -> Iterator[None]:
-    """Remove hooks at the end of a block."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _counted(states: Tensor, tokens: Tensor | None) -> Tensor:

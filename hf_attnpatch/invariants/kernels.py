@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import FLAG, FUSED, Candidate, obstacle
-from ..edits import SetAttention
+from ..edits import SetAttention, tried
 from ..probe import TOLERANCE
 from .subject import Answer, Subject, compare
 
@@ -50,8 +50,5 @@ def _agrees(subject: Subject, name: str) -> Answer:
 
 def _under(subject: Subject, name: str) -> Tensor | None:
     """Return the logits under another kernel, or None where transformers leaves the present one with a log line."""
-    inverse = SetAttention("", name).run(subject.model)
-    try:
+    with tried(subject.model, [SetAttention("", name)]):
         return subject.logits() if subject.model.config._attn_implementation == name else None
-    finally:
-        inverse.undo()

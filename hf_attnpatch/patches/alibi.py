@@ -16,8 +16,9 @@ from ..configs import config_at
 from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..fused.deferring import rebiased
-from ..patch import Patch, Proposal
+from ..patch import Patch, Proposal, internal
 from ..positions.choice import BACKENDS, choose
+from ..positions.counting import counted
 from ..positions.modules import PREFIX, AlibiBias, Guard, alibi_of
 from ..positions.removal import BIAS, check_blind, check_followed, removal, removed
 from ..sites import Place, dispatching
@@ -58,7 +59,7 @@ class Alibi(Patch):
     distance_clip: int | None = None
     strength: float = 1.0
     training: bool | None = None
-    proved: bool = False  # a checkpoint's own structure, which is not tried again while it is being loaded
+    proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded
 
     def __post_init__(self) -> None:
         if isinstance(self.slopes, Tensor):
@@ -93,10 +94,9 @@ class Alibi(Patch):
         self._check_heads(places)
         common = [*removal(model, anatomy, own=BIAS), *_biased(model, places, bias)]
         name, notes = self._kernel(model, anatomy, common)
-        edits = (*common, _attention(name))
-        return Proposal(
-            edits, tuple(p.path for p in places), (*removed(anatomy), *notes), stock=False, claims=("the positions",)
-        )
+        paths = tuple(p.path for p in places)
+        edits = (*common, *counted(model, paths, alibi_of), _attention(name))
+        return Proposal(edits, paths, (*removed(anatomy), *notes), stock=False, claims=("the positions",))
 
     def _of_a_native(self, model: PreTrainedModel, anatomy: Anatomy, bias: AlibiBias) -> Proposal:
         """BLOOM, MPT, Falcon, GPT-J, CodeGen: what told positions there is left out, and this one counts."""
@@ -114,7 +114,9 @@ class Alibi(Patch):
             check_followed(model, anatomy, edits)
             check_blind(model, anatomy, edits)
         notes = (*removed(anatomy), f"{self._what()}, through torch's kernel inside the forwards that stay")
-        return Proposal(edits, tuple(s.path for s in anatomy.sites), notes, stock=False, claims=("the positions",))
+        paths = tuple(s.path for s in anatomy.sites)
+        edits = (*edits, *counted(model, paths, alibi_of))
+        return Proposal(edits, paths, notes, stock=False, claims=("the positions",))
 
     def _check_heads(self, places: list[Place]) -> None:
         for place in places if not isinstance(self.slopes, str) else ():
@@ -155,7 +157,11 @@ def _attention(name: str) -> SetAttention:
 
 
 def _biased(model: PreTrainedModel, places: list[Place], bias: AlibiBias) -> Iterator[Edit]:
+    held = {  # one for each number of heads, so that a rank of tensor parallelism knows which of them it has
+        heads: AlibiBias(bias.given, bias.clip, bias.exact, bias.strength, heads)
+        for heads in dict.fromkeys(place.num_heads for place in places)
+    }
     for place in places:
-        yield SetAttribute(place.path, "alibi", bias)
+        yield SetAttribute(place.path, "alibi", held[place.num_heads])
         config = config_at(model, place.config)
         yield AddPreHook(place.path, Guard(config, alibi_of, PREFIX, "ALiBi"), "refuses to run without its bias")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..functional.spans import Sinks
-from ..patch import Patch, Proposal
+from ..patch import Patch, Proposal, internal
 from ..spans.proposal import check_fields, spanned, trained_length, within
 
 
@@ -44,7 +44,7 @@ class AttentionSinks(Patch):
     window: int | None = None
     trained: int | None = None
     backend: str = "auto"
-    found: Mapping[str, Any] | None = field(default=None, repr=False)
+    found: Mapping[str, Any] | None = internal()
 
     def __post_init__(self) -> None:
         check_fields(self, self.backend, num_sinks=self.num_sinks, window=self.window, trained=self.trained)

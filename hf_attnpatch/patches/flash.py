@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..backends import FLAG, FUSED, Candidate, obstacle, ranked
+from ..configs import config_at
 from ..edits import Edit, SetAttention
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..fused.deferring import variants
+from ..media import probes
 from ..patch import Patch, Proposal
 from ..probe import Inputs, default_inputs, input_device, largest_difference, logits_under, trace, trial
 from ..upstream import words
@@ -75,6 +77,10 @@ class Flash(Patch):
         """Say which backend would be used; see :meth:`Patch.propose`."""
         training = model.training if self.training is None else self.training
         head_dim = max((s.head_dim for s in anatomy.sites), default=0)
+        if model.config._attn_implementation == FUSED and self.backend not in ("auto", "sdpa"):
+            raise AttnPatchError(
+                f"{anatomy.architecture}: has torch's kernels inside of its own forwards, which take no other backend."
+            )
         if model.config._attn_implementation == FUSED:
             return Proposal(
                 (), (), ("already in use: a fused kernel inside forwards that do not dispatch",), preserves=True
@@ -94,14 +100,13 @@ class Flash(Patch):
         self, request: Candidate, anatomy: Anatomy, wanted: tuple[str, ...]
     ) -> Iterator[tuple[str, tuple[Edit, ...] | str]]:
         """Yield each backend with the edits that were proved on a probe, or why there are none."""
-        inputs = default_inputs(request.model)
-        reference = None
+        asked: list[tuple[str, Inputs, Tensor]] = []
         for name in wanted:
             ways = _ways(request, anatomy, name)
             found: tuple[Edit, ...] | str = ways if isinstance(ways, str) else ""
             for edits in () if isinstance(ways, str) else _nearest_first(request.model, ways):
-                reference = trace(request.model, inputs).logits if reference is None else reference
-                why = trial(request.model, edits, inputs, reference, request.training)
+                asked = asked or _asked(request.model)
+                why = _differs(request, edits, asked)
                 found = edits if why is None else found or why  # what the first way lacks says most
                 if why is None:
                     break
@@ -114,11 +119,27 @@ class Flash(Patch):
         kernel = "forward and backward" if request.training else "forward"
         passed = f"; passed over {'; '.join(reasons)}" if reasons else ""
         note = f"{name} on {model.device.type} in {dtype}, {kernel} proved on a probe{passed}"
-        if len(edits) == 1 and model.config._attn_implementation == name:
+        used = {config_at(model, s.config)._attn_implementation for s in anatomy.sites if s.dispatches}
+        if len(edits) == 1 and used | {model.config._attn_implementation} == {name}:
             return Proposal((), (), (f"already in use: {note}",), preserves=True)
         hooked = tuple(edit.path for edit in edits if edit.path)
-        sites = hooked or tuple(s.path for s in anatomy.sites if s.dispatches)
+        sites = hooked or tuple(s.path for s in anatomy.sites if s.dispatches) or anatomy.attending
         return Proposal(edits, sites, (note, *([_HOOKED] if hooked else [])), preserves=True)
+
+
+def _asked(model: PreTrainedModel) -> list[tuple[str, Inputs, Tensor]]:
+    """Return what to compare on: what is in it, the inputs, and the logits before."""
+    found = probes(model, default_inputs)
+    every = {"": found.main, **{f"with {what}: ": inputs for what, inputs in found.more.items()}}
+    return [(what, inputs, trace(model, inputs).logits) for what, inputs in every.items()]
+
+
+def _differs(request: Candidate, edits: tuple[Edit, ...], asked: list[tuple[str, Inputs, Tensor]]) -> str | None:
+    for what, inputs, reference in asked:
+        why = trial(request.model, edits, inputs, reference, request.training)
+        if why is not None:
+            return f"{what}{why}"
+    return None
 
 
 def _ways(request: Candidate, anatomy: Anatomy, name: str) -> list[tuple[Edit, ...]] | str:

@@ -118,7 +118,9 @@ class GroupedQuery(Patch):
         n = made.num_kv_heads
         todo = [s for s in sites if s.num_kv_heads != n]
         if not todo:
-            return Proposal((), (), (*notes, f"already {n} key-value heads everywhere; nothing to do"), patch=made)
+            return Proposal(
+                (), (), (*notes, f"already {n} key-value heads in all {len(sites)} modules; nothing to do"), patch=made
+            )
         return made._proposal(model, anatomy, sites, todo, notes)
 
     def text(self, model: PreTrainedModel) -> list[Batch] | None:

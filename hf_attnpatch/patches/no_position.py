@@ -9,8 +9,8 @@ from typing import ClassVar
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..patch import Patch, Proposal
-from ..positions.removal import check_blind, removal, removed
+from ..patch import Patch, Proposal, internal
+from ..positions.removal import check_blind, none_there, removal, removed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class NoPosition(Patch):
     name: ClassVar[str] = "no_position"
     transient: ClassVar[frozenset[str]] = frozenset({"proved"})
 
-    proved: bool = False  # a checkpoint's own structure, which is not tried again while it is being loaded
+    proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded
 
     def structure(self) -> Patch:
         """Return the patch without a probe: a model that is being loaded cannot run yet."""
@@ -38,11 +38,10 @@ class NoPosition(Patch):
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Say what would be taken out; see :meth:`Patch.propose`."""
         edits = removal(model, anatomy)
-        if not self.proved:
-            check_blind(model, anatomy, edits)
+        why = "" if self.proved else check_blind(model, anatomy, edits)
         if not edits:
-            return Proposal((), (), tuple(removed(anatomy)), preserves=True)
+            return Proposal((), (), (none_there(why),), preserves=True)
         both = any(site.causal is False and not site.cross and not site.tower for site in anatomy.sites)
         bag = ("attention looks both ways: without positions it sees a bag of tokens",) if both else ()
-        sites = tuple(s.path for s in anatomy.sites if not s.cross and not s.tower)
+        sites = anatomy.attending
         return Proposal(edits, sites, (*removed(anatomy), *bag), stock=False, claims=("the positions",))

@@ -15,11 +15,12 @@ from ..edits import ReplaceModule
 from ..errors import AttnPatchError
 from ..functional.tables import METHODS, lengthened
 from ..functional.turning import sinusoid
-from ..patch import Patch, Proposal
+from ..patch import Patch, Proposal, internal
 from ..positions.added import CHILD, LearnedPositions
 from ..positions.adding import adding, check_adding
 from ..positions.lengthening import learned, longer, positions
 from ..positions.removal import ADDED, check_blind, removal, removed
+from ..probe import check_loaded
 
 INITS = ("zeros", "sinusoidal")
 
@@ -54,7 +55,7 @@ class PositionTable(Patch):
     length: int
     method: str | None = None
     init: str | None = None
-    proved: bool = False  # a checkpoint's own structure, which is not tried again while it is being loaded
+    proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded
 
     def __post_init__(self) -> None:
         if not isinstance(self.length, int) or isinstance(self.length, bool) or self.length < 1:
@@ -71,6 +72,9 @@ class PositionTable(Patch):
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Say which table would be made; see :meth:`Patch.propose`."""
         tables = learned(model, anatomy)
+        own = [f"{anatomy.base}.{CHILD}".lstrip(".")] if anatomy.added == "table" else []
+        for path in tables or own or [_embedding(model, anatomy.base)]:
+            check_loaded(model, path)
         if tables or anatomy.added == "table":
             return self._longer(model, anatomy, tables)
         if self.method is not None:
@@ -84,7 +88,7 @@ class PositionTable(Patch):
             blind = removal(model, anatomy)
             check_blind(model, anatomy, blind)
             check_adding(model, anatomy, away, blind, edits)
-        sites = tuple(s.path for s in anatomy.sites if not s.cross and not s.tower)
+        sites = anatomy.attending
         notes = (*removed(anatomy), f"a new trainable table of {self.length} positions, {self._init}")
         return Proposal(edits, sites, notes, stock=False, claims=("the positions",))
 
@@ -108,7 +112,7 @@ class PositionTable(Patch):
             own, lambda old: _lengthened(old, self.length, method), f"{self.length} positions, {method}"
         )
         edits = longer(model, anatomy, tables, self.length, method) if tables else (new,)
-        sites = tuple(s.path for s in anatomy.sites if not s.cross and not s.tower)
+        sites = anatomy.attending
         note = f"{trained} positions become {self.length}, {method}"
         kept, claims = method != "interpolate", ("the positions",)
         return Proposal(edits, sites, (note,), stock=bool(tables), preserves=kept, claims=claims)
@@ -124,6 +128,12 @@ class PositionTable(Patch):
             places = torch.arange(self.length, device=embeddings.device)
             rows = sinusoid(places, embeddings.shape[1]).to(embeddings.dtype)
         return LearnedPositions(rows)
+
+
+def _embedding(model: PreTrainedModel, base: str | None) -> str:
+    """Return the path of the token embedding, beside which a new table is made; empty where there is none."""
+    found = model.get_submodule(base or "").get_input_embeddings()
+    return next((path for path, module in model.named_modules() if module is found), "")
 
 
 def _lengthened(old: nn.Module, length: int, method: str) -> nn.Module:

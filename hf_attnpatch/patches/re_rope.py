@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..anatomy import Anatomy
 from ..errors import AttnPatchError
 from ..functional.spans import Clipped
-from ..patch import Patch, Proposal
+from ..patch import Patch, Proposal, internal
 from ..spans.proposal import check_fields, spanned, target_length, trained_length, within
 
 
@@ -48,7 +48,7 @@ class ReRope(Patch):
     start: int | None = None
     trained: int | None = None
     backend: str = "auto"
-    found: Mapping[str, Any] | None = field(default=None, repr=False)
+    found: Mapping[str, Any] | None = internal()
 
     def __post_init__(self) -> None:
         lengths = {"window": self.window, "target": self.target, "start": self.start, "trained": self.trained}

@@ -19,13 +19,16 @@ from ..configs import config_at
 from ..edits import AddModule, AddPreHook, Edit, ReplaceModule, SetAttention
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..fused.deferring import deferred
-from ..patch import Patch, Proposal
+from ..patch import Patch, Proposal, internal
 from ..positions.choice import BACKENDS, choose
+from ..positions.counting import counted
 from ..positions.modules import Guard
 from ..positions.relative import CHILD, PREFIX, RelativeTerms, Term, default_size, relative_of
 from ..positions.removal import RELATIVE, check_blind, check_followed, removal, removed
+from ..probe import check_loaded
 from ..rope.fields import check_number
 from ..sites import Site, dispatching
+from ..upstream.partitioned import is_partitioned
 
 Edits = tuple[Edit, ...]
 Maker = Callable[[Site, torch.Tensor], RelativeTerms]
@@ -67,7 +70,7 @@ class RelativeXl(Patch):
     init: str = "recency"
     backend: str = "auto"
     training: bool | None = None
-    proved: bool = False  # a checkpoint's own structure, which is not tried again while it is being loaded
+    proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded
 
     def __post_init__(self) -> None:
         check_number("theta", self.theta, at_least=1)
@@ -90,6 +93,8 @@ class RelativeXl(Patch):
                 f"{anatomy.relative[0]}: has Transformer-XL's terms already; revert them first."
             )
         sites = _sites(anatomy)
+        for site in sites:
+            check_loaded(model, f"{site.path}.{site.layout.query}")
         away = removal(model, anatomy, own=RELATIVE)
         ears: dict[str, _Ear] = {}
         loud = (*away, *_put(model, sites, self._loud(ears)))  # with zeros, any kernel would agree
@@ -100,7 +105,8 @@ class RelativeXl(Patch):
         what = f"u, v and W for each head, R of {self._size(sites[0])} ({self.init}): {count:,} new parameters"
         paths = tuple(site.path for site in sites)
         notes = (*removed(anatomy), what, said)
-        return Proposal((*away, *terms, *rest), paths, notes, stock=False, claims=("the positions",))
+        edits = (*away, *terms, *counted(model, paths, relative_of), *rest)
+        return Proposal(edits, paths, notes, stock=False, claims=("the positions",))
 
     def _dispatched(
         self, model: PreTrainedModel, anatomy: Anatomy, sites: list[Site], loud: Edits
@@ -152,7 +158,8 @@ class RelativeXl(Patch):
     def _quiet(self, reach: int, ears: Mapping[str, _Ear]) -> Maker:
         def make(site: Site, like: torch.Tensor) -> RelativeTerms:
             terms = RelativeTerms(site.num_heads, site.head_dim, self._size(site), float(self.theta), like)
-            if self.init == "recency" and not (like.is_meta or torch.empty(0).is_meta):  # else it is being loaded
+            loading = like.is_meta or torch.empty(0).is_meta or is_partitioned(terms.weight)
+            if self.init == "recency" and not loading:
                 heard = ears[site.path].heard.get("scale") if site.path in ears else None
                 terms.look_back(site.head_dim**-0.5 if heard is None else heard, reach)
             return terms
@@ -174,10 +181,10 @@ class _Ear(RelativeTerms):
             for parameter in self.parameters():
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
-    def of(self, query: torch.Tensor, scale: float) -> Term:
+    def of(self, query: torch.Tensor, scale: float, module: nn.Module | None = None) -> Term:
         """Listen."""
         self.heard["scale"] = scale
-        return super().of(query, scale)
+        return super().of(query, scale, module)
 
 
 def _put(model: PreTrainedModel, sites: list[Site], make: Maker) -> Edits:

@@ -15,7 +15,7 @@ from ..anatomy import Anatomy
 from ..configs import config_at
 from ..edits import Edit, ReplaceModule, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
-from ..patch import Patch, Proposal
+from ..patch import Patch, Proposal, internal
 from ..rope.config import declared_window, head_dim, scaled_fields
 from ..rope.fields import KINDS, STATIC, changes_something, check_belonging, check_number, checked_factors
 from ..rope.request_angles import RequestAngles
@@ -80,7 +80,7 @@ class RopeScaling(Patch):
     layer_types: tuple[str, ...] | None = None
     per_request: bool = False
     trained_length: int | None = None
-    restored: bool = False  # a checkpoint's own structure, whose config has been edited already
+    restored: bool = internal(False)  # a checkpoint's own structure, whose config has been edited already
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy, angle_table
 from ..errors import AttnPatchError, UnsupportedArchitecture
-from ..patch import Patch, Proposal
+from ..patch import Patch, Proposal, internal
 from ..positions.removal import check_blind, check_effect, removal, removed
 from ..positions.rotating import attention_rotated, ignores_positions, rebased
 from ..positions.turning import KINDS, Rotation
@@ -63,8 +63,8 @@ class Rotary(Patch):
     partial: float | None = None
     interleaved: bool | None = None
     layer_types: tuple[str, ...] | None = None
-    counted: bool | None = None
-    proved: bool = False  # a checkpoint's own structure, which is not tried again while it is being loaded
+    counted: bool | None = internal()
+    proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded
 
     def __post_init__(self) -> None:
         check_number("theta", self.theta, at_least=1)
@@ -101,7 +101,7 @@ class Rotary(Patch):
             check_blind(model, anatomy, removal(model, anatomy))
             counted = ignores_positions(model, anatomy, edits)
             edits = attention_rotated(model, anatomy, rotation, True) if counted else edits
-        sites = tuple(s.path for s in anatomy.sites if not s.cross and not s.tower)
+        sites = anatomy.attending
         pairs = "neighbours" if rotation.interleaved else "halves"
         heads = anatomy.sites[0].head_dim
         what = f"rotates {rotation.rotary_dim} of {heads} dimensions ({pairs}), theta {self.theta:g}, {self._kind()}"
@@ -122,7 +122,7 @@ class Rotary(Patch):
         if not edits and not away:
             return Proposal((), (), ("the model rotates so already",), preserves=True)
         stock = not away and not anatomy.stilled
-        sites = tuple(s.path for s in anatomy.sites if not s.cross and not s.tower)
+        sites = anatomy.attending
         gone = removed(others) if away else ("its bias by distance is switched off",) * own_alibi
         said = (*gone, f"theta {self.theta:g}, {self._kind()}", *notes)
         if not self.proved and (away or own_alibi):
@@ -159,7 +159,8 @@ class Rotary(Patch):
                 "one rotation needs heads of one size."
             )
         width = heads.pop()
-        inner = [getattr(module, str(angle_table(module))) for module in map(model.get_submodule, anatomy.inner)]
+        tables = ((module, angle_table(module)) for module in model.modules())  # those that were stilled, too
+        inner = [getattr(module, name) for module, name in tables if name is not None]
         own = inner[0].shape[-1] / width if inner else 1.0
         rotary_dim = int(width * (own if self.partial is None else self.partial))
         if rotary_dim < 2 or rotary_dim % 2:

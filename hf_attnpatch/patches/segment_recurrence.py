@@ -9,14 +9,14 @@ from typing import ClassVar
 
 from transformers import PreTrainedModel
 
-from ..anatomy import Anatomy
+from ..anatomy import Anatomy, angle_table
 from ..backends import FLAG, FUSED, kernel_of
 from ..configs import config_at
 from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.segments import Segments
 from ..fused.deferring import variants
-from ..patch import Patch, Proposal
+from ..patch import Patch, Proposal, internal
 from ..recurrence.attention import BELOW, base, key, register_recurrent
 from ..recurrence.modules import Recalling, Recurrent, recalling_of
 from ..recurrence.native import Remembering, window_of
@@ -69,7 +69,7 @@ class SegmentRecurrence(Patch):
     memory_length: int
     positions: str = "bounded"
     num_sinks: int = 0
-    turning: Mapping[str, Way | None] | None = None  # a checkpoint's own, which is not found again while it is loaded
+    turning: Mapping[str, Way | None] | None = internal()  # a checkpoint's own, not found again when it is loaded
 
     def __post_init__(self) -> None:
         for name, least in (("segment_length", 1), ("memory_length", 0), ("num_sinks", 0)):
@@ -181,7 +181,8 @@ class SegmentRecurrence(Patch):
         paths = [place.path for place in places]
         if self.turning is not None:  # of a checkpoint, where tuples are lists
             given = ((path, self.turning[path]) for path in paths if self.turning.get(path) is not None)
-            return {path: (str(w[0]), str(w[1]), bool(w[2]), int(w[3])) for path, w in given if w is not None}
+            told = {path: (str(w[0]), str(w[1]), bool(w[2]), int(w[3])) for path, w in given if w is not None}
+            return {path: (*located(model, anatomy, path, way[:2]), *way[2:]) for path, way in told.items()}
         found = ways(model, anatomy, paths) if self.positions == "bounded" else {}
         return {path: way for path, way in found.items() if way is not None}
 
@@ -196,6 +197,23 @@ class SegmentRecurrence(Patch):
             how = sorted({("neighbours" if way[2] else "halves") for way in turning.values() if way is not None})
             yield f"positions begin anew in each segment; keys in memory are turned back ({', '.join(how)})"
         yield "what a text was before a call is carried where a stream is open or a cache is passed, and nowhere else"
+
+
+def located(model: PreTrainedModel, anatomy: Anatomy, path: str, said: tuple[str, str]) -> tuple[str, str]:
+    """Return where this release keeps the angles that a checkpoint, perhaps of another, says stand somewhere.
+
+    Raises:
+        UnsupportedArchitecture: it keeps none there, nor in a table.
+    """
+    modules = dict(model.named_modules())
+    if said[0] in modules and hasattr(modules[said[0]], said[1]):
+        return said
+    tables = [each for each in anatomy.inner if each == path] or list(anatomy.inner)
+    if not tables:
+        raise UnsupportedArchitecture(
+            f"{said[0]}: the checkpoint was written where this module kept its angles as {said[1]!r}; here it does not."
+        )
+    return tables[0], str(angle_table(modules[tables[0]]))
 
 
 def _places(model: PreTrainedModel, anatomy: Anatomy) -> tuple[list[Place], bool]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..anatomy import Anatomy
 from ..errors import AttnPatchError
 from ..functional.spans import Grouped
-from ..patch import Patch, Proposal
+from ..patch import Patch, Proposal, internal
 from ..spans.proposal import check_fields, spanned, target_length, trained_length, within
 
 
@@ -49,7 +49,7 @@ class SelfExtend(Patch):
     start: int | None = None
     trained: int | None = None
     backend: str = "auto"
-    found: Mapping[str, Any] | None = field(default=None, repr=False)
+    found: Mapping[str, Any] | None = internal()
 
     def __post_init__(self) -> None:
         lengths = {"window": self.window, "group": self.group, "target": self.target, "start": self.start}
@@ -81,9 +81,18 @@ def _most(length: int, window: int, group: int) -> int:
 
 
 def _reaching(target: int, window: int, trained: int) -> int:
-    group = next((g for g in range(2, target + 1) if _most(target, window, g) < trained), None)
-    if group is None:
+    """Return the smallest group with which no distance within ``target`` is foreign to the model.
+
+    With a = target - 1 and c = trained - window, a // g - window // g < c is wanted. The left side is (a - window) // g
+    or one more, so that no g up to (a - window) // c will do; beyond the window its second term is 0, so that
+    a // c + 1 does. In between, steps lead to the next g at which a quotient changes.
+    """
+    last, room = target - 1, trained - window
+    if room < 1:
         raise AttnPatchError(
             f"self_extend: no group reaches {target} tokens with a window of {window}; take a smaller."
         )
-    return group
+    group = max(2, (last - window) // room + 1)
+    while group <= window and _most(target, window, group) >= trained:
+        group = min(last // (last // group), window // (window // group)) + 1
+    return group if group <= window else max(group, last // room + 1)

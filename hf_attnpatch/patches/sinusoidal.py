@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..errors import AttnPatchError
-from ..patch import Patch, Proposal
+from ..patch import Patch, Proposal, internal
 from ..positions.added import SinusoidalPositions
 from ..positions.adding import adding, check_adding
 from ..positions.removal import ADDED, check_blind, removal, removed
@@ -47,7 +47,7 @@ class Sinusoidal(Patch):
     theta: float = 10000.0
     amplitude: float = 1.0
     embedding_scale: float | str = 1.0
-    proved: bool = False  # a checkpoint's own structure, which is not tried again while it is being loaded
+    proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded
 
     def __post_init__(self) -> None:
         check_number("theta", self.theta)
@@ -70,7 +70,7 @@ class Sinusoidal(Patch):
             blind = removal(model, anatomy)
             check_blind(model, anatomy, blind)
             check_adding(model, anatomy, away, blind, edits)
-        sites = tuple(s.path for s in anatomy.sites if not s.cross and not s.tower)
+        sites = anatomy.attending
         notes = (
             *removed(anatomy),
             f"adds {self.amplitude:g} times the sinusoid to the token embeddings, at any length",

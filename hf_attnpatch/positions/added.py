@@ -14,6 +14,7 @@ from ..errors import AttnPatchError
 from ..functional.turning import sinusoid
 from ..upstream import words
 from ..upstream.caches import length as cached
+from ..upstream.partitioned import shape_of
 from ..upstream.roles import Arguments, Roles
 from .modules import NoPositions
 
@@ -63,14 +64,20 @@ class LearnedPositions(nn.Module):
             AttnPatchError: a position beyond the table.
         """
         rows = self.weight.shape[0]
-        beyond = places.shape[-1] > rows or (places.device.type == "cpu" and int(places.max()) >= rows)
+        beyond = places.shape[-1] > rows or (places.device.type == "cpu" and _beyond(places, rows))
         if beyond:  # on other devices the lookup itself complains: asking first would stop their queue
             raise AttnPatchError(f"a token at position {int(places.max())}; the position table has {rows} rows.")
         return embeddings + F.embedding(places, self.weight)
 
     def extra_repr(self) -> str:
         """Show the size."""
-        return f"length={self.weight.shape[0]}, width={self.weight.shape[1]}"
+        length, width = shape_of(self.weight)
+        return f"length={length}, width={width}"
+
+
+def _beyond(places: Tensor, rows: int) -> bool:
+    """Whether a position is in no row; a program that is exported has no positions yet."""
+    return not torch.compiler.is_exporting() and int(places.max()) >= rows
 
 
 class AddPositions:
@@ -108,10 +115,11 @@ class AnyLength:
 
     Args:
         roles: of the arguments of its forward.
+        segments: whether it keeps segment ids; one that keeps none may take their absence for something else.
     """
 
-    def __init__(self, roles: Roles):
-        self.roles = roles
+    def __init__(self, roles: Roles, segments: bool):
+        self.roles, self.segments = roles, segments and roles.takes(words.SEGMENTS)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -123,7 +131,7 @@ class AnyLength:
             if embeddings is None:
                 return None  # the model complains better
             like = embeddings[..., 0].long()
-        if self.roles.takes(words.SEGMENTS) and given.get(words.SEGMENTS) is None:
+        if self.segments and given.get(words.SEGMENTS) is None:
             given.put(words.SEGMENTS, torch.zeros_like(like))
         if self.roles.takes(words.POSITIONS) and given.get(words.POSITIONS) is None:
             given.put(words.POSITIONS, positions(given, like).expand_as(like))

@@ -15,7 +15,7 @@ from ..errors import AttnPatchError
 from ..functional.biased import Sight, attend, bias_rows, hiding, positions
 from ..fused.sight import read_sight
 from ..upstream import words
-from ..upstream.calls import flex_attention, flex_attention_mask, looks_back, sdpa_attention
+from ..upstream.calls import flex_attention, flex_attention_mask, looks_back, sdpa_attention, several_documents
 from ..upstream.find import find
 from .modules import alibi_of
 
@@ -42,9 +42,9 @@ def sdpa(
         )
         return out
     refuse(module, kwargs, "ALiBi", words.SOFTCAP, words.SINKS, words.SCORE_BIAS, words.CACHE)
-    if mask is None:
+    if mask is None and several_documents(kwargs, query.shape[2]):
         refuse(module, kwargs, "ALiBi", words.PACKED)  # only flash attention reads documents from there
-    distance, scale = found.distance(query.shape[1], query.dtype), scale_of(query, scaling)
+    distance, scale = found.distance(query.shape[1], query.dtype, module), scale_of(query, scaling)
     sight = read_sight(mask, causal, query.shape[2], key.shape[2])
     return attend(query, key, value, distance, sight, scale, dropout).transpose(1, 2).contiguous(), None
 
@@ -74,7 +74,7 @@ def eager(
     mask = None if mask is None else hiding(mask[..., : key.shape[2]])
     if found is not None:
         sight = Sight(causal_of(module, is_causal), mask=mask)
-        rows = bias_rows(found.distance(query.shape[1], query.dtype), positions(query, key, sight), key, sight)
+        rows = bias_rows(found.distance(query.shape[1], query.dtype, module), positions(query, key, sight), key, sight)
         scores = scores + rows.to(exact)
     elif mask is not None:
         scores = scores + mask
@@ -107,7 +107,7 @@ def flex(
     refuse(module, kwargs, "ALiBi", words.SINKS, words.SCORE_BIAS, words.CACHE, words.DROPOUT)
     if not found.exact:
         raise AttnPatchError(f"{type(module).__name__}: flex_attention has the exact bias only; pass exact=True.")
-    slope = found.distance(query.shape[1], query.dtype).slope.to(query.device, torch.float32)
+    slope = found.distance(query.shape[1], query.dtype, module).slope.to(query.device, torch.float32)
     offset = getattr(mask, "query_offset", key.shape[2] - query.shape[2])
     causal, clip = causal_of(module, is_causal), found.clip
 

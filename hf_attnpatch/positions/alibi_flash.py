@@ -47,7 +47,7 @@ def flash(name: str) -> Callable[..., tuple[Tensor, None]]:
         if found is not None:
             _refuse(module, found, name, causal, mask, kwargs)
             if name == "flash_attention_2" and mask is None and not packed:
-                return _by_slopes(found, query, key, value, causal, scale, dropout, kwargs), None
+                return _by_slopes(module, found, query, key, value, causal, scale, dropout, kwargs), None
         return _by_columns(module, name, found, query, key, value, mask, causal, scale, dropout, kwargs), None
 
     return attention
@@ -70,6 +70,7 @@ def _positions(module: nn.Module, kwargs: dict[str, Any]) -> Any:
 
 
 def _by_slopes(
+    module: nn.Module,
     found: AlibiBias,
     query: Tensor,
     key: Tensor,
@@ -89,7 +90,7 @@ def _by_slopes(
         causal=causal,
         window_size=reach,
         softcap=kwargs.get(words.SOFTCAP) or 0.0,
-        alibi_slopes=found.distance(query.shape[1], query.dtype).slope.to(query.device, torch.float32),
+        alibi_slopes=found.distance(query.shape[1], query.dtype, module).slope.to(query.device, torch.float32),
     )
     return out
 
@@ -110,7 +111,7 @@ def _by_columns(
     """Transformers' own way to the library, which unpads and unpacks; the bias travels in the states."""
     width = value.shape[-1]
     if found is not None:
-        slope = found.distance(query.shape[1], query.dtype).slope.to(query.device)
+        slope = found.distance(query.shape[1], query.dtype, module).slope.to(query.device)
         here = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=query.device)[None]
         query, key, value = extended(query, key, value, columns(slope, scale, here, key.shape[2], query.dtype))
     elif width != query.shape[-1]:

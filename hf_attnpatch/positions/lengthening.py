@@ -14,8 +14,8 @@ from ..configs import config_path
 from ..edits import Edit, ReplaceModule, SetAttribute, SetBuffer
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.tables import lengthened
+from ..sites import in_tower
 from ..twin import Change, Difference, difference
-from .removal import in_tower
 
 _FIELD = "max_position_embeddings"
 

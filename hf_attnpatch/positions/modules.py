@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..errors import AttnPatchError
 from ..functional.alibi import slopes
@@ -28,18 +29,70 @@ class AlibiBias:
         clip: distances above it count as this one, or None.
         exact: whether slope times position is exact; otherwise it is rounded to the model's dtype, as BLOOM's is.
         strength: factor on the slopes, in [0, 1] while a model is warmed up to them.
+        heads: query heads of the whole module, of which a rank of tensor parallelism has some; None where not read.
     """
 
-    def __init__(self, given: tuple[float, ...] | None, clip: int | None, exact: bool, strength: float):
+    def __init__(
+        self, given: tuple[float, ...] | None, clip: int | None, exact: bool, strength: float, heads: int | None = None
+    ):
         self.given, self.clip, self.exact, self.strength = given, clip, exact, strength
+        self.heads = heads if given is None else len(given)
 
     def __repr__(self) -> str:
         return "the paper's slopes" if self.given is None else f"{len(self.given)} given slopes"
 
-    def distance(self, heads: int, dtype: torch.dtype) -> Distance:
-        """What counts as distance, for so many heads."""
-        slope = slopes(heads) if self.given is None else torch.tensor(self.given, dtype=torch.float64)
+    def distance(self, heads: int, dtype: torch.dtype, module: nn.Module | None = None) -> Distance:
+        """What counts as distance, for so many heads of an attention module: all of them, or those of this rank.
+
+        Raises:
+            AttnPatchError: heads are missing, and nothing says which.
+        """
+        whole = heads if self.heads is None else self.heads
+        if self.heads is None and module is not None and sharding(module) is not None:
+            raise AttnPatchError(
+                f"{type(module).__name__} is sharded over devices, and how many heads there are in all was not read: "
+                "whose slopes these heads have is unknown. Load the model without tp_plan."
+            )
+        slope = slopes(whole) if self.given is None else torch.tensor(self.given, dtype=torch.float64)
+        slope = slope[share(module, heads, whole)]
         return Distance(slope * self.strength, self.clip, None if self.exact else dtype)
+
+
+def sharding(module: nn.Module) -> tuple[int, int] | None:
+    """Return the rank and the number of ranks among which tensor parallelism shares a module's rows; None without."""
+    sharded = (tensor for tensor in map(_plain, module.parameters()) if isinstance(tensor, DTensor))
+    for parameter in sharded:
+        for number, placement in enumerate(parameter.placements):
+            if placement.is_shard(0):
+                return parameter.device_mesh.get_local_rank(number), parameter.device_mesh.size(number)
+    return None
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Return a parameter as what it is besides; the type checker takes the two classes for strangers."""
+    return tensor
+
+
+def share(module: nn.Module | None, heads: int, whole: int) -> slice:
+    """Return which of a module's heads these are: all, or as many as a rank of tensor parallelism has.
+
+    Args:
+        module: an attention module; None where nothing is sharded.
+        heads: that its queries have here.
+        whole: heads that it has in all.
+
+    Raises:
+        AttnPatchError: some are missing, and no sharding over devices explains it.
+    """
+    if heads == whole:
+        return slice(None)
+    rank, ranks = (None if module is None else sharding(module)) or (0, 1)
+    if heads * ranks != whole:
+        raise AttnPatchError(
+            f"{type(module).__name__}: queries of {heads} heads on rank {rank} of {ranks}, where the module has "
+            f"{whole} in all: which of them these are is unknown."
+        )
+    return slice(rank * heads, (rank + 1) * heads)
 
 
 class NoBias:

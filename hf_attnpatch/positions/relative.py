@@ -14,7 +14,8 @@ from ..functional import relative
 from ..functional.alibi import slopes
 from ..functional.autocast import outside_autocast
 from ..functional.biased import Sight, attend_extended
-from .modules import NoPositions
+from ..upstream.partitioned import shape_of
+from .modules import NoPositions, share
 
 PREFIX = "relative_xl_"  # of the attention functions that add the terms, before the name of the kernel they call
 CHILD = "relative_xl"  # of an attention module; what its parameters' keys in a checkpoint end with
@@ -41,7 +42,8 @@ class RelativeTerms(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the sizes."""
-        return f"heads={self.weight.shape[0]}, size={self.weight.shape[2]}, theta={self.theta:g}"
+        heads, _, size = shape_of(self.weight)
+        return f"heads={heads}, size={size}, theta={self.theta:g}"
 
     def look_back(self, scale: float, reach: int) -> None:
         """Begin with ALiBi's preference for what is near (its slopes, within ``reach`` tokens), by v W alone."""
@@ -51,54 +53,98 @@ class RelativeTerms(nn.Module):
             self.v.fill_(_LOUD)
             self.weight.copy_(wanted[:, None].expand(-1, head_dim, -1))
 
-    def of(self, query: Tensor, scale: float) -> Term:
-        """Return the position term of these queries, (batch, heads, q, d), whose scores are multiplied by ``scale``."""
-        return Term(self, query, scale)
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return u, v and W: called rather than read, as Accelerate and DeepSpeed bring parameters here for a call."""
+        return self.u, self.v, self.weight
 
-    def content(self, query: Tensor) -> Tensor:
-        """Add u."""
-        return query + self.u[:, None].to(query.dtype)
+    def of(self, query: Tensor, scale: float, module: nn.Module | None = None) -> Term:
+        """Return the terms of some queries.
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, sight: Sight, scale: float, dropout: float) -> Tensor:
+        Args:
+            query: (batch, heads, q, d).
+            scale: by which their scores are multiplied.
+            module: the attention module, which says which heads a rank of tensor parallelism has.
+
+        Raises:
+            AttnPatchError: heads are missing, or they would be trained on several ranks, each on its own share.
+        """
+        u, v, weight = self()
+        mine = share(module, query.shape[1], u.shape[0])
+        if query.shape[1] != u.shape[0] and torch.is_grad_enabled() and u.requires_grad:
+            raise AttnPatchError(
+                f"{CHILD}: under tensor parallelism each rank would train its own heads' terms, and none "
+                "would know the others'; train with FSDP or DeepSpeed, or freeze them (requires_grad_(False))."
+            )
+        return Term(u[mine], v[mine], weight[mine], self.theta, query, scale)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sight: Sight,
+        scale: float,
+        dropout: float,
+        module: nn.Module | None = None,
+    ) -> Tensor:
         """Attend by torch's kernel; the arguments are those of :func:`hf_attnpatch.functional.biased.attend`."""
-        return _attend(query, key, value, self, sight, scale, dropout)
+        return _attend(query, key, value, self, sight, scale, dropout, module)
 
 
 @outside_autocast
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, terms: RelativeTerms, sight: Sight, scale: float, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    terms: RelativeTerms,
+    sight: Sight,
+    scale: float,
+    dropout: float,
+    module: nn.Module | None,
 ) -> Tensor:
-    return attend_extended(terms.content(query), key, value, terms.of(query, scale), sight, scale, dropout)
+    term = terms.of(query, scale, module)
+    return attend_extended(term.content, key, value, term, sight, scale, dropout)
 
 
 @dataclass(frozen=True)
 class Term:
-    """The position term of some queries; an :class:`hf_attnpatch.functional.biased.Extension`.
+    """The terms of some queries; an :class:`hf_attnpatch.functional.biased.Extension`.
 
     Attributes:
-        terms: u, v and W.
+        u: of the paper, (heads, d).
+        v: of the paper, (heads, d).
+        weight: W, (heads, d, size).
+        theta: base of R's wavelengths.
         query: (batch, heads, q, d), as the module hands them to its attention function.
         scale: by which scores are multiplied.
     """
 
-    terms: RelativeTerms
+    u: Tensor
+    v: Tensor
+    weight: Tensor
+    theta: float
     query: Tensor
     scale: float
 
+    @property
+    def content(self) -> Tensor:
+        """The queries with u added, whose product with keys is the other part of the scores."""
+        return self.query + self.u[:, None].to(self.query.dtype)
+
     def columns(self, here: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
         """The further dimensions of queries at these places, and of so many keys; a multiple of eight."""
-        terms, like = self.terms, self.query
-        left = relative.query_columns(like, *self._given(), here, terms.theta).to(like.dtype)
-        right = relative.key_columns(num_keys, terms.weight.shape[2], terms.theta, like.device).to(like.dtype)
+        like = self.query
+        left = relative.query_columns(like, *self._given(), here, self.theta).to(like.dtype)
+        right = relative.key_columns(num_keys, self.weight.shape[2], self.theta, like.device).to(like.dtype)
         blank = -left.shape[-1] % 8
         return nn.functional.pad(left, (0, blank)), nn.functional.pad(right, (0, blank))
 
     def rows(self, here: Tensor, num_keys: int) -> Tensor:
         """The same multiplied out and scaled."""
-        return self.scale * relative.bias_rows(self.query, *self._given(), here, num_keys, self.terms.theta)
+        return self.scale * relative.bias_rows(self.query, *self._given(), here, num_keys, self.theta)
 
     def _given(self) -> tuple[Tensor, Tensor]:
-        return self.terms.v.to(self.query.dtype), self.terms.weight.to(self.query.dtype)
+        return self.v.to(self.query.dtype), self.weight.to(self.query.dtype)
 
 
 def relative_of(module: nn.Module) -> RelativeTerms | None:

@@ -18,7 +18,7 @@ from ..errors import AttnPatchError
 from ..functional.biased import Sight, hiding, positions
 from ..fused.sight import read_sight
 from ..upstream import words
-from ..upstream.calls import flex_attention
+from ..upstream.calls import flex_attention, several_documents
 from . import alibi_attention, alibi_flash
 from .alibi_attention import Output, causal_of, refuse, scale_of
 from .relative import relative_of
@@ -32,11 +32,11 @@ def sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Ten
     if found is None:
         return alibi_attention.sdpa(module, query, key, value, mask, **kwargs)
     refuse(module, kwargs, _WITH, words.SOFTCAP, words.SINKS, words.SCORE_BIAS, words.CACHE)
-    if mask is None:
+    if mask is None and several_documents(kwargs, query.shape[2]):
         refuse(module, kwargs, _WITH, words.PACKED)  # only flash attention reads documents from there
     causal, scale = causal_of(module, kwargs.get(words.IS_CAUSAL)), scale_of(query, kwargs.get(words.SCALING))
     sight = read_sight(mask, causal, query.shape[2], key.shape[2])
-    out = found.attend(query, key, value, sight, scale, kwargs.get(words.DROPOUT, 0.0))
+    out = found.attend(query, key, value, sight, scale, kwargs.get(words.DROPOUT, 0.0), module)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -116,9 +116,10 @@ def _extended(
     """Put the further dimensions before those of queries and keys, and zeros behind those of values."""
     found = relative_of(module)
     assert found is not None
-    left, right = found.of(query, scale).columns(here, key.shape[2])
+    term = found.of(query, scale, module)
+    left, right = term.columns(here, key.shape[2])
     query, key = (
         torch.cat([more.expand(*states.shape[:3], -1), states], -1)
-        for more, states in ((left, found.content(query)), (right, key))
+        for more, states in ((left, term.content), (right, key))
     )
     return query, key, F.pad(value, (0, query.shape[-1] - value.shape[-1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
@@ -13,21 +13,16 @@ from ..backends import kernel_of
 from ..edits import AddPreHook, Edit, ReplaceModule, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..fused.deferring import StillAngles, unbiased
-from ..probe import default_inputs, disagreement, logits_under, tokens_of
+from ..probe import Inputs, codebooks, default_inputs, disagreement, logits_under, tokens_of
+from ..sites import in_tower
 from ..upstream import words
 from ..upstream.roles import roles_of
-from .added import CHILD, AnyLength
+from .added import CHILD, AnyLength, CountedOnly
 from .modules import NoBias, NoPositions, ZeroAngles
 from .relative import CHILD as TERMS
 
-_TOWERS = ("vision", "visual", "audio", "image", "speech")
 # what a patch may put in the place of the old by itself
 BIAS, ROTATION, ADDED, RELATIVE = "alibi", "rotation", "added", "relative"
-
-
-def in_tower(path: str) -> bool:
-    """Whether a path lies in an image or audio tower beside the language model."""
-    return any(word in path.lower() for word in _TOWERS)
 
 
 def removal(model: PreTrainedModel, anatomy: Anatomy, own: str = "") -> tuple[Edit, ...]:
@@ -72,37 +67,100 @@ def removed(anatomy: Anatomy) -> Iterator[str]:
         "added positions taken out": anatomy.added,
     }
     yield from (f"{what}: {where}" for what, where in found.items() if where)
-    if not any(found.values()):
-        yield "no positions were there to take out"
 
 
-def check_blind(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]) -> None:
+def none_there(unproved: str) -> str:
+    """Say that a model has nothing that could be taken out, and what is known of that.
+
+    Args:
+        unproved: what :func:`check_blind` returned.
+    """
+    if unproved:
+        return f"no positions were found to take out; whether there are none was not tried: {unproved}"
+    return "no positions were there to take out: equal tokens, and tokens farther apart, gave the same logits"
+
+
+def check_blind(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]) -> str:
     """Refuse a model that still tells positions apart: where all tokens are the same, so must their logits be.
 
-    Neither a bias nor a rotation of keys changes anything there: they weigh what is the same everywhere. Modules with a
-    state and attention sinks do count tokens, so that the question does not arise where those are.
+    Neither a bias nor a rotation of keys changes anything there: they weigh what is the same everywhere. Those show
+    where tokens stand farther apart, with one between them that nobody sees. Modules with a state and attention sinks
+    do count tokens, so that the question does not arise where those are.
+
+    Args:
+        model: any model.
+        anatomy: its.
+        edits: that take the positions out, or put others in.
+
+    Returns:
+        Why the model was not asked; empty where it was.
 
     Raises:
         UnsupportedArchitecture: it does.
     """
+    if any("state" in why or "convolution" in why for why in anatomy.other.values()):
+        return "a module with a state of its own counts tokens"
+    if model.config.is_encoder_decoder:
+        _check_order(model, anatomy, removal(model, anatomy))
+        return ""
     ids = tokens_of(model, default_inputs(model))
-    if any("state" in why or "convolution" in why for why in anatomy.other.values()) or model.config.is_encoder_decoder:
-        return
     same = roles_of(model).call(**{words.TOKENS: torch.full_like(ids, int(ids[0, 0]))})
-    try:
-        logits = logits_under(model, edits, same)
-    except AttnPatchError as error:
-        cause = " ".join(str(error.__cause__ or error).split())[:200]
-        raise UnsupportedArchitecture(
-            f"{anatomy.architecture}: does not run without the positions that it has ({cause}): they are used in a way "
-            "that was not recognised."
-        ) from error
+    logits = _logits_without(model, anatomy, edits, same)
     problem = disagreement(logits[:, :1].expand_as(logits), logits) if logits.dim() == 3 else None
     if problem is not None and not _counts(model):
         raise UnsupportedArchitecture(
             f"{anatomy.architecture}: tells positions apart by something that was not recognised (equal tokens, and "
             f"{problem}), which would stay beside the new positions."
         )
+    _check_order(model, anatomy, removal(model, anatomy))
+    return ""
+
+
+def _check_order(model: PreTrainedModel, anatomy: Anatomy, blind: Sequence[Edit]) -> None:
+    """Refuse a model that, with its positions out, sees whether three tokens stand one farther from another."""
+    roles = roles_of(model)
+    if roles.names.get(words.TOKENS) in (None, roles.names.get(words.DECODER_TOKENS)):
+        raise UnsupportedArchitecture(
+            f"{anatomy.architecture}: reads {model.main_input_name} and no tokens; positions are exchanged in "
+            "models of text."
+        )
+    ids = tokens_of(model, default_inputs(model))
+    if not roles.takes(words.MASK):
+        return
+    row = ids[:1, :4].flatten()
+    close, apart = torch.stack([row, row[[0, 3, 1, 2]]]), [0, 2, 3]
+    seen = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1]], device=ids.device)
+    close = close.repeat_interleave(codebooks(model), dim=0)
+    given = {words.TOKENS: close, words.MASK: seen, words.DECODER_TOKENS: close}
+    counted = any(isinstance(h, CountedOnly) for m in model.modules() for h in m._forward_pre_hooks.values())
+    if not counted:
+        given[words.POSITIONS] = torch.arange(4, device=ids.device).expand(2, -1)
+    inputs = roles.call(**given)
+    if words.DECODER_TOKENS in roles.names and words.DECODER_MASK in roles.parameters:
+        inputs[words.DECODER_MASK] = seen
+    with_gap = _logits_without(model, anatomy, blind, inputs, padded=True)
+    problem = disagreement(with_gap[0, :3], with_gap[1, apart]) if with_gap.dim() == 3 and len(with_gap) == 2 else None
+    if problem is not None:
+        where = anatomy.distances
+        what = f"a learned bias by distance ({where[0]})" if where else "something that was not recognised"
+        raise UnsupportedArchitecture(
+            f"{anatomy.architecture}: tells positions apart by {what}, which cannot be taken out (tokens one farther "
+            f"from another, and {problem})."
+        )
+
+
+def _logits_without(
+    model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit], inputs: Inputs, padded: bool = False
+) -> Tensor:
+    """Return logits without the positions of a model, or refuse one that does not run so."""
+    try:
+        return logits_under(model, edits, inputs, padded=padded)
+    except AttnPatchError as error:
+        cause = " ".join(str(error.__cause__ or error).split())[:200]
+        raise UnsupportedArchitecture(
+            f"{anatomy.architecture}: does not run without the positions that it has ({cause}): they are used in a way "
+            "that was not recognised."
+        ) from error
 
 
 def check_effect(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]) -> None:
@@ -159,7 +217,8 @@ def _emptied(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Edit]:
     owners = [model.get_submodule(path.rpartition(".")[0]) for path in tables]
     if anatomy.base is not None and any(map(_counts_in_buffers, owners)):
         roles = roles_of(model.get_submodule(anatomy.base))
-        yield AddPreHook(anatomy.base, AnyLength(roles), "position and segment ids of any length")
+        segments = any(name in owner._buffers for owner in owners for name in words.ARGUMENTS[words.SEGMENTS])
+        yield AddPreHook(anatomy.base, AnyLength(roles, segments), "position and segment ids of any length")
 
 
 def _counts_in_buffers(owner: nn.Module) -> bool:

@@ -17,12 +17,12 @@ from ..edits import AddPreHook, Edit, ReplaceModule, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..fused.deferring import rotated
 from ..probe import default_inputs, logits_under, tokens_of
-from ..sites import Place, dispatching
+from ..sites import Place, dispatching, in_tower
 from ..twin import Change, difference
 from ..upstream import words
-from ..upstream.roles import roles_of
+from ..upstream.roles import frequencies, roles_of
 from .added import CountedOnly
-from .removal import ROTATION, check_followed, in_tower, removal
+from .removal import ROTATION, check_followed, removal
 from .turning import PREFIX, HandPlaces, Rotation, Turning
 
 _LOCAL = ("sliding", "local", "chunked")
@@ -133,13 +133,12 @@ def rebased(
     for path in owners:
         said, wanted = _wanted(config_at(model, path), path, parameters, layer_types, partial)
         notes, changes = [*notes, *said], [*changes, *wanted]
-    stilled = [r.path for r in anatomy.stilled]
-    if not changes and not stilled:
+    paths = [path for group in owners.values() for path in group]
+    if not changes and not anatomy.stilled and not any(_stale(model.get_submodule(path)) for path in paths):
         return [], notes
     found = difference(model, changes)
     if isinstance(found, str):
         raise AttnPatchError(f"{anatomy.architecture}: {found}.")
-    paths = [path for group in owners.values() for path in group]
     longer = [p for p in found.modules if p not in paths]
     if longer:
         raise UnsupportedArchitecture(
@@ -223,6 +222,12 @@ def _same(new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
     """Whether the rows say the same, a missing type being the default one."""
     rows = [(new, old)] if not isinstance(next(iter(old.values())), Mapping) else [(new[k], old[k]) for k in old]
     return all({"rope_type": "default", **a} == {"rope_type": "default", **b} for a, b in rows)
+
+
+def _stale(module: nn.Module) -> bool:
+    """Whether a rotary module turns otherwise than its config says: configs can be edited after a model is built."""
+    wanted = frequencies(_rebuilt(module))
+    return any(not torch.allclose(b.float(), wanted[name].float()) for name, b in frequencies(module).items())
 
 
 def _rebuilt(old: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..errors import AttnPatchError
 from ..patch import off_default
 from ..record import Record
+from ..showing import code, fenced, line, prose
 from .origin import Origin
 
 
@@ -64,7 +65,7 @@ def render(facts: Facts) -> ModelCard:
     Raises:
         AttnPatchError: its metadata is refused by huggingface_hub.
     """
-    names = list(dict.fromkeys(str(spec.get("patch")) for spec in facts.record.patches))
+    names = list(dict.fromkeys(str(spec["patch"]) for spec in facts.record.patches))
     base = {"base_model": facts.origin.name, "base_model_relation": "finetune"} if facts.origin.name else {}
     results = facts.evaluation.results if facts.evaluation else ()
     metadata: dict[str, Any] = {"pipeline_tag": _task(facts.auto_class), **facts.origin.card, **base}
@@ -77,7 +78,7 @@ def render(facts: Facts) -> ModelCard:
             eval_results=list(results) or None,
         )
     except (TypeError, ValueError) as error:
-        raise AttnPatchError(f"{facts.repo_id}: the card's metadata cannot be written: {error}") from error
+        raise AttnPatchError(f"{facts.repo_id}: the card's metadata cannot be written: {line(str(error))}") from error
     sections = [_head(facts), _load(facts), _evaluation(facts), _made(facts), _record(facts), _licence(facts)]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
@@ -89,20 +90,23 @@ def in_words(record: Record) -> list[str]:
 
 def _head(facts: Facts) -> str:
     name, base = facts.repo_id.split("/")[-1], facts.origin.shown
-    linked = f"[{base}](https://huggingface.co/{base})" if facts.origin.name else f"`{base}`"
-    done = "\n".join(f"* `{words}`" for words in in_words(facts.record))
+    linked = f"[{prose(base)}](https://huggingface.co/{base})" if facts.origin.name else code(base)
+    done = "\n".join(f"* {code(words)}" for words in in_words(facts.record))
     what = f"{linked} with its attention or positions changed by hf_attnpatch, in this order:"
-    return f"# {name}\n\n{what}\n\n{done}"
+    return f"# {prose(name)}\n\n{what}\n\n{done}"
 
 
 def _load(facts: Facts) -> str:
     repo, auto = facts.repo_id, facts.auto_class
-    ours = f'import hf_attnpatch as ap\n\nmodel = ap.load("{repo}")'
-    plain = f'from transformers import {auto}, AutoTokenizer\n\nmodel = {auto}.from_pretrained("{repo}")'
-    plain += f'\ntokenizer = AutoTokenizer.from_pretrained("{repo}")'
-    trusting = plain.replace(
-        f'{auto}.from_pretrained("{repo}")', f'{auto}.from_pretrained("{repo}", trust_remote_code=True)'
+    pinned = 'revision = "main"  # better the commit that you have looked at: see "History" of this repository'
+    ours = f'import hf_attnpatch as ap\n\n{pinned}\nmodel = ap.load("{repo}", revision=revision)'
+    plain = (
+        f"from transformers import {auto}, AutoTokenizer\n\n{pinned}\n"
+        f'model = {auto}.from_pretrained("{repo}", revision=revision)\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo}", revision=revision)'
     )
+    known = f'{auto}.from_pretrained("{repo}", revision=revision'
+    trusting = plain.replace(known, f"{known}, trust_remote_code=True")
     if facts.record.stock:
         return (
             "## Load it\n\nTransformers expresses this structure itself, so nothing else is needed:\n\n"
@@ -114,7 +118,7 @@ def _load(facts: Facts) -> str:
         "hf_attnpatch`), the Auto classes know the checkpoint once it is imported, and so does\n\n"
         f"```python\n{ours}\n```\n\n"
         "Where the package is installed but your script does not import it, trust the loader in this repository, a "
-        f"few lines that only import the package:\n\n```python\n{trusting}\n```\n\n"
+        f"few lines that only import the package, at a commit where you have read it:\n\n```python\n{trusting}\n```\n\n"
         "Without the package it cannot be loaded: transformers refuses it, rather than loading it as something else."
     )
 
@@ -123,8 +127,8 @@ def _evaluation(facts: Facts) -> str:
     if facts.evaluation is None:
         return "## Evaluation\n\nNot measured for this checkpoint." + _how_to_measure(facts)
     found = facts.evaluation
-    figures = "\n\n".join(f"![{what}]({path})" for what, path in found.figures.items())
-    again = f"Measured by\n\n```sh\n{found.command}\n```"
+    figures = "\n\n".join(f"![{prose(what)}]({path})" for what, path in found.figures.items())
+    again = f"Measured by\n\n{fenced(found.command, 'sh')}"
     return "\n\n".join(part for part in ("## Evaluation", found.notes, found.table, figures, again) if part)
 
 
@@ -136,13 +140,12 @@ def _how_to_measure(facts: Facts) -> str:
 
 def _made(facts: Facts) -> str:
     if facts.commands:
-        lines = "\n".join(facts.commands)
-        return f"## How it was made\n\n```sh\n{lines}\n```" + _report(facts)
+        return f"## How it was made\n\n{fenced(chr(10).join(map(line, facts.commands)), 'sh')}" + _report(facts)
     options = " ".join(f"--patch {shlex.quote(_spelled(spec))}" for spec in facts.record.patches)
     source = shlex.quote(facts.origin.name or "BASE")
     return (
         "## How it was made\n\nBy a script. From its record, the command that makes the same structure; what was "
-        f"fitted on text or trained needs that text again:\n\n```sh\nattnpatch apply {source} OUT {options}\n```"
+        f"fitted on text or trained needs that text again:\n\n{fenced(f'attnpatch apply {source} OUT {options}', 'sh')}"
         + _report(facts)
     )
 
@@ -150,22 +153,23 @@ def _made(facts: Facts) -> str:
 def _report(facts: Facts) -> str:
     if facts.report is None:
         return ""
-    return f"\n\n<details><summary>Report of the patch</summary>\n\n```\n{facts.report}\n```\n\n</details>"
+    return f"\n\n<details><summary>Report of the patch</summary>\n\n{fenced(facts.report)}\n\n</details>"
 
 
 def _record(facts: Facts) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in facts.record.versions.items())
+    versions = ", ".join(prose(f"{name} {version}") for name, version in facts.record.versions.items())
     text = json.dumps(facts.record.to_dict(), indent=2)
-    return f"## Record\n\nWhat `config.json` says under `attnpatch` (written by {versions}):\n\n```json\n{text}\n```"
+    return f"## Record\n\nWhat `config.json` says under `attnpatch` (written by {versions}):\n\n{fenced(text, 'json')}"
 
 
 def _licence(facts: Facts) -> str:
     card = facts.origin.card
-    named = card.get("license_name") or card["license"]
-    linked = f"[{named}]({card['license_link']})" if card.get("license_link") else f"`{named}`"
-    files = ", ".join(f"`{file.name}`" for file in facts.origin.files)
+    named = str(card.get("license_name") or card["license"])
+    linked = f"[{prose(named)}]({card['license_link']})" if card.get("license_link") else code(named)
+    files = ", ".join(code(file.name) for file in facts.origin.files)
     carried = f" Its licence files are carried over: {files}." if files else ""
-    return f"## Licence\n\n{linked}, as for {facts.origin.shown}, from which the weights are derived.{carried}"
+    base = prose(facts.origin.shown)
+    return f"## Licence\n\n{linked}, as for {base}, from which the weights are derived.{carried}"
 
 
 def _fields(spec: Mapping[str, Any], between: str) -> str:

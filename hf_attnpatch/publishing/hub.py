@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import re
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from ..errors import AttnPatchError
+from ..showing import line
+from . import confidential
 
-HIDDEN = "<token>"
-_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{16,}")  # what tokens of the Hub look like
 # httpx' or httpx2's root of errors, whichever the installed huggingface_hub is built on
 _HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[0]
 _REMEDIES = {
@@ -31,7 +30,19 @@ _REMEDIES = {
     413: "a file is too large for it; choose a smaller max_shard_size",
     429: "too many requests; wait and run the same again",
 }
+PATIENCE = 120.0  # seconds without a byte from the Hub, after which a request has failed
 _AGAIN = "run the same again; files that have arrived whole are not transferred again"
+
+
+def is_reachable() -> bool:
+    """Whether anything answers where the Hub is, asked once; huggingface_hub would try for a minute."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10.0)
+    except _HTTP_ERROR:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -50,20 +61,31 @@ class Hub:
     Attributes:
         given: token; None takes the one that huggingface_hub finds (``HF_TOKEN``, ``hf auth login``).
         version: of this package, for the Hub's statistics.
+        nameless: whether requests carry no token, and see what is public only.
     """
 
-    given: str | None = None
+    given: str | None = field(default=None, repr=False)
     version: str | None = None
+    nameless: bool = False
 
     @property
     def api(self) -> HfApi:
         """The client."""
-        return HfApi(token=self.given, library_name="hf_attnpatch", library_version=self.version)
+        return HfApi(token=self.sent, library_name="hf_attnpatch", library_version=self.version)
+
+    @property
+    def sent(self) -> str | bool | None:
+        """What huggingface_hub is to send: a token, the one that it finds (None), or none at all (False)."""
+        return False if self.nameless else self.given
 
     @property
     def token(self) -> str | None:
-        """The token that requests carry."""
+        """The token of this user, which is hidden wherever something is told."""
         return self.given or huggingface_hub.get_token()
+
+    def anonymous(self) -> Hub:
+        """Return the same Hub, asked as anybody may ask it."""
+        return replace(self, nameless=True)
 
     def look(self, repo_id: str) -> Head | None:
         """Return what a model repository holds, or None where there is none that the token can see.
@@ -147,7 +169,7 @@ class Hub:
 
     @contextlib.contextmanager
     def explained(self, repo_id: str, doing: str) -> Iterator[None]:
-        """Turn what goes wrong with the Hub into one line without the token.
+        """Turn what goes wrong with the Hub, its silence included, into one line without the token.
 
         The original error stays chained, for a traceback, unless the token stands somewhere in it.
 
@@ -155,7 +177,8 @@ class Hub:
             AttnPatchError: in the place of errors of HTTP, of files, and of huggingface_hub.
         """
         try:
-            yield
+            with _patient():
+                yield
         except AttnPatchError:
             raise
         except (_HTTP_ERROR, OSError, ValueError, RuntimeError) as error:
@@ -185,9 +208,19 @@ class Hub:
             raise
 
     def hide(self, text: str) -> str:
-        """Return a text without the token, or anything that looks like one."""
-        text = text.replace(self.token, HIDDEN) if self.token else text
-        return _SECRET.sub(HIDDEN, text)
+        """Return a text without the token, or anything that looks like one of any service."""
+        return confidential.hidden(text, self.token)
+
+
+@contextlib.contextmanager
+def _patient() -> Iterator[None]:
+    """Wait for the Hub no longer than :data:`PATIENCE`: by itself huggingface_hub waits for ever when it publishes."""
+    session = get_session()
+    before, session.timeout = session.timeout, PATIENCE
+    try:
+        yield
+    finally:
+        session.timeout = before
 
 
 def _problem(error: BaseException) -> str:
@@ -195,14 +228,14 @@ def _problem(error: BaseException) -> str:
     for link in _chain(error):
         status = getattr(getattr(link, "response", None), "status_code", None)
         if status is not None:
-            said = " ".join(str(getattr(link, "server_message", None) or "").split())[:200]
+            said = line(str(getattr(link, "server_message", None) or ""), 200)
             remedy = _REMEDIES.get(status, _AGAIN if status >= 500 else "see its answer")
             return f"the Hub answered {status}{f' ({said})' if said else ''}; {remedy}"
     for link in _chain(error):
         if isinstance(link, _HTTP_ERROR):
-            said = " ".join(str(link).split())[:200]
+            said = line(str(link), 200)
             return f"the connection to the Hub broke ({type(link).__name__}: {said}); {_AGAIN}"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {line(str(error))}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -21,7 +21,7 @@ from ..functional.segments import Piece
 from ..positions.modules import PREFIX as ALIBI
 from ..positions.relative import PREFIX as RELATIVE
 from ..upstream import words
-from ..upstream.calls import call_mask, mask_registered
+from ..upstream.calls import call_mask, mask_registered, several_documents
 from ..upstream.roles import roles_of
 from .call import CALL, Call, Handed, no_weights
 from .modules import PREFIX, Recurrent, recurrent_of
@@ -87,7 +87,7 @@ def attention(kernel: str) -> Callable[..., Output]:
         if call.plain:
             out = inner(module, query, key, value, mask.own, *args, **kwargs)
         else:
-            _refuse(module, found.window, kwargs)
+            _refuse(module, found.window, query.shape[2], kwargs)
             out = (
                 torch.cat(
                     [_piece(inner, kernel, module, found, call, p, query, key, value, kwargs) for p in call.pieces()], 1
@@ -170,9 +170,12 @@ def met(module: nn.Module, mask: Any) -> Handed:
     return mask
 
 
-def _refuse(module: nn.Module, window: int | None, kwargs: dict[str, Any]) -> None:
+def _refuse(module: nn.Module, window: int | None, queries: int, kwargs: dict[str, Any]) -> None:
     names = roles_of(module).names
     kwargs.pop(names.get(words.POSITIONS, ""), None)  # flash attention would read packed documents from them
+    if not several_documents(kwargs, queries):
+        for border in (words.PACKED, words.PACKED_KEYS):
+            kwargs.pop(border, None)
     name = next((name for name in _UNKNOWN if kwargs.get(name) is not None), None)
     if name is not None:
         raise AttnPatchError(

@@ -231,7 +231,7 @@ class Call:
         shift = torch.where(self.tokens.keep, self.tokens.place - self.tokens.number, -(2**62)).amax(1)
         shift = torch.where(self.tokens.keep.any(1), shift, self._memory.shift)
         sinks = Sinks() if self._sinks is None else self._sinks.kept(self._sunk)
-        self._memory.put(self._written, sinks, number, turned, count, shift, self.tokens.keep.shape[1])
+        self._memory.put(self._written, sinks, number, turned, count, shift, self.tokens.keep)
         self._memory, self._written = None, {}
         CALL.set(None)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import Cache
 
 from ..errors import AttnPatchError
-from ..functional.segments import NOBODY
-from ..upstream.caches import DynamicLayer, overriding
+from ..functional.segments import NOBODY, Segments
+from ..upstream.caches import DynamicLayer, overriding, queries
 from .sinks import Layers, Sinks, named_layers, selected
 
 
@@ -26,6 +26,7 @@ class Memory:
         count: tokens that each row has read, (batch,), int64, on the CPU.
         shift: position of a token less its number, (batch,), int64, on the CPU.
         columns: columns read, padding included.
+        whole: how many of the last of them are tokens in every row.
     """
 
     def __init__(self) -> None:
@@ -33,7 +34,7 @@ class Memory:
         self.number = self.turned = torch.zeros(0, 0, dtype=torch.int64)
         self.count = self.shift = torch.zeros(0, dtype=torch.int64)
         self.sinks = Sinks()
-        self.columns = 0
+        self.columns = self.whole = 0
 
     @property
     def empty(self) -> bool:
@@ -56,12 +57,45 @@ class Memory:
             )
 
     def put(
-        self, layers: Layers, sinks: Sinks, number: Tensor, turned: Tensor, count: Tensor, shift: Tensor, columns: int
+        self, layers: Layers, sinks: Sinks, number: Tensor, turned: Tensor, count: Tensor, shift: Tensor, keep: Tensor
     ) -> None:
-        """Replace what is remembered, all at once."""
+        """Replace what is remembered, all at once; ``keep`` says which columns of the call were no padding."""
         self.layers, self.sinks = layers, sinks
         self.number, self.turned, self.count, self.shift = number, turned, count, shift
-        self.columns += columns
+        whole = int(keep.all(0).flip(0).long().cumprod(0).sum())
+        self.whole = whole + (self.whole if whole == keep.shape[1] else 0)
+        self.columns += keep.shape[1]
+
+    def crop(self, columns: int, segments: Segments) -> None:
+        """Forget the last columns.
+
+        Args:
+            columns: how many.
+            segments: how rows are cut.
+
+        Raises:
+            AttnPatchError: what the next token would see had left the memory already, or some of them are padding.
+        """
+        count = self.count - columns
+        if columns > self.whole or bool((count < 0).any()):
+            raise AttnPatchError(
+                f"the last {columns} columns of the cache are not all tokens of every row; only tokens can be taken "
+                "back: crop before the padding, or reset() the cache and read the text again."
+            )
+        oldest = torch.where(self.number == NOBODY, self.count[:, None], self.number).amin(1)
+        lost = (count > 0) & (oldest > segments.oldest(count))
+        if bool(lost.any()):
+            raise AttnPatchError(
+                f"a recurrent memory cannot be rolled back by {columns} tokens (assisted decoding, a dropped draft, "
+                "crop): it would go back into an earlier segment, and what that saw has left the memory; decode "
+                "without an assistant, or reset() the cache and read the text again."
+            )
+        width = max(0, self.number.shape[1] - columns)
+        self.layers = {n: (k[:, :, :width], v[:, :, :width]) for n, (k, v) in self.layers.items()}
+        self.number, self.turned, self.count = self.number[:, :width], self.turned[:, :width], count
+        self.shift = torch.where(count > 0, self.shift, 0)
+        self.sinks = self.sinks.before(count)
+        self.columns, self.whole = self.columns - columns, self.whole - columns
 
     def reset(self, rows: Iterable[int] | Tensor | None = None) -> None:
         """Forget some rows, or everything and how many rows there were.
@@ -117,10 +151,19 @@ class RecurrentCache(Cache):  # type: ignore[misc]  # transformers is not follow
 
     Args:
         memory: of the stream.
+        segments: how its rows are cut.
     """
 
-    def __init__(self, memory: Memory):
-        self.memory, self.begun, self.offloading, self.layer_class_to_replicate = memory, memory.columns, False, None
+    def __init__(self, memory: Memory, segments: Segments):
+        self.memory, self.segments, self.begun = memory, segments, memory.columns
+        self.offloading, self.layer_class_to_replicate = False, None
+
+    @classmethod
+    def take_over(cls, cache: Cache, memory: Memory, segments: Segments) -> None:
+        """Make an empty cache that a caller made, and holds, a view of a memory: it is to see, and to change, that."""
+        vars(cache).clear()
+        cache.__class__ = cls
+        cls.__init__(cache, memory, segments)
 
     @property
     def layers(self) -> list[DynamicLayer]:
@@ -150,9 +193,9 @@ class RecurrentCache(Cache):  # type: ignore[misc]  # transformers is not follow
         """No limit."""
         return -1
 
-    def get_mask_sizes(self, query_length: int, *_: Any, **__: Any) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: Any, *_: Any, **__: Any) -> tuple[int, int]:
         """Sizes of the mask of the new columns alone."""
-        return query_length, 0
+        return queries(query_length), 0
 
     @property
     def is_compileable(self) -> bool:
@@ -166,7 +209,7 @@ class RecurrentCache(Cache):  # type: ignore[misc]  # transformers is not follow
 
     @property
     def is_croppable(self) -> bool:
-        """No: what left the memory is gone."""
+        """Not in general: what left the memory is gone."""
         return False
 
     def reset(self) -> None:
@@ -187,12 +230,17 @@ class RecurrentCache(Cache):  # type: ignore[misc]  # transformers is not follow
         self.memory.select(torch.arange(len(self.memory.count)).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse.
+        """Forget the last tokens.
+
+        Args:
+            tokens_to_remove: negative: how many. Positive, as before transformers 5.24: how many are to be left.
 
         Raises:
-            AttnPatchError: always; what left the memory is gone.
+            AttnPatchError: what came before them has left the memory already.
         """
-        raise AttnPatchError(
-            "a recurrent memory cannot be rolled back (assisted decoding, a dropped draft): what left it is gone; "
-            "decode without an assistant."
-        )
+        read = self.get_seq_length()
+        columns = -tokens_to_remove if tokens_to_remove <= 0 else max(0, read - tokens_to_remove)
+        if columns > read:
+            raise AttnPatchError(f"{columns} tokens cannot be taken back from a cache that has read {read}.")
+        if columns:
+            self.memory.crop(columns, self.segments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,6 @@ from ..upstream.roles import Arguments, Roles
 from .call import CALL, Call, Tokens, no_weights
 from .memory import Memory, RecurrentCache
 
-_MEMORY = "attnpatch_memory"  # a mark on a cache that a caller made and holds
 PREFIX = "recurrent_"  # of the attention functions with memory, before the name of the kernel they call
 
 
@@ -81,16 +81,36 @@ class Recalling:
     def __init__(self, roles: Roles, config: Any, segments: Segments, bounded: bool, layers: int, rows: int | None):
         self.roles, self.config, self.segments = roles, config, segments
         self.bounded, self.layers, self.rows = bounded, layers, rows
-        self.stream: Memory | None = None
+        self._open: dict[int, Memory] = {}  # by the thread that opened it
 
-    def open(self, memory: Memory | None) -> None:
-        """Carry this memory across calls from now on; None for nothing."""
-        self.stream = memory
+    @property
+    def stream(self) -> Memory | None:
+        """The memory that calls of this thread carry on; None for nothing."""
+        return self._open.get(threading.get_ident())
+
+    def open(self, memory: Memory) -> None:
+        """Carry this memory across the calls of this thread from now on."""
+        self._open[threading.get_ident()] = memory
+
+    def close(self, memory: Memory) -> None:
+        """Carry it no longer, whichever thread opened it."""
+        for thread in [thread for thread, found in list(self._open.items()) if found is memory]:
+            self._open.pop(thread, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a saved model has: no stream open."""
+        return {**vars(self), "_open": {}}
+
+    @property
+    def gave_positions(self) -> bool:
+        """Whether the positions of the forward in progress may be this hook's and not the caller's."""
+        call = CALL.get()
+        return call is not None and not call.plain
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recalling:
         """A copy of the model has no stream open."""
         copied = memo[id(self)] = object.__new__(type(self))
-        vars(copied).update(copy.deepcopy({**vars(self), "stream": None}, memo))
+        vars(copied).update(copy.deepcopy(self.__getstate__(), memo))
         return copied
 
     def __call__(
@@ -132,7 +152,12 @@ class Recalling:
     def _memory(self, module: nn.Module, named: Arguments) -> Memory | None:
         """Return the memory that the call reads and writes, and put a view of it in the place of a cache."""
         past = named.get(words.CACHE)
-        past = vars(past).get(_MEMORY, past) if type(past) is DynamicCache else past
+        if self._open and self.stream is None and not isinstance(past, RecurrentCache):
+            raise AttnPatchError(
+                f"{type(module).__name__}: another thread has a stream open on this model; a stream belongs to the "
+                "thread that opened it. Open one here, too, which has a memory of its own "
+                "(`with hf_attnpatch.stream(model): ...`), or run a copy of the model."
+            )
         if isinstance(past, RecurrentCache):
             named.put(words.CACHE, past)
             if self.stream is not None and past.memory is not self.stream:
@@ -151,9 +176,9 @@ class Recalling:
             named.put(words.CACHE, None)
             return self.stream
         memory = Memory() if self.stream is None else self.stream
-        named.put(words.CACHE, RecurrentCache(memory))
-        if past is not None:  # filled in place, as far as its holder knows
-            setattr(past, _MEMORY, named.get(words.CACHE))
+        if past is not None:  # whoever holds it fills, crops, resets and reorders the memory from now on
+            RecurrentCache.take_over(past, memory, self.segments)
+        named.put(words.CACHE, RecurrentCache(memory, self.segments) if past is None else past)
         return memory
 
     def _tokens(self, named: Arguments, batch: int, columns: int, memory: Memory) -> tuple[Tokens, bool]:

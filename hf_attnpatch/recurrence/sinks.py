@@ -39,6 +39,12 @@ class Sinks:
             number[rows] = NOBODY
         return replace(self, number=number)
 
+    def before(self, count: Tensor) -> Sinks:
+        """Forget those that are not among the first ``count`` tokens of their row, (batch,)."""
+        if not len(self.number):
+            return self
+        return replace(self, number=torch.where(self.number < count[:, None], self.number, NOBODY))
+
     def select(self, rows: Tensor) -> Sinks:
         """Keep these rows, in this order, as often as they are named."""
         here = rows.cpu() if len(self.number) else slice(None)

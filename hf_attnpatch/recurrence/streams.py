@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AttnPatchError
+from ..interruption import complete
 from .memory import Memory
 from .modules import Recalling, recalling_of
+from .state import check_state
 
 
 class Stream:
@@ -21,14 +23,23 @@ class Stream:
 
     def __enter__(self) -> Stream:
         if self._hook.stream is not None:
-            raise AttnPatchError("the model has an open stream; its rows would be mixed up with those of another.")
-        self._hook.open(self._memory)
-        return self
+            raise AttnPatchError(
+                "this thread has an open stream on the model; its rows would be mixed up with those of another."
+            )
+        try:
+            self._hook.open(self._memory)
+            return self
+        except BaseException:
+            complete(self._close)
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hook.open(None)
+        complete(self._close)
+
+    def _close(self) -> None:
+        self._hook.close(self._memory)
 
     def reset(self, rows: Iterable[int] | Tensor | None = None) -> None:
         """Let rows begin another document.
@@ -54,8 +65,9 @@ class Stream:
         """Go on from what :meth:`state_dict` returned.
 
         Raises:
-            AttnPatchError: it is of other segments, another memory or another model.
+            AttnPatchError: it is no state, or of other segments, another memory or another model.
         """
+        state = check_state(state)
         found, layers = state.get("segments"), sum(name.endswith(".k") and name[0].isdigit() for name in state)
         if found is None or found.tolist() != self._sizes.tolist() or layers not in (0, self._hook.layers):
             said = "no sizes" if found is None else f"segments, memory and sinks of {found.tolist()}, {layers} layers"
@@ -76,7 +88,8 @@ def stream(model: nn.Module) -> Stream:
 
     ``with ap.stream(model) as stream:`` every call goes on where the last one stopped, row by row, whatever its length;
     ``stream.reset([2])`` lets row 2 begin another document. Padding stands behind a document. Within the block the
-    memory may be left and entered again.
+    memory may be left and entered again. A stream belongs to the thread that opens it: others may have theirs, and are
+    refused to run the model without one.
 
     Args:
         model: patched by ``patch_segment_recurrence``; wrappers (DDP, PEFT) are looked through.

@@ -7,6 +7,7 @@ they were turned. So a length is chosen for each row of a batch when its request
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..errors import AttnPatchError
+from ..interruption import ensured
 from ..upstream import words
 from ..upstream.caches import length as cached
+from ..upstream.calls import several_documents
 from ..upstream.roles import Arguments, Roles
 
 Lengths = tuple[int, ...]  # tokens, one number for each row of a batch, or one for all
@@ -38,6 +41,19 @@ class Requests:
     def served(self, lengths: Lengths) -> Lengths:
         """Return lengths of which each stands for its own angles."""
         return tuple(max(length, self.trained) for length in lengths)
+
+    def refuse_untold(self, lengths: Lengths) -> None:
+        """Refuse lengths that this thread finds by itself, where :func:`request` says others in another thread.
+
+        Raises:
+            AttnPatchError: it cannot be known which are meant.
+        """
+        for thread, told in list(_OPEN.get(self, {}).values()):
+            if thread != threading.get_ident() and set(self.served(told)) != set(self.served(lengths)):
+                raise AttnPatchError(
+                    f"another thread said requests of {_listed(told)} tokens, which holds there only; this one would "
+                    f"choose {_listed(lengths)}. Say it here, too: `with hf_attnpatch.request(model, length): ...`."
+                )
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,8 @@ class Call:
 _FORWARD: ContextVar[tuple[Requests, Lengths] | None] = ContextVar("hf_attnpatch_forward", default=None)
 _TOLD: ContextVar[tuple[tuple[Requests, Lengths], ...]] = ContextVar("hf_attnpatch_told", default=())
 _GENERATING: ContextVar[tuple[Call, ...]] = ContextVar("hf_attnpatch_generating", default=())
+# What `request` says now, by block, with its thread: another one that was not told must not choose by itself.
+_OPEN: weakref.WeakKeyDictionary[Requests, dict[object, tuple[int, Lengths]]] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -67,6 +85,8 @@ def request(model: nn.Module, length: int | Sequence[int]) -> Iterator[None]:
 
     Not needed for ``generate`` (prompt and ``max_new_tokens`` tell it) nor for a forward over whole texts. Needed where
     a text grows through a cache by one's own forwards, or by several calls of ``generate``, beyond the trained window.
+    It holds for this thread (and for what runs in a copy of its context, as ``asyncio.to_thread`` does); one that is
+    not told is refused where it would choose otherwise.
 
     Args:
         model: patched, or a wrapper around it.
@@ -89,11 +109,16 @@ def request(model: nn.Module, length: int | Sequence[int]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _telling(requests: Requests, lengths: Lengths) -> Iterator[None]:
-    token = _TOLD.set((*_TOLD.get(), (requests, lengths)))
-    try:
+    before, block, told = _TOLD.get(), object(), _OPEN.setdefault(requests, {})
+
+    def put_back() -> None:
+        told.pop(block, None)
+        _TOLD.set(before)
+
+    with ensured(put_back):
+        told[block] = (threading.get_ident(), lengths)
+        _TOLD.set((*before, (requests, lengths)))
         yield
-    finally:
-        _TOLD.reset(token)
 
 
 def requests_of(model: nn.Module) -> Requests | None:
@@ -133,13 +158,14 @@ class ChooseLengths:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Look, and change nothing."""
         named = self.roles.bind(args, kwargs)
-        if any(named.named.get(word) is not None for word in (words.PACKED, words.PAGED)):
+        if named.named.get(words.PAGED) is not None or _several(named):
             raise AttnPatchError(
                 f"{type(module).__name__}: requests packed into one row have one length for all of them here; "
                 "per_request needs one row for each (no continuous batching, no packed training)."
             )
         cache = named.get(words.CACHE)
         past = cached(cache)
+        _refuse_packed(module, named)
         now = _lengths(named, past)
         lengths = self._of(now, cache if past else None)
         for row, (n, limit) in enumerate(zip(now, self.requests.served(lengths), strict=True)):
@@ -153,6 +179,8 @@ class ChooseLengths:
         """Return the length of each row; ``cache`` holds keys that are turned already, or is None."""
         told, rows, served = _told(self.requests), len(now), self.requests.served
         if cache is None:
+            if told is None:
+                self.requests.refuse_untold(now)
             return now if told is None else _spread(told, rows)
         kept = getattr(cache, "attnpatch_lengths", None)
         if kept is None:
@@ -199,18 +227,21 @@ class Moving:
 
     Args:
         cache: whose attribute it is; a copy of the cache has a copy of this. Not kept alive by it.
-        name: of the method, which takes the index of each new row.
+        name: of the method, which takes the index of each new row, or how often each row is repeated.
     """
 
     def __init__(self, cache: Any, name: str):
         self._cache, self.name = weakref.ref(cache), name
 
-    def __call__(self, indices: Tensor) -> None:
+    def __call__(self, rows: Tensor | int) -> None:
         """Move them."""
         cache: Any = self._cache()
-        kept = _spread(cache.attnpatch_lengths, int(cache.layers[0].keys.shape[0]))
-        getattr(type(cache), self.name)(cache, indices)
-        cache.attnpatch_lengths = tuple(kept[int(index)] for index in indices)
+        getattr(type(cache), self.name)(cache, rows)
+        kept = cache.attnpatch_lengths  # one for each row: what layers hold (quantized, linear) does not say how many
+        if isinstance(rows, int):
+            cache.attnpatch_lengths = tuple(length for length in kept for _ in range(rows))
+        else:
+            cache.attnpatch_lengths = tuple(kept[int(row)] for row in rows)
 
     def __getstate__(self) -> tuple[Any, str]:
         """What a copy is made of: a copy of the cache."""
@@ -224,11 +255,10 @@ class Moving:
 @contextlib.contextmanager
 def generating(requests: Requests) -> Iterator[None]:
     """Mark a call of ``generate``, whose lengths are not known yet."""
-    token = _GENERATING.set((*_GENERATING.get(), Call(requests)))
-    try:
+    before = _GENERATING.get()
+    with ensured(lambda: _GENERATING.set(before)):
+        _GENERATING.set((*before, Call(requests)))
         yield
-    finally:
-        _GENERATING.reset(token)
 
 
 def found_by_generate(requests: Requests, lengths: Lengths, drafts: bool = False) -> None:
@@ -243,9 +273,9 @@ def found_by_generate(requests: Requests, lengths: Lengths, drafts: bool = False
     if drafts:
         lengths = next((call.lengths for call in reversed(calls[:-1]) if call.lengths is not None), lengths)
     told = _explicit(requests)
-    if told is not None and any(
-        a > b for a, b in zip(lengths, requests.served(_spread(told, len(lengths))), strict=True)
-    ):
+    if told is None:
+        requests.refuse_untold(lengths)
+    elif any(a > b for a, b in zip(lengths, requests.served(_spread(told, len(lengths))), strict=True)):
         _refuse(f"generate leads to {_listed(lengths)} tokens, and the requests were said to have {_listed(told)}")
     _GENERATING.set((*calls[:-1], Call(requests, lengths, drafts)))
 
@@ -286,6 +316,39 @@ def _lengths(named: Arguments, past: int) -> Lengths:
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return tuple(int(n) for n in mask.ne(0).sum(-1).tolist())
     return (past + int(inputs.shape[1]),) * rows
+
+
+def _several(named: Arguments) -> bool:
+    given = named.get(words.TOKENS)
+    given = named.get(words.EMBEDDINGS) if given is None else given
+    return several_documents(named.named, int(given.shape[1]))
+
+
+def _refuse_packed(module: nn.Module, named: Arguments) -> None:
+    """Refuse positions that begin anew inside a row: there another document stands, of another length.
+
+    Without a mask and a cache, transformers takes each step that is not one for a border of documents; elsewhere, a
+    text may leave positions out, but a later token has a later one. Of several axes (images), one has to grow.
+
+    Raises:
+        AttnPatchError: they do.
+    """
+    positions, mask = named.get(words.POSITIONS), named.get(words.MASK)
+    if not isinstance(positions, Tensor) or positions.shape[-1] < 2:
+        return
+    steps = positions.diff(dim=-1)
+    if steps.dim() > 2:
+        steps = steps.amax(0)
+    alone = mask is None and named.get(words.CACHE) is None and positions.dim() == 2
+    begins = steps != 1 if alone else steps < 1
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[-1] >= positions.shape[-1]:
+        keep = mask[:, -positions.shape[-1] :].bool()
+        begins = begins & (keep[:, 1:] & keep[:, :-1]).to(begins.device)
+    if bool(begins.any()):
+        raise AttnPatchError(
+            f"{type(module).__name__}: position_ids that do not count up by one hold several documents in a row, which "
+            "would have the angles of the longest; per_request needs one row for each (no packed training)."
+        )
 
 
 def _listed(lengths: Lengths) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AttnPatchError
+from ..schema import brief, fields_of, from_json, text_of
+from ..writing import write
 from .evolution import Divisors
+
+_MOST = 1_000_000  # divisors that are kept, and iterations
 
 
 @dataclass
@@ -62,10 +65,47 @@ class State:
             "population": [list(each) for each in self.population],
             "losses": [[list(each), loss] for each, loss in self.losses.items()],
         }
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.file.with_name(self.file.name + ".part")
-        aside.write_text(json.dumps(data), "utf-8")
-        os.replace(aside, self.file)
+        write(self.file, json.dumps(data))
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A state as its file has it."""
+
+    settings: dict[str, Any]
+    iteration: int
+    settled: int
+    random: tuple[int, tuple[int, ...], float | None]
+    population: tuple[Divisors, ...]
+    losses: tuple[tuple[Divisors, float], ...]
+
+
+def _check(data: _Kept, where: str) -> None:
+    """Hold a state to what a search makes.
+
+    Raises:
+        AttnPatchError: says what does not hold together.
+    """
+    size, rounds = (data.settings.get(name, 8) for name in ("population", "iterations"))
+    tried = dict(data.losses)
+    widths = {len(each) for each in (*tried, *data.population)}
+    numbers = [*(number for each in tried for number in each)]
+    for right, wanted in (
+        (all(isinstance(n, int) and not isinstance(n, bool) for n in (size, rounds)), "whole numbers as its size"),
+        (len(tried) == len(data.losses), "no divisors twice"),
+        (0 <= data.settled <= len(tried), "settled of 0 to the number of losses"),
+        (len(widths) <= 1 and 0 not in widths, "as many divisors in each set"),
+        (min(numbers, default=1) >= 1, "divisors of 1 or more"),
+        (set(data.population) <= set(tried), "a population of which the losses are there"),
+        ((data.iteration > 0) == bool(data.population) and data.iteration >= 0, "a population after each iteration"),
+        (not data.population or len(data.population) > 1, "a population of two or more"),
+        (all(0 <= number < 1 << 32 for number in data.random[1]), "random numbers of 32 bits"),
+    ):
+        if not right:
+            raise AttnPatchError(f"{where}: does not hold together; wanted {wanted}.")
+    if not (8 <= size <= _MOST and 1 <= rounds <= _MOST):
+        said = f"population {brief(size)}, iterations {brief(rounds)}"
+        raise AttnPatchError(f"{where}: {said}; wanted at least 8 and 1, at most {_MOST:,}.")
 
 
 def opened(settings: dict[str, Any], seed: int, file: Path | None) -> State:
@@ -83,22 +123,21 @@ def opened(settings: dict[str, Any], seed: int, file: Path | None) -> State:
     if file is None or not file.exists():
         return state
     try:
-        data = json.loads(file.read_text("utf-8"))
-        state.losses = {tuple(each): float(loss) for each, loss in data["losses"]}
-        state.population = [tuple(each) for each in data["population"]]
-        state.iteration, state.settled = int(data["iteration"]), int(data["settled"])
-        version, numbers, gauss = data["random"]
-        state.chance.setstate((version, tuple(numbers), gauss))
-        state.began = state.chance.getstate()
-        found: Mapping[str, Any] = data["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise AttnPatchError(f"{file}: no state of a search ({type(error).__name__}: {error}); delete it.") from error
+        data = fields_of(_Kept, from_json(text_of(file), str(file)), str(file))
+        _check(data, str(file))
+        state.chance.setstate(data.random)
+    except (TypeError, ValueError, OverflowError) as error:  # what Python refuses as a state of its random numbers
+        problem = brief(str(error).rstrip("."), 300)
+        raise AttnPatchError(f"{problem}: no state of a search; delete it.") from error
+    state.losses, state.population = dict(data.losses), list(data.population)
+    state.iteration, state.settled, state.began = data.iteration, data.settled, state.chance.getstate()
+    found: Mapping[str, Any] = data.settings
     other = [name for name, value in settings.items() if value is not None and found.get(name) != value]
     if other:
         name = other[0]
         raise AttnPatchError(
-            f"{file}: is of a search with {name} {found.get(name)!r:.60}, wanted {settings[name]!r:.60}; name another "
-            "file, or delete it."
+            f"{file}: is of a search with {name} {brief(found.get(name), 60)}, wanted {brief(settings[name], 60)}; "
+            "name another file, or delete it."
         )
     state.settings = dict(found)
     return state

@@ -13,7 +13,7 @@ from ..errors import AttnPatchError
 from ..functional.rerotation import Turning
 from ..functional.spans import Sinks, Span
 from ..upstream import words
-from ..upstream.caches import DynamicLayer, Storing, length, overriding, view
+from ..upstream.caches import DynamicLayer, Storing, length, overriding, queries, view
 from ..upstream.roles import Roles
 
 PREFIX = "spans_"  # of the attention functions that know of spans, before the name of the kernel they call
@@ -126,10 +126,10 @@ class SinkLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not foll
         """Tokens seen."""
         return int(self.cumulative_length)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """Return how many keys the queries get, and behind how many of them others are missing (0: nowhere)."""
         held = 0 if not self.is_initialized else int(self.keys.shape[-2])
-        return held + query_length, self.head if held < self.cumulative_length else 0
+        return held + queries(query_length), self.head if held < self.cumulative_length else 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens.

@@ -14,6 +14,7 @@ from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.spans import Sinks, Span
 from ..patch import Patch, Proposal
+from ..positions.counting import counted
 from ..probe import default_inputs, logits_under, trial
 from ..sites import Site
 from ..upstream.roles import roles_of
@@ -112,7 +113,11 @@ def spanned(
     if held is not None:
         raise UnsupportedArchitecture(f"{held}: sees distances by a patch of this package already; revert it first.")
     found, left = (as_found(patch.found), []) if patch.found else survey(model, anatomy)
-    edits = [*_edits(model, anatomy, found, span), *_caches(model, found, span)]
+    edits = [
+        *_edits(model, anatomy, found, span),
+        *_caches(model, found, span),
+        *counted(model, tuple(found), span_of, turned=True),
+    ]
     kernel, said = _kernel(patch, model, [*_edits(model, anatomy, found, small)])
     return Proposal(
         (*edits, _attention(kernel)),

@@ -6,6 +6,7 @@ compared with each way of turning that there is, so that no table of families is
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
 from ..errors import UnsupportedArchitecture
 from ..functional.rerotation import Turning
 from ..probe import TOLERANCE, default_inputs, largest_difference, logits_under
-from ..sites import dispatching
+from ..sites import dispatching, in_tower
 from ..upstream import words
 from ..upstream.roles import frequencies, roles_of
 from .backends import register_spans
@@ -36,6 +37,7 @@ def survey(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Found, list[str]]:
     Raises:
         UnsupportedArchitecture: there are none, or one that looks back at everything turns keys in an unknown way.
     """
+    anatomy = dataclasses.replace(anatomy, rotary=tuple(r for r in anatomy.rotary if not in_tower(r.path)))
     _check_rotary(model, anatomy)
     places = dispatching(model, anatomy.sites, anatomy.other, anatomy.unread)
     paths = [place.path for place in places]
@@ -77,9 +79,9 @@ def _check_rotary(model: PreTrainedModel, anatomy: Anatomy) -> None:
                 f"turned further; use one of {', '.join(STATIC)} beneath."
             )
         config = getattr(model.get_submodule(rotary.path), "config", None)
-        if "mrope_section" in str(getattr(config, "rope_parameters", "")):
+        if words.AXES in str(getattr(config, "rope_parameters", "")):
             raise UnsupportedArchitecture(
-                f"{rotary.path}: positions in several dimensions (images), of which one distance is no measure."
+                f"{rotary.path}: positions in several dimensions (M-RoPE of images); one distance is no measure."
             )
 
 
@@ -118,9 +120,14 @@ def _way(
         if all(largest_difference(now, then) <= allowed for now, then in zip(after.calls[0][:2], turned, strict=True)):
             return rotary, buffer, turning.interleaved, turning.first
     raise UnsupportedArchitecture(
-        f"{path}: its keys turn with position in none of the ways that are known (halves or neighbours, all of a head, "
+        f"{path}: its keys turn with position in none of the ways that are known, by the frequencies found in "
+        f"{', '.join(sorted(_read(model, anatomy))) or 'no buffer'} (halves or neighbours, all of a head, "
         "its first or its last dimensions), so that they cannot be turned further."
     )
+
+
+def _read(model: PreTrainedModel, anatomy: Anatomy) -> set[str]:
+    return {f"{r.path}.{name}" for r in anatomy.rotary for name in frequencies(model.get_submodule(r.path))}
 
 
 def _ways(model: PreTrainedModel, anatomy: Anatomy, width: int) -> Iterator[tuple[str, str, Turning]]:

@@ -73,6 +73,11 @@ def length(cache: Any, layer: int = 0) -> int:
     return 0 if count is None else int(count(layer) if layer else count())
 
 
+def queries(told: Any) -> int:
+    """Return how many queries a cache is told of: their number, or, before 5.3, a tensor of their positions."""
+    return int(told.shape[0]) if isinstance(told, Tensor) else int(told)
+
+
 def first(values: Iterable[Any]) -> Any:
     """Return the first cache of keys and values among some objects, or None."""
     return next((value for value in values if isinstance(value, Cache)), None)
@@ -86,7 +91,8 @@ def returned(output: Any) -> Mapping[str, Any]:
     """
     fields = output_fields(output)
     found = {name: value for name, value in fields.items() if isinstance(value, Cache)}
-    known = {name: fields[name] for name in words.ARGUMENTS[words.CACHE] if fields.get(name) is not None}
+    others = (*words.ARGUMENTS[words.CACHE], *words.OTHER_STATES)
+    known = {name: fields[name] for name in others if fields.get(name) is not None}
     return found or known
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
+from ..errors import UnsupportedArchitecture
 from . import words
 from .find import changed, find
 from .roles import learn, resumed, roles_of
@@ -27,6 +28,19 @@ _HEAD_DIM, _HEADS, _KV_HEADS, _DROPOUT = 8, 4, 2, 0.125
 _ROWS, _CACHED, _NEW = 2, 3, 4
 _STATES = ("module", "query", "key", "value", "mask")
 _NEEDS = "every patch of attention"
+
+
+def several_documents(given: Mapping[str, Any], tokens: int) -> bool:
+    """Whether the borders of packed documents among an attention function's arguments say more than one row does.
+
+    Args:
+        given: its keywords.
+        tokens: queries of a row; one document of so many is an ordinary row.
+    """
+    bounds = given.get(words.PACKED)
+    if not isinstance(bounds, Tensor):
+        return bounds is not None
+    return bounds.numel() != 2 or int(bounds[-1]) != tokens
 
 
 @dataclass
@@ -88,19 +102,39 @@ def _learned() -> Interface:
     return Interface(_places(args, kwargs, heard.sentinel), keywords, _masks(heard.mask), by_position, _causal())
 
 
+@functools.cache
 def attention_registered(function: Function) -> Function:
-    """Return what to register for an attention function that takes this package's words."""
+    """Return what to register for an attention function that takes this package's words.
+
+    Its mask may come by keyword, as image towers pass it. A tensor for each head that comes by a keyword which this
+    package does not know is refused in the forward: left out, it would be missing from the scores without a word.
+    """
     found = interface()
-    if found.usual:
-        return function
     ours = {theirs: word for word, theirs in found.keywords.items()}
+    known = {*words.ATTENTION, words.ATTENTION_MASK, *inspect.signature(function).parameters}
 
     @functools.wraps(function)
     def attention(*args: Any, **kwargs: Any) -> Any:
-        given = [args[p] if isinstance(p, int) else kwargs.pop(p) for p in found.places]
-        return function(*given, **{ours.get(name, name): value for name, value in kwargs.items()})
+        if found.usual:
+            given = (*args, kwargs.pop(words.ATTENTION_MASK)) if words.ATTENTION_MASK in kwargs else args
+        else:
+            given = tuple(args[p] if isinstance(p, int) else kwargs.pop(p) for p in found.places)
+            kwargs = {ours.get(name, name): value for name, value in kwargs.items()}
+        for name, value in kwargs.items():
+            if name not in known and isinstance(value, Tensor) and _for_each_head(value, given[1].shape[1]):
+                raise UnsupportedArchitecture(
+                    f"{type(given[0]).__name__}: passes {name}, {tuple(value.shape)}, to its attention function: a "
+                    "tensor for each head, which this package's attention does not compute with."
+                )
+        return function(*given, **kwargs)
 
     return attention
+
+
+def _for_each_head(value: Tensor, heads: int) -> bool:
+    """Whether a tensor is a number or a row of scores for each head: (heads,) or (batch, heads, queries, any)."""
+    at = {1: 0, 4: 1}.get(value.dim())
+    return at is not None and value.is_floating_point() and value.shape[at] == heads
 
 
 def _call_attention(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

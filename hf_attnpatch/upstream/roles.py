@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..configs import skeleton
+from ..interruption import removing
 from . import words
 from .caches import first, output_fields, returned
 from .find import changed
@@ -129,10 +130,11 @@ class Arguments:
 def roles_of(module: nn.Module) -> Roles:
     """Return what a module's forward calls its arguments: as found by :func:`learn`, else by the vocabulary."""
     parameters, opened = _declared(module.forward)
-    for owner in type(module).__mro__[1:] if opened and not parameters else ():
+    replaced = "forward" in vars(module)  # on the instance: what it hands on goes to the class's own
+    for owner in type(module).__mro__[not replaced :] if opened and (replaced or not parameters) else ():
         inherited = vars(owner).get("forward")  # of a class that hands everything on to the one below it
         if inherited is not None and _declared(inherited)[0]:
-            parameters = _declared(inherited)[0][1:]
+            parameters += tuple(name for name in _declared(inherited)[0][1:] if name not in parameters)
             break
     guessed = {role: _guess(spellings, parameters, opened) for role, spellings in words.ARGUMENTS.items()}
     known = {role: name for role, name in guessed.items() if name is not None}
@@ -167,7 +169,9 @@ def frequencies(module: nn.Module) -> dict[str, Tensor]:
     """
     rows = {name: b for name, b in module._buffers.items() if b is not None and b.dim() == 1 and b.is_floating_point()}
     named = {name: b for name, b in rows.items() if name.endswith(words.FREQUENCIES)}
-    return named or (rows if makes_angles(module) else {})
+    if any("original" not in name for name in named):
+        return named
+    return rows if named or makes_angles(module) else {}
 
 
 def learn(model: PreTrainedModel) -> None:
@@ -250,17 +254,25 @@ class _Probe:
             self.keep = torch.ones(_ROWS, _LENGTH, dtype=torch.int64)
         self.arrived: set[int] = set()  # what reached a module inside the language model
         self.cached = False  # whether one of those got a cache
+        self.seen: dict[Any, dict[str, str]] = {}  # what the last forward showed, as in _FOUND
         self.made: list[tuple[Any, Any]] = []  # what modules returned that looks like angles, and their forwards
 
     def run(self) -> None:
         """Run it with each argument that the vocabulary knows; then look for the roles that it does not know."""
         self._forward({})
+        self._keep()
         if roles_of(self.model).takes(words.MASK):
             self._forward({roles_of(self.model).name(words.MASK): self.keep})  # ends where its numbers are looked at
+            self._keep()
         known = {name for spellings in words.ARGUMENTS.values() for name in spellings} | words.OTHER_ARGUMENTS
         for name in roles_of(self.model).parameters:
-            if name not in known:
+            if name not in known and name not in roles_of(self.model).names.values():
                 self._try(name)
+
+    def _keep(self) -> None:
+        """Take what the last forward showed for true."""
+        for forward, found in self.seen.items():
+            _FOUND.setdefault(forward, {}).update(found)
 
     def _try(self, name: str) -> None:
         """Give an argument of an unknown name a cache, positions, a mask, True: until one of them plays a role."""
@@ -273,6 +285,7 @@ class _Probe:
             else:
                 plays = id(value) in self.arrived
             if plays:
+                self._keep()
                 _FOUND.setdefault(_key(self.model), {})[role] = name
                 return
 
@@ -296,6 +309,7 @@ class _Probe:
     def _forward(self, more: Mapping[str, Any]) -> None:
         self.arrived.clear()
         self.made.clear()
+        self.seen.clear()
         self.cached = False
         roles = roles_of(self.model)
         given = {words.TOKENS: self.tokens, words.DECODER_TOKENS: self.tokens, words.USE_CACHE: True}
@@ -307,16 +321,12 @@ class _Probe:
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
-        handles = []
-        for module in self.model.modules():
-            handles.append(module.register_forward_pre_hook(self._look, with_kwargs=True))
-            if not module._modules:
-                handles.append(module.register_forward_hook(self._note))
-        try:
+        with removing() as handles:
+            for module in self.model.modules():
+                handles.append(module.register_forward_pre_hook(self._look, with_kwargs=True))
+                if not module._modules:
+                    handles.append(module.register_forward_hook(self._note))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         declared = roles_of(module).parameters
@@ -335,7 +345,7 @@ class _Probe:
         _MAKE_ANGLES.update(key for made, key in self.made if any(made is given for given in angles))
         for role, names in by_role.items():  # several play it: the one that is known, or the first
             found = next((name for name in words.ARGUMENTS[role] if name in names), names[0])
-            _FOUND.setdefault(_key(module), {})[role] = found
+            self.seen.setdefault(_key(module), {})[role] = found
 
     def _note(self, module: nn.Module, _: Any, output: Any) -> None:
         if self._role(output) == words.ANGLES:

@@ -47,8 +47,12 @@ OTHER_ARGUMENTS: Final = frozenset(
         *("labels", "return_dict", "output_hidden_states", "output_router_logits", "logits_to_keep", "cache_position"),
         *("encoder_outputs", "encoder_hidden_states", "encoder_attention_mask", "decoder_attention_mask", "head_mask"),
         *("decoder_inputs_embeds", "pixel_values", "next_sentence_label", "num_logits_to_keep"),
+        *("perm_mask", "target_mapping", "input_mask", "use_mems", "mems"),  # XLNet
     }
 )
+
+# Fields of an output by which older families go on from it, which hold no cache of keys and values.
+OTHER_STATES: Final = ("state", "past_buckets_states", "mems")
 
 # Columns of a tokenizer's output and of data sets, which are no part of any model.
 INPUT_IDS: Final = "input_ids"
@@ -73,24 +77,40 @@ ATTENTION: Final[Mapping[str, tuple[str, ...]]] = {
     name: (name,)
     for name in (DROPOUT, SCALING, IS_CAUSAL, SOFTCAP, SINKS, SCORE_BIAS, WINDOW, PACKED, PACKED_KEYS, PAGED)
 }
-# Keywords that reach attention functions and change nothing of what they compute.
-HARMLESS: Final = frozenset(
-    {
-        *("output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch", "layer_idx", "labels"),
-        *("cache_position", "max_length_q", "max_length_k", "cu_seq_lens_k", "logits_to_keep", "layer_head_mask"),
-    }
-)
-
 # Keywords of transformers' mask functions.
 MASKS: Final = (
     *("batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask", "local_size"),
     *("allow_is_causal_skip", "allow_is_bidirectional_skip", "dtype", "config", "use_vmap", "device"),
 )
 
+# What a processor makes beside text. A forward's argument for pictures or sound, and what else goes with it; the ids
+# in whose places features are put, and the parts of a config, by words in their names.
+PICTURES: Final = ("pixel_values", "image_pixel_values", "flattened_patches")
+SOUNDS: Final = ("input_features", "input_values", "audio_input_features", "audio_values")
+OTHER_MEDIA: Final = ("image_patches", "pixel_values_videos", "audio_input_ids", "inputs", "bbox", "protein_input_ids")
+GRID: Final = ("image_grid_thw", "image_grid_hw")  # patches along time, height and width, (pictures, 3 or 2)
+SIZES: Final = ("image_sizes", "target_sizes")  # height and width in pixels, (pictures, 2)
+PATCH_SHAPES: Final = ("spatial_shapes",)  # patches along height and width, (pictures, 2)
+PATCH_PLACES: Final = ("image_position_ids",)  # (pictures, patches, 2)
+PATCH_MASK: Final = ("pixel_attention_mask", "pixel_mask")
+SOUND_MASK: Final = ("input_features_mask", "feature_attention_mask", "padding_mask", "input_values_mask")
+KINDS_OF_TOKENS: Final = ("mm_token_type_ids",)  # 0 for text, 1 for a picture, 3 for sound, (batch, length)
+MEDIA_CONFIGS: Final[Mapping[str, tuple[str, ...]]] = {
+    "an image": ("vision", "image", "visual", "vit"),
+    "sound": ("audio", "speech", "sound", "encoder"),
+}
+PLACEHOLDERS: Final[Mapping[str, tuple[str, ...]]] = {
+    "an image": ("image_token_id", "image_token_index", "media_placeholder_token_id", "img_context_token_id"),
+    "sound": ("audio_token_id", "audio_token_index", "audio_soft_token_id", "speech_token_id"),
+}
+FEATURES: Final[Mapping[str, tuple[str, ...]]] = {"an image": ("get_image_features",), "sound": ("get_audio_features",)}
+POOLED: Final = ("pooler_output", "last_hidden_state")  # fields of what those return, most wanted first
+AXES: Final = "mrope"  # in the name of a field of ``rope_parameters``, where positions have several axes
+
 # Methods of a cache.
 UPDATE: Final = ("update",)
 LENGTH: Final = ("get_seq_length",)
-MOVES: Final = ("reorder_cache", "batch_select_indices")
+MOVES: Final = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
 
 # Buffers of a rotary module: radians per position, as now and as of the original window.
 FREQUENCIES: Final = "inv_freq"
@@ -99,3 +119,6 @@ ORIGINAL_FREQUENCIES: Final = "original_inv_freq"
 # What attention modules call things of their own.
 LAYER_NUMBER: Final = ("layer_idx", "layer_number", "layer_id")
 CROSS_ATTENTION: Final = ("is_cross_attention",)
+
+# Fields of a config which every constructor of a model asks whether it knows them, and no constructor of a config.
+SEALED: Final = ("_attn_implementation", "_experts_implementation")

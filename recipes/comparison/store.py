@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -62,9 +61,12 @@ class Store:
         """Keeps other runs from writing."""
         import fcntl
 
-        with (Path(tempfile.gettempdir()) / f"{digest_of(str(self.path.resolve()))}.lock").open("w") as lock:
+        lock = os.open(self.path.parent, os.O_RDONLY)  # the folder itself: no file that others could put there first
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(lock)
 
     def get(self, name: str) -> Row | None:
         """The line of a cell, or None."""

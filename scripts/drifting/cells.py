@@ -18,6 +18,18 @@ from torch import Tensor
 UNPATCHED = "unpatched"
 ENCODERS = ("bert",)  # of a type that has both classes, the masked one
 SEQ2SEQ = ("t5",)
+ROTARY = ("llama", "qwen3", "mistral", "granite")  # they turn all of a head, which has a size of 16
+SCALED: Mapping[str, Mapping[str, Any]] = {
+    "linear": {},
+    "dynamic": {},
+    "yarn": {"original_max_position_embeddings": 4},
+    "longrope": {
+        "original_max_position_embeddings": 4,
+        "short_factor": [1.0 + 0.1 * i for i in range(8)],
+        "long_factor": [1.0 + 0.5 * i for i in range(8)],
+    },
+    "llama3": {"original_max_position_embeddings": 4, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+}
 # a keyword that is lost must cost something: scores not divided by the root of the head size, shared heads, dropout
 NOT_THE_DEFAULT: Mapping[str, Mapping[str, Any]] = {
     "gemma3_text": {"query_pre_attn_scalar": 7},
@@ -145,12 +157,7 @@ def speakers(family: str, case: str, words: Mapping[str, str]) -> Iterator[tuple
         AttnPatchError: the patch is refused.
     """
     if case == UNPATCHED:
-        for kernel in ("sdpa", "eager", "flex_attention"):
-            try:
-                model = _tiny(family, attn_implementation=kernel)
-            except ValueError:  # the family has no such kernel
-                continue
-            yield kernel, Speaker(model, words, _nothing)
+        yield from _stock(family, words)
         return
     import patches
 
@@ -165,6 +172,20 @@ def speakers(family: str, case: str, words: Mapping[str, str]) -> Iterator[tuple
     hf_attnpatch.apply(model, chosen.patch)
     per_request = getattr(chosen.patch, "per_request", False)
     yield "", Speaker(model, words, (lambda n: hf_attnpatch.request(model, n)) if per_request else _nothing)
+
+
+def _stock(family: str, words: Mapping[str, str]) -> Iterator[tuple[str, Speaker]]:
+    """Yield unpatched models with each kernel and with each scaling of angles that patches may lead to."""
+    for kernel in ("sdpa", "eager", "flex_attention"):
+        try:
+            model = _tiny(family, attn_implementation=kernel)
+        except ValueError:  # the family has no such kernel
+            continue
+        yield kernel, Speaker(model, words, _nothing)
+    for kind, rest in SCALED.items() if family in ROTARY else ():
+        rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, **rest}
+        model = _tiny(family, rope_parameters=rope, max_position_embeddings=16)
+        yield kind, Speaker(model, words, _nothing)
 
 
 def _tiny(family: str, **overrides: Any) -> Any:

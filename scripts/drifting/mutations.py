@@ -56,6 +56,7 @@ _RECEIVER = r"(^|[._])(cache|layer_past|cache_layer)$|(^|\.)layers\[|^super\(\)$
 _OUT = r"^(encoder_|decoder_|transformer_|model_)?outputs?$"
 _ATTENTION = r"^(?!T5Layer)\w*Attention[.]forward$"
 _MASKS = r"^create_\w*mask(s_for_generate)?$"
+_MASK_FUNCTIONS = r"(sdpa|eager|flash_attention|flex_attention)_mask"
 _FUNCTIONS = ("name", "parameter", "keyword")
 
 
@@ -106,7 +107,7 @@ MUTATIONS = (
         Rename("dropout", "drop_rate", ("keyword",), callee=_CALLED),
     ),
     # fields of an output
-    _named("output logits", Rename("logits", "scores")),
+    _named("output logits", Rename("logits", "token_scores")),
     _named(
         "output cache",
         Rename("cache", "kv_store", ("field",), inside="Output"),
@@ -122,6 +123,14 @@ MUTATIONS = (
     # signatures and results
     _named("argument before attention's", AddArgument(_ATTENTION, "context", files="^models/")),
     _named("argument before a mask's", AddArgument(_MASKS, "purpose", calls=_MASKS)),
+    _named(
+        "argument before a mask function's",
+        AddArgument(rf"^{_MASK_FUNCTIONS}$", "purpose", calls=rf"^({_MASK_FUNCTIONS}|mask_interface)$"),
+    ),
+    _named(
+        "argument before the interface's",
+        AddArgument(r"^[a-z]\w+_attention_forward$", "context", rf"{_CALLED}|^(sdpa|flash)_attention_forward$"),
+    ),
     _named("mask by keyword", PassByKeyword(_CALLED, 4, ("attention_mask",))),
     _named(
         "hidden states by keyword",

@@ -53,7 +53,7 @@ class Rename:
 
     def concerns(self, name: str, text: str) -> bool:
         """Whether a file may hold the name: quick, without reading its code."""
-        return re.search(self.files, name) is not None and re.search(rf"\b{self.old}\b", text) is not None
+        return re.search(self.files, name) is not None and re.search(_near(self.old), text) is not None
 
     def edit(self, source: Source) -> None:
         """Note the edits of one file.
@@ -70,7 +70,7 @@ class Rename:
 
     def _sites(self, source: Source) -> Iterator[tuple[str, Found, int]]:
         """Yield role, node and beginning of each place where the old name becomes the new one."""
-        for found in source.nodes(rf"\b{self.old}\b"):
+        for found in source.nodes(_near(self.old)):
             for role, start in _places(source, found, self.old):
                 if role in self.roles and self._wanted(source, found, role, start):
                     yield role, found, start
@@ -98,13 +98,18 @@ class Rename:
             key = _group(source, role, found)
             if key is not None:
                 groups.setdefault(key, start)
-        for found in source.nodes(rf"\b{self.new}\b"):
+        for found in source.nodes(_near(self.new)):
             for role, _ in _places(source, found, self.new):
                 key = _group(source, role, found)
                 if key in groups:
                     raise InvalidMutation(
                         f"{source.where(groups[key])}: {self.old} cannot become {self.new}: another {role} there"
                     )
+
+
+def _near(name: str) -> str:
+    """A pattern of where a name may be: `{prefix}_name` in an f-string is a name made of parts."""
+    return rf"(?<![^\W_]){name}\b"
 
 
 def _has(pattern: str, text: str) -> bool:
@@ -171,7 +176,7 @@ def _in_string(source: Source, node: ast.Constant, name: str) -> Iterator[int]:
 
 
 def _in_fstring(source: Source, node: ast.JoinedStr, name: str) -> Iterator[tuple[str, int]]:
-    """The name in the braces of an f-string, whose roles are told by what stands beside it."""
+    """The name in the braces of an f-string, in roles told by what stands beside it, and behind them as a part."""
     start, end = source.span(node)
     text, depth, at = source.text[start:end], 0, 0
     braces = []
@@ -183,11 +188,12 @@ def _in_fstring(source: Source, node: ast.JoinedStr, name: str) -> Iterator[tupl
         braces.append((at, depth > 0))
         at += 1
     inside = defaultdict(bool, braces)
-    for match in re.finditer(rf"\b{name}\b", text):
+    for match in re.finditer(_near(name), text):
         if not inside[match.start()]:
-            # a prefix in braces, then the name: `f"{layer_type}_inv_freq"` is another word, `f"{prefix}inv_freq"` is it
-            if text[match.start() - 1] == "}" and text[match.end()] in "'\"":
-                yield "string", start + match.start()
+            made = text[: match.start()].removesuffix("_")[-1] in "}." and text[match.end()] in "{.'\""
+            yield from [("string", start + match.start())] if made else []
+            continue
+        if not re.match(r"\W", text[match.start() - 1]):
             continue
         before, after = text[: match.start()].rstrip()[-1:], text[match.end() :].lstrip()[:2]
         called = after[:1] == "=" and after != "==" and before in "(,"

@@ -51,6 +51,8 @@ class AddArgument:
 
     def _calls(self, source: Source, node: ast.Call, held: set[str]) -> bool:
         called = source.words(node.func)
+        if source.foreign(node.func):
+            return False
         return called in held or re.search(self.calls, called) is not None
 
     def _held(self, source: Source) -> Iterator[str]:

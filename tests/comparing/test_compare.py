@@ -215,7 +215,7 @@ def test_settings_that_cannot_be_right_are_refused(pair, tmp_path, given, messag
 def test_what_is_no_model_is_refused(pair, tmp_path):
     with pytest.raises(ap.AttnPatchError, match="a int is no model"):
         ap.compare(pair[0], 3, tmp_path)
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(ap.AttnPatchError, match="nowhere: is not there; wanted the folder of a checkpoint"):
         ap.compare(pair[0], tmp_path / "nowhere", tmp_path, say=lambda _: None)
 
 

@@ -53,6 +53,7 @@ WORDS = (
     "device of scores of attention, which is computed fused",
     "device of keys of attention, which is computed fused",
     "tells positions apart by something that was not recognised",
+    "tells positions apart by a learned bias by distance",
     "takes no position_ids, so that its angles cannot be taken out",
     "no self-attention module was read",
     "does not dispatch to it in this release of transformers",

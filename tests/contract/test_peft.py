@@ -125,12 +125,20 @@ def test_a_grouped_query_patch_on_the_base_model_of_adapters_is_refused(targets,
     assert snapshot(model) == before
 
 
-def test_a_patch_on_a_model_with_its_own_adapters_is_refused():
-    model = tiny_model("llama")
+def _adds_adapters(model):
+    """Whether transformers itself adds an adapter with the PEFT that is installed; it is there then."""
     try:
         model.add_adapter(peft.LoraConfig(target_modules=["k_proj"], r=2))
-    except ValueError as error:  # 5.24 wants a PEFT that is not out yet; what PEFT adds by itself is refused above
-        assert "version of PEFT you are using is not compatible" in str(error)
+    except ValueError as error:
+        if "version of PEFT you are using is not compatible" not in str(error):
+            raise
+        return False
+    return True
+
+
+def test_a_patch_on_a_model_with_its_own_adapters_is_refused():
+    model = tiny_model("llama")
+    if not _adds_adapters(model):  # 5.24 wants a PEFT that is not out yet; what PEFT adds by itself is refused above
         return
     before = snapshot(model)
     with pytest.raises(ap.UnsupportedArchitecture, match=r"(?i)adapter|lora"):

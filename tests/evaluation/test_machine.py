@@ -143,7 +143,7 @@ def test_a_file_that_is_no_machine_is_an_error(tmp_path, change, wanted):
 
 def test_hardware_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(
-        ap.EvaluationError, match="hardware 'h1000': neither a file nor in the table; choose auto, h100"
+        ap.EvaluationError, match="hardware 'h1000': neither a file nor in the table; choose auto, a100, h100"
     ):
         hardware.machine_for("h1000", [], CPU)
     for text, wanted in (("name: [", "write it as YAML or JSON"), ("- 1", "found a list; wanted a mapping")):

@@ -102,7 +102,9 @@ def test_bf16_errs_no_more_than_a_dense_bias_of_that_dtype():
     found = terms.attend(*states, Sight(True), SCALE, 0.0)
     rows = relative.bias_rows(states[0], terms.v, terms.weight, torch.arange(256)[None], 256, THETA)
     bias = (SCALE * rows.to(torch.bfloat16)).masked_fill(~mask, HIDDEN)
-    dense = torch.nn.functional.scaled_dot_product_attention(terms.content(states[0]), *states[1:], bias, scale=SCALE)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        terms.of(states[0], SCALE).content, *states[1:], bias, scale=SCALE
+    )
     errors = [float((out - wanted).square().mean().sqrt()) for out in (found, dense)]
     assert errors[0] < 1.5 * errors[1]
 
@@ -122,7 +124,7 @@ def test_a_float_mask_and_dropout_pass_through():
     states, terms = _case(12, 12)
     mask = torch.zeros(1, 1, 12, 12).masked_fill(~torch.ones(12, 12, dtype=torch.bool).tril(), HIDDEN)
     found = attend_extended(
-        terms.content(states[0]), *states[1:], terms.of(states[0], SCALE), Sight(True, mask=mask), SCALE
+        terms.of(states[0], SCALE).content, *states[1:], terms.of(states[0], SCALE), Sight(True, mask=mask), SCALE
     )
     assert torch.allclose(found, terms.attend(*states, Sight(True), SCALE, 0.0), atol=LOOPS[torch.float32])
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 import hf_attnpatch as ap
 from hf_attnpatch.comparing import tables
 from hf_attnpatch.publishing import card, origin
-from hf_attnpatch.publishing.hub import Hub
+from hf_attnpatch.publishing.hub import Head, Hub
 from hf_attnpatch.publishing.stale import stale_files
 from hf_attnpatch.record import Record
 
@@ -47,38 +47,97 @@ def test_without_a_comparison_the_card_says_so():
     assert "Not measured for this checkpoint. `attnpatch compare org/base user/name` does it." in text
 
 
-def local(folder, text, license=None, base_model=None):
-    folder.mkdir(exist_ok=True)
-    if text is not None:
-        (folder / "README.md").write_text(text)
-    return origin.find(Hub(), str(folder), LlamaConfig(), base_model=base_model, license=license)
+CARD = "---\nlicense: llama3\nlicense_link: LICENSE.txt\ntags: [x]\n---\n"
 
 
-def test_the_licence_comes_from_the_card_beside_the_base_model(tmp_path):
-    (tmp_path / "LICENSE.txt").write_text("terms")
-    (tmp_path / "NOTICE").write_text("who")
-    (tmp_path / "licensing_notes.py").write_text("")
-    found = local(tmp_path, "---\nlicense: llama3\nlicense_link: LICENSE.txt\ntags: [x]\n---\n")
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    """Asks for the licence of a base model that a Hub shows with this card."""
+
+    def found(text, **options):
+        files = {"LICENSE.txt": "terms", "NOTICE": "who", "licensing_notes.py": "", "README.md": text}
+        there = {name: content for name, content in files.items() if content is not None}
+        for name, content in there.items():
+            (tmp_path / name).write_text(content)
+        monkeypatch.setattr(Hub, "look", lambda self, name: Head("c", False, tuple(sorted(there))))
+        monkeypatch.setattr(origin, "hf_hub_download", lambda name, file, **_: str(tmp_path / file))
+        return origin.find(Hub(), "org/base", LlamaConfig(), **{"base_model": None, "license": None, **options})
+
+    return found
+
+
+def test_the_licence_comes_from_the_base_models_card(base, tmp_path):
+    found = base(CARD)
     assert found.card == {"license": "llama3", "license_link": "LICENSE.txt"}
-    assert found.name is None
-    found.copy_licences(tmp_path / "out" if (tmp_path / "out").mkdir() else tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    found.copy_licences(tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["LICENSE.txt", "NOTICE"]
 
 
-def test_another_licence_leaves_nothing_of_the_old_one(tmp_path):
-    found = local(tmp_path, "---\nlicense: other\nlicense_name: x\nlicense_link: y\n---\n", license="mit")
-    assert found.card == {"license": "mit"}
+def test_a_folder_is_not_looked_into(tmp_path):
+    (tmp_path / "README.md").write_text(CARD)
+    (tmp_path / "LICENSE.txt").write_text("terms")
+    with pytest.raises(ap.AttnPatchError, match="folders are not looked into"):
+        origin.find(Hub(), str(tmp_path), LlamaConfig(), base_model=None, license=None)
+    found = origin.find(Hub(), str(tmp_path), LlamaConfig(), base_model=None, license="mit")
+    assert (found.name, found.shown, list(found.files)) == (None, tmp_path.name, [])
+
+
+def test_files_of_the_caller_stand_beside_the_model(tmp_path):
+    for name in ("LICENSE", "notes.txt", "id_rsa"):
+        (tmp_path / name).write_text("terms")
+    options = {"base_model": None, "license": "mit"}
+    found = origin.find(Hub(), "", LlamaConfig(), **options, license_files=[tmp_path / "LICENSE"])
+    assert [file.name for file in found.files] == ["LICENSE"]
+    for name in ("notes.txt", "id_rsa"):
+        with pytest.raises(ap.AttnPatchError, match="is not called like one"):
+            origin.find(Hub(), "", LlamaConfig(), **options, license_files=[tmp_path / name])
+    with pytest.raises(ap.AttnPatchError, match="is not there"):
+        origin.find(Hub(), "", LlamaConfig(), **options, license_files=[tmp_path / "NOTICE"])
+
+
+def test_another_licence_leaves_nothing_of_the_old_one(base):
+    assert base("---\nlicense: other\nlicense_name: x\nlicense_link: y\n---\n", license="mit").card == {
+        "license": "mit"
+    }
 
 
 @pytest.mark.parametrize("text", [None, "# no metadata\n", "---\ntags: [x]\n---\n"])
-def test_no_licence_is_no_publication(tmp_path, text):
+def test_no_licence_is_no_publication(base, text):
     with pytest.raises(ap.AttnPatchError, match=r"the licence of the base model .* is not known.*license='mit'"):
-        local(tmp_path, text)
+        base(text)
 
 
-def test_a_card_that_is_none_is_named(tmp_path):
+def test_a_card_that_is_none_is_named(base):
     with pytest.raises(ap.AttnPatchError, match="not a model card"):
-        local(tmp_path, "---\nlicense: [unclosed\n---\n")
+        base("---\nlicense: [unclosed\n---\n")
+
+
+HOSTILE = [
+    "license: [mit, gpl]",
+    "license: 'mit](javascript:alert(1))'",
+    "license: {a: b}",
+    "license: mit\nlicense_link: javascript:alert(1)",
+    "license: mit\nlicense_link: https://x/) <img src=x onerror=alert(1)>",
+    'license: mit\nlicense_name: "a\\n# heading"',
+    "license: mit\nlicense_name: '<b>'",
+    "license: mit\nlanguage: [en, '<b>']",
+    "license: mit\nlanguage: [[en]]",
+    "license: mit\npipeline_tag: 'x y'",
+    "license: 7",
+]
+
+
+@pytest.mark.parametrize("lines", HOSTILE)
+def test_what_a_base_models_card_says_is_carried_over_in_the_form_it_must_have_alone(base, lines):
+    with pytest.raises(ap.AttnPatchError, match=r"org/base/README.md: (its \w+ is|not a model card)"):
+        base(f"---\n{lines}\n---\n")
+
+
+def test_a_licence_file_of_gigabytes_is_not_carried_over(base, monkeypatch):
+    monkeypatch.setattr(origin, "LARGEST", 3)
+    with pytest.raises(ap.AttnPatchError, match=r"org/base/.*wanted at most 3"):
+        base(CARD)
 
 
 def test_only_files_of_the_replaced_model_go(tmp_path):

@@ -145,10 +145,14 @@ def test_the_card_names_base_relation_and_licence(pushed, hub):
 
 def test_the_card_says_how_to_load_it(pushed, hub):
     stock, own = (hub.files(name)["README.md"].decode() for name in ("me/stock", "me/own"))
-    assert 'model = AutoModelForCausalLM.from_pretrained("me/stock")' in stock
+    assert 'model = AutoModelForCausalLM.from_pretrained("me/stock", revision=revision)' in stock
     assert "trust_remote_code" not in stock
-    assert 'AutoModelForCausalLM.from_pretrained("me/own", trust_remote_code=True)' in own
-    assert all(f'ap.load("{name}")' in card for name, card in (("me/stock", stock), ("me/own", own)))
+    assert 'AutoModelForCausalLM.from_pretrained("me/own", revision=revision, trust_remote_code=True)' in own
+    for name, card in (("me/stock", stock), ("me/own", own)):
+        assert f'ap.load("{name}", revision=revision)' in card
+        assert f'AutoTokenizer.from_pretrained("{name}", revision=revision)' in card
+        blocks = [block.split("```")[0] for block in card.split("```python\n")[1:]]
+        assert all(block.count("revision = ") == 1 and compile(block, "card", "exec") for block in blocks)
 
 
 def test_the_card_carries_the_command_the_report_and_the_record(pushed, hub):
@@ -178,7 +182,7 @@ def test_a_repository_that_holds_files_is_left_alone(pushed, hub):
 
 REFUSED = {
     "unpatched": "has no record of a patch in its config",
-    "no licence": "the licence of the base model (gpt2) is not known: its folder has no README.md that names one",
+    "no licence": "the licence of the base model (gpt2) is not known: the record names no repository",
     "no such base": "base model org/nowhere: the Hub shows no such repository",
     "base is a folder": "'./here/it/is' is no repository of the Hub",
     "report of before": "is of another model, or of before another patch",

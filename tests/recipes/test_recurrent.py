@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from recurrent_worker import LENGTHS, lanes, run
+from safetensors.torch import load_file, save_file
 
 from recipes import recurrence_page
 from recipes.checkpoints import complete
@@ -98,12 +99,12 @@ def test_the_memory_is_part_of_what_a_run_resumes_from(tmp_path):
     """A resumed run whose memory is thrown away differs: the test above would see it."""
     torch.set_num_threads(1)
     whole, *_ = run(tmp_path, {"save_every": 3, "steps": 6})
-    file = next(complete(tmp_path / "checkpoints")[0].glob("custom_checkpoint_0.pkl"))
-    held = torch.load(file)["memories"][0]
+    file = complete(tmp_path / "checkpoints")[0] / "memory_0_process_0.safetensors"
+    held = load_file(file)
     assert 8 <= held["0.k"].shape[2] < 8 + 4
     for name in ("0.v", "1.v"):
         held[name].zero_()
-    torch.save({"memories": [held]}, file)
+    save_file(held, file)
     last = complete(tmp_path / "checkpoints")[-1]
     last.rename(tmp_path / "gone")
     resumed, *_ = run(tmp_path, {"save_every": 3, "steps": 6}, resume=True)
@@ -123,8 +124,8 @@ def test_two_processes_are_the_same_training_as_one(tmp_path):
         assert left["tokens"] == right["tokens"]
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(two["model"][name], tensor, atol=1e-4, rtol=0)
-    state = torch.load(next(complete(tmp_path / "two/checkpoints")[0].glob("custom_checkpoint_0.pkl")))
-    assert len(state["memories"]) == 2
+    kept = sorted(path.name for path in complete(tmp_path / "two/checkpoints")[0].glob("memory_*"))
+    assert kept == ["memory_0_process_0.safetensors", "memory_0_process_1.safetensors"]
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])

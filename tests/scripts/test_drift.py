@@ -18,7 +18,6 @@ import hf_attnpatch.patches
 from hf_attnpatch.patch import Patch
 
 FAMILIES = ("llama", "gpt2", "gemma3_text")
-FOLDERS = ("llama", "gpt2", "gemma3")
 CASES = (
     *("grouped_2_principal", "rope_yarn_per_request", "alibi", "relative_xl", "rotary", "sinusoidal", "no_position"),
     *("position_table", "self_extend", "dual_chunk", "re_rope", "jet_long", "attention_sinks", "recurrence"),
@@ -33,7 +32,9 @@ COPIES = (
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    return Reference(installed(), limit=120, outputs=tmp_path_factory.mktemp("drift"), models=FOLDERS)
+    folders = rehearse_drift.folders(FAMILIES)
+    assert folders == ["auto", "gemma3", "gpt2", "llama"]
+    return Reference(installed(), limit=120, outputs=tmp_path_factory.mktemp("drift"), models=folders)
 
 
 @pytest.fixture(scope="module")

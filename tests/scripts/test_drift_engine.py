@@ -100,6 +100,16 @@ def test_the_same_name_elsewhere_is_no_collision():
     assert changed(Rename("mask", "seen"), text) == text.replace("mask", "seen")
 
 
+@pytest.mark.parametrize("text", ['f"{x}mask"', 'f"{x}_mask"', 'f"{x}.mask"', 'f"{x}.mask.{y}"', 'f"{x}" f"{y}_mask"'])
+def test_a_name_made_of_parts_follows(text):
+    assert changed(Rename("mask", "seen"), text) == text.replace("mask", "seen")
+
+
+@pytest.mark.parametrize("text", ['f"{x} mask"', 'f"{x}mask is no name"', 'f"mask {x}"', 'f"{x}_masks"', 'f"{a_mask}"'])
+def test_words_of_a_message_do_not(text):
+    assert changed(Rename("mask", "seen"), text) == text
+
+
 def test_roles_and_patterns_choose():
     text = 'class Cache:\n    def update(self, x):\n        return x.update(self.layers[0].update(x), "update")\n'
     method = Rename("update", "append", ("method",), inside="Cache")
@@ -135,6 +145,11 @@ def test_an_argument_goes_in_front():
     text = "def make_mask(config, *, mask):\n    return mask\n\n\nmake_mask(**kwargs)\nother.make_mask(1)\n"
     wanted = text.replace("(config", "(purpose, config").replace("\nmake_mask(**", "\nmake_mask(None, **")
     assert changed(functions, text) == wanted
+
+
+def test_a_function_from_outside_gets_no_argument():
+    text = "from outside import make_mask\n\nmake_mask(1)\n"
+    assert changed(AddArgument("^make_mask$", "purpose", calls="^make_mask$"), text) == text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,229 @@
+"""A folder that is built beside its place and takes its name in one step, or not at all.
+
+It is built in a hidden folder beside it, ``.NAME.attnpatch-XXXXXXXX``, which holds a lock for as long as its process
+lives. Killed at any point, a run leaves what stood there under its name, or the new folder under it, and at most that
+hidden folder, which the next run in the same place removes. Where the system cannot exchange two names in one step
+(anything but Linux), the old folder is moved aside first; if a kill falls in between, the next run puts it back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import re
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+from filelock import FileLock, Timeout
+
+from ..errors import AttnPatchError
+from .place import Picture, check_target, picture
+
+_HIDDEN = re.compile(r"\.(?P<name>.+)\.attnpatch-[a-z0-9_]{8}", re.DOTALL)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
+_YOUNG = 60  # seconds, in which a run that has made its folder has locked it, too
+_ENDED: list[int] = []  # signals that asked the running command to end
+_CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)  # the system or the file system knows no exchange
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM, SIGHUP and SIGINT end the block as an error would, so that nothing half-made stays.
+
+    A library may swallow the exception that a signal raises, or turn it into another. The signal is kept: the block
+    ends with it all the same, before :func:`replacing` gives a folder its name. The handlers of before are put back.
+
+    Raises:
+        SystemExit: 128 + the number of the signal.
+    """
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    mine = [number for number, handler in before.items() if handler is not signal.SIG_IGN]  # nohup ignores one
+    _ENDED.clear()
+    for number in mine:
+        signal.signal(number, _end)
+    try:
+        yield
+    except Exception:
+        _leave()
+        raise
+    else:
+        _leave()
+    finally:
+        for number in mine:
+            signal.signal(number, before[number])
+        _ENDED.clear()
+
+
+def _end(number: int, _: object) -> NoReturn:
+    _ENDED.append(number)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
+
+
+def _leave() -> None:
+    """End the command if a signal asked for it.
+
+    Raises:
+        SystemExit: it did.
+    """
+    if _ENDED:
+        raise SystemExit(128 + _ENDED[0]) from None
+
+
+@contextlib.contextmanager
+def replacing(target: Path, overwrite: bool, inputs: Mapping[str, str | Path | None] | None = None) -> Iterator[Path]:
+    """Give an empty folder beside ``target`` that takes its name once everything is written, or vanishes.
+
+    Args:
+        target: where the folder is wanted; must not exist, or be empty.
+        overwrite: whether a checkpoint that is there may be replaced.
+        inputs: what is read to make it; see :func:`.place.check_target`.
+
+    Raises:
+        AttnPatchError: something is in the way, or has come there meanwhile; the new folder is kept under another name
+            then, which the error says.
+        OSError: the folder cannot be made there.
+    """
+    target = Path(os.path.abspath(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    clear_dead(target.parent)
+    target = check_target(target, overwrite, inputs or {})
+    before = picture(target)
+    with _workplace(target) as place:
+        new = place / "new"
+        new.mkdir()
+        yield new
+        _leave()
+        _sync(new)
+        _take_place(new, target, before, place / "old")
+        _sync_entries(target.parent)
+
+
+@contextlib.contextmanager
+def _workplace(target: Path) -> Iterator[Path]:
+    """Give a hidden folder that is locked while it is in use; it is gone afterwards."""
+    place = Path(tempfile.mkdtemp(prefix=f".{target.name}.attnpatch-", dir=target.parent))
+    with FileLock(place / "lock"):
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place)
+
+
+def _take_place(new: Path, target: Path, before: Picture, old: Path) -> None:
+    """Let ``new`` take the name of ``target``, if that is still what it was; the old content ends in the workplace."""
+    try:
+        if not before:
+            os.rename(new, target)  # fails over anything but nothing or an empty folder
+            return
+        if not _exchanged(new, target):
+            _moved(new, target, before, old)
+            return
+        if picture(new) != before:  # it holds now what stood there
+            _exchanged(new, target)
+            raise FileExistsError(f"{target} was changed")
+    except OSError as error:
+        raise AttnPatchError(
+            f"{target}: something came there, changed or holds it fast while the checkpoint was made ({error}); it is "
+            f"left alone, and the new checkpoint is {_kept(new, target)}."
+        ) from error
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where that cannot be done here.
+
+    Raises:
+        OSError: it failed for another reason.
+    """
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if function is None:
+        return False
+    arguments = (_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    if function(*arguments) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _CANNOT:
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def _moved(new: Path, target: Path, before: Picture, old: Path) -> None:
+    """The same in two steps: whoever looks in between finds nothing; see :func:`_recovered` for a kill there."""
+    os.rename(target, old)
+    try:
+        if picture(old) != before:
+            raise FileExistsError(f"{target} was changed")
+        os.rename(new, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+
+
+def _kept(new: Path, target: Path) -> Path:
+    """Put a whole checkpoint that found its place taken under a name of its own beside it."""
+    beside = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+    os.rename(new, beside)  # over the empty folder
+    return beside
+
+
+def clear_dead(folder: Path) -> None:
+    """Remove what runs that were killed have left in a folder, and put back what one of them had moved aside.
+
+    A run that is alive holds its lock, on other machines that share the folder too, and is left alone; so is
+    everything that another user owns.
+    """
+    for place in folder.iterdir():
+        found = _HIDDEN.fullmatch(place.name)
+        if found is None or not _is_own(place):
+            continue
+        with contextlib.suppress(Timeout, FileNotFoundError), FileLock(place / "lock", timeout=0):
+            _recovered(place, folder / found["name"])
+
+
+def _is_own(place: Path) -> bool:
+    """Whether a folder is of this user, holds only what :func:`_workplace` puts there, and is not just being made."""
+    try:
+        about = place.lstat()
+        if place.is_symlink() or (hasattr(os, "getuid") and about.st_uid != os.getuid()):
+            return False
+        names = {entry.name for entry in place.iterdir()}
+    except (FileNotFoundError, NotADirectoryError):  # gone meanwhile, or a file of that name
+        return False
+    return names <= {"lock", "new", "old"} and ("lock" in names or time.time() - about.st_mtime > _YOUNG)
+
+
+def _recovered(place: Path, target: Path) -> None:
+    old, new = place / "old", place / "new"
+    if old.exists() and new.exists():  # killed between the two steps of _moved
+        if os.path.lexists(target):
+            return  # somebody has put something there since: whoever did knows what is wanted
+        os.rename(old, target)
+    shutil.rmtree(place)
+
+
+def _sync(folder: Path) -> None:
+    """Flush a folder to the disk, so that a power cut after the swap finds it whole."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            with open(Path(root, name), "rb") as file:
+                os.fsync(file.fileno())
+        _sync_entries(Path(root))
+
+
+def _sync_entries(folder: Path) -> None:
+    if os.name != "posix":  # a folder cannot be opened there
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

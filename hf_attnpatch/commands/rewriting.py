@@ -1,0 +1,105 @@
+"""A checkpoint that a command patches and writes: what it holds is carried over, and what was written is read again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import models as cli_models
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..report import Report
+    from ..rewriting.rereading import Marks
+
+_MOVED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # buffers that transformers no longer keeps in files
+
+
+class Rewriting:
+    """A checkpoint from before its patch until it is written.
+
+    Args:
+        source: of the checkpoint.
+
+    Raises:
+        AttnPatchError: it is quantized, cannot be loaded, lacks a tensor, or holds what is no number.
+    """
+
+    def __init__(self, source: cli_models.Source) -> None:
+        from ..rewriting.carrying import Kept
+        from ..rewriting.files import weights_of
+
+        _refuse_quantized(source)
+        self.source = source
+        self.model, info = source.model_with_info()
+        self.tokenizer = source.tokenizer()
+        cli_models.check_numbers(self.model, source.name)
+        self.weights, self.kept = weights_of(source.location, local_files_only=True), Kept(self.model)
+        known = {*self.kept.before, *(n.removeprefix(f"{self.model.base_model_prefix}.") for n in self.kept.before)}
+        unloaded = {name for name in self.weights.files if name not in known and _is_passed_over(self.model, name)}
+        self.strange = unloaded | set(info["unexpected_keys"])
+
+    def save(self, report: Report, folder: Path, command: str) -> tuple[str, ...]:
+        """Write the model as it is now, with its tokenizer and the tensors that no patch has touched.
+
+        Args:
+            report: of the patch.
+            folder: where to, empty.
+            command: as a reader would type it.
+
+        Returns:
+            Sentences on what is otherwise than it was.
+
+        Raises:
+            AttnPatchError: it cannot be written, or a tensor was changed by nobody's wish.
+        """
+        from ..rewriting.carrying import carry
+
+        fitted = report.lengthen(self.tokenizer) if self.tokenizer is not None else None
+        cli_models.save(self.model, self.tokenizer, folder, command)
+        replaced = self.kept.replaced(self.model)
+        with cli_models.writing():
+            asked = self.source.dtype
+            said = carry(self.weights, folder, replaced, self.strange, self.source.name, asked=asked)
+        return (*said, *([fitted] if fitted else ()))
+
+    def release(self) -> Marks:
+        """Let go of the model, so that what was written can be read again; return what it has to be."""
+        from ..rewriting.rereading import marks_of
+
+        found = marks_of(self.model)
+        del self.model, self.kept
+        return found
+
+
+def reread(folder: Path, wanted: Marks, source: cli_models.Source) -> None:
+    """Read a checkpoint that was just written, and hold it to the model in memory.
+
+    Raises:
+        AttnPatchError: it comes back as something else.
+    """
+    from ..checkpoint import load
+    from ..rewriting.rereading import check_reread, marks_of
+
+    check_reread(wanted, marks_of(load(folder, dtype="auto", trust_remote_code=source.trust_remote_code)))
+
+
+def _refuse_quantized(source: cli_models.Source) -> None:
+    from ..errors import AttnPatchError
+
+    found = getattr(source.config(), "quantization_config", None)
+    if found:
+        method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
+        raise AttnPatchError(
+            f"{source.name}: is quantized ({getattr(method, 'value', method)}), and what is patched here would be "
+            "written dequantized; patch the full-precision checkpoint first, then quantize the result."
+        )
+
+
+def _is_passed_over(model: PreTrainedModel, name: str) -> bool:
+    """Whether transformers leaves a tensor of this name in its file without a word."""
+    patterns = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_MOVED]
+    return any(re.search(pattern, name) for pattern in patterns)

@@ -1,0 +1,1 @@
+"""What ``attnpatch doctor`` finds out: about this installation by running it, about a checkpoint by reading it."""

@@ -1,0 +1,227 @@
+"""Tensors that no patch has touched go from the old checkpoint into the new one byte for byte.
+
+transformers loads in one dtype, drops what its class does not know, and writes what it has in memory. So what it wrote
+is held against what the old files hold. A tensor that is the old one, rounded, is put back as it was; one that no class
+knows is carried over; one that a patch has replaced stays as written; any other difference is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import AttnPatchError
+from .files import INDEX, ONE, Weights, alike, digest, names_in, weights_of
+
+_EXTRA = "model-carried.safetensors"  # beside shards; a single file takes them in
+
+
+class Kept:
+    """The tensors of a model as it was loaded, by which those that patches replace are known.
+
+    Args:
+        model: before any patch.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.before: dict[str, Tensor] = _state(model)
+
+    def replaced(self, model: PreTrainedModel) -> list[Tensor]:
+        """Return those that the model does not hold any more."""
+        held = {id(tensor) for tensor in _state(model).values()}
+        return [tensor for tensor in self.before.values() if id(tensor) not in held]
+
+
+def _state(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor) and not t.is_meta}
+
+
+@dataclass
+class _Comparison:
+    """What the old files hold and the new ones do not.
+
+    Attributes:
+        put_back: name in the new files -> name in the old ones, of the same numbers in another dtype.
+        unknown: names that the class does not load.
+        turned: names of tensors that a patch has replaced by another dtype -> the two dtypes.
+        laid_out: names whose numbers stand under other names, or in other pieces.
+    """
+
+    put_back: dict[str, str] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+    turned: dict[str, tuple[torch.dtype, torch.dtype]] = field(default_factory=dict)
+    laid_out: list[str] = field(default_factory=list)
+
+
+def carry(
+    old: Weights, folder: Path, replaced: list[Tensor], strange: set[str], name: str, *, asked: str = "auto"
+) -> tuple[str, ...]:
+    """Put into a saved checkpoint what the old one holds and no patch has touched.
+
+    Args:
+        old: the checkpoint that was patched.
+        folder: the new one, as ``save_pretrained`` wrote it; rewritten where something was lost.
+        replaced: tensors of the loaded model that patches have replaced.
+        strange: names in the old files that the model's class does not load.
+        name: of the old checkpoint, for errors.
+        asked: dtype that the user asked for, in which everything stays then; ``auto`` for the checkpoint's own.
+
+    Returns:
+        Sentences on what was carried over, and on what is in another dtype or layout than before.
+
+    Raises:
+        AttnPatchError: a tensor was read or written as something else, though no patch has touched it.
+    """
+    new = weights_of(folder)
+    found = _compared(old, new, _Known(replaced), strange, name, asked == "auto")
+    extra = {n: n for n in found.unknown}
+    if found.put_back or extra:
+        _rewrite(old, new, folder, found.put_back, extra)
+    return tuple(_said(old, new, found, asked))
+
+
+class _Known:
+    """Tensors by what they hold, in every dtype that there is among them."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.dtypes = {tensor.dtype for tensor in tensors}
+        self.digests = {(tensor.dtype, digest(tensor)) for tensor in tensors}
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return any((dtype, digest(tensor.to(dtype))) in self.digests for dtype in self.dtypes)
+
+
+def _compared(old: Weights, new: Weights, replaced: _Known, strange: set[str], name: str, own: bool) -> _Comparison:
+    found, missing = _Comparison(), []
+    for key in old.files:
+        if key not in new.files:
+            missing.append(key)
+            continue
+        was, is_ = old[key], new[key]
+        if alike(was, is_):
+            continue
+        if was.shape == is_.shape and alike(was.to(is_.dtype), is_):
+            found.put_back.update({key: key} if own else {})
+        elif was not in replaced:
+            raise AttnPatchError(
+                f"{name}: {key} is {_about(was)} there and was written as {_about(is_)} of other numbers, though no "
+                "patch has touched it: this transformers reads or writes it wrong. Load it with the release that the "
+                "checkpoint was made for, save it in full precision, and patch that."
+            )
+        elif was.dtype != is_.dtype:
+            found.turned[key] = was.dtype, is_.dtype
+    _match(old, new, missing, replaced, strange, found, own, name)
+    return found
+
+
+def _match(
+    old: Weights,
+    new: Weights,
+    missing: list[str],
+    replaced: _Known,
+    strange: set[str],
+    found: _Comparison,
+    own: bool,
+    name: str,
+) -> None:
+    """Find tensors by their bytes where names differ: renamed, tied, taken out by a patch, or unknown to the class."""
+    if not missing:
+        return
+    shapes = {old[key].shape for key in missing if key not in strange}
+    fresh = [key for key in new.files if key not in old.files]
+    fitting = [key for key in (*new.files, *fresh) if new[key].shape in shapes]  # new names take the last word
+    held = {(new[key].dtype, digest(new[key])): key for key in fitting}
+    dtypes, coarse = {new[key].dtype for key in new.files}, set[torch.dtype]()
+    for key in missing:
+        was = old[key]
+        if key in strange:
+            found.unknown.append(key)
+            continue
+        same = next(filter(None, (held.get((dtype, digest(was.to(dtype)))) for dtype in dtypes)), None)
+        if same is not None:
+            if own and same in fresh and new[same].dtype != was.dtype:
+                found.put_back[same] = key
+        elif was not in replaced:
+            found.laid_out.append(key)
+            coarse |= {was.dtype} - dtypes
+    if coarse and own:
+        raise AttnPatchError(
+            f"{name}: {found.laid_out[0]} and {len(found.laid_out) - 1} more lie there in {_named(*coarse)}, in other "
+            f"pieces than {_named(*dtypes)} was written in, so they cannot be carried over as they are; add --dtype "
+            "to ask for one dtype."
+        )
+
+
+def _rewrite(old: Weights, new: Weights, folder: Path, put_back: Mapping[str, str], extra: Mapping[str, str]) -> None:
+    """Write the files again in which something changes, and the extra tensors into the one file or one of their own."""
+    single = set(new.files.values()) == {folder / ONE}
+    for file in sorted(set(new.files.values())):
+        here = {key: was for key, was in put_back.items() if new.files[key] == file}
+        here |= extra if single else {}
+        if here:
+            _write(file, {**load_file(file), **{key: old[was] for key, was in here.items()}}, _metadata(file))
+    if extra and not single:
+        _write(folder / _EXTRA, {key: old[was] for key, was in extra.items()}, {"format": "pt"})
+    if not single:
+        _index(folder)
+
+
+def _write(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    part = file.with_suffix(".part")
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part, dict(metadata))
+    part.replace(file)
+
+
+def _metadata(file: Path) -> Mapping[str, str]:
+    with safe_open(file, "pt") as opened:
+        found: Mapping[str, str] = opened.metadata() or {}
+        return found
+
+
+def _index(folder: Path) -> None:
+    """Bring the list of shards up to date."""
+    file = folder / INDEX
+    index = json.loads(file.read_text("utf-8"))
+    shards = sorted({*index["weight_map"].values(), *(path.name for path in folder.glob(_EXTRA))})
+    index["weight_map"] = {key: shard for shard in shards for key in names_in(folder / shard)}
+    weights = Weights({key: folder / shard for key, shard in index["weight_map"].items()})
+    index["metadata"]["total_size"] = sum(weights[key].nbytes for key in weights.files)
+    file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _said(old: Weights, new: Weights, found: _Comparison, asked: str) -> Iterator[str]:
+    if found.put_back and asked == "auto":
+        dtypes = {old[key].dtype for key in found.put_back.values()}
+        yield f"carried over as they were: {_few(found.put_back)}, in {_named(*dtypes)}"
+    if found.unknown:
+        yield f"carried over, though the model's class does not load them: {_few(found.unknown)}"
+    if found.turned:
+        was, is_ = next(iter(found.turned.values()))
+        yield f"written in another dtype by the patch: {_few(found.turned)}, from {_named(was)} to {_named(is_)}"
+    if found.laid_out:
+        yield f"written under other names or in other pieces than before: {_few(found.laid_out)}"
+    if asked != "auto":
+        changed = [key for key in old.files if key in new.files and old[key].dtype != new[key].dtype]
+        if changed:
+            yield f"written in {asked}, as asked: {_few(changed)}"
+
+
+def _few(names: Mapping[str, object] | list[str]) -> str:
+    first = next(iter(names))
+    return f"{first}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
+
+
+def _about(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} in {_named(tensor.dtype)}"
+
+
+def _named(*dtypes: torch.dtype) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

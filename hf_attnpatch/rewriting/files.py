@@ -1,0 +1,108 @@
+"""The weights of a checkpoint as its files hold them: every tensor by name, in the dtype in which it lies there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers.utils import cached_file
+
+from ..schema import from_json, text_of
+
+ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_FORMS = ((ONE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))  # in the order of transformers
+_LARGEST = 256 << 20  # bytes of an index: a few million names
+_BYTES = 1 << 26  # that are hashed at once
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Files of weights, opened one tensor at a time.
+
+    Attributes:
+        files: name of a tensor -> the file that holds it.
+    """
+
+    files: Mapping[str, Path]
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a tensor, on the CPU."""
+        return _read(self.files[name], name)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def weights_of(name: str | os.PathLike[str], **where: Any) -> Weights:
+    """Find the weights of a checkpoint that has been loaded already, so that all its files are here.
+
+    Args:
+        name: folder or hub repository.
+        where: options that say which revision and the like.
+    """
+    for one, index in _FORMS:
+        found = _here(name, one, where)
+        if found is not None:
+            return Weights(dict.fromkeys(names_in(found), found))
+        listed = _here(name, index, where)
+        if listed is not None:
+            shards = from_json(text_of(listed, _LARGEST), str(listed), finite=False)["weight_map"]
+            paths = {shard: _here(name, shard, where) for shard in set(shards.values())}
+            return Weights({key: path for key, shard in shards.items() if (path := paths[shard]) is not None})
+    return Weights({})
+
+
+def names_in(file: Path) -> list[str]:
+    """Return the names of the tensors in a file."""
+    if file.suffix == ".bin":
+        return [key for key, value in _loaded(file).items() if isinstance(value, Tensor)]
+    with safe_open(file, "pt") as opened:
+        return list(opened.keys())
+
+
+def digest(tensor: Tensor) -> tuple[torch.Size, bytes]:
+    """Return what tells a tensor's shape and bytes from those of others, of the same dtype."""
+    flat, seen = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8), hashlib.blake2b(digest_size=16)
+    for start in range(0, len(flat), _BYTES):
+        seen.update(flat[start : start + _BYTES].numpy())  # type: ignore[arg-type]  # an array is a buffer
+    return tensor.shape, seen.digest()
+
+
+def alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same shape, dtype and bytes; what is no number counts as itself."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (one, other)))
+
+
+def _here(name: str | os.PathLike[str], file: str, where: Mapping[str, Any]) -> Path | None:
+    options = {**where, "_raise_exceptions_for_missing_entries": False}
+    found = cached_file(name, file, **options)
+    return None if found is None else Path(found)
+
+
+def _read(file: Path, name: str) -> Tensor:
+    if file.suffix == ".bin":
+        found: Tensor = _loaded(file)[name]
+        return found
+    with safe_open(file, "pt") as opened:
+        read: Tensor = opened.get_tensor(name)
+        return read
+
+
+def _loaded(file: Path) -> Mapping[str, Any]:
+    """Open an old file as transformers does: tensors alone, no code; mapped, so that nothing is read before its use."""
+    found: Mapping[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+    return found
+
+
+def _is_zip(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(2) == b"PK"
