@@ -34,7 +34,18 @@ def result(name: str) -> Any:
 def facts() -> dict[str, str]:
     """All of them; two of one name are an error."""
     found: dict[str, str] = {}
-    sources = (_survey, _diagnoses, _grouped, _peers, _extension, _passkeys, _switches, _position_costs, _recurrence, _speed)
+    sources = (
+        _survey,
+        _diagnoses,
+        _grouped,
+        _peers,
+        _extension,
+        _passkeys,
+        _switches,
+        _position_costs,
+        _recurrence,
+        _speed,
+    )
     for source in sources:
         for name, value in source():
             assert name not in found, name
@@ -105,7 +116,10 @@ def _grouped() -> Iterator[Fact]:
         yield f"grouped.seconds.{method}", f"{rows[f'embedded/8-2/{method}']['conversion']['seconds']:.0f}"
     yield "grouped.smollm2.seconds.refined", f"{rows['smollm2/3-1/refined']['conversion']['seconds'] / 60:.0f}"
     for heads in ("8-4", "8-2", "8-1"):
-        yield f"grouped.trained.{heads}", f"{rows[f'uptraining/{heads}/refined']['differences']['uptrained']['value']:.3f}"
+        yield (
+            f"grouped.trained.{heads}",
+            f"{rows[f'uptraining/{heads}/refined']['differences']['uptrained']['value']:.3f}",
+        )
 
 
 def peer_excess(heads: str, method: str) -> float:

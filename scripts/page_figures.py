@@ -70,7 +70,9 @@ def front(file: Path) -> None:
     ]
     _bars(left, heads, "A cache of a quarter", "nats per token above the original")
     rows = result("extend_context_smollm2/metrics.jsonl")
-    far = {name: nats(rows[name]["lengths"]["16384"]["losses"]) for name in ("original", "linear", "yarn", "self_extend")}
+    far = {
+        name: nats(rows[name]["lengths"]["16384"]["losses"]) for name in ("original", "linear", "yarn", "self_extend")
+    }
     contexts = [
         ("unpatched", far["original"], WITHOUT),
         ("linear scaling", far["linear"], OTHERS),
@@ -87,7 +89,11 @@ def grouped(file: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(9.6, 2.9), layout="constrained")
     for panel, (cells, title) in zip(
         axes,
-        (("embedded/8-4", "embedded, 8 to 4"), ("embedded/8-2", "embedded, 8 to 2"), ("smollm2/3-1", "SmolLM2, 3 to 1")),
+        (
+            ("embedded/8-4", "embedded, 8 to 4"),
+            ("embedded/8-2", "embedded, 8 to 2"),
+            ("smollm2/3-1", "SmolLM2, 3 to 1"),
+        ),
         strict=True,
     ):
         ours = ("principal", "calibrated", "refined")
@@ -138,7 +144,9 @@ def switches(file: Path) -> None:
         for offset, stage, colour in ((-0.18, "", OTHERS), (0.18, "/trained", OURS)):
             value = nats(rows[f"rope/{name}{stage}"]["lengths"]["512"]["losses"])
             axes.barh(place + offset, value, height=0.34, color=colour)
-            axes.annotate(f"{value:.2f}", (value, place + offset), xytext=(4, 0), textcoords="offset points", va="center")
+            axes.annotate(
+                f"{value:.2f}", (value, place + offset), xytext=(4, 0), textcoords="offset points", va="center"
+            )
     axes.set_yticks(range(len(names)), list(names.values()))
     axes.invert_yaxis()
     axes.set_xlim(0, 5.2)
@@ -153,7 +161,9 @@ def recurrence(file: Path) -> None:
     names["smollm2_sinks"] = "SmolLM2, 4 first tokens kept"
     for (name, label), colour in zip(names.items(), ("#0072b2", "#8a8a8a", "#d55e00"), strict=True):
         rows = result(f"recurrence/train_recurrent_{name}.json")["memory_segments"]
-        axes.plot([int(n) for n in rows], [row["before"]["nats"] for row in rows.values()], "o-", color=colour, label=label)
+        axes.plot(
+            [int(n) for n in rows], [row["before"]["nats"] for row in rows.values()], "o-", color=colour, label=label
+        )
     axes.set_xticks([0, 1, 3])
     axes.set_xlabel("segments in memory")
     axes.set_ylabel("nats per token")

@@ -56,18 +56,34 @@ PAPERS = {
     "alibi": ("Press et al., 2021", "Train Short, Test Long: Attention with Linear Biases", "2108.12409"),
     "gqa": ("Ainslie et al., 2023", "GQA: Training Generalized Multi-Query Transformer Models", "2305.13245"),
     "nope": ("Kazemnejad et al., 2023", "The Impact of Positional Encoding on Length Generalization", "2305.19466"),
-    "pi": ("Chen et al., 2023", "Extending Context Window of Large Language Models via Position Interpolation", "2306.15595"),
+    "pi": (
+        "Chen et al., 2023",
+        "Extending Context Window of Large Language Models via Position Interpolation",
+        "2306.15595",
+    ),
     "rerope": ("Su, 2023", "Rectified Rotary Position Embeddings (ReRoPE)", "https://github.com/bojone/rerope"),
     "yarn": ("Peng et al., 2023", "YaRN: Efficient Context Window Extension of Large Language Models", "2309.00071"),
-    "pose": ("Zhu et al., 2023", "PoSE: Efficient Context Window Extension via Positional Skip-wise Training", "2309.10400"),
+    "pose": (
+        "Zhu et al., 2023",
+        "PoSE: Efficient Context Window Extension via Positional Skip-wise Training",
+        "2309.10400",
+    ),
     "sinks": ("Xiao et al., 2023", "Efficient Streaming Language Models with Attention Sinks", "2309.17453"),
     "selfextend": ("Jin et al., 2024", "LLM Maybe LongLM: Self-Extend LLM Context Window Without Tuning", "2401.01325"),
     "dca": ("An et al., 2024", "Training-Free Long-Context Scaling of Large Language Models", "2402.17463"),
     "longrope": ("Ding et al., 2024", "LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens", "2402.13753"),
     "resonance": ("Wang et al., 2024", "Resonance RoPE", "2403.00071"),
-    "flash2": ("Dao, 2023", "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", "2307.08691"),
+    "flash2": (
+        "Dao, 2023",
+        "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning",
+        "2307.08691",
+    ),
     "procrustes": ("Jin et al., 2024", "Align Attention Heads Before Merging Them", "2412.20677"),
-    "drope": ("Gelberg et al., 2025", "Extending the Context of Pretrained LLMs by Dropping Their Positional Embeddings", "2512.12167"),
+    "drope": (
+        "Gelberg et al., 2025",
+        "Extending the Context of Pretrained LLMs by Dropping Their Positional Embeddings",
+        "2512.12167",
+    ),
     "clipped": ("CoPE, 2026", "CoPE: Clipped RoPE as A Scalable Free Lunch for Long Context LLMs", "2602.05258"),
     "jetlong": ("Jet-Long, 2026", "Jet-Long", "2607.07740"),
 }
@@ -123,7 +139,8 @@ def _rivals() -> str:
         "kvpress ExpectedAttention": f"kvpress {version}, ExpectedAttention",
     }
     lines = [
-        "| cache of a quarter (embedded model) | loss above original, nats | cache after 127 new tokens | in the checkpoint |",
+        "| cache of a quarter (embedded model) | loss above original, nats | cache after 127 new tokens "
+        "| in the checkpoint |",
         "| --- | ---: | ---: | --- |",
     ]
     for name, label in asked.items():
@@ -140,7 +157,10 @@ def _grouped_methods() -> str:
         **dict.fromkeys(("first", "mean", "mean_rescaled", "procrustes"), "nothing"),
         **{"principal": "nothing (default)", "calibrated": "text", "refined": "text (default with it)"},
     }
-    lines = ["| method | needs | 8 to 4 | 8 to 2 | 8 to 1 | SmolLM2, 3 to 1 |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    lines = [
+        "| method | needs | 8 to 4 | 8 to 2 | 8 to 1 | SmolLM2, 3 to 1 |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
     for method, need in needs.items():
         cells = [known[f"grouped.embedded.{heads}.{method}"] for heads in ("8-4", "8-2", "8-1")]
         lines.append(f"| `{method}` | {need} | {' | '.join(cells)} | {known[f'grouped.smollm2.3-1.{method}']} |")

@@ -35,7 +35,9 @@ def with_figures(text: str, facts: Mapping[str, str]) -> str:
     """The text with the figures that the results have today."""
     unknown = sorted({name for name, _ in FIGURE.findall(text)} - set(facts))
     if unknown:
-        raise SystemExit(f"no result has the figures {', '.join(unknown)}; scripts/facts.py names those that there are.")
+        raise SystemExit(
+            f"no result has the figures {', '.join(unknown)}; scripts/facts.py names those that there are."
+        )
     return FIGURE.sub(lambda found: f"<!--={found[1]}-->{facts[found[1]]}<!--/-->", text)
 
 

@@ -1,6 +1,6 @@
 """Asks every patch of every model type transformers can build, and writes what came of it into the support table.
 
-    python scripts/survey_architectures.py                       # everything; JSON, then the support table and every page
+    python scripts/survey_architectures.py                       # everything; JSON, then the support table and pages
     python scripts/survey_architectures.py --resume              # the same, going on where one was cut off
     python scripts/survey_architectures.py --types llama gpt2    # some; printed, nothing written
     python scripts/survey_architectures.py --quick               # what applies now and did not, or the reverse
@@ -187,7 +187,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=LIMIT, help="seconds for one question; more on a busy machine")
     parser.add_argument("--quick", action="store_true", help="apply and revert only; prints what changed")
     parser.add_argument("--resume", action="store_true", help="keep the answers of a survey that was cut off")
-    parser.add_argument("--render", action="store_true", help="write the table and the pages from the JSON that is there")
+    parser.add_argument(
+        "--render", action="store_true", help="write the table and the pages from the JSON that is there"
+    )
     parser.add_argument("--check", action="store_true", help="exit 1 unless the pages are those of the JSON")
     arguments = parser.parse_args()
     if arguments.check:
