@@ -1,4 +1,4 @@
-"""For mkdocs: `:class:`, `:func:` and `:mod:` roles in docstrings become plain code, which is what the page can show."""
+"""For mkdocs: `:class:`, `:func:` and `:mod:` roles in docstrings become plain code, which a page can show."""
 
 from __future__ import annotations
 

@@ -33,8 +33,9 @@ def about(survey: Mapping[str, Any]) -> str:
     masked = sum(name.endswith("(masked)") for name in rows)
     return (
         f"Tiny random models of {len(rows) - masked} of {types['causal']} causal-LM and {masked} of {types['masked']} "
-        f"masked-LM types; transformers {versions['transformers']}, torch {versions['torch']}, CPU, fp32. Every "
-        f"applied patch was held to {len(survey['invariants'])} invariants (padding, cached decoding, saving, gradients ...)."
+        f"masked-LM types; transformers {versions['transformers']}, torch {versions['torch']}, CPU, fp32. "
+        f"Every applied patch was held to {len(survey['invariants'])} invariants (padding, cached decoding, saving, "
+        "gradients ...)."
     )
 
 

@@ -1,4 +1,4 @@
-"""What README and pages show works: their Python runs, commands parse, links lead somewhere, figures are the results'."""
+"""What README and pages show works: Python runs, commands parse, links lead somewhere, figures are the results'."""
 
 import functools
 import json
