@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 from facts import grouped_excess, nats, peer_excess, result
 from readme import DOCS
 
@@ -171,6 +172,62 @@ def recurrence(file: Path) -> None:
     _save(figure, file)
 
 
+TRAINED, SHOWN = 16, 48  # tokens of the model in the drawing, and of the text that it reads
+
+
+def distances(query: Any, key: Any) -> dict[str, Any]:
+    """At which distance each method shows a key to a query of a model trained at 16 tokens; NaN where it shows none."""
+    gap = query - key
+    plain = query < TRAINED
+
+    def beyond(window: int, far: Any) -> Any:
+        return np.where(plain | (gap < window), gap, far)
+
+    group = query // TRAINED + 1
+    place, apart = key % 12, query // 12 - key // 12
+    chunks = np.select([apart == 0, apart == 1], [gap, np.minimum(query % 12 + 12, 16) - place], 16 - place)
+    kept = np.where(gap < 14, gap, np.where(key < 2, np.minimum(query, 15) - key, np.nan))
+    return {
+        "unpatched": gap,
+        "SelfExtend": beyond(8, query // 4 - key // 4 + 8 - 8 // 4),
+        "ReRope": beyond(8, 8),
+        "DualChunk": np.where(plain, gap, chunks),
+        "JetLong": np.where(gap <= 4, gap, query // group - key // group),
+        "AttentionSinks": kept,
+    }
+
+
+def seen(file: Path) -> None:
+    """Which distances a query meets: known ones in colour, unknown ones in red."""
+    query, key = np.meshgrid(np.arange(SHOWN), np.arange(SHOWN), indexing="ij")
+    figure, axes = plt.subplots(1, 6, figsize=(10.8, 2.4), layout="constrained", sharey=True)
+    colours = plt.get_cmap("cividis").with_extremes(over="#d62728", bad="#e8e8e8")
+    for panel, (name, far) in zip(axes, distances(query, key).items(), strict=True):
+        shown = np.where(key > query, np.nan, far).astype(float)
+        image = panel.imshow(shown, cmap=colours, vmin=0, vmax=TRAINED, interpolation="nearest")
+        panel.set_title(name, fontsize=10)
+        panel.set_xticks([0, 16, 32], ["0", "16", "32"])
+        panel.set_yticks([0, 16, 32], ["0", "16", "32"])
+    axes[0].set_ylabel("query")
+    figure.supxlabel("key; red: a distance beyond the 16 tokens that the model was trained at", fontsize=9)
+    figure.colorbar(image, ax=list(axes), label="distance", shrink=0.9)
+    _save(figure, file)
+
+
+def kernels(file: Path) -> None:
+    """Time of a prompt of 8,192 tokens, stock and fused."""
+    rows = [row for row in result("alibi/bench_alibi.json")["prefill"] if row["length"] == 8192]
+    figure, axes = plt.subplots(figsize=(7.2, 1.9), layout="constrained")
+    names = {"bloom": "BLOOM", "mpt": "MPT"}
+    bars = [
+        (f"{names[row['family']]}, {label}", row["seconds"][way]["cpu"], colour)
+        for row in rows
+        for label, way, colour in (("stock", "stock", OTHERS), ("Flash", "fused", OURS))
+    ]
+    _bars(axes, bars, "One layer of width 1,024 reads 8,192 tokens", "CPU seconds")
+    _save(figure, file)
+
+
 FIGURES: dict[str, Callable[[Path], None]] = {
     "front": front,
     "grouped": grouped,
@@ -178,4 +235,6 @@ FIGURES: dict[str, Callable[[Path], None]] = {
     "passkeys": passkeys,
     "switches": switches,
     "recurrence": recurrence,
+    "seen": seen,
+    "kernels": kernels,
 }

@@ -10,6 +10,7 @@ import types
 
 import page_texts as pages
 import pytest
+import torch
 import typer
 import yaml
 from architectures import tiny_model
@@ -18,6 +19,7 @@ from hf_attnpatch import embedded, patches
 from hf_attnpatch.cli import app
 from hf_attnpatch.commands import docs as docs_command
 from hf_attnpatch.commands import specs as cli_specs
+from hf_attnpatch.functional import spans
 from hf_attnpatch.patch import REGISTRY
 
 PATCHES = {name: cls for name, cls in REGISTRY.items() if cls.__module__.startswith(patches.__name__)}
@@ -258,6 +260,25 @@ def test_drawings_say_what_the_results_say(in_scripts, tmp_path, monkeypatch):
     monkeypatch.setattr(page_figures, "OUT", tmp_path)
     page_figures.draw()
     assert words_of(tmp_path) == words_of(pages.DOCS / "figures")
+
+
+def test_the_picture_of_distances_is_that_of_the_code(in_scripts):
+    pytest.importorskip("matplotlib", reason="the drawings are made with matplotlib")
+    import page_figures
+
+    query, key = torch.meshgrid(torch.arange(48), torch.arange(48), indexing="ij")
+    drawn = page_figures.distances(query.numpy(), key.numpy())
+    kinds = {
+        "SelfExtend": spans.Grouped(8, 4, 16),
+        "ReRope": spans.Clipped(8, 0.0, 16),
+        "DualChunk": spans.Chunked(12, 4, 16),
+        "JetLong": spans.Bifocal(4, 16),
+        "AttentionSinks": spans.Sinks(2, 14),
+    }
+    for name, kind in kinds.items():
+        looked = (key <= query) & (kind.sees(query, key) if name == "AttentionSinks" else True)
+        shown = torch.tensor(drawn[name], dtype=torch.float64)[looked]
+        assert torch.equal(shown, kind.distance(query, key)[looked]), name
 
 
 # -- the pages can be read without a network --------------------------------------------------------------------------
