@@ -29,7 +29,7 @@ def load(name: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
 
     A checkpoint that stock transformers can express is loaded by it; for another the recorded structure is rebuilt
     first (:mod:`hf_attnpatch.foreign`). No code from the checkpoint runs, and none that its config names, unless
-    ``trust_remote_code=True`` is passed; nothing asks. See ``TRUST.md`` of this package.
+    ``trust_remote_code=True`` is passed; nothing asks. See `docs/trust.md` of this package.
 
     Args:
         name: folder or hub repository.
