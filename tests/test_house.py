@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "layouts.py": {"errors", "runtime"},
     "sites.py": {"configs", "errors", "layouts", "upstream"},
     "anatomy.py": {
-        *("configs", "errors", "layouts", "positions", "sites", "upstream"),
+        *("configs", "errors", "homes", "layouts", "positions", "sites", "upstream"),
         "report",
     },  # the last one prints it
     "edit.py": {"errors", "interruption"},
@@ -61,6 +61,10 @@ MAY_IMPORT = {
     "rewriting/": {"errors", "schema"},
     "heads/projections.py": {"layouts", "sites"},
     "heads/": {*_CORE, "backends", "evaluation", "plotting", "progress", "report", "runtime", "twin"},
+    "homes/layers.py": {"errors"},
+    "homes/rows.py": set(),
+    "homes/checks.py": {"anatomy", "errors"},
+    "homes/": {"configs", "edits", "errors", "foreign", "interruption", "probe", "record"},
     "rope/fields.py": {"errors"},
     "rope/parameters.py": {"errors", "functional"},
     "rope/search": {*_CORE, "api", "evaluation", "patch", "patches"},
@@ -75,6 +79,7 @@ MAY_IMPORT = {
         "backends",
         "fused",
         "heads",
+        "homes",
         "media",
         "patch",
         "positions",
@@ -129,6 +134,10 @@ MAY_WRITE = {
     "invariants/training.py": ("train", "inside verify, which restores the mode"),
     "invariants/copies.py": ("eval neg_ data", "of the copy and of what was just loaded"),
     "runtime.py": ("register_parameter", "a module's own parameters, in its constructor"),
+    "homes/fitting.py": (
+        "_modules dtype train architectures _attn_implementation _name_or_path",
+        "of the model and the config that it has just made",
+    ),
     "twin.py": ("setattr", "on a copy of the config"),
     "patch.py": ("__setattr__", "a patch normalises its own fields while it is made"),
     "heads/regroup.py": ("_parameters vars", "of the new module, before it is put in place"),

@@ -120,6 +120,7 @@ PATCHES = [
     ap.ReRope(window=256, leak=0.1),
     ap.JetLong(window=64),
     ap.AttentionSinks(num_sinks=2, window=64),
+    ap.ScoreTemperature(slope=0.1, step=64),
     ap.SegmentRecurrence(segment_length=8, memory_length=16, positions="running"),
 ]
 

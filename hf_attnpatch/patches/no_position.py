@@ -38,7 +38,6 @@ class NoPosition(Patch):
     """
 
     name: ClassVar[str] = "no_position"
-    transient: ClassVar[frozenset[str]] = frozenset({"proved"})
 
     layers: tuple[int, ...] | None = None
     home: str | None = "auto"
