@@ -145,7 +145,7 @@ class Rotary(Patch):
         """The model becomes, or stays, of a type that has a base for each layer."""
         if self.home is None or self.kind != "default" or self.partial is not None or self.interleaved is not None:
             raise AttnPatchError(
-                f"{anatomy.architecture}: a base for some layers, or in a model whose layers rotate nothing, is said by "
+                f"{anatomy.architecture}: a base for some layers, or where none rotates, is said by "
                 "a stock type: give theta and home, and no kind, partial or interleaved."
             )
         if not anatomy.stilled:
