@@ -56,9 +56,10 @@ MAY_IMPORT = {
     "showing.py": set(),
     "writing.py": set(),
     "patch.py": {"errors", "anatomy", "edits", "schema"},
-    "probe.py": {"configs", "errors", "edits", "exclusive", "interruption", "upstream"},
+    "probe.py": {"configs", "errors", "edits", "exclusive", "interruption", "upstream", "weightless"},
     "twin.py": {"configs", "errors", "edits"},
-    "rewriting/": {"errors", "schema"},
+    "weightless.py": {"configs", "interruption", "upstream"},
+    "rewriting/": {"errors", "record", "schema"},
     "heads/projections.py": {"layouts", "sites"},
     "heads/": {*_CORE, "backends", "evaluation", "plotting", "progress", "report", "runtime", "twin"},
     "rope/fields.py": {"errors"},
@@ -67,7 +68,7 @@ MAY_IMPORT = {
     "rope/": {*_CORE, "patch", "twin"},
     "fused/": {*_CORE, "backends", "positions"},
     "positions/": {*_CORE, "backends", "fused", "record", "twin"},
-    "spans/": {*_CORE, "backends", "patch", "positions", "record"},
+    "spans/": {*_CORE, "backends", "patch", "positions", "record", "weightless"},
     "recurrence/": {*_CORE, "backends", "fused", "positions"},
     "media.py": {"errors", "probe", "upstream"},
     "patches/": {
@@ -82,6 +83,7 @@ MAY_IMPORT = {
         "rope",
         "spans",
         "twin",
+        "weightless",
     },
     "evaluation/": {
         "embedded",
@@ -130,6 +132,11 @@ MAY_WRITE = {
     "invariants/copies.py": ("eval neg_ data", "of the copy and of what was just loaded"),
     "runtime.py": ("register_parameter", "a module's own parameters, in its constructor"),
     "twin.py": ("setattr", "on a copy of the config"),
+    "checkpoint.py": ("setattr", "a mark of its own on the model that it has just loaded"),
+    "weightless.py": (
+        "register_forward_pre_hook",
+        "for the length of a block; removed in any case, as what it exchanges",
+    ),
     "patch.py": ("__setattr__", "a patch normalises its own fields while it is made"),
     "heads/regroup.py": ("_parameters vars", "of the new module, before it is put in place"),
     "heads/replay.py": (
