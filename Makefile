@@ -100,10 +100,11 @@ newest: $(LOCKING)/.installed
 	$(LOCKING)/bin/python scripts/lock.py --torch $(TORCH) --upgrade && \
 	$(LOCKING)/bin/python scripts/upstream_changes.py $$locked $$(sed -n 's/^transformers==//p' constraints.txt)
 
-# Ctrl-C at every line, of every patch on five families: hours of one core; the same command goes on where it was stopped
+# Ctrl-C at every line: first those that no other pair of family and patch has reached, then all of every pair (hours of one
+# core); the same command goes on where it was stopped
 interrupt: $(INSTALLED)
-	$(QUIET) $(BIN)/python -W ignore scripts/interrupt.py --by line
-	$(QUIET) $(BIN)/python -W ignore scripts/interrupt.py --sample 40
+	$(QUIET) $(BIN)/python -W ignore scripts/interrupt.py --new
+	$(QUIET) $(BIN)/python -W ignore scripts/interrupt.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
