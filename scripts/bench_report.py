@@ -15,7 +15,8 @@ Row = dict[str, Any]
 NOTE = """\
 `copy`: a clone of the replaced weights. `weights`: making and setting the new ones; `plan` and `self-check` (the
 first layers, one of each kind, read and decode 16 tokens; all layers read two) come on top. `peak extra`: resident
-memory during `apply` above that before it; `transient`: what of it is gone when `apply` returns. The report still holds the old weights; `after report` is when it was dropped."""
+memory during `apply` above that before it; `transient`: what of it is gone when `apply` returns. The report still holds
+the old weights; `after report` is when it was dropped."""
 
 
 def table(title: str, rows: list[Row]) -> Table:
