@@ -14,7 +14,7 @@ from .errors import SelfCheckFailed
 from .few import one_of_each
 from .invariants.noise import rounding
 from .probe import Inputs, disagreement, largest_difference, quiet, valid
-from .stepwise import STEPS, NoCache, in_pieces, remembers, rereads, writes_as_it_reads
+from .stepwise import STEPS, NoCache, in_pieces, remembers, rereads, unmasked, writes_as_it_reads
 from .upstream import words
 from .upstream.roles import predicted, roles_of
 
@@ -118,6 +118,7 @@ def decoded_with(model: PreTrainedModel, given: Inputs) -> str | None:
     roles = roles_of(model)
     if not model.can_generate() or not {roles.names.get(r) for r in (words.TOKENS, words.DECODER_TOKENS)} & set(given):
         return None
+    given = unmasked(model, given)
     with quiet(model), torch.no_grad():
         try:
             wanted, found = _both(model, given, STEPS, [])
