@@ -19,6 +19,7 @@ _CORE = {
     "configs",
     "edits",
     "errors",
+    "few",
     "functional",
     "interruption",
     "layouts",
@@ -51,6 +52,7 @@ MAY_IMPORT = {
     },  # the last one prints it
     "edit.py": {"errors", "interruption"},
     "edits.py": {"configs", "edit", "errors", "interruption", "upstream"},
+    "few.py": {"edits", "errors", "upstream"},
     "runtime.py": {"errors", "functional", "upstream"},
     "schema.py": {"errors"},
     "showing.py": set(),

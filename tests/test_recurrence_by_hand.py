@@ -275,7 +275,9 @@ def test_a_state_is_a_mapping(found):
         check_state(found)
 
 
-@pytest.mark.parametrize("name", ["x", "00.k", "123456.k", "-1.k", "1.q", "1.kk", "1\u0663.k", "sinks.1", "sinks.count", 3, "1.k\n"])
+@pytest.mark.parametrize(
+    "name", ["x", "00.k", "123456.k", "-1.k", "1.q", "1.kk", "1\u0663.k", "sinks.1", "sinks.count", 3, "1.k\n"]
+)
 def test_a_name_that_no_stream_returns(name):
     with pytest.raises(ap.AttnPatchError, match="no tensor"):
         check_state({**_state(True), name: torch.ones(1)})
