@@ -102,8 +102,9 @@ MAY_IMPORT = {
 # who else may write to a module, a config or a process-wide table, what, and why
 MAY_WRITE = {
     "edits.py": ("*", "the only room whose trade it is"),
+    "upstream/dispatching.py": ("register eval", "its own listening names; a copy without data"),
     "upstream/calls.py": (
-        "register setattr train attention mask sentinel",
+        "register setattr train attention mask sentinel first",
         "its own listening names; a module that it made to try attributes on; what a tiny model was heard to pass",
     ),
     "upstream/caches.py": ("setattr", "another name for a method, while a class of this package is made"),
