@@ -189,7 +189,7 @@ def distances(query: Any, key: Any) -> dict[str, Any]:
     kept = np.where(gap < 14, gap, np.where(key < 2, np.minimum(query, 15) - key, np.nan))
     return {
         "unpatched": gap,
-        "SelfExtend": beyond(8, query // 4 - key // 4 + 8 - 8 // 4),
+        "SelfExtend": beyond(8, query // 5 - key // 5 + 8 - 8 // 5),
         "ReRope": beyond(8, 8),
         "DualChunk": np.where(plain, gap, chunks),
         "JetLong": np.where(gap <= 4, gap, query // group - key // group),
