@@ -51,7 +51,7 @@ class Alibi(Patch):
     """
 
     name: ClassVar[str] = "alibi"
-    transient: ClassVar[frozenset[str]] = frozenset({"training", "proved"})
+    transient: ClassVar[frozenset[str]] = frozenset({"training"})
 
     slopes: str | tuple[float, ...] = "paper"
     backend: str = "auto"

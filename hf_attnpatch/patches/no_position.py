@@ -27,7 +27,6 @@ class NoPosition(Patch):
     """
 
     name: ClassVar[str] = "no_position"
-    transient: ClassVar[frozenset[str]] = frozenset({"proved"})
 
     proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded
 

@@ -42,7 +42,6 @@ class Sinusoidal(Patch):
     """
 
     name: ClassVar[str] = "sinusoidal"
-    transient: ClassVar[frozenset[str]] = frozenset({"proved"})
 
     theta: float = 10000.0
     amplitude: float = 1.0
