@@ -69,7 +69,7 @@ def front(file: Path) -> None:
         ("calibrated", peer_excess("8-2", "grouped query, calibrated"), OURS),
         ("refined", peer_excess("8-2", "grouped query, refined"), OURS),
     ]
-    _bars(left, heads, "A cache of a quarter", "nats per token above the original")
+    _bars(left, heads, "A quarter of the cache", "nats per token above the original")
     rows = result("extend_context_smollm2/metrics.jsonl")
     far = {
         name: nats(rows[name]["lengths"]["16384"]["losses"]) for name in ("original", "linear", "yarn", "self_extend")
