@@ -283,6 +283,24 @@ def test_the_picture_of_distances_is_that_of_the_code(in_scripts):
         assert torch.equal(shown, kind.distance(query, key)[looked]), name
 
 
+def test_the_support_table_is_searched_in_a_browser(tmp_path, monkeypatch):
+    """A word of a type, and words of a reason; nothing is asked of a network."""
+    monkeypatch.syspath_prepend(str(pages.ROOT / "tests/comparing"))
+    import chromium
+
+    browser = chromium.find()
+    if browser is None:
+        pytest.skip("no Chromium here")
+    shown = {}
+    for words in ("llama4_text", "no%20attention%20module", "nothing-has-this"):
+        address = f"{(pages.DOCS / 'support.html').as_uri()}#{words}"
+        page = chromium.run(browser, tmp_path / "profile", "--virtual-time-budget=2000", "--dump-dom", address).stdout
+        shown[words] = int(re.search(r'<output id="count">(\d+) of \d+ types</output>', page)[1])
+    assert shown["llama4_text"] == 1
+    assert 0 < shown["no%20attention%20module"] < 50
+    assert shown["nothing-has-this"] == 0
+
+
 # -- the pages can be read without a network --------------------------------------------------------------------------
 
 
