@@ -129,11 +129,11 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _Numbers(TorchDispatchMode):
+class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own constructor is not typed
     """Gives every result of numbers and something without data numbers of its own."""
 
     def __init__(self, following: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.following, self.count = following, 0
 
     def begin(self, *_: object) -> None:

@@ -19,7 +19,7 @@ def lengthened(tokenizer: Any, *contexts: int) -> str | None:
     """
     old = getattr(tokenizer, "model_max_length", None)
     before = next((n for n in contexts[:-1] if isinstance(old, int) and n - _OFFSETS <= old <= n < contexts[-1]), None)
-    if before is None:
+    if before is None or old is None:
         return None
     tokenizer.model_max_length = old + contexts[-1] - before
     return f"tokenizer: model_max_length {old} -> {tokenizer.model_max_length}"
