@@ -104,6 +104,12 @@ def test_every_measured_number_of_a_page_is_rendered_or_known(page):
     assert found <= NUMBERS
 
 
+@pytest.mark.parametrize("page", pages.EVERY, ids=pages.name_of)
+def test_no_line_begins_with_a_figure(page):
+    """It would end the paragraph: to Markdown, a line that begins with a comment is a block of HTML."""
+    assert not re.findall(r"^ *<!--=", page.read_text("utf-8"), re.MULTILINE)
+
+
 @pytest.mark.parametrize("name", sorted(PATCHES))
 def test_each_patch_has_a_page(name):
     text = (pages.DOCS / f"patches/{name}.md").read_text("utf-8")
