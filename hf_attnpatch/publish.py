@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,7 +19,7 @@ from .publishing import card, confidential, origin
 from .publishing.hub import Head, Hub
 from .publishing.stale import stale_files
 from .report import Report
-from .showing import line
+from .showing import Shown, line
 
 Reports: TypeAlias = Report | Comparison | str | Path | Sequence[Report | Comparison | str | Path]
 FIGURES = "attnpatch"  # folder of the repository for figures and metrics
@@ -27,7 +27,7 @@ _UNTOUCHED = {".gitattributes"}  # all that a new repository holds
 
 
 @dataclass(frozen=True)
-class Published:
+class Published(Shown):
     """What is on the Hub now.
 
     Attributes:
@@ -43,6 +43,10 @@ class Published:
     commit: str
     files: tuple[str, ...]
     notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return asdict(self)
 
     def __str__(self) -> str:
         head = f"published {self.url} at {self.commit[:12]}: {len(self.files)} files: {', '.join(self.files)}"

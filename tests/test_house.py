@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "layouts.py": {"errors", "runtime"},
     "sites.py": {"configs", "errors", "layouts", "upstream"},
     "anatomy.py": {
-        *("configs", "errors", "layouts", "positions", "sites", "upstream"),
+        *("configs", "errors", "layouts", "positions", "showing", "sites", "upstream"),
         "report",
     },  # the last one prints it
     "edit.py": {"errors", "interruption"},
@@ -60,14 +60,14 @@ MAY_IMPORT = {
     "twin.py": {"configs", "errors", "edits"},
     "rewriting/": {"errors", "schema"},
     "heads/projections.py": {"layouts", "sites"},
-    "heads/": {*_CORE, "backends", "evaluation", "plotting", "progress", "report", "runtime", "twin"},
+    "heads/": {*_CORE, "backends", "evaluation", "plotting", "progress", "report", "runtime", "showing", "twin"},
     "rope/fields.py": {"errors"},
     "rope/parameters.py": {"errors", "functional"},
-    "rope/search": {*_CORE, "api", "evaluation", "patch", "patches"},
+    "rope/search": {*_CORE, "api", "evaluation", "patch", "patches", "showing"},
     "rope/": {*_CORE, "patch", "twin"},
     "fused/": {*_CORE, "backends", "positions"},
     "positions/": {*_CORE, "backends", "fused", "record", "twin"},
-    "spans/": {*_CORE, "backends", "patch", "positions", "record"},
+    "spans/": {*_CORE, "backends", "patch", "positions", "record", "rope"},
     "recurrence/": {*_CORE, "backends", "fused", "positions"},
     "media.py": {"errors", "probe", "upstream"},
     "patches/": {
@@ -90,6 +90,7 @@ MAY_IMPORT = {
         "interruption",
         "progress",
         "schema",
+        "showing",
         "upstream",
         "writing",
     },  # measures a model; knows nothing of patches
@@ -116,10 +117,8 @@ MAY_WRITE = {
         "keys values __class__",
         "of a layer that it has just made; of an empty cache that a caller holds, which becomes its own",
     ),
-    "__init__.py": (
-        "register __class__ __setattr__ __name__ __qualname__ __doc__",
-        "calls foreign.register; the class of its own module; the names of its one-liners",
-    ),
+    "__init__.py": ("__class__ __setattr__", "the class of its own module"),
+    "arrival.py": ("register loader __loader__", "calls foreign.register; the loader of one module's spec, put back"),
     "backends.py": ("register", "the only writer of transformers' attention and mask tables"),
     "spans/backends.py": ("register", "through backends.py"),
     "foreign.py": ("register", "teaches the Auto classes our own model type"),
