@@ -105,7 +105,7 @@ def test_a_damage_figure_that_cannot_be_written_costs_no_work(whole, tmp_path, m
     assert fails(run("apply", whole, tmp_path / "out", *HEADS, "--damage", tmp_path / name), "--damage", words)
 
 
-@pytest.mark.parametrize("command", [("eval", "--out"), ("diagnose", "--json")])
+@pytest.mark.parametrize("command", [("eval", "--out"), ("diagnose", "--out")])
 def test_an_outcome_that_cannot_be_written_costs_no_work(whole, tmp_path, monkeypatch, command):
     for name in ("model", "skeleton"):
         monkeypatch.setattr(cli_models.Source, name, lambda _: pytest.fail("the model was loaded"))

@@ -14,6 +14,7 @@ from hf_attnpatch.heads.damage import DamageReport, LayerDamage
 from hf_attnpatch.heads.refine import Gap
 from hf_attnpatch.report import Report
 from hf_attnpatch.showing import Shown, columns, rendered
+from hf_attnpatch.verify import Finding, Verification
 
 NASTY = "<script>alert(1)</script>\x1b[2J\u202e&"
 
@@ -28,7 +29,7 @@ def found():
         "Plan": report.plan,
         "Anatomy": report.plan.anatomy,
         "Diagnosis": ap.diagnose(model, context=512, batch=1, hardware="h100", training=False, losses=False),
-        "Verification": ap.verify(tiny_model("llama"), save=False),
+        "Verification": Verification("LlamaForCausalLM", (Finding("finite", "pass", 0.0, 1.0, "logits"),)),
     }
 
 
@@ -40,7 +41,7 @@ def test_a_result_is_one_short_line_and_a_page(found, name):
     assert len(str(one).splitlines()) > 3, "str stays what people read"
     page = one._repr_html_()
     assert page.startswith("<pre")
-    assert "LlamaForCausalLM" in page or name == "Report"
+    assert "LlamaForCausalLM" in page or name in ("Report", "Plan")
 
 
 def test_the_line_says_what_happened(found):
