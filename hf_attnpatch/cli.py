@@ -1,4 +1,4 @@
-"""``attnpatch describe | plan | apply | verify | eval | diagnose | doctor | compare | push | search-rope | demo ...``.
+"""``attnpatch describe | plan | apply | verify | eval | diagnose | doctor | compare | push | search-rope | docs ...``.
 
 torch and transformers are imported by the commands, not by this file: ``attnpatch --help`` must be quick.
 """
@@ -16,6 +16,7 @@ import typer
 from . import __version__
 from .commands import compare as cli_compare
 from .commands import diagnose as cli_diagnose
+from .commands import docs as cli_docs
 from .commands import doctor as cli_doctor
 from .commands import evaluate as cli_eval
 from .commands import listing as cli_listing
@@ -209,6 +210,7 @@ cli_compare.add(app)
 cli_publish.add(app)
 cli_diagnose.add(app)
 cli_doctor.add(app)
+cli_docs.add(app)
 cli_eval.add(app)
 cli_search.add(app)
 cli_listing.add(app)

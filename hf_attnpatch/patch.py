@@ -79,7 +79,14 @@ class _Kind(ABCMeta):
             Raises:
                 AttnPatchError: a field is unknown, missing, given twice or without its name.
             """
-            return super().__call__(**named(cls, unnamed, fields))
+            found = named(cls, unnamed, fields)
+            try:
+                return super().__call__(**found)
+            except AttnPatchError as error:
+                if not any(value is _MISSING for value in found.values()):
+                    raise
+                problem = str(error).removeprefix(f"{cls.name}: ").rstrip(".")
+                raise AttnPatchError(f"{cls.name}: {problem}; {_choices(cls)}.") from error
 
     @property
     def __signature__(cls) -> inspect.Signature:
@@ -129,8 +136,19 @@ class Patch(metaclass=_Kind):
 
     def to_record(self, finding: object = None) -> dict[str, Any]:
         """Return the JSON-able form that a checkpoint keeps; ``finding`` is what ``prepare`` returned."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.transient}
+        left = self.transient | internal_fields(type(self)).keys()
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left}
         return {"patch": self.name, **fields}
+
+
+class _Missing:
+    """Stands where a field must be given, so that the patch itself says what it wants there."""
+
+    def __repr__(self) -> str:
+        return "missing"
+
+
+_MISSING = _Missing()
 
 
 def internal_fields(cls: type[Patch]) -> dict[str, Any]:
@@ -171,7 +189,7 @@ def named(cls: type[Patch], unnamed: tuple[Any, ...], fields: Mapping[str, Any])
     """Return arguments of a patch under the names of its fields.
 
     Raises:
-        AttnPatchError: a field is unknown, missing, given twice, without its name, or filled in by the package alone.
+        AttnPatchError: a field is unknown, given twice, without its name, or filled in by the package alone.
     """
     known, found = fields_of(cls), dict[str, Any]()
     if unnamed:
@@ -188,9 +206,7 @@ def named(cls: type[Patch], unnamed: tuple[Any, ...], fields: Mapping[str, Any])
             raise AttnPatchError(f"{cls.name}: {field} is given twice, once under another name; give it once.")
         found[field] = value
     lacking = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in found]
-    if lacking:
-        raise AttnPatchError(f"{cls.name}: {' and '.join(lacking)} is missing; {_choices(cls)}.")
-    return found
+    return {**found, **dict.fromkeys(lacking, _MISSING)}  # the patch itself says what it wants there
 
 
 def by_any_name(function: Callable[Q, R]) -> Callable[Q, R]:
@@ -225,8 +241,7 @@ def from_spec(spec: Mapping[str, Any], *, recorded: bool = False, trust_remote_c
 
     Args:
         spec: of the patch.
-        recorded: whether it stands in a checkpoint's record, which holds what was found out, too, and no patch that
-            leaves nothing to remember.
+        recorded: whether it stands in a checkpoint's record, which holds no patch that leaves nothing to remember.
         trust_remote_code: whether it may name a repository of kernels, whose code would run.
 
     Raises:
@@ -246,13 +261,12 @@ def from_spec(spec: Mapping[str, Any], *, recorded: bool = False, trust_remote_c
     strange = sorted(brief(key, 40) for key in spec if not isinstance(key, str))[:1]
     if strange:
         raise AttnPatchError(f"{name}: no field {strange[0]}; {_choices(cls)}.")
-    inner = {key: spec[key] for key in internal_fields(cls) if key in spec}
-    given = {key: value for key, value in spec.items() if key != "patch" and key not in inner}
+    given = {key: value for key, value in spec.items() if key != "patch" and key not in internal_fields(cls)}
     for key in spec.keys() - cls.transient - {"patch"}:  # those may be tensors and tokenizers
         if isinstance(spec[key], _PLAIN):
             plain(spec[key], f"{name}.{brief(key, 40)}", finite=False)
     try:
-        return _filled(cls(**given), inner)
+        return cls(**given)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # of ours, or of Python's
         if isinstance(error, AttnPatchError) and len(str(error)) <= _LONGEST:
             raise
@@ -270,8 +284,7 @@ def _check_giver(cls: type[Patch], spec: Mapping[str, Any], recorded: bool) -> N
     if recorded and not cls.recorded:
         raise AttnPatchError(f"{cls.name}: stands in no record, for a checkpoint has nothing to remember of it.")
     for name, default in internal_fields(cls).items():
-        kept = recorded and name not in cls.transient
-        if name in spec and spec[name] != default and not kept:
+        if name in spec and spec[name] != default:
             raise AttnPatchError(f"{cls.name}: {name} is found out by this package and never given; leave it out.")
 
 

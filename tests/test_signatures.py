@@ -25,6 +25,7 @@ from hf_attnpatch.spans.backends import BACKENDS as MERGED
 ROOT = Path(__file__).parents[1]
 KINDS_OF_PATCH = [getattr(patches, name) for name in patches.__all__]
 PUBLIC = [name for names in ap._DEFINES.values() for name in names]
+SPANNING = (ap.SelfExtend, ap.DualChunk, ap.ReRope, ap.JetLong, ap.AttentionSinks)
 each_patch = pytest.mark.parametrize("kind", KINDS_OF_PATCH, ids=lambda kind: kind.name)
 
 
@@ -81,7 +82,10 @@ def test_the_functions_are_those_that_the_patches_give(monkeypatch):
         (ap.RelativeXl, "init", relative_xl.INITS),
         (ap.RelativeXl, "backend", ("auto", *BACKENDS)),
         (ap.Alibi, "backend", ("auto", *BACKENDS)),
-        *((kind, "backend", MERGED) for kind in KINDS_OF_PATCH if "found" in internal_fields(kind)),
+        *(
+            (kind, "backend", MERGED)
+            for kind in (ap.SelfExtend, ap.DualChunk, ap.ReRope, ap.JetLong, ap.AttentionSinks)
+        ),
     ],
 )
 def test_types_name_the_choices_that_there_are(kind, field, choices):
@@ -134,7 +138,7 @@ WRONG = {
     "ap.patch_self_extend(model, targt_length=8192)": "targt_length",
     "ap.patch_rope_scaling(model, kind='yaarn', factor=4.0)": "yaarn",
     "ap.patch_flash(model, 'sdpa')": "positional|argument",
-    "ap.SelfExtend(found={})": "found",
+    "ap.Rotary(proved=True)": "proved",
     "ap.patch_grouped_query(model)": "num_kv_heads",
 }
 
@@ -232,7 +236,10 @@ MISTAKES = {
     "without a name": (lambda: ap.GroupedQuery(4), r"4 stands without a name; .* as in GroupedQuery\(num_kv_heads=4"),
     "no field at all": (lambda: ap.NoPosition(4), "4 stands without a name; give fields by name"),
     "twice": (lambda: ap.SelfExtend(target=9, target_length=9), "target_length is given twice"),
-    "missing": (lambda: ap.SegmentRecurrence(), "segment_length and memory_length is missing; its fields are"),
+    "missing": (
+        lambda: ap.SegmentRecurrence(),
+        "segment_length is missing; .* at least 1; its fields",
+    ),
     "no length": (lambda: ap.PositionTable(), "target_length is missing; give it, in tokens, or factor"),
     "a function": (lambda: ap.patch_self_extend(None, windw=4), r"no field windw \(did you mean window\?\)"),
     "a function, unnamed": (lambda: ap.patch_flash(None, "sdpa"), r"as in Flash\(backend=sdpa\)"),
@@ -254,8 +261,8 @@ def test_the_model_is_asked_for_as_python_does():
 
 
 def test_what_was_found_out_stays_with_a_changed_patch():
-    patch = changed(ap.SelfExtend(window=8), found={"a": None}, window=9)
-    assert (patch.found, patch.window) == ({"a": None}, 9)
-    assert changed(patch, group=4).found == {"a": None}
-    with pytest.raises(ap.AttnPatchError, match="window is 1"):
-        changed(patch, window=1)
+    patch = changed(ap.Rotary(theta=8.0), proved=True, theta=9.0)
+    assert (patch.proved, patch.theta) == (True, 9.0)
+    assert changed(patch, kind="yarn").proved
+    with pytest.raises(ap.AttnPatchError, match="theta is 0"):
+        changed(patch, theta=0)

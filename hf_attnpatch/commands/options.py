@@ -113,8 +113,15 @@ def clear_errors() -> Iterator[None]:
     except (AttnPatchError, OSError) as error:
         from ..publishing.hub import Hub
 
-        complain(f"attnpatch: {line(Hub().hide(str(error)), _LONGEST)}")
+        complain(f"attnpatch: {line(Hub().hide(_said(error)), _LONGEST)}")
         raise typer.Exit(1) from error
+
+
+def _said(error: Exception) -> str:
+    """Return what an error says; one of the system without its number, the name of the file first."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}"
+    return str(error)
 
 
 class _Record(logging.LogRecord):

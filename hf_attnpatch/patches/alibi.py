@@ -50,7 +50,7 @@ class Alibi(Patch):
     """
 
     name: ClassVar[str] = "alibi"
-    transient: ClassVar[frozenset[str]] = frozenset({"training", "proved"})
+    transient: ClassVar[frozenset[str]] = frozenset({"training"})
 
     slopes: Literal["paper"] | Sequence[float] = "paper"
     backend: Literal[

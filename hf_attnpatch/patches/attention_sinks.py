@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from transformers import PreTrainedModel
 
@@ -46,7 +46,6 @@ class AttentionSinks(Patch):
     window: int | None = None
     trained_length: int | None = None
     backend: Literal["auto", "sdpa", "eager"] = "auto"
-    found: Mapping[str, Any] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_fields(

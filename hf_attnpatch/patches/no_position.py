@@ -26,7 +26,6 @@ class NoPosition(Patch):
     """
 
     name: ClassVar[str] = "no_position"
-    transient: ClassVar[frozenset[str]] = frozenset({"proved"})
 
     # a checkpoint's own structure, which is not tried again while it is being loaded
     proved: bool = field(default=False, init=False, repr=False)

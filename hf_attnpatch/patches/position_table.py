@@ -51,7 +51,6 @@ class PositionTable(Patch):
     """
 
     name: ClassVar[str] = "position_table"
-    transient: ClassVar[frozenset[str]] = frozenset({"proved"})
 
     target_length: int | None = None
     factor: float | None = None

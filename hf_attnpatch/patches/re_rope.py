@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from transformers import PreTrainedModel
 
@@ -52,7 +51,6 @@ class ReRope(Patch):
     start: int | None = None
     trained_length: int | None = None
     backend: Literal["auto", "sdpa", "eager"] = "auto"
-    found: Mapping[str, Any] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         lengths = {"window": self.window, "start": self.start, "trained_length": self.trained_length}

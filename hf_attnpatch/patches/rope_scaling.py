@@ -73,7 +73,6 @@ class RopeScaling(Patch):
     """
 
     name: ClassVar[str] = "rope_scaling"
-    transient: ClassVar[frozenset[str]] = frozenset({"restored"})
 
     kind: Literal[
         "linear", "ntk", "ntk_by_parts", "yarn", "llama3", "resonance", "clipped", "longrope", "dynamic", "dynamic_yarn"
@@ -96,8 +95,9 @@ class RopeScaling(Patch):
     restored: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise AttnPatchError(f"kind {self.kind!r} does not exist; choose from: {', '.join(KINDS)}.")
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
+            found = f"{self.kind!r} does not exist" if isinstance(self.kind, str) else f"is {self.kind!r}"
+            raise AttnPatchError(f"kind {found}; choose from: {', '.join(KINDS)}.")
         check_reach(self.factor, self.target_length)
         if self.factor is None and self.target_length is None:
             raise AttnPatchError(

@@ -16,6 +16,7 @@ from ..positions.removal import check_blind, check_effect, removal, removed
 from ..positions.rotating import attention_rotated, ignores_positions, rebased
 from ..positions.turning import KINDS, Rotation
 from ..rope.fields import check_number, check_reach, factor_to
+from ..weightless import runnable
 
 _TRAINED = "original_max_position_embeddings"  # other parameters of a family (Ministral's) may refer to it
 _SCHEME = frozenset(  # what describes a base and a scaling
@@ -54,7 +55,6 @@ class Rotary(Patch):
     """
 
     name: ClassVar[str] = "rotary"
-    transient: ClassVar[frozenset[str]] = frozenset({"proved"})
 
     theta: float = 10000.0
     kind: Literal["default", "linear", "yarn", "llama3"] = "default"
@@ -63,8 +63,6 @@ class Rotary(Patch):
     partial: float | None = None
     interleaved: bool | None = None
     layer_types: Sequence[str] | None = None
-    # whether position_ids do not reach attention (GPT-Neo), so that tokens are counted and other positions refused
-    counted: bool | None = field(default=None, init=False, repr=False)
     # a checkpoint's own structure, which is not tried again while it is being loaded
     proved: bool = field(default=False, init=False, repr=False)
 
@@ -101,19 +99,18 @@ class Rotary(Patch):
                 f"{anatomy.architecture}: layer_types are for models with rotary modules of their own."
             )
         rotation = self._rotation(model, anatomy)
-        counted = bool(self.counted)
-        edits = attention_rotated(model, anatomy, rotation, counted)
+        edits = attention_rotated(model, anatomy, rotation, False)
         if not self.proved:
             check_blind(model, anatomy, removal(model, anatomy))
+        with runnable(model, following=True):
             counted = ignores_positions(model, anatomy, edits)
-            edits = attention_rotated(model, anatomy, rotation, True) if counted else edits
+        edits = attention_rotated(model, anatomy, rotation, True) if counted else edits
         sites = anatomy.attending
         pairs = "neighbours" if rotation.interleaved else "halves"
         heads = anatomy.sites[0].head_dim
         what = f"rotates {rotation.rotary_dim} of {heads} dimensions ({pairs}), theta {self.theta:g}, {self._kind()}"
         notes = (*removed(anatomy), what, *(("positions are counted; others than from 0 up are refused",) * counted))
-        chosen = changed(self, counted=counted)
-        return Proposal(edits, sites, notes, stock=False, claims=("the positions",), patch=chosen)
+        return Proposal(edits, sites, notes, stock=False, claims=("the positions",))
 
     def _native(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """The model's own rotary modules, built again; what else tells positions goes."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from transformers import PreTrainedModel
 
-from ..anatomy import Anatomy, angle_table
+from ..anatomy import Anatomy
 from ..backends import FLAG, FUSED, kernel_of
 from ..configs import config_at
 from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
@@ -23,6 +23,7 @@ from ..recurrence.survey import STATIC, Way, check_agrees, ways
 from ..sites import Place, dispatching
 from ..upstream import words
 from ..upstream.roles import roles_of
+from ..weightless import is_restoring, runnable
 
 KERNELS = ("eager", *FLAG)
 _OVER_THE_PROBE = Segments(4, 32)  # longer than what it reads
@@ -62,14 +63,11 @@ class SegmentRecurrence(Patch):
     """
 
     name: ClassVar[str] = "segment_recurrence"
-    transient: ClassVar[frozenset[str]] = frozenset()
 
     segment_length: int
     memory_length: int
     positions: Literal["bounded", "running"] = "bounded"
     num_sinks: int = 0
-    # a checkpoint's own, not found again when it is loaded
-    turning: Mapping[str, Way | None] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, least in (("segment_length", 1), ("memory_length", 0), ("num_sinks", 0)):
@@ -107,19 +105,17 @@ class SegmentRecurrence(Patch):
         common = (*self._edits(model, places, turning), *hooks, attention)
         segments = Segments(self.segment_length, self.memory_length, self.num_sinks)
         edits = (*common, self._recalling(model, anatomy, places, decoder, segments))
-        if self.turning is None:
+        if not is_restoring():
             turns = bool(anatomy.rotary or anatomy.inner)
             probed = self if turns else changed(self, positions="running")
             probing = probed._recalling(model, anatomy, places, decoder, _OVER_THE_PROBE)
             check_agrees(model, anatomy, (*common, probing), padded=turns)
-        chosen = changed(self, turning=turning)
         return Proposal(
             edits,
             tuple(place.path for place in places),
             tuple(self._notes(kernel, turning)),
             stock=False,
             claims=("the memory", "the positions"),  # of one plan: keys are turned back as the model turns them now
-            patch=chosen,
         )
 
     def _edits(
@@ -179,11 +175,8 @@ class SegmentRecurrence(Patch):
 
     def _turning(self, model: PreTrainedModel, anatomy: Anatomy, places: list[Place]) -> dict[str, Way | None]:
         paths = [place.path for place in places]
-        if self.turning is not None:  # of a checkpoint, where tuples are lists
-            given = ((path, self.turning[path]) for path in paths if self.turning.get(path) is not None)
-            told = {path: (str(w[0]), str(w[1]), bool(w[2]), int(w[3])) for path, w in given if w is not None}
-            return {path: (*located(model, anatomy, path, way[:2]), *way[2:]) for path, way in told.items()}
-        found = ways(model, anatomy, paths) if self.positions == "bounded" else {}
+        with runnable(model):
+            found = ways(model, anatomy, paths) if self.positions == "bounded" else {}
         return {path: way for path, way in found.items() if way is not None}
 
     def _notes(self, kernel: str, turning: Mapping[str, Way | None]) -> Iterator[str]:
@@ -197,23 +190,6 @@ class SegmentRecurrence(Patch):
             how = sorted({("neighbours" if way[2] else "halves") for way in turning.values() if way is not None})
             yield f"positions begin anew in each segment; keys in memory are turned back ({', '.join(how)})"
         yield "what a text was before a call is carried where a stream is open or a cache is passed, and nowhere else"
-
-
-def located(model: PreTrainedModel, anatomy: Anatomy, path: str, said: tuple[str, str]) -> tuple[str, str]:
-    """Return where this release keeps the angles that a checkpoint, perhaps of another, says stand somewhere.
-
-    Raises:
-        UnsupportedArchitecture: it keeps none there, nor in a table.
-    """
-    modules = dict(model.named_modules())
-    if said[0] in modules and hasattr(modules[said[0]], said[1]):
-        return said
-    tables = [each for each in anatomy.inner if each == path] or list(anatomy.inner)
-    if not tables:
-        raise UnsupportedArchitecture(
-            f"{said[0]}: the checkpoint was written where this module kept its angles as {said[1]!r}; here it does not."
-        )
-    return tables[0], str(angle_table(modules[tables[0]]))
 
 
 def _places(model: PreTrainedModel, anatomy: Anatomy) -> tuple[list[Place], bool]:

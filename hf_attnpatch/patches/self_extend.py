@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from transformers import PreTrainedModel
 
@@ -50,7 +49,6 @@ class SelfExtend(Patch):
     start: int | None = None
     trained_length: int | None = None
     backend: Literal["auto", "sdpa", "eager"] = "auto"
-    found: Mapping[str, Any] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         lengths = {"window": self.window, "group": self.group, "start": self.start}

@@ -44,7 +44,6 @@ class Sinusoidal(Patch):
 
     name: ClassVar[str] = "sinusoidal"
     experimental: ClassVar[bool] = True
-    transient: ClassVar[frozenset[str]] = frozenset({"proved"})
 
     theta: float = 10000.0
     amplitude: float = 1.0

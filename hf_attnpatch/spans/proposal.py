@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from transformers import PreTrainedModel
 
@@ -12,14 +12,15 @@ from ..configs import config_at
 from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.spans import Sinks, Span
-from ..patch import Patch, Proposal, changed
+from ..patch import Patch, Proposal
 from ..positions.counting import counted
 from ..probe import default_inputs, logits_under, trial
 from ..sites import Site
 from ..upstream.roles import roles_of
+from ..weightless import is_restoring, runnable
 from .backends import BACKENDS, register_spans
 from .modules import PREFIX, Evicting, Evicts, SpanGuard, Spanned, span_of
-from .survey import Found, as_found, survey
+from .survey import Found, survey
 
 
 class Spanning(Protocol):
@@ -31,8 +32,6 @@ class Spanning(Protocol):
     def trained_length(self) -> int | None: ...  # noqa: D102 - tokens that the model handles by itself
     @property
     def backend(self) -> str: ...  # noqa: D102 - auto, sdpa or eager
-    @property
-    def found(self) -> Any: ...  # noqa: D102 - what the survey found
 
 
 class Reaching(Protocol):
@@ -123,7 +122,8 @@ def spanned(
     held = next((path for path, module in model.named_modules() if span_of(module) is not None), None)
     if held is not None:
         raise UnsupportedArchitecture(f"{held}: sees distances by a patch of this package already; revert it first.")
-    found, left = (as_found(patch.found), []) if patch.found else survey(model, anatomy)
+    with runnable(model):
+        found, left = survey(model, anatomy)
     edits = [
         *_edits(model, anatomy, found, span),
         *_caches(model, found, span),
@@ -137,7 +137,7 @@ def spanned(
         stock=False,
         claims=("the positions",),
         promise=Evicts(len(found)) if isinstance(span, Sinks) else None,
-        patch=changed(cast(Patch, patch), found=found),
+        patch=cast(Patch, patch),
     )
 
 
@@ -164,7 +164,7 @@ def _attention(kernel: str) -> SetAttention:
 
 def _kernel(patch: Spanning, model: PreTrainedModel, edits: list[Edit]) -> tuple[str, list[str]]:
     """Return the kernel and what to say about it; flash calls are compared with the dense way on a few tokens."""
-    if patch.found:  # a checkpoint that is being loaded cannot run yet
+    if is_restoring():  # kernels are compared with weights
         asked = model.config._attn_implementation.removeprefix(PREFIX)
         return (patch.backend if patch.backend != "auto" else asked if asked in BACKENDS[1:] else "sdpa"), []
     inputs = default_inputs(model)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,9 +140,4 @@ def _ways(model: PreTrainedModel, anatomy: Anatomy, width: int) -> Iterator[tupl
                     yield rotary.path, name, Turning(buffer, interleaved, first)
 
 
-def as_found(value: Any) -> Found:
-    """Read :data:`Found` from a record, where tuples are lists."""
-    return {str(path): (str(r), str(b), bool(i), int(f)) for path, (r, b, i, f) in dict(value).items()}
-
-
-__all__ = ["Found", "Tensor", "as_found", "survey"]
+__all__ = ["Found", "Tensor", "survey"]
