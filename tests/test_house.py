@@ -19,6 +19,7 @@ _CORE = {
     "configs",
     "edits",
     "errors",
+    "few",
     "functional",
     "interruption",
     "layouts",
@@ -51,14 +52,16 @@ MAY_IMPORT = {
     },  # the last one prints it
     "edit.py": {"errors", "interruption"},
     "edits.py": {"configs", "edit", "errors", "interruption", "upstream"},
+    "few.py": {"edits", "errors", "upstream"},
     "runtime.py": {"errors", "functional", "upstream"},
     "schema.py": {"errors"},
     "showing.py": set(),
     "writing.py": set(),
     "patch.py": {"errors", "anatomy", "edits", "schema"},
-    "probe.py": {"configs", "errors", "edits", "exclusive", "interruption", "upstream"},
+    "probe.py": {"configs", "errors", "edits", "exclusive", "interruption", "upstream", "weightless"},
     "twin.py": {"configs", "errors", "edits"},
-    "rewriting/": {"errors", "schema"},
+    "weightless.py": {"configs", "interruption", "upstream"},
+    "rewriting/": {"errors", "record", "schema"},
     "heads/projections.py": {"layouts", "sites"},
     "heads/": {*_CORE, "backends", "evaluation", "plotting", "progress", "report", "runtime", "showing", "twin"},
     "rope/fields.py": {"errors"},
@@ -67,7 +70,7 @@ MAY_IMPORT = {
     "rope/": {*_CORE, "patch", "twin"},
     "fused/": {*_CORE, "backends", "positions"},
     "positions/": {*_CORE, "backends", "fused", "record", "twin"},
-    "spans/": {*_CORE, "backends", "patch", "positions", "record", "rope"},
+    "spans/": {*_CORE, "backends", "patch", "positions", "record", "weightless"},
     "recurrence/": {*_CORE, "backends", "fused", "positions"},
     "media.py": {"errors", "probe", "upstream"},
     "patches/": {
@@ -82,6 +85,7 @@ MAY_IMPORT = {
         "rope",
         "spans",
         "twin",
+        "weightless",
     },
     "evaluation/": {
         "embedded",
@@ -99,8 +103,9 @@ MAY_IMPORT = {
 # who else may write to a module, a config or a process-wide table, what, and why
 MAY_WRITE = {
     "edits.py": ("*", "the only room whose trade it is"),
+    "upstream/dispatching.py": ("register eval", "its own listening names; a copy without data"),
     "upstream/calls.py": (
-        "register setattr train attention mask sentinel",
+        "register setattr train attention mask sentinel first",
         "its own listening names; a module that it made to try attributes on; what a tiny model was heard to pass",
     ),
     "upstream/caches.py": ("setattr", "another name for a method, while a class of this package is made"),
@@ -129,6 +134,11 @@ MAY_WRITE = {
     "invariants/copies.py": ("eval neg_ data", "of the copy and of what was just loaded"),
     "runtime.py": ("register_parameter", "a module's own parameters, in its constructor"),
     "twin.py": ("setattr", "on a copy of the config"),
+    "checkpoint.py": ("setattr", "a mark of its own on the model that it has just loaded"),
+    "weightless.py": (
+        "register_forward_pre_hook",
+        "for the length of a block; removed in any case, as what it exchanges",
+    ),
     "patch.py": ("__setattr__", "a patch normalises its own fields while it is made"),
     "heads/regroup.py": ("_parameters vars", "of the new module, before it is put in place"),
     "heads/replay.py": (

@@ -10,6 +10,7 @@ from ..anatomy import Anatomy
 from ..backends import FLAG, Candidate, obstacle, ranked
 from ..edits import Edit, SetAttention
 from ..errors import UnsupportedArchitecture
+from ..few import on_few_layers
 from ..probe import default_inputs, logits_under, trial
 from ..upstream import words
 from ..upstream.roles import roles_of
@@ -44,6 +45,23 @@ def choose(
     check_blind(model, anatomy, reference)
     if backend == "eager":
         return "eager", "dense, with every score in memory"
+    return on_few_layers(
+        model, anatomy.attending, lambda cut: _fastest(anatomy, request, backend, common, attention, what, cut)
+    )
+
+
+def _fastest(
+    anatomy: Anatomy,
+    request: Candidate,
+    backend: str,
+    common: Sequence[Edit],
+    attention: Callable[[str], SetAttention],
+    what: str,
+    cut: tuple[Edit, ...],
+) -> tuple[str, str]:
+    """Do so on a model that ``cut`` may have made short; the other arguments are those of :func:`choose`."""
+    model: PreTrainedModel = request.model
+    reference = [*common, attention("eager"), *cut]
     inputs = default_inputs(model)
     bare = {
         name: tensor for name, tensor in inputs.items() if name != roles_of(model).names.get(words.MASK)
@@ -52,11 +70,14 @@ def choose(
     reasons: list[str] = []
     for name in ranked(model.device) if backend == "auto" else (backend,):
         why = obstacle(name, request)
+        runs = why is None
         for given, wanted in probes:
-            why = why or trial(model, [*common, attention(name)], given, wanted, request.training)
+            why = why or trial(model, [*common, attention(name), *cut], given, wanted, request.training)
         if why is None:
             passed = f"; passed over {'; '.join(reasons)}" if reasons else ""
             return name, f"{name} on {model.device.type}, equal to the reference on a probe{passed}"
+        if cut and runs:
+            raise UnsupportedArchitecture(f"{name}: {why}")  # in these layers; what counts is the whole model
         reasons.append(f"{name}: {why.rstrip('.')}")
     raise UnsupportedArchitecture(
         f"{anatomy.architecture}: no fused kernel adds {what} here: {'; '.join(reasons)}. backend='eager' computes it "

@@ -21,7 +21,7 @@ from ..functional.segments import Piece
 from ..positions.modules import PREFIX as ALIBI
 from ..positions.relative import PREFIX as RELATIVE
 from ..upstream import words
-from ..upstream.calls import call_mask, mask_registered, several_documents
+from ..upstream.calls import call_attention, call_mask, mask_registered, several_documents
 from ..upstream.roles import roles_of
 from .call import CALL, Call, Handed, no_weights
 from .modules import PREFIX, Recurrent, recurrent_of
@@ -152,8 +152,12 @@ def _inner(module: nn.Module, kernel: str) -> Callable[..., Output]:
         function = AttentionInterface()[kernel]
     if function is None:
         raise AttnPatchError(f"{type(module).__name__}: its file has no eager_attention_forward; use backend='sdpa'.")
-    found: Callable[..., Output] = function
-    return found
+
+    def attend(*args: Any, **kwargs: Any) -> Output:
+        found: Output = call_attention(function, args, kwargs)
+        return found
+
+    return attend
 
 
 def met(module: nn.Module, mask: Any) -> Handed:
