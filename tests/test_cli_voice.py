@@ -292,7 +292,7 @@ def test_ctrl_c_says_how_to_go_on(llama, tmp_path):
     words = [sys.executable, "-W", "ignore", "-m", "hf_attnpatch.cli", "apply", llama, tmp_path / "out", "-p", HEADS]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     running = subprocess.Popen(list(map(str, words)), stderr=subprocess.PIPE, text=True, env=environment)
-    while running.poll() is None and not any(tmp_path.glob(".out.attnpatch-*")):
+    while running.poll() is None and not any(tmp_path.glob(".out.attnpatch-*/new")):
         time.sleep(0.02)
     running.send_signal(signal.SIGINT)
     said = running.communicate(timeout=60)[1]

@@ -95,8 +95,8 @@ class RopeScaling(Patch):
     restored: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.kind, str) or self.kind not in KINDS:
-            found = f"{self.kind!r} does not exist" if isinstance(self.kind, str) else f"is {self.kind!r}"
+        if self.kind not in KINDS:
+            found = "is missing" if repr(self.kind) == "missing" else f"{self.kind!r} does not exist"
             raise AttnPatchError(f"kind {found}; choose from: {', '.join(KINDS)}.")
         check_reach(self.factor, self.target_length)
         if self.factor is None and self.target_length is None:
