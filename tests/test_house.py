@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "layouts.py": {"errors", "runtime"},
     "sites.py": {"configs", "errors", "layouts", "upstream"},
     "anatomy.py": {
-        *("configs", "errors", "layouts", "positions", "sites", "upstream"),
+        *("configs", "errors", "layouts", "positions", "showing", "sites", "upstream"),
         "report",
     },  # the last one prints it
     "edit.py": {"errors", "interruption"},
@@ -63,10 +63,10 @@ MAY_IMPORT = {
     "weightless.py": {"configs", "interruption", "upstream"},
     "rewriting/": {"errors", "record", "schema"},
     "heads/projections.py": {"layouts", "sites"},
-    "heads/": {*_CORE, "backends", "evaluation", "plotting", "progress", "report", "runtime", "twin"},
+    "heads/": {*_CORE, "backends", "evaluation", "plotting", "progress", "report", "runtime", "showing", "twin"},
     "rope/fields.py": {"errors"},
     "rope/parameters.py": {"errors", "functional"},
-    "rope/search": {*_CORE, "api", "evaluation", "patch", "patches"},
+    "rope/search": {*_CORE, "api", "evaluation", "patch", "patches", "progress", "showing"},
     "rope/": {*_CORE, "patch", "twin"},
     "fused/": {*_CORE, "backends", "positions"},
     "positions/": {*_CORE, "backends", "fused", "record", "twin"},
@@ -94,6 +94,7 @@ MAY_IMPORT = {
         "interruption",
         "progress",
         "schema",
+        "showing",
         "upstream",
         "writing",
     },  # measures a model; knows nothing of patches
@@ -121,10 +122,8 @@ MAY_WRITE = {
         "keys values __class__",
         "of a layer that it has just made; of an empty cache that a caller holds, which becomes its own",
     ),
-    "__init__.py": (
-        "register __class__ __setattr__ __name__ __qualname__ __doc__",
-        "calls foreign.register; the class of its own module; the names of its one-liners",
-    ),
+    "__init__.py": ("__class__ __setattr__", "the class of its own module"),
+    "arrival.py": ("register loader __loader__", "calls foreign.register; the loader of one module's spec, put back"),
     "backends.py": ("register", "the only writer of transformers' attention and mask tables"),
     "spans/backends.py": ("register", "through backends.py"),
     "foreign.py": ("register", "teaches the Auto classes our own model type"),
@@ -172,6 +171,10 @@ MAY_WRITE = {
     "doctoring/asking.py": ("eval __class__ vars", "of models and configs that it has just built"),
     "comparing/models.py": ("eval", "of a model that it has just loaded"),
     "rewriting/tokenizer.py": ("model_max_length", "of a tokenizer that it is handed to be lengthened"),
+    "commands/command.py": (
+        "__signature__ __annotations__ default_map",
+        "of the function that it has just made; of the context of the command line's own process",
+    ),
     "commands/models.py": ("eval", "of a model that it has just built"),
     "cli.py": ("excepthook", "of the command line's own process, when a bug has ended it"),
     "publishing/hub.py": ("timeout", "of the Hub's client, for the length of a request; put back in any case"),

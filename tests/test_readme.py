@@ -19,6 +19,7 @@ from hf_attnpatch import embedded, patches
 from hf_attnpatch.cli import app
 from hf_attnpatch.commands import docs as docs_command
 from hf_attnpatch.commands import specs as cli_specs
+from hf_attnpatch.errors import AttnPatchError
 from hf_attnpatch.functional import spans
 from hf_attnpatch.patch import REGISTRY
 
@@ -322,12 +323,11 @@ def test_pages_are_written_as_html(tmp_path):
     assert "def" not in (folder / "reference/functions.html").read_text("utf-8").split("<code")[0]
 
 
-def test_the_command_opens_a_page(tmp_path, monkeypatch, capsys):
+def test_the_command_opens_a_page(tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(docs_command.webbrowser, "open", lambda address: opened.append(address) or True)
     docs_command.docs("guides/longer-context", tmp_path / "pages")
     assert opened == [(tmp_path / "pages/guides/longer-context.html").as_uri()]
-    with pytest.raises(typer.Exit):
+    with pytest.raises(AttnPatchError, match="there is no page"):
         docs_command.docs("../../etc/passwd", tmp_path / "pages")
-    assert "there is no page" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["pages"]
