@@ -48,6 +48,9 @@ PRIVATE = {
     "_supports_flex_attn": lambda: isinstance(PreTrainedModel._supports_flex_attn, bool),
     "_supports_flash_attn": lambda: isinstance(PreTrainedModel._supports_flash_attn, bool),
     "_model_mapping": lambda: LlamaConfig in AutoModelForCausalLM._model_mapping,
+    "_schema": lambda: (
+        torch.ops.aten.copy_.default._schema.is_mutable and not torch.ops.aten.add.Tensor._schema.is_mutable
+    ),
     "_modules": lambda: isinstance(nn.Linear(1, 1)._modules, dict),
     "_buffers": lambda: isinstance(nn.Linear(1, 1)._buffers, dict),
     "_forward_hooks": lambda: isinstance(nn.Linear(1, 1)._forward_hooks, dict),
@@ -250,7 +253,6 @@ def test_no_other_room_spells_what_transformers_calls_an_argument(name):
 
 # this package's own uses of a word that transformers has, too
 OWN_WORDS = {
-    ("__init__.py", "alibi"): "a module of this package",
     ("doctoring/expected.py", "alibi"): "the patch of that name",
     ("api.py", "logits"): "a line of the report",
     ("anatomy.py", "alibi"): "the position scheme of that name",

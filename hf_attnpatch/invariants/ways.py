@@ -151,10 +151,11 @@ def _written(subject: Subject, inputs: Mapping[str, Tensor], take: Callable[[Any
     """Return what ``generate`` gives, or why it will not begin."""
     model = subject.model
     start = getattr(model.generation_config, "decoder_start_token_id", None)
+    scored = {"return_dict_in_generate": True, "output_scores": True}
     plain = GenerationConfig(
-        max_new_tokens=_WRITTEN, do_sample=False, pad_token_id=0, eos_token_id=None, decoder_start_token_id=start, **how
+        **{"max_new_tokens": _WRITTEN, "do_sample": False, "pad_token_id": 0, "eos_token_id": None},
+        **{"decoder_start_token_id": start, **scored, **how},
     )
-    plain.return_dict_in_generate = plain.output_scores = True
     with tried(model, [SetAttribute("", "generation_config", plain)]), _counting(model, ("",)) as calls:
         try:
             return take(model.generate(**inputs))
