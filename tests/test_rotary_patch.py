@@ -13,6 +13,7 @@ from tolerances import ROUNDING
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import hf_attnpatch as ap
+from hf_attnpatch.backends import register_rotary
 from hf_attnpatch.edits import SetAttention
 from hf_attnpatch.invariants.training import _checkpoint
 from hf_attnpatch.positions.turning import Rotation
@@ -346,14 +347,37 @@ def test_scaling_on_a_model_without_rotary_modules_says_what_is_there(first):
         ap.patch_rope_scaling(model, kind="yarn", factor=2)
 
 
-@pytest.mark.parametrize("model_type", ["ctrl", "openai-gpt"])
-@pytest.mark.parametrize("patch", [ap.NoPosition(), ap.Rotary(), ap.Sinusoidal()], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    ("model_type", "patch"),
+    [
+        *(("ctrl", patch) for patch in (ap.NoPosition(), ap.Rotary(), ap.Sinusoidal())),
+        ("openai-gpt", ap.Rotary()),  # whose attention is its own
+    ],
+    ids=str,
+)
 def test_positions_that_are_not_recognised_are_refused(model_type, patch):
     model = tiny_model(model_type)
+    register_rotary()  # names that a trial makes known stay known
     before = snapshot(model)
     with pytest.raises(ap.UnsupportedArchitecture):
         ap.apply(model, patch)
     assert snapshot(model) == before
+
+
+def test_a_table_of_another_name_is_found_by_running():
+    """GPT-1 calls its table ``positions_embed``: what adds rows by position is a table, whatever its name."""
+    model = tiny_model("openai-gpt")
+    same = torch.full((1, 6), 7)
+    with torch.no_grad():
+        before = model(same).logits
+        assert (before[:, 0] - before[:, -1]).abs().max() > 1e-3
+        report = ap.patch_no_position(model)
+        after = model(same).logits
+        assert (after - after[:, :1]).abs().max() < 1e-5 * after.abs().max()  # equal tokens, equal logits
+        ap.patch_sinusoidal(model)
+        again = model(same).logits
+        assert (again[:, 0] - again[:, -1]).abs().max() > 1e-3
+    assert "positions_embed" in " ".join(str(report).split())
 
 
 def test_an_encoder_without_positions_is_told_what_it_is():
