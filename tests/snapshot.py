@@ -13,6 +13,7 @@ from hf_attnpatch import backends
 from hf_attnpatch.recurrence import attention as recurrence_attention
 from hf_attnpatch.recurrence import survey as recurrence_survey
 from hf_attnpatch.spans import backends as span_backends
+from hf_attnpatch.upstream import dispatching
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
 
@@ -50,6 +51,7 @@ def registries():
     backends.register_fused()
     span_backends.register_spans()
     recurrence_attention.register_recurrent()
+    dispatching.register_listening()
     recurrence_survey.register_listening()
     return {
         "attention": dict(AttentionInterface._global_mapping),

@@ -13,7 +13,6 @@ from tolerances import ROUNDING
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import hf_attnpatch as ap
-from hf_attnpatch.backends import register_rotary
 from hf_attnpatch.edits import SetAttention
 from hf_attnpatch.invariants.training import _checkpoint
 from hf_attnpatch.positions.turning import Rotation
@@ -357,7 +356,6 @@ def test_scaling_on_a_model_without_rotary_modules_says_what_is_there(first):
 )
 def test_positions_that_are_not_recognised_are_refused(model_type, patch):
     model = tiny_model(model_type)
-    register_rotary()  # names that a trial makes known stay known
     before = snapshot(model)
     with pytest.raises(ap.UnsupportedArchitecture):
         ap.apply(model, patch)
