@@ -1,6 +1,7 @@
 """What is read off a model, against what was built."""
 
 import pytest
+import transformers
 from architectures import tiny_config, tiny_model
 from packaging.version import Version
 from snapshot import snapshot
