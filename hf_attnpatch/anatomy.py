@@ -10,12 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .attention.alibi import alibi_of, bias_left_out
+from .attention.relative import relative_of
+from .attention.rotation import rotation_of
 from .configs import config_path
 from .errors import UnsupportedArchitecture
 from .positions.added import CHILD, LearnedPositions, SinusoidalPositions
-from .positions.modules import alibi_of, bias_left_out, turns_nothing
-from .positions.relative import relative_of
-from .positions.turning import rotation_of
+from .positions.modules import turns_nothing
 from .sites import Site, bias_tables, in_tower, read_sites
 from .upstream import words
 from .upstream.roles import frequencies, learn, makes_angles, roles_of

@@ -57,6 +57,7 @@ class Patch(ABC):
 
     name: ClassVar[str]
     transient: ClassVar[frozenset[str]] = frozenset()  # fields that a record never holds (data, handles)
+    changes_positions: ClassVar[bool] = False  # whether it changes what the model knows positions by
     recorded: ClassVar[bool] = True  # False where a checkpoint has nothing to remember, as for a kernel choice
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

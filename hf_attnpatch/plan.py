@@ -17,7 +17,7 @@ from .interruption import all_or_nothing
 from .patch import Patch, Proposal
 from .probe import way_back
 from .recurrence.modules import recalling_of
-from .spans.modules import span_of
+from .spans.attention import span_of
 from .writable import check_replaced, check_writable
 
 
@@ -100,8 +100,8 @@ def _steps(model: PreTrainedModel, anatomy: Anatomy, patches: Sequence[Patch]) -
     steps = []
     for patch in patches:
         _refuse_beneath_a_memory(model, patch)
+        _refuse_stacked(model, patch)
         proposal = patch.propose(model, anatomy)
-        _refuse_stacked(model, patch, proposal)
         check_replaced(model, proposal.edits)
         steps.append(Step(proposal.patch or patch, proposal, tuple(edit.preview(model) for edit in proposal.edits)))
     _refuse_conflicts(model, patches, steps)
@@ -118,10 +118,10 @@ def _refuse_beneath_a_memory(model: PreTrainedModel, patch: Patch) -> None:
         )
 
 
-def _refuse_stacked(model: PreTrainedModel, patch: Patch, proposal: Proposal) -> None:
+def _refuse_stacked(model: PreTrainedModel, patch: Patch) -> None:
     """Refuse to change positions beneath attention that was patched to see them at other distances."""
     held = next((path for path, module in model.named_modules() if span_of(module) is not None), None)
-    if held is not None and "the positions" in proposal.claims:
+    if held is not None and patch.changes_positions:
         raise PatchConflict(
             f"{held}: sees distances by an earlier patch, on whose positions it was built; {patch.name} would change "
             f"those beneath it. Revert that one, apply {patch.name}, and then extend the context again."

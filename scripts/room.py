@@ -1,6 +1,6 @@
-"""Counts what the attention room is about: lines, files, names in transformers' tables, import circles, files of a trip.
+"""Counts what the attention room is about: lines, files, names in transformers' tables, import circles, a trip.
 
-    python scripts/room.py            # of this tree, as JSON
+python scripts/room.py            # of this tree, as JSON
 """
 
 from __future__ import annotations

@@ -29,7 +29,9 @@ def test_a_checkpoint_of_earlier_code_gives_its_logits(name):
     found = write.logits(model)
     assert {f"{name}.{way}" for way in found} == {key for key in EXPECTED if key.startswith(f"{name}.")}
     for way, tensor in found.items():  # the same kernels on the same numbers: what differs is the machine's summing
-        torch.testing.assert_close(tensor, EXPECTED[f"{name}.{way}"], rtol=0, atol=2e-6, msg=lambda m, w=way: f"{w}: {m}")
+        torch.testing.assert_close(
+            tensor, EXPECTED[f"{name}.{way}"], rtol=0, atol=2e-6, msg=lambda m, w=way: f"{w}: {m}"
+        )
 
 
 def test_every_patch_that_a_checkpoint_remembers_is_there():

@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..backends import FLAG, FUSED, Candidate, obstacle, ranked
+from ..attention.registry import FUSED
+from ..backends import FLAG, Candidate, obstacle, ranked
 from ..configs import config_at
 from ..edits import Edit, SetAttention
 from ..errors import AttnPatchError, UnsupportedArchitecture
-from ..fused.deferring import variants
 from ..media import probes
 from ..patch import Patch, Proposal
+from ..positions.fusing import variants
 from ..probe import Inputs, default_inputs, input_device, largest_difference, logits_under, trace, trial
 from ..upstream import words
 from ..upstream.roles import roles_of

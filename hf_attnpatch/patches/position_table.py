@@ -50,6 +50,7 @@ class PositionTable(Patch):
     """
 
     name: ClassVar[str] = "position_table"
+    changes_positions: ClassVar[bool] = True
     transient: ClassVar[frozenset[str]] = frozenset({"proved"})
 
     length: int

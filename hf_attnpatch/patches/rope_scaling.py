@@ -64,6 +64,7 @@ class RopeScaling(Patch):
     """
 
     name: ClassVar[str] = "rope_scaling"
+    changes_positions: ClassVar[bool] = True
     transient: ClassVar[frozenset[str]] = frozenset({"restored"})
 
     kind: str

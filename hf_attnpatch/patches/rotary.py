@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy, angle_table
+from ..attention.rotation import KINDS, Rotation
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..patch import Patch, Proposal, internal
 from ..positions.removal import check_blind, check_effect, removal, removed
 from ..positions.rotating import attention_rotated, ignores_positions, rebased
-from ..positions.turning import KINDS, Rotation
 from ..rope.fields import check_number
 
 _TRAINED = "original_max_position_embeddings"  # other parameters of a family (Ministral's) may refer to it
@@ -55,6 +55,7 @@ class Rotary(Patch):
     """
 
     name: ClassVar[str] = "rotary"
+    changes_positions: ClassVar[bool] = True
     transient: ClassVar[frozenset[str]] = frozenset({"proved"})
 
     theta: float = 10000.0

@@ -10,16 +10,18 @@ from typing import ClassVar
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy, angle_table
-from ..backends import FLAG, FUSED, kernel_of
+from ..attention.registry import FUSED, kernel_of, register, set_kernel
+from ..attention.wrapper import AddWrapper
+from ..backends import FLAG
 from ..configs import config_at
-from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
+from ..edits import AddPreHook, Edit, SetAttention
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.segments import Segments
-from ..fused.deferring import variants
 from ..patch import Patch, Proposal, internal
-from ..recurrence.attention import BELOW, base, key, register_recurrent
-from ..recurrence.modules import Recalling, Recurrent, recalling_of
-from ..recurrence.native import Remembering, window_of
+from ..positions.fusing import variants
+from ..recurrence.attention import Recurrent
+from ..recurrence.modules import Recalling, recalling_of
+from ..recurrence.native import Remembering, masks_under, window_of
 from ..recurrence.survey import STATIC, Way, check_agrees, ways
 from ..sites import Place, dispatching
 from ..upstream import words
@@ -102,8 +104,8 @@ class SegmentRecurrence(Patch):
         self._check(model, anatomy, places, decoder)
         kernel = _native_kernel(model) if native else _kernel(model)
         turning = self._turning(model, anatomy, places)
-        hooks = tuple(_remembering(model, places, kernel)) if native else ()
-        attention = SetAttention("", key(kernel), register_recurrent, native)
+        hooks = tuple(_remembering(model, places)) if native and kernel == "eager" else ()
+        attention = SetAttention("", masks_under(kernel), register, True) if native else set_kernel(kernel)
         common = (*self._edits(model, places, turning), *hooks, attention)
         segments = Segments(self.segment_length, self.memory_length, self.num_sinks)
         edits = (*common, self._recalling(model, anatomy, places, decoder, segments))
@@ -131,7 +133,7 @@ class SegmentRecurrence(Patch):
         for number, place in enumerate(places):
             way = turning.get(place.path)
             rotary = (None,) if way is None else (model.get_submodule(way[0]), *way[1:])
-            yield SetAttribute(place.path, "recurrence", Recurrent(number, *rotary, window=_window(model, place)))
+            yield AddWrapper(place.path, Recurrent(number, *rotary, window=_window(model, place)))
 
     def _recalling(
         self, model: PreTrainedModel, anatomy: Anatomy, places: list[Place], decoder: str, segments: Segments
@@ -143,6 +145,7 @@ class SegmentRecurrence(Patch):
             self.positions == "bounded",
             len(places),
             anatomy.max_positions if anatomy.tables or anatomy.inner or anatomy.added == "table" else None,
+            native=bool(anatomy.sites) and not any(site.dispatches for site in anatomy.sites),
         )
         return AddPreHook(decoder, hook, "hands its attention modules their memory", first=True)
 
@@ -252,9 +255,9 @@ def _window(model: PreTrainedModel, place: Place) -> int | None:
     return int(found) if found else None
 
 
-def _remembering(model: PreTrainedModel, places: list[Place], kernel: str) -> Iterator[Edit]:
+def _remembering(model: PreTrainedModel, places: list[Place]) -> Iterator[Edit]:
     for place in places:
-        hook = Remembering(roles_of(model.get_submodule(place.path)), config_at(model, place.config), kernel)
+        hook = Remembering(roles_of(model.get_submodule(place.path)), config_at(model, place.config))
         yield AddPreHook(place.path, hook, "its cache hands it the memory")
 
 
@@ -268,17 +271,16 @@ def _native_kernel(model: PreTrainedModel) -> str:
     """``eager`` where the forwards compute scores so at present, torch's kernel through this package's notes if not."""
     _check_free(model)
     found = str(model.config._attn_implementation)
-    return "eager" if (base(found) or found) == "eager" else FUSED
+    return "eager" if kernel_of(found) == "eager" else FUSED
 
 
 def _kernel(model: PreTrainedModel) -> str:
     _check_free(model)
-    found = str(model.config._attn_implementation)
-    found = base(found) or found  # asked for under its new name, where a checkpoint is loaded
-    if kernel_of(found) not in KERNELS or found.removesuffix(kernel_of(found)) not in ("", *BELOW):
+    found = kernel_of(str(model.config._attn_implementation))
+    if found not in KERNELS:
         raise UnsupportedArchitecture(
-            f"{type(model).__name__}: attention {found!r} is of another patch or kernel; a memory goes on top of "
-            f"{', '.join(KERNELS)}, and of these with this package's ALiBi or relative_xl."
+            f"{type(model).__name__}: attention {found!r} is of another kernel; a memory goes on top of "
+            f"{', '.join(KERNELS)}."
         )
     return found
 

@@ -42,6 +42,7 @@ class Sinusoidal(Patch):
     """
 
     name: ClassVar[str] = "sinusoidal"
+    changes_positions: ClassVar[bool] = True
     transient: ClassVar[frozenset[str]] = frozenset({"proved"})
 
     theta: float = 10000.0

@@ -5,40 +5,29 @@ What keys did in between is compared with each way of turning that is known, so 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy, angle_table
-from ..backends import register
-from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
+from ..attention.listener import Listener
+from ..attention.registry import kernel_of, set_kernel
+from ..attention.wrapper import AddWrapper
+from ..edits import AddPreHook, Edit
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.rerotation import Turning
 from ..probe import TOLERANCE, default_inputs, largest_difference, logits_under, tokens_of, trace
 from ..upstream import words
-from ..upstream.calls import sdpa_attention, sdpa_mask
 from ..upstream.roles import frequencies, roles_of
-from .modules import frequencies_of
+from .attention import frequencies_of
 from .native import Overhearing
 
 STATIC = ("default", "linear", "yarn", "llama3", "proportional")  # the same angles at every length
-_LISTENING = "listening"  # a name with sdpa in it is refused by families that have none
 _BY = 7  # positions between the two runs
 Way = tuple[str, str, bool, int]  # rotary module, its buffer, interleaved, first dimension
-
-
-class Keys:
-    """Stands on an attention module while a model is read: the keys it attended to, (batch, kv heads, k, d)."""
-
-    def __init__(self) -> None:
-        self.found: list[Tensor] = []
-
-    def hear(self, key: Tensor, _: Tensor) -> None:
-        """Take keys down."""
-        self.found.append(key.detach())
 
 
 def ways(model: PreTrainedModel, anatomy: Anatomy, paths: Sequence[str]) -> dict[str, Way | None]:
@@ -85,44 +74,36 @@ def check_agrees(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]
 
 
 def _keys(model: PreTrainedModel, paths: Sequence[str], place: int, native: bool) -> dict[str, Tensor]:
-    listeners = {path: Keys() for path in paths}
-    edits = list(_listening(model, listeners, native))
+    heard: dict[str, list[Tensor]] = {path: [] for path in paths}
+    listeners = {path: Listener() for path in paths}
+    edits: list[Edit] = []
+    if native:
+        edits += [
+            AddPreHook(
+                path, Overhearing(roles_of(model.get_submodule(path)), functools.partial(_hear, keys)), "listens"
+            )
+            for path, keys in heard.items()
+        ]
+    else:
+        edits += [AddWrapper(path, listener) for path, listener in listeners.items()]
+        edits.append(set_kernel(kernel_of(model.config._attn_implementation)))
     ids = tokens_of(model, default_inputs(model))[:1]
     if not roles_of(model).takes(words.POSITIONS):
         raise UnsupportedArchitecture(f"{type(model).__name__}: its forward takes no positions to try other ones with.")
     at = {words.TOKENS: ids, words.MASK: torch.ones_like(ids), words.POSITIONS: torch.full_like(ids, place)}
     logits_under(model, edits, roles_of(model).call(**at))
-    silent = next((path for path, listener in listeners.items() if len(listener.found) != 1), None)
+    for path, keys in heard.items():
+        keys += [call.key for call in listeners[path].calls]
+    silent = next((path for path, keys in heard.items() if len(keys) != 1), None)
     if silent is not None:
-        times = len(listeners[silent].found)
         raise UnsupportedArchitecture(
-            f"{silent}: ran {times} times in one forward, wanted once, with a memory of its own."
+            f"{silent}: ran {len(heard[silent])} times in one forward, wanted once, with a memory of its own."
         )
-    return {path: listener.found[0] for path, listener in listeners.items()}
+    return {path: keys[0] for path, keys in heard.items()}
 
 
-def _listening(model: PreTrainedModel, listeners: dict[str, Keys], native: bool) -> Iterator[Edit]:
-    for path, listener in listeners.items():
-        if not native:
-            yield SetAttribute(path, "listener", listener)
-            continue
-        hook = Overhearing(roles_of(model.get_submodule(path)), listener.hear)
-        yield AddPreHook(path, hook, "its keys are read")
-    if not native:
-        yield SetAttention("", _LISTENING, register_listening)
-
-
-def register_listening() -> None:
-    """Make the attention function known that only listens to keys."""
-    register(_LISTENING, _listen, sdpa_mask)
-
-
-def _listen(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-    found = vars(module).get("listener")
-    if isinstance(found, Keys):
-        found.hear(key, value)
-    kwargs.pop(words.SOFTCAP, None)  # what comes of it does not matter
-    return sdpa_attention(module, query, key, value, *args, **kwargs)
+def _hear(keys: list[Tensor], key: Tensor, _: Tensor) -> None:
+    keys.append(key.detach())
 
 
 def _way(model: PreTrainedModel, anatomy: Anatomy, path: str, before: Tensor, after: Tensor) -> Way | None:

@@ -16,15 +16,18 @@ from transformers import PreTrainedModel
 
 from .. import record
 from ..anatomy import Anatomy
-from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
+from ..attention.listener import Listener
+from ..attention.masks import mask_of
+from ..attention.registry import set_kernel
+from ..attention.wrapper import AddWrapper
+from ..edits import AddPreHook, Edit
 from ..errors import UnsupportedArchitecture
 from ..functional.rerotation import Turning
 from ..probe import TOLERANCE, default_inputs, largest_difference, logits_under
 from ..sites import dispatching, in_tower
 from ..upstream import words
 from ..upstream.roles import frequencies, roles_of
-from .backends import register_spans
-from .modules import PREFIX, Listener, ShiftedAngles
+from .modules import ShiftedAngles
 
 STATIC = ("default", "linear", "yarn", "llama3", "proportional")  # the same angles at every length
 _BY = 7  # positions between the two runs
@@ -46,7 +49,7 @@ def survey(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Found, list[str]]:
     notes: dict[str, list[str]] = {}
     for path in paths:
         why = _other(before[path])
-        if why is None and largest_difference(before[path].calls[0][1], after[path].calls[0][1]) < 1e-3:
+        if why is None and largest_difference(before[path].calls[0].key, after[path].calls[0].key) < 1e-3:
             why = "no rotation"
         if why is None:
             found[path] = _way(model, anatomy, path, before[path], after[path])
@@ -87,13 +90,13 @@ def _check_rotary(model: PreTrainedModel, anatomy: Anatomy) -> None:
 
 def _listen(model: PreTrainedModel, anatomy: Anatomy, paths: list[str], place: int) -> dict[str, Listener]:
     listeners = {path: Listener() for path in paths}
-    edits: list[Edit] = [SetAttribute(path, "span", listener) for path, listener in listeners.items()]
+    edits: list[Edit] = [AddWrapper(path, listener) for path, listener in listeners.items()]
     for rotary in anatomy.rotary:
         roles = roles_of(model.get_submodule(rotary.path))
         if not roles.takes(words.POSITIONS):
             raise UnsupportedArchitecture(f"{rotary.path}: {rotary.kind} takes no positions to try other ones with.")
         edits.append(AddPreHook(rotary.path, ShiftedAngles(roles, place), "another position"))
-    logits_under(model, [*edits, SetAttention("", PREFIX + "eager", register_spans)], default_inputs(model))
+    logits_under(model, [*edits, set_kernel("eager")], default_inputs(model))
     silent = next((path for path, listener in listeners.items() if not listener.calls), None)
     if silent is not None:
         raise UnsupportedArchitecture(f"{silent}: was not run on a few tokens, so that nothing is known of it.")
@@ -102,10 +105,11 @@ def _listen(model: PreTrainedModel, anatomy: Anatomy, paths: list[str], place: i
 
 def _other(listener: Listener) -> str | None:
     """Say why a module is not one that looks back at everything, or None."""
-    _, _, mask, kwargs = listener.calls[0]
-    if kwargs.get(words.WINDOW) is not None:
-        return f"a window of {kwargs[words.WINDOW]} tokens"
-    if mask is None or mask.dtype != torch.int64:
+    call = listener.calls[0]
+    if call.given.get(words.WINDOW) is not None:
+        return f"a window of {call.given[words.WINDOW]} tokens"
+    made = mask_of(call.mask)
+    if made is None or made.positions() is None:
         return "a mask of their own"
     return None
 
@@ -113,11 +117,14 @@ def _other(listener: Listener) -> str | None:
 def _way(
     model: PreTrainedModel, anatomy: Anatomy, path: str, before: Listener, after: Listener
 ) -> tuple[str, str, bool, int]:
-    query, key, *_ = before.calls[0]
+    query, key = before.calls[0].query, before.calls[0].key
     allowed = 5 * max(TOLERANCE.get(key.dtype, 1e-2), TOLERANCE[torch.float32])
     for rotary, buffer, turning in _ways(model, anatomy, key.shape[-1]):
         turned = [turning.turn(t, turning.table(torch.full((t.shape[2],), _BY), t.dtype)) for t in (query, key)]
-        if all(largest_difference(now, then) <= allowed for now, then in zip(after.calls[0][:2], turned, strict=True)):
+        if all(
+            largest_difference(now, then) <= allowed
+            for now, then in zip((after.calls[0].query, after.calls[0].key), turned, strict=True)
+        ):
             return rotary, buffer, turning.interleaved, turning.first
     raise UnsupportedArchitecture(
         f"{path}: its keys turn with position in none of the ways that are known, by the frequencies found in "

@@ -8,20 +8,22 @@ checks every step; an operation that is not listed here raises, and then the pat
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..functional.biased import HIDDEN, UNSEEN, Sight, attend, attend_with, hiding
-from ..positions.modules import AlibiBias, NoBias
-from ..positions.relative import RelativeTerms
-from ..positions.turning import Turn
+from ..errors import AttnPatchError
+from ..functional.biased import HIDDEN, UNSEEN, Sight, hiding
+from ..upstream import words
+from .call import AttentionCall
+from .kernels import attend
+from .masks import Handed
 from .noted import Noted
-
-Distances = AlibiBias | RelativeTerms | NoBias | None
+from .own_bias import OwnBias
+from .rotation import Turn
+from .wrapper import Term
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,20 @@ class Keys(Noted):
     Attributes:
         data: (batch, kv heads, k, d).
         shadow: of what the forward believes to hold.
+        module: whose they are.
         sight: what queries see, as far as the mask was taken from the forward; None where the forward adds it itself.
-        distance: what counts in the place of the forward's own bias by distance; ``NoBias`` for none, None keeps it.
+        term: added to the scores in the place of the forward's own bias; None keeps that.
         turn: the rotation of the queries; these keys have been rotated.
-        instead: what attends, where the queries meet other keys than these, of a memory; None for :func:`attended`.
+        handed: by a memory in the place of a mask, or None.
     """
 
     data: Tensor
     shadow: Tensor
+    module: nn.Module
     sight: Sight | None
-    distance: Distances = None
+    term: Term | None = None
     turn: Turn | None = None
-    instead: Callable[[Weights, Values], Tensor] | None = None
+    handed: Handed | None = None
 
     @property
     def _held(self) -> Tensor:
@@ -74,7 +78,7 @@ class Keys(Noted):
         sight = (self.sight or Sight(is_causal)) if attn_mask is None else self.sight
         scores = replace(self, sight=sight, shadow=self.shadow.transpose(-1, -2))._on_matmul(query, None)
         scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale) + attn_mask
-        return (self.instead or attended)(Weights(scores, scores.shadow, dropout_p), value)
+        return attended(Weights(scores, scores.shadow, dropout_p), value)
 
 
 @dataclass(frozen=True)
@@ -191,7 +195,7 @@ class Weights(Noted):
     def _on_matmul(self, left: Any, right: Any) -> Tensor:
         if left is not self or not isinstance(right, Values):
             raise NotImplementedError("attention weights multiplied by something else than the values")
-        out = (self.scores.keys.instead or attended)(self, right)
+        out = attended(self, right)
         return out.reshape((self.shadow @ right.shadow.to(self.dtype)).shape)
 
     _on_bmm = _on_matmul
@@ -201,29 +205,55 @@ class Weights(Noted):
 
 
 def attended(weights: Weights, values: Values) -> Tensor:
-    """Compute what was noted, (batch, heads, q, d_v)."""
-    scores, key, value = weights.scores, weights.scores.keys.data, values.data
-    query = scores.query.reshape(key.shape[0], -1, *scores.query.shape[-2:]).to(value.dtype)
-    if scores.keys.turn is not None:
-        query, _ = scores.keys.turn.both(query, key)
-    sight = _sight(scores, query)
-    bias = scores.bias
+    """Compute what was noted, (batch, heads, q, d_v): the same call that a module would make which dispatches."""
+    scores, keys, value = weights.scores, weights.scores.keys, values.data
+    query = scores.query.reshape(keys.data.shape[0], -1, *scores.query.shape[-2:]).to(value.dtype)
+    mask, term = _told(scores, query)
+    if keys.handed is not None:
+        mask = _handed(scores, keys.handed, mask)
+    if keys.turn is not None:
+        keys.turn.begins(keys.module)
+    given = {words.SCALING: scores.scale, words.DROPOUT: weights.dropped, words.IS_CAUSAL: True}
+    call = AttentionCall("sdpa", keys.module, query, keys.data.to(value.dtype), value, mask, given, term)
+    out, _ = attend(call)
+    return out.transpose(1, 2)
+
+
+def _told(scores: Scores, query: Tensor) -> tuple[Sight | None, Term]:
+    """Return what the queries see, and what is added to their scores; of a memory, what they see is not known yet."""
+    keys = scores.keys
+    if keys.handed is not None and not keys.handed.call.plain:
+        assert keys.term is not None
+        return None, keys.term
+    sight, bias = _sight(scores, query), scores.bias
     if bias is not None:  # a mask may have come with it: Falcon writes both into one tensor
         hidden = bias < UNSEEN
         bias = bias.masked_fill(hidden, 0.0).expand(-1, query.shape[1], -1, -1)[:, :, 0]
-        keep = ~hidden[:, 0, 0].expand(key.shape[0], -1)
+        keep = ~hidden[:, 0, 0].expand(keys.data.shape[0], -1)
         sight = replace(sight, keep=keep if sight.keep is None else keep & sight.keep)
-    own = scores.keys.distance
-    if own is not None and sight.mask is not None and sight.mask.dtype != torch.bool:  # the forward's bias may be in it
+    if keys.term is None:
+        return sight, OwnBias(bias)
+    if sight.mask is not None and sight.mask.dtype != torch.bool:  # the forward's bias may be in it
         seen = sight.mask > UNSEEN
         sight = replace(sight, mask=seen if sight.keep is None else seen & sight.keep[:, None, None])
-    if isinstance(own, RelativeTerms):
-        return own.attend(query, key.to(value.dtype), value, sight, scores.scale, weights.dropped)
-    if isinstance(own, AlibiBias):
-        distance = own.distance(query.shape[1], query.dtype)
-        return attend(query, key.to(value.dtype), value, distance, sight, scores.scale, weights.dropped)
-    bias = bias if own is None else None
-    return attend_with(query, key.to(value.dtype), value, bias, sight, scores.scale, weights.dropped)
+    return sight, keys.term
+
+
+def _handed(scores: Scores, handed: Handed, sight: Sight | None) -> Handed:
+    """Return what the wrapper of a memory reads in the place of a mask.
+
+    Raises:
+        AttnPatchError: the module hides more than what comes later.
+    """
+    mask = scores.mask
+    if not handed.call.plain and mask is not None:
+        causal = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril(mask.shape[-1] - mask.shape[-2])
+        if not bool(((hiding(mask) > UNSEEN) == causal).all()):
+            raise AttnPatchError(
+                "the module hides more from its queries than what comes after them (a window, say), of which a memory "
+                "knows nothing."
+            )
+    return Handed(handed.call, sight)
 
 
 def _sight(scores: Scores, query: Tensor) -> Sight:

@@ -1,4 +1,4 @@
-"""Transformer-XL's position terms as a child of each attention module: the parameters u, v and W."""
+"""Transformer-XL's position terms around attention: u, v and W in a child of each module, and how kernels add them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from ..errors import AttnPatchError
 from ..functional import relative
 from ..functional.alibi import slopes
 from ..functional.autocast import outside_autocast
-from ..functional.biased import Sight, attend_extended
+from ..functional.biased import Sight, attend_extended, positions
+from ..upstream import words
 from ..upstream.partitioned import shape_of
-from .modules import NoPositions, share
+from .call import AttentionCall, Output
+from .heads import share
+from .kernels import plain_flex, refuse_tensor_mask
+from .wrapper import Term, wrapper_of
 
-PREFIX = "relative_xl_"  # of the attention functions that add the terms, before the name of the kernel they call
 CHILD = "relative_xl"  # of an attention module; what its parameters' keys in a checkpoint end with
 _LOUD = 4.0  # elements of v where a bias is written into v W: what queries add to v counts little beside it
 
@@ -57,7 +60,7 @@ class RelativeTerms(nn.Module):
         """Return u, v and W: called rather than read, as Accelerate and DeepSpeed bring parameters here for a call."""
         return self.u, self.v, self.weight
 
-    def of(self, query: Tensor, scale: float, module: nn.Module | None = None) -> Term:
+    def of(self, query: Tensor, scale: float, module: nn.Module | None = None) -> RelativeTerm:
         """Return the terms of some queries.
 
         Args:
@@ -75,7 +78,7 @@ class RelativeTerms(nn.Module):
                 f"{CHILD}: under tensor parallelism each rank would train its own heads' terms, and none "
                 "would know the others'; train with FSDP or DeepSpeed, or freeze them (requires_grad_(False))."
             )
-        return Term(u[mine], v[mine], weight[mine], self.theta, query, scale)
+        return RelativeTerm(u[mine], v[mine], weight[mine], self.theta, query, scale)
 
     def attend(
         self,
@@ -107,7 +110,7 @@ def _attend(
 
 
 @dataclass(frozen=True)
-class Term:
+class RelativeTerm:
     """The terms of some queries; an :class:`hf_attnpatch.functional.biased.Extension`.
 
     Attributes:
@@ -147,6 +150,60 @@ class Term:
         return self.v.to(self.query.dtype), self.weight.to(self.query.dtype)
 
 
+class Relative(Term):
+    """The terms around attention; what they are is in the module's child, whose parameters are trained."""
+
+    name, what = CHILD, "Transformer-XL's position terms"
+
+    def __repr__(self) -> str:
+        return "u, v, W"
+
+    def attend(self, call: AttentionCall, sight: Sight) -> Tensor:
+        """Torch's kernels, with further dimensions, or rows of biases for few queries."""
+        states = (call.query, call.key, call.value)
+        return _terms(call).attend(*states, sight, call.scale, call.dropout, call.module)
+
+    def dense(self, call: AttentionCall, sight: Sight) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Further dimensions in fp32."""
+        exact = torch.promote_types(call.query.dtype, torch.float32)
+        here = positions(call.query, call.key, sight)
+        query, key, _ = _extended(call.but(call.query.to(exact), call.key.to(exact)), here)
+        return query, key, None
+
+    def flex(self, call: AttentionCall) -> Output:
+        """Further dimensions."""
+        call.refuse(self.what, words.SINKS, words.SCORE_BIAS, words.CACHE, words.DROPOUT)
+        refuse_tensor_mask(call)
+        offset = getattr(call.mask, "query_offset", call.key.shape[2] - call.query.shape[2])
+        here = torch.arange(call.query.shape[2], device=call.query.device)[None] + offset
+        given = {**call.given, words.SCALING: call.scale}
+        out, weights = plain_flex(call.but(*_extended(call, here), given=given))
+        return out[..., : call.value.shape[-1]].contiguous(), weights
+
+    def flash(self, call: AttentionCall, packed: bool) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Further dimensions."""
+        call.refuse(self.what, words.SINKS, words.SCORE_BIAS, words.CACHE)
+        here = torch.arange(call.key.shape[2] - call.query.shape[2], call.key.shape[2], device=call.query.device)
+        return _extended(call, here[None])
+
+
+def _terms(call: AttentionCall) -> RelativeTerms:
+    found = relative_of(call.module)
+    assert found is not None
+    return found
+
+
+def _extended(call: AttentionCall, here: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Put the further dimensions before those of queries and keys, and zeros behind those of values."""
+    term = _terms(call).of(call.query, call.scale, call.module)
+    left, right = term.columns(here, call.key.shape[2])
+    query, key = (
+        torch.cat([more.expand(*states.shape[:3], -1), states], -1)
+        for more, states in ((left, term.content), (right, call.key))
+    )
+    return query, key, nn.functional.pad(call.value, (0, query.shape[-1] - call.value.shape[-1]))
+
+
 def relative_of(module: nn.Module) -> RelativeTerms | None:
     """Return the terms of an attention module that this package gave some, or None.
 
@@ -155,12 +212,14 @@ def relative_of(module: nn.Module) -> RelativeTerms | None:
     Raises:
         AttnPatchError: something else stands in their place.
     """
+    if wrapper_of(module, Relative) is None:
+        return None
     found: Any = module._modules.get(CHILD)
     if hasattr(found, "original_module"):
         active = [] if found.disable_adapters else [n for n in found.active_adapters if n in found.modules_to_save]
         found = found.modules_to_save[active[0]] if active else found.original_module
-    if found is None or isinstance(found, (RelativeTerms, NoPositions)):
-        return found if isinstance(found, RelativeTerms) else None
+    if isinstance(found, RelativeTerms):
+        return found
     raise AttnPatchError(
         f"{type(module).__name__}: its {CHILD} is a {type(found).__name__}, which attention cannot read."
     )

@@ -1,9 +1,9 @@
-"""What rotates queries and keys in models that do not: a hook before attention, a view of its cache, a function after.
+"""What rotates queries and keys in models that do not: a hook before attention, a view of its cache, a wrapper after.
 
-Keys are rotated on their way into the cache, once, at their own position; queries when the registered attention
-function gets them. Not at the projections: an adapter on those adds its part after any hook, and it would stay
-unrotated. Nothing is remembered between modules but in a context variable that the attention function empties, so that
-threads, copies and gradient checkpointing (which runs the hook again) just work.
+Keys are rotated on their way into the cache, once, at their own position; queries when the wrapper gets them. Not at
+the projections: an adapter on those adds its part after any hook, and it would stay unrotated. Nothing is remembered
+between modules but in a context variable that the wrapper empties, so that threads, copies and gradient checkpointing
+(which runs the hook again) just work.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from ..functional.turning import angles, turned
 from ..upstream import words
 from ..upstream.caches import Storing, view
 from ..upstream.roles import Arguments, Roles
+from .call import AttentionCall, Output
+from .wrapper import Wrapper, wrapper_of
 
-PREFIX = "rotary_"  # of the attention functions that rotate, before the name of the kernel they call
 PLACES = "rotary_places"  # keyword under which position_ids travel to attention modules that do not get them
 KINDS = ("default", "linear", "yarn", "llama3")
 
 
 @dataclass(frozen=True)
-class Rotation:
-    """How a model rotates, shared by its attention modules, which hold it as ``rotation``.
+class Rotation(Wrapper):
+    """How a model rotates, shared by its attention modules.
 
     Not a module and no buffer: angles follow from these numbers, stay exact when the model is cast, and are there when
     it is built on the meta device.
@@ -45,6 +46,8 @@ class Rotation:
         factor: of the kind.
         trained: window in tokens that the kind refers to.
     """
+
+    name, order = "rotation", 0
 
     theta: float
     rotary_dim: int
@@ -69,12 +72,23 @@ class Rotation:
         frequencies = self.frequencies() if watched else _frequencies(self, places.device)
         return angles(frequencies, places, attention)
 
+    def around(self, call: AttentionCall, inner: Callable[[AttentionCall], Output]) -> Output:
+        """Rotate queries, and keys that met no cache."""
+        owner, turn = _TURN.get() or (0, None)
+        _TURN.set(None)
+        if turn is None or owner != id(call.module):
+            raise AttnPatchError(f"{type(call.module).__name__}: attends without having been told its positions.")
+        return inner(call.but(*turn.both(call.query, call.key)))
+
 
 @functools.lru_cache(maxsize=64)
 def _frequencies(rotation: Rotation, device: torch.device) -> Tensor:
     """The frequencies on a device, made once: a copy for each layer would stop a GPU's queue."""
     with torch.inference_mode(False):
         return rotation.frequencies().to(device)
+
+
+_TURN: ContextVar[tuple[int, Any] | None] = ContextVar("hf_attnpatch_turn", default=None)
 
 
 class Turn:
@@ -88,6 +102,10 @@ class Turn:
     def __init__(self, rotation: Rotation, places: Tensor | None):
         self.rotation, self.places, self.keys_done = rotation, places, False
         self._angles: tuple[Tensor, Tensor] | None = None
+
+    def begins(self, module: nn.Module) -> None:
+        """Say that the next attention in this thread is that of the module, in this forward."""
+        _TURN.set((id(module), self))
 
     def stored(self, storing: Storing, key: Tensor, value: Tensor) -> Any:
         """Store new keys, rotated at their own positions, and values."""
@@ -113,38 +131,28 @@ class Turn:
         return turned(states, *self._angles, self.rotation.interleaved)
 
 
-_TURN: ContextVar[tuple[int, Turn] | None] = ContextVar("hf_attnpatch_turn", default=None)
-
-
 class Turning:
     """Forward pre-hook of a module that asks the registry for its attention: keys will be rotated, queries too.
 
     Args:
         roles: of the arguments of the module's forward.
-        config: whose attention implementation the module asks for.
     """
 
-    def __init__(self, roles: Roles, config: Any):
-        self.roles, self.config = roles, config
+    def __init__(self, roles: Roles):
+        self.roles = roles
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Hand over a cache that rotates; refuse where the attention function would not."""
+        """Hand over a cache that rotates."""
         rotation = rotation_of(module)
         if rotation is None:
             return None
-        found = self.config._attn_implementation
-        if not found.startswith(PREFIX):
-            raise AttnPatchError(
-                f"{type(module).__name__}: attention implementation {found!r} knows nothing of this model's rotary "
-                f"positions and would drop them; model.set_attn_implementation('{PREFIX}{found}') keeps them."
-            )
         given = self.roles.bind(args, kwargs)
         turn, cache = Turn(rotation, taken_places(given)), given.get(words.CACHE)
         if cache is not None:
             given.put(words.CACHE, view(cache, turn.stored))
-        _TURN.set((id(module), turn))
+        turn.begins(module)
         return given.back()
 
 
@@ -181,23 +189,6 @@ class HandPlaces:
         return None if found is None else (args, {**kwargs, PLACES: found})
 
 
-@functools.cache
-def turning(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the attention function that rotates, and then does what ``kernel`` does: always the same."""
-
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if rotation_of(module) is not None:
-            owner, turn = _TURN.get() or (0, None)
-            _TURN.set(None)
-            if turn is None or owner != id(module):
-                raise AttnPatchError(f"{type(module).__name__}: attends without having been told its positions.")
-            query, key = turn.both(query, key)
-        return kernel(module, query, key, value, *args, **kwargs)
-
-    return attention
-
-
 def rotation_of(module: nn.Module) -> Rotation | None:
     """Return the rotation of an attention module that this package gave one, or None."""
-    found = vars(module).get("rotation")
-    return found if isinstance(found, Rotation) else None
+    return wrapper_of(module, Rotation)
