@@ -90,6 +90,8 @@ def _applied(
         )
     findings = {s.patch.name: s.proposal.prepare(model) for s in steps.steps if s.proposal.prepare is not None}
     write_all(model, (*steps.edits, *_bookkeeping(model, steps, findings)), writes)
+    for release in (s.proposal.release for s in steps.steps if s.proposal.release is not None):
+        release()
     if inputs is None or before is None:
         return {"self-check": "not run"}, findings
     checks = _check(model, steps, inputs, before, {*sites} != {*more.silent} or not sites)

@@ -11,10 +11,11 @@ from architectures import tiny_inputs, tiny_model
 from caches import CACHE
 from tolerances import ROUNDING
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
-from transformers.masking_utils import sliding_window_overlay
+from transformers.masking_utils import causal_mask_function, sliding_window_overlay
 
 import hf_attnpatch as ap
 from hf_attnpatch.attention import flash
+from hf_attnpatch.attention.masks import Unwritten, mask_function, mask_of
 from hf_attnpatch.attention.registry import attention_function, set_kernel
 from hf_attnpatch.functional import alibi, reference
 from hf_attnpatch.probe import default_inputs, largest_difference, trace
@@ -323,15 +324,31 @@ def test_families_whose_positions_are_inside_are_refused(model_type):
         ap.patch_alibi(_build(model_type))
 
 
-def test_a_family_that_reads_its_mask_needs_one():
-    """DeepSeek-V3.2 picks keys by the mask itself, which is no tensor where there is no padding."""
-    with pytest.raises(
-        ap.UnsupportedArchitecture, match="sdpa: its forward does not take the masks .* backend='eager'"
-    ):
-        ap.patch_alibi(tiny_model("deepseek_v32"))
+def test_a_family_that_reads_its_mask_reads_who_sees_whom():
+    """DeepSeek-V3.2 picks keys by the mask itself: padding alone, as other modules get it, would let it look ahead."""
     model = tiny_model("deepseek_v32")
-    ap.patch_alibi(model, backend="eager")
-    assert trace(model, {"input_ids": torch.arange(8)[None]}).logits.isfinite().all()
+    ap.patch_alibi(model)
+    ids = torch.randint(5, 99, (1, 60), generator=torch.Generator().manual_seed(0))
+    whole = _logits(model, input_ids=ids)
+    assert largest_difference(whole[:, :40], _logits(model, input_ids=ids[:, :40])) < FP32
+    set_kernel("eager").run(model)
+    assert largest_difference(whole, _logits(model, input_ids=ids)) < FP32
+
+
+def test_a_mask_that_nobody_looks_into_is_not_written():
+    asked = {"batch_size": 2, "q_length": 5, "kv_length": 5, "q_offset": 0, "device": "cpu"}
+    keep = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
+    mask = mask_function("sdpa")(**asked, attention_mask=keep, mask_function=causal_mask_function)
+    assert isinstance(mask, Unwritten)
+    assert mask.made.told.shape == (2, 1, 1, 5)
+    assert (mask.shape, mask.dtype, mask.dim(), mask.device.type) == ((2, 1, 5, 5), torch.bool, 4, "cpu")
+    assert mask.to("cpu") is mask.contiguous() is mask
+    assert mask_of(mask.to("meta")) is mask.made
+    assert "whole" not in mask.made._forms
+    seen = torch.ones(5, 5, dtype=torch.bool).tril() & keep[:, None, None]
+    for found in (mask[:, :, :], mask & True, torch.cat([mask]), mask.clone()):
+        assert type(found) is torch.Tensor
+        assert torch.equal(found[seen.any(-1)], seen[seen.any(-1)])
 
 
 def test_twice_is_refused_and_so_are_two_schemes_at_once():

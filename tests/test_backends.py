@@ -150,7 +150,8 @@ def test_each_kernel_gets_one_function_and_the_masks_it_understands(monkeypatch)
         made = mask(*sizes, mask_function=causal_mask_function, attention_mask=padding.bool(), device="cpu")
         assert mask_of(made).kernel == name
         if name == "sdpa":  # padding alone, in linear memory
-            assert made.shape == (2, 1, 1, 6)
+            assert mask_of(made).told.shape == (2, 1, 1, 6)
+            assert made.shape == (2, 1, 6, 6)
         elif name == "eager":  # every score, to be added
             assert made.shape == (2, 1, 6, 6)
             assert made.is_floating_point()

@@ -68,7 +68,7 @@ MAY_IMPORT = {
     "attention/": {"configs", "edit", "edits", "errors", "functional", "upstream"},
     "positions/": {*_CORE, "attention", "backends", "record", "twin"},
     "spans/": {*_CORE, "attention", "patch", "positions", "record"},
-    "recurrence/": {*_CORE, "attention"},
+    "recurrence/": {*_CORE, "attention", "positions"},
     "media.py": {"errors", "probe", "upstream"},
     "patches/": {
         *_CORE,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,7 @@ from ..upstream import words
 from ..upstream.find import find
 from .call import AttentionCall, Output
 from .heads import sharding, share
+from .masks import AttentionMask, mask_of
 from .wrapper import Term, Wrapper, wrapper_of
 
 
@@ -63,7 +67,12 @@ class AlibiBias(Term):
 
     def attend(self, call: AttentionCall, sight: Sight) -> Tensor:
         """Torch's kernels, the bias as further dimensions."""
-        return attend(call.query, call.key, call.value, self._of(call), sight, call.scale, call.dropout)
+        made, states = mask_of(call.mask), (call.query, call.key, call.value)
+        if made is None:
+            return attend(*states, self._of(call), sight, call.scale, call.dropout)
+        distance = made.once((self, call.query.shape[1], call.query.dtype), lambda: self._of(call))
+        once = functools.partial(_shared, made, self)
+        return attend(*states, distance, sight, call.scale, call.dropout, once)
 
     def dense(self, call: AttentionCall, sight: Sight) -> tuple[Tensor, Tensor, Tensor | None]:
         """Rows of biases."""
@@ -141,6 +150,11 @@ class AlibiBias(Term):
                 f"{type(call.module).__name__}: {problem}, which {call.kernel} cannot compute together with ALiBi"
                 f"{' and padding' if call.mask is not None else ''}; choose backend='flex_attention' or 'sdpa'."
             )
+
+
+def _shared(mask: AttentionMask, bias: AlibiBias, form: Hashable, make: Callable[[], Any]) -> Any:
+    """Make what all layers with one bias and one mask share once."""
+    return mask.once((bias, form), make)
 
 
 class NoBias(Wrapper):

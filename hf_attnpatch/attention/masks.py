@@ -24,6 +24,7 @@ from .call import AttentionCall
 
 INSTEAD: ContextVar[Any] = ContextVar("hf_attnpatch_instead_of_masks", default=None)  # of a memory: hands its own out
 _MADE_BY = "attnpatch_mask"  # attribute of what attention modules are handed: the mask that made it
+_NEVER_NONE = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 Form = TypeVar("Form")
 
 
@@ -33,6 +34,9 @@ class AttentionMask:
     Args:
         kernel: by transformers' name.
         asked: what transformers gave the mask function, by its words.
+
+    Attributes:
+        told: what torch's kernels are told, where this package adds something: padding alone, or the whole mask.
     """
 
     def __init__(self, kernel: str, asked: Mapping[str, Any]):
@@ -40,6 +44,7 @@ class AttentionMask:
             numbers = {n: int(v) for n, v in asked.items() if n in ("q_offset", "kv_offset") and isinstance(v, Tensor)}
             asked = {**asked, **numbers}
         self.kernel, self.asked = kernel, asked
+        self.told: Tensor | None = None
         self._forms: dict[Hashable, Any] = {}
 
     def once(self, form: Hashable, make: Callable[[], Form]) -> Form:
@@ -50,21 +55,34 @@ class AttentionMask:
         return found
 
     def own(self) -> Any:
-        """Transformers' own mask for the kernel; None where the kernel's own causality says it all."""
-        return self.once("own", lambda: call_mask(_mask_of(self.kernel), (), self.asked))
+        """Transformers' own mask for torch's kernels; None where the kernel's own causality says it all."""
+        return self.once("own", lambda: call_mask("sdpa", (), self.asked))
 
-    def handed(self) -> Any:
-        """What attention modules are handed: a tensor, or what else the kernel takes, which knows this mask."""
-        made = _FORMS.get(self.kernel, AttentionMask.own)(self)
+    def handed(self, written: bool = False) -> Any:
+        """What attention modules are handed: a tensor, or what else the kernel takes, which knows this mask.
+
+        Args:
+            written: whether it is a plain tensor, also where that holds padding alone.
+        """
+        made = _FORMS.get(self.kernel, _by_transformers)(self)
         if made is None or torch.compiler.is_compiling():
             return made
         made = made.contiguous() if isinstance(made, Tensor) else made  # as generate asks for: a copy would not know
+        if self.kernel == "sdpa":
+            self.told = made
+            if self.plain and not written:
+                return Unwritten.of(self)
         setattr(made, _MADE_BY, self)
         return made
 
-    def padding(self) -> Tensor | None:
-        """Which keys are there, (batch, 1, 1, k); None if all are, or if padding does not say it all."""
-        return self.once("padding", self._padding)
+    def whole(self) -> Tensor:
+        """Which query sees which key, (batch, 1, q, k), bool."""
+        return self.once("whole", lambda: sdpa_mask(**{**self.asked, **_NEVER_NONE}))
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the whole mask."""
+        return self.asked["batch_size"], 1, self.asked["q_length"], self.asked["kv_length"]
 
     def positions(self) -> Tensor | None:
         """Position of each key, counted without padding, (batch or 1, k), int64, -1 where there is no key.
@@ -86,7 +104,8 @@ class AttentionMask:
             return False
         return int(self.asked.get("q_offset", 0)) == (self.asked["kv_length"] - 1 if queries == 1 else 0)
 
-    def _padding(self) -> Tensor | None:
+    def padding(self) -> Tensor | None:
+        """Which keys are there, (batch, 1, 1, k), where padding says it all; None if all are."""
         mask, keys, offset = (self.asked.get(name) for name in (words.ATTENTION_MASK, "kv_length", "kv_offset"))
         if mask is None:
             return None
@@ -113,6 +132,51 @@ class AttentionMask:
         return places.masked_fill((places < 0) | (index >= end), -1)
 
 
+class Unwritten(Tensor):
+    """A mask of which padding is all that is in memory: the rest is written out if a module looks into it."""
+
+    made: AttentionMask
+
+    @classmethod
+    def of(cls, made: AttentionMask, device: torch.device | None = None) -> Unwritten:
+        """Return what stands for a mask, on its own device unless another is asked for."""
+        assert made.told is not None
+        found = made.told.to(device or made.told.device, copy=True).as_subclass(cls)
+        found.made = made
+        return found
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.contiguous, Tensor.detach):
+            return args[0]
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is Tensor.to and isinstance(args[0], cls):
+                device, dtype, *_ = torch._C._nn._parse_to(*args[1:], **(kwargs or {}))
+                if dtype in (None, torch.bool):
+                    here = args[0].device if device is None else device
+                    return args[0] if here == args[0].device else cls.of(args[0].made, here)
+            form = _sized if func in _ABOUT else _whole
+            return func(*map(form, args), **{name: form(value) for name, value in (kwargs or {}).items()})
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_whole, value))
+    return value.made.whole().to(value.device) if isinstance(value, Unwritten) else value
+
+
+def _sized(value: Any) -> Any:
+    if not isinstance(value, Unwritten):
+        return value
+    return torch.empty((), dtype=torch.bool, device=value.device).expand(value.made.shape)
+
+
+_ABOUT = {  # functions that look at a tensor, and not into it
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")),
+    *(Tensor.size, Tensor.dim, Tensor.is_floating_point, Tensor.numel, Tensor.__len__),
+}
+
+
 def _leads(keep: Tensor) -> Tensor:
     """(batch, n), bool -> (batch, 1): how much padding each row begins with. What is behind a row's end is not seen."""
     steps = keep.to(torch.int8).diff(dim=-1)
@@ -128,8 +192,7 @@ def _leads(keep: Tensor) -> Tensor:
 def _for_sdpa(mask: AttentionMask) -> Tensor:
     """One True where everything is seen, (1, 1, 1, 1), padding as (batch, 1, 1, k), or the whole mask; bool."""
     if torch.compiler.is_compiling() or not mask.plain:
-        never = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        full: Tensor = sdpa_mask(**{**mask.asked, **never})
+        full: Tensor = sdpa_mask(**{**mask.asked, **_NEVER_NONE})
         return full
     found = mask.padding()
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=mask.asked.get("device", "cpu")) if found is None else found
@@ -137,22 +200,29 @@ def _for_sdpa(mask: AttentionMask) -> Tensor:
 
 def _for_flex(mask: AttentionMask) -> Any:
     """Flex attention's mask, which also says where the first query stands among the keys."""
-    made = mask.own()
+    made = _by_transformers(mask)
     made.query_offset = mask.asked.get("q_offset", 0) - mask.asked.get("kv_offset", 0)
     return made
+
+
+def _by_transformers(mask: AttentionMask) -> Any:
+    """Transformers' own mask for the kernel; not kept, as it knows the mask that made it."""
+    return call_mask("flash_attention_2" if mask.kernel.startswith("flash") else mask.kernel, (), mask.asked)
 
 
 _FORMS: Mapping[str, Callable[[AttentionMask], Any]] = {"sdpa": _for_sdpa, "flex_attention": _for_flex}
 
 
 @functools.cache
-def mask_function(kernel: str) -> Callable[..., Any]:
-    """Return the mask function of a kernel: always the same."""
+def mask_function(kernel: str, written: bool = False) -> Callable[..., Any]:
+    """Return the mask function of a kernel: always the same; ``written`` as in :meth:`AttentionMask.handed`."""
 
     def mask(*args: Any, **kwargs: Any) -> Any:
         made = AttentionMask(kernel, {**dict(zip(words.MASKS, args, strict=False)), **kwargs})
         memory = INSTEAD.get()
-        return made.handed() if memory is None or not memory.asked_by(kwargs.get("config")) else memory.handed(made)
+        if memory is not None and memory.asked_by(kwargs.get("config")):
+            return memory.handed(made, written)
+        return made.handed(written)
 
     return mask
 
@@ -175,16 +245,18 @@ class Handed:
 
 def mask_of(handed: Any) -> AttentionMask | None:
     """Return the mask that made what a module was handed; None for a caller's own, or one that a module changed."""
-    return handed if isinstance(handed, AttentionMask) else getattr(handed, _MADE_BY, None)
+    return handed.made if isinstance(handed, Unwritten) else getattr(handed, _MADE_BY, None)
 
 
 def own_mask(call: AttentionCall) -> Any:
     """Return the mask of a call as its kernel takes it by itself: for a module that adds nothing to the scores."""
-    made, mask = mask_of(call.mask), call.mask
-    if made is not None:
-        return made.own()
+    mask = call.mask
     if call.kernel != "sdpa" or mask is None:
         return mask
+    made = mask_of(mask)
+    if made is not None:
+        own = made.own()
+        return own if own is None else own.to(call.query.device)
     if mask.numel() == 1:
         mask = None
     if not call.causal or call.query.shape[2] == 1 or (mask is not None and mask.shape[-2] != 1):
@@ -196,11 +268,13 @@ def own_mask(call: AttentionCall) -> Any:
 
 def says_nothing(mask: Any) -> bool:
     """Whether a mask hides nothing beside what the module hides by itself."""
+    mask = _told(mask)
     return mask is None or (isinstance(mask, Tensor) and mask.numel() == 1)
 
 
-def _mask_of(kernel: str) -> str:
-    return "flash_attention_2" if kernel.startswith("flash") else kernel
+def _told(mask: Any) -> Any:
+    """Return what a mask that is not written tells: padding alone."""
+    return mask.made.told.to(mask.device) if isinstance(mask, Unwritten) else mask
 
 
 def read_sight(mask: Tensor | Sight | None, causal: bool, queries: int, keys: int) -> Sight:
@@ -211,6 +285,7 @@ def read_sight(mask: Tensor | Sight | None, causal: bool, queries: int, keys: in
     """
     if isinstance(mask, Sight):
         return mask
+    mask = _told(mask)
     if mask is None or mask.numel() == 1:
         return Sight(causal)
     if mask.shape[-2] == 1 and mask.dtype == torch.bool and mask.shape[1] == 1:

@@ -30,7 +30,7 @@ def register() -> None:
     There is no attention function beside ``FUSED`` on purpose: ``from_pretrained(attn_implementation=...)`` then
     refuses the name, and nobody gets these masks without the hooks that understand them.
     """
-    AttentionMaskInterface.register(FUSED, mask_registered(mask_function("sdpa")))
+    AttentionMaskInterface.register(FUSED, mask_registered(mask_function("sdpa", True)))
     for kernel in KERNELS:  # masks first: interrupted here, the name is not known
         AttentionMaskInterface.register(PREFIX + kernel, mask_registered(mask_function(kernel)))
         AttentionInterface.register(PREFIX + kernel, attention_registered(attention_function(kernel)))
@@ -59,6 +59,13 @@ def dense(implementation: str) -> str:
 def set_kernel(kernel: str) -> SetAttention:
     """Return the edit by which a model attends through its modules' wrappers, and by this kernel beneath them."""
     return SetAttention("", PREFIX + kernel, register)
+
+
+def chosen(model: PreTrainedModel, kernel: str) -> SetAttention:
+    """Return the edit by which a model attends by another kernel, beneath the wrappers of its modules if it has any."""
+    if kernel in KERNELS and any(wrappers_of(module) for module in model.modules()):
+        return set_kernel(kernel)
+    return SetAttention("", kernel)
 
 
 def keep_wrappers(config: Any) -> None:

@@ -192,3 +192,11 @@ class HandPlaces:
 def rotation_of(module: nn.Module) -> Rotation | None:
     """Return the rotation of an attention module that this package gave one, or None."""
     return wrapper_of(module, Rotation)
+
+
+def frequencies_of(buffer: Any) -> Tensor:
+    """Return frequencies in radians per position: of a buffer, of GPT-J's and CodeGen's tables, of a rotation."""
+    if isinstance(buffer, tuple):  # the wrappers of a module that this package made rotate
+        return next(each.frequencies() for each in buffer if isinstance(each, Rotation))
+    found: Tensor = buffer
+    return found if found.dim() == 1 else rotary.default(10_000.0, found.shape[-1])

@@ -53,6 +53,7 @@ class Alibi(Patch):
 
     name: ClassVar[str] = "alibi"
     changes_positions: ClassVar[bool] = True
+    wraps: ClassVar[bool] = True
     transient: ClassVar[frozenset[str]] = frozenset({"training", "proved"})
 
     slopes: str | tuple[float, ...] = "paper"

@@ -39,6 +39,7 @@ class AttentionSinks(Patch):
     """
 
     name: ClassVar[str] = "attention_sinks"
+    wraps: ClassVar[bool] = True
 
     num_sinks: int = 4
     window: int | None = None

@@ -40,6 +40,7 @@ class DualChunk(Patch):
     """
 
     name: ClassVar[str] = "dual_chunk"
+    wraps: ClassVar[bool] = True
 
     chunk: int | None = None
     local: int | None = None

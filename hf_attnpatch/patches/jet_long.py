@@ -40,6 +40,7 @@ class JetLong(Patch):
     """
 
     name: ClassVar[str] = "jet_long"
+    wraps: ClassVar[bool] = True
 
     window: int | None = None
     trained: int | None = None

@@ -41,6 +41,7 @@ class ReRope(Patch):
     """
 
     name: ClassVar[str] = "re_rope"
+    wraps: ClassVar[bool] = True
 
     window: int | None = None
     leak: float | None = None

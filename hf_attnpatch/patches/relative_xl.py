@@ -64,6 +64,7 @@ class RelativeXl(Patch):
 
     name: ClassVar[str] = "relative_xl"
     changes_positions: ClassVar[bool] = True
+    wraps: ClassVar[bool] = True
     transient: ClassVar[frozenset[str]] = frozenset({"training", "proved"})
 
     size: int | None = None

@@ -56,6 +56,7 @@ class Rotary(Patch):
 
     name: ClassVar[str] = "rotary"
     changes_positions: ClassVar[bool] = True
+    wraps: ClassVar[bool] = True
     transient: ClassVar[frozenset[str]] = frozenset({"proved"})
 
     theta: float = 10000.0

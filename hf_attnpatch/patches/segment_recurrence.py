@@ -19,11 +19,13 @@ from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.segments import Segments
 from ..patch import Patch, Proposal, internal
 from ..positions.fusing import variants
+from ..positions.keys import STATIC, Way
 from ..recurrence.attention import Recurrent
 from ..recurrence.modules import Recalling, recalling_of
 from ..recurrence.native import Remembering, masks_under, window_of
-from ..recurrence.survey import STATIC, Way, check_agrees, ways
+from ..recurrence.survey import check_agrees, ways
 from ..sites import Place, dispatching
+from ..spans.attention import span_of
 from ..upstream import words
 from ..upstream.roles import roles_of
 
@@ -65,6 +67,7 @@ class SegmentRecurrence(Patch):
     """
 
     name: ClassVar[str] = "segment_recurrence"
+    wraps: ClassVar[bool] = True
     transient: ClassVar[frozenset[str]] = frozenset()
 
     segment_length: int
@@ -96,6 +99,12 @@ class SegmentRecurrence(Patch):
             raise UnsupportedArchitecture(
                 f"{anatomy.architecture}: its scores depend on distance, which a sink has no fixed one of; num_sinks=0."
             )
+        far = next((path for path in anatomy.attending if span_of(model.get_submodule(path)) is not None), None)
+        if far is not None:
+            raise UnsupportedArchitecture(
+                f"{far}: sees distances otherwise than they are, for texts longer than it was trained on; with a "
+                "memory no distance is longer than a segment and the memory, so that there is nothing left to change."
+            )
         both = next((site.path for site in anatomy.sites if site.causal is False), None)
         if both is not None:
             raise UnsupportedArchitecture(f"{both}: looks both ways, so that no token is before another.")
@@ -110,7 +119,7 @@ class SegmentRecurrence(Patch):
         segments = Segments(self.segment_length, self.memory_length, self.num_sinks)
         edits = (*common, self._recalling(model, anatomy, places, decoder, segments))
         if self.turning is None:
-            turns = bool(anatomy.rotary or anatomy.inner)
+            turns = bool(anatomy.rotary or anatomy.inner or anatomy.turned)
             probed = self if turns else dataclasses.replace(self, positions="running")
             probing = probed._recalling(model, anatomy, places, decoder, _OVER_THE_PROBE)
             check_agrees(model, anatomy, (*common, probing), padded=turns)
@@ -150,7 +159,8 @@ class SegmentRecurrence(Patch):
         return AddPreHook(decoder, hook, "hands its attention modules their memory", first=True)
 
     def _check(self, model: PreTrainedModel, anatomy: Anatomy, places: list[Place], decoder: str) -> None:
-        placed = anatomy.rotary or anatomy.inner or anatomy.tables
+        dispatches = not anatomy.sites or any(site.dispatches for site in anatomy.sites)
+        placed = anatomy.rotary or anatomy.inner or anatomy.tables or (anatomy.turned and dispatches)
         wanted, roles = (
             (words.POSITIONS, words.CACHE) if placed else (words.CACHE,),
             roles_of(model.get_submodule(decoder)),
@@ -227,11 +237,6 @@ def _places(model: PreTrainedModel, anatomy: Anatomy) -> tuple[list[Place], bool
     """
     if not anatomy.sites or any(site.dispatches for site in anatomy.sites):
         return dispatching(model, anatomy.sites, {}, {}), False
-    if anatomy.turned:
-        raise UnsupportedArchitecture(
-            f"{anatomy.turned[0]}: {anatomy.sites[0].kind} computes its scores by itself and was given rotary "
-            "positions, which a memory does not turn back there."
-        )
     ways = variants(model, anatomy)
     if isinstance(ways, str):
         raise UnsupportedArchitecture(f"{ways}, and no memory can be handed to it.")

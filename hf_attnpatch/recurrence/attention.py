@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..attention.call import AttentionCall, Output
 from ..attention.masks import Handed
+from ..attention.rotation import frequencies_of
 from ..attention.wrapper import Wrapper, term_of, wrapper_of
 from ..errors import AttnPatchError
-from ..functional import rotary
 from ..functional.rerotation import Turning
 from ..functional.segments import Piece
 from ..upstream import words
@@ -169,8 +169,3 @@ def _known(call: AttentionCall, window: int | None) -> dict[str, Any]:
     if given.get(names.get(words.WEIGHTS, "")):
         raise no_weights(module)
     return given
-
-
-def frequencies_of(buffer: Any) -> Tensor:
-    """Return the frequencies in radians per position: a buffer of them, or those of GPT-J's and CodeGen's tables."""
-    return buffer if buffer.dim() == 1 else rotary.default(10_000.0, buffer.shape[-1])

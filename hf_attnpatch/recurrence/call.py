@@ -76,7 +76,7 @@ class Call:
         self._sinks = Sinking(held, segments.sinks, tokens.number, tokens.place) if segments.sinks else None
         self._sunk: Layers = {}
 
-    def handed(self, mask: AttentionMask) -> Handed:
+    def handed(self, mask: AttentionMask, written: bool) -> Handed:
         """Return what attention modules are handed in the place of a mask.
 
         Raises:
@@ -89,7 +89,7 @@ class Call:
                 "model's memory belongs to; call the model itself, not a part of it, and let generate make its own "
                 "cache (no cache_implementation)."
             )
-        return Handed(self, mask.handed() if self.plain else None)
+        return Handed(self, mask.handed(written) if self.plain else None)
 
     def places(self, like: Tensor) -> Tensor:
         """Return the positions of the new columns, (batch, columns), on the device of a tensor."""

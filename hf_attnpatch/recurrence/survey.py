@@ -1,33 +1,26 @@
-"""How each attention module turns its keys by position, found by running the model at one position and at another.
-
-What keys did in between is compared with each way of turning that is known, so that no table of families is needed.
-"""
+"""How each attention module rotates its keys: the model runs at one position and at another."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..anatomy import Anatomy, angle_table
+from ..anatomy import Anatomy
 from ..attention.listener import Listener
 from ..attention.registry import kernel_of, set_kernel
-from ..attention.wrapper import AddWrapper
+from ..attention.rotation import rotation_of
+from ..attention.wrapper import HELD, AddWrapper
 from ..edits import AddPreHook, Edit
 from ..errors import AttnPatchError, UnsupportedArchitecture
-from ..functional.rerotation import Turning
-from ..probe import TOLERANCE, default_inputs, largest_difference, logits_under, tokens_of, trace
+from ..positions.keys import BY, Way, allowed, way_of
+from ..probe import default_inputs, largest_difference, logits_under, tokens_of, trace
 from ..upstream import words
-from ..upstream.roles import frequencies, roles_of
-from .attention import frequencies_of
+from ..upstream.roles import roles_of
 from .native import Overhearing
-
-STATIC = ("default", "linear", "yarn", "llama3", "proportional")  # the same angles at every length
-_BY = 7  # positions between the two runs
-Way = tuple[str, str, bool, int]  # rotary module, its buffer, interleaved, first dimension
 
 
 def ways(model: PreTrainedModel, anatomy: Anatomy, paths: Sequence[str]) -> dict[str, Way | None]:
@@ -36,10 +29,13 @@ def ways(model: PreTrainedModel, anatomy: Anatomy, paths: Sequence[str]) -> dict
     Raises:
         UnsupportedArchitecture: one turns them in a way that is not known.
     """
+    if anatomy.turned:
+        held = {path: rotation_of(model.get_submodule(path)) for path in paths}
+        return {path: None if r is None else (path, HELD, r.interleaved, 0) for path, r in held.items()}
     if not (anatomy.rotary or anatomy.inner):
         return dict.fromkeys(paths)
     native = not any(site.dispatches for site in anatomy.sites)
-    before, after = (_keys(model, paths, place, native) for place in (0, _BY))
+    before, after = (_keys(model, paths, place, native) for place in (0, BY))
     return {path: _way(model, anatomy, path, before[path], after[path]) for path in paths}
 
 
@@ -65,10 +61,10 @@ def check_agrees(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]
             f"{anatomy.architecture}: does not run with a memory in the place of its mask ({cause})."
         ) from error
     apart = largest_difference(trace(model, inputs).logits, found)
-    if apart > _allowed(found.dtype):
+    if apart > allowed(found.dtype):
         raise UnsupportedArchitecture(
             f"{anatomy.architecture}: read in segments with a memory of all that went before, its logits differ by "
-            f"{apart:.2g} of their size, {_allowed(found.dtype):.0e} allowed: it does something of its own with "
+            f"{apart:.2g} of their size, {allowed(found.dtype):.0e} allowed: it does something of its own with "
             "positions or masks."
         )
 
@@ -107,34 +103,12 @@ def _hear(keys: list[Tensor], key: Tensor, _: Tensor) -> None:
 
 
 def _way(model: PreTrainedModel, anatomy: Anatomy, path: str, before: Tensor, after: Tensor) -> Way | None:
-    allowed = _allowed(before.dtype)
-    if largest_difference(before, after) <= allowed / 5:
+    if largest_difference(before, after) <= allowed(before.dtype) / 5:
         return None
-    for name, buffer, turning in _turnings(model, anatomy, before.shape[-1]):
-        by = turning.table(torch.full((before.shape[2],), _BY, device=before.device), before.dtype)
-        if largest_difference(after, turning.turn(before, by)) <= allowed:
-            return name, buffer, turning.interleaved, turning.first
-    raise UnsupportedArchitecture(
-        f"{path}: its keys turn with position in none of the ways that are known (halves or neighbours, all of a head, "
-        "its first or its last dimensions); positions='running' needs no turning."
-    )
-
-
-def _allowed(dtype: torch.dtype) -> float:
-    """Angles are in fp32 whatever the model is in."""
-    return 5 * max(TOLERANCE.get(dtype, 1e-2), TOLERANCE[torch.float32])
-
-
-def _turnings(model: PreTrainedModel, anatomy: Anatomy, width: int) -> Iterator[tuple[str, str, Turning]]:
-    for path in anatomy.inner:
-        table = str(angle_table(model.get_submodule(path)))
-        buffer = getattr(model.get_submodule(path), table)
-        for interleaved in (False, True):
-            yield path, table, Turning(frequencies_of(buffer), interleaved, 0)
-    for rotary in anatomy.rotary:
-        for name, buffer in frequencies(model.get_submodule(rotary.path)).items():
-            if "original" in name or 2 * len(buffer) > width:
-                continue
-            for first in dict.fromkeys((0, width - 2 * len(buffer))):
-                for interleaved in (False, True):
-                    yield rotary.path, name, Turning(buffer, interleaved, first)
+    found = way_of(model, anatomy, [(before, after)])
+    if found is None:
+        raise UnsupportedArchitecture(
+            f"{path}: its keys turn with position in none of the ways that are known (halves or neighbours, all of a "
+            "head, its first or its last dimensions); positions='running' needs no turning."
+        )
+    return found

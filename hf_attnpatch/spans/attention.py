@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from ..attention.call import AttentionCall, Output
 from ..attention.masks import AttentionMask, mask_of
+from ..attention.rotation import frequencies_of
 from ..attention.wrapper import Wrapper, wrapper_of
 from ..errors import AttnPatchError
 from ..functional import spanned
@@ -45,7 +46,7 @@ class Spanned(Wrapper):
 
     def turning(self) -> Turning:
         """Return how the module's states turn."""
-        return Turning(getattr(self.rotary, self.buffer), self.interleaved, self.first)
+        return Turning(frequencies_of(getattr(self.rotary, self.buffer)), self.interleaved, self.first)
 
     def around(self, call: AttentionCall, inner: Callable[[AttentionCall], Output]) -> Output:
         """Attend as the kernel does within the trained length; beyond it, by merged flash calls."""
@@ -59,7 +60,15 @@ class Spanned(Wrapper):
         queries, key = call.query.shape[2], call.key
         steps = None
         if queries <= spanned.FEW:  # the same for every layer that rotates alike
-            form = (self.span, id(turning.frequencies), self.interleaved, self.first, queries, key.dtype, key.device)
+            form = (
+                self.span,
+                id(getattr(self.rotary, self.buffer)),
+                self.interleaved,
+                self.first,
+                queries,
+                key.dtype,
+                key.device,
+            )
             steps = mask.once(form, lambda: (spanned.towards(places, queries, self.span, turning, key.dtype), turning))[
                 0
             ]
@@ -100,6 +109,7 @@ def _placed(call: AttentionCall) -> tuple[AttentionMask, Tensor]:
         )
     made = mask_of(call.mask)
     places = None if made is None else made.positions()
+    places = None if places is None else places.to(call.query.device)
     if made is None or places is None:
         raise AttnPatchError(
             f"{type(call.module).__name__}: attention here is causal over one text for each row, left-padded or not; "

@@ -7,11 +7,9 @@ compared with each way of turning that there is, so that no table of families is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import record
@@ -19,19 +17,18 @@ from ..anatomy import Anatomy
 from ..attention.listener import Listener
 from ..attention.masks import mask_of
 from ..attention.registry import set_kernel
-from ..attention.wrapper import AddWrapper
+from ..attention.rotation import rotation_of
+from ..attention.wrapper import HELD, AddWrapper
 from ..edits import AddPreHook, Edit
 from ..errors import UnsupportedArchitecture
-from ..functional.rerotation import Turning
-from ..probe import TOLERANCE, default_inputs, largest_difference, logits_under
+from ..positions.keys import BY, STATIC, Way, tables, way_of
+from ..probe import default_inputs, largest_difference, logits_under
 from ..sites import dispatching, in_tower
 from ..upstream import words
-from ..upstream.roles import frequencies, roles_of
+from ..upstream.roles import roles_of
 from .modules import ShiftedAngles
 
-STATIC = ("default", "linear", "yarn", "llama3", "proportional")  # the same angles at every length
-_BY = 7  # positions between the two runs
-Found = dict[str, tuple[str, str, bool, int]]  # module -> rotary module, its buffer, interleaved, first dimension
+Found = dict[str, Way]  # by module
 
 
 def survey(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Found, list[str]]:
@@ -41,14 +38,20 @@ def survey(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Found, list[str]]:
         UnsupportedArchitecture: there are none, or one that looks back at everything turns keys in an unknown way.
     """
     anatomy = dataclasses.replace(anatomy, rotary=tuple(r for r in anatomy.rotary if not in_tower(r.path)))
-    _check_rotary(model, anatomy)
     places = dispatching(model, anatomy.sites, anatomy.other, anatomy.unread)
     paths = [place.path for place in places]
-    before, after = _listen(model, anatomy, paths, 0), _listen(model, anatomy, paths, _BY)
+    if anatomy.turned and not anatomy.rotary:  # by this package, which knows how
+        before = after = _listen(model, anatomy, paths, 0)
+    else:
+        _check_rotary(model, anatomy)
+        before, after = _listen(model, anatomy, paths, 0), _listen(model, anatomy, paths, BY)
     found: Found = {}
     notes: dict[str, list[str]] = {}
     for path in paths:
-        why = _other(before[path])
+        why, rotation = _other(before[path]), rotation_of(model.get_submodule(path))
+        if why is None and rotation is not None:
+            found[path] = (path, HELD, rotation.interleaved, 0)
+            continue
         if why is None and largest_difference(before[path].calls[0].key, after[path].calls[0].key) < 1e-3:
             why = "no rotation"
         if why is None:
@@ -114,38 +117,16 @@ def _other(listener: Listener) -> str | None:
     return None
 
 
-def _way(
-    model: PreTrainedModel, anatomy: Anatomy, path: str, before: Listener, after: Listener
-) -> tuple[str, str, bool, int]:
-    query, key = before.calls[0].query, before.calls[0].key
-    allowed = 5 * max(TOLERANCE.get(key.dtype, 1e-2), TOLERANCE[torch.float32])
-    for rotary, buffer, turning in _ways(model, anatomy, key.shape[-1]):
-        turned = [turning.turn(t, turning.table(torch.full((t.shape[2],), _BY), t.dtype)) for t in (query, key)]
-        if all(
-            largest_difference(now, then) <= allowed
-            for now, then in zip((after.calls[0].query, after.calls[0].key), turned, strict=True)
-        ):
-            return rotary, buffer, turning.interleaved, turning.first
-    raise UnsupportedArchitecture(
-        f"{path}: its keys turn with position in none of the ways that are known, by the frequencies found in "
-        f"{', '.join(sorted(_read(model, anatomy))) or 'no buffer'} (halves or neighbours, all of a head, "
-        "its first or its last dimensions), so that they cannot be turned further."
-    )
-
-
-def _read(model: PreTrainedModel, anatomy: Anatomy) -> set[str]:
-    return {f"{r.path}.{name}" for r in anatomy.rotary for name in frequencies(model.get_submodule(r.path))}
-
-
-def _ways(model: PreTrainedModel, anatomy: Anatomy, width: int) -> Iterator[tuple[str, str, Turning]]:
-    for rotary in anatomy.rotary:
-        module: nn.Module = model.get_submodule(rotary.path)
-        for name, buffer in frequencies(module).items():
-            if "original" in name or 2 * len(buffer) > width:
-                continue
-            for first in dict.fromkeys((0, width - 2 * len(buffer))):
-                for interleaved in (False, True):
-                    yield rotary.path, name, Turning(buffer, interleaved, first)
+def _way(model: PreTrainedModel, anatomy: Anatomy, path: str, before: Listener, after: Listener) -> Way:
+    then, now = before.calls[0], after.calls[0]
+    found = way_of(model, anatomy, [(then.query, now.query), (then.key, now.key)])
+    if found is None:
+        raise UnsupportedArchitecture(
+            f"{path}: its keys turn with position in none of the ways that are known, by the frequencies found in "
+            f"{', '.join(tables(model, anatomy)) or 'no buffer'} (halves or neighbours, all of a head, "
+            "its first or its last dimensions), so that they cannot be turned further."
+        )
+    return found
 
 
 def as_found(value: Any) -> Found:
@@ -153,4 +134,4 @@ def as_found(value: Any) -> Found:
     return {str(path): (str(r), str(b), bool(i), int(f)) for path, (r, b, i, f) in dict(value).items()}
 
 
-__all__ = ["Found", "Tensor", "as_found", "survey"]
+__all__ = ["Found", "as_found", "survey"]
