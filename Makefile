@@ -14,6 +14,9 @@ MUTATE := $(VENV)/mutation
 MUTMUT := mutmut==3.8.1
 NEW := $(VENV)/newest
 LOCKING := $(VENV)/locking
+DOCUMENTING := $(VENV)/docs
+# the extra `docs` of pyproject.toml, without the package and its torch, and what checks a release
+DOCS_TOOLS := $(shell sed -n 's/^docs = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d ,) build twine
 INSTALLED := $(VENV)/.installed$(if $(LOCK),,-unlocked)
 LOCKED_PYTHONS := $(shell sed -n 's/^. for Python //p' constraints.txt)
 # pip builds what comes as source (this package, too) with packages of its own choice, which obey these alone
@@ -40,7 +43,7 @@ QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 	bench bench-alibi bench-relative \
 	bench-decode bench-extend check-diagnose \
 	downstream peers results-grouped-query results-extend-context results-passkey results-recurrence \
-	results-switch-positions clean
+	results-switch-positions docs pages dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/attnpatch demo --output outputs/demo
@@ -100,6 +103,22 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# the site of hf_attnpatch/docs below outputs/docs; a broken link, a page outside the navigation or an unknown name fails.
+# It reads the sources and imports nothing, so that its environment is small
+docs: $(DOCUMENTING)/.installed
+	$(DOCUMENTING)/bin/python scripts/pages.py --check
+	NO_MKDOCS_2_WARNING=1 $(DOCUMENTING)/bin/python -m mkdocs build --strict
+
+# what README, pages and drawings take from recipes/results
+pages: $(INSTALLED)
+	$(BIN)/python scripts/pages.py --draw
+
+# wheel and sdist as they would be published, checked
+dist: $(DOCUMENTING)/.installed
+	rm -rf dist
+	$(DOCUMENTING)/bin/python -m build --outdir dist .
+	$(DOCUMENTING)/bin/python -m twine check --strict dist/*
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -221,6 +240,11 @@ $(MUTATE)/.installed: $(INSTALLED)
 	@echo "== installing $(MUTMUT), whose operators scripts/mutants.py uses"
 	$(call layered,$(MUTATE))
 	$(MUTATE)/bin/python -m pip install --quiet $(MUTMUT)
+	@touch $@
+
+$(DOCUMENTING)/.installed: Makefile pyproject.toml
+	$(PYTHON) -m venv $(DOCUMENTING)
+	$(DOCUMENTING)/bin/python -m pip install --quiet $(DOCS_TOOLS)
 	@touch $@
 
 $(LOCKING)/.installed: Makefile

@@ -33,6 +33,7 @@ from .probe import (
 from .report import Report
 from .selfcheck import decoding
 from .tested import warn_if_newer
+from .weightless import restoring
 
 
 @torch.inference_mode(False)  # tensors made within it could never be trained
@@ -122,10 +123,8 @@ def restore(model: PreTrainedModel) -> None:
     if found is None:
         return
     warn_if_newer()
-    found = record.located(model, found)
-    record.check_places(model, found)
     for patch in found.restore():
-        with whole_shapes(model):
+        with whole_shapes(model), restoring():
             for edit in patch.propose(model, describe(model)).edits:
                 edit.run(model)
 
@@ -147,6 +146,7 @@ def _bookkeeping(
         stock=stock,
         versions={"hf_attnpatch": _version(), "transformers": transformers.__version__},
         commands=before.commands if before else (),
+        contexts=_contexts(before.contexts if before else (), steps.context),
     )
     yield SetConfig("", record.FIELD, after.to_dict())
     source = record.loaded_from(model)
@@ -157,6 +157,11 @@ def _bookkeeping(
     kind: Any = type(config)
     if not stock and foreign.config_class(kind) is not kind:
         yield SetConfigClass("", foreign.config_class(kind))
+
+
+def _contexts(before: tuple[int, ...], change: tuple[int, int] | None) -> tuple[int, ...]:
+    """Return the lengths that a tokenizer may have been made for, and the last."""
+    return before if change is None else (*before, *change) if change[0] not in before else (*before, change[1])
 
 
 def _version() -> str:

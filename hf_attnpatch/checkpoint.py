@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
 
-from . import foreign, untrusted
+from . import foreign, record, untrusted
 from .errors import AttnPatchError
 from .publishing.hub import Hub
 from .publishing.origin import REPOSITORY
@@ -29,7 +29,7 @@ def load(name: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
 
     A checkpoint that stock transformers can express is loaded by it; for another the recorded structure is rebuilt
     first (:mod:`hf_attnpatch.foreign`). No code from the checkpoint runs, and none that its config names, unless
-    ``trust_remote_code=True`` is passed; nothing asks. See ``TRUST.md`` of this package.
+    ``trust_remote_code=True`` is passed; nothing asks. See `docs/trust.md` of this package.
 
     Args:
         name: folder or hub repository.
@@ -46,6 +46,8 @@ def load(name: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
         config = config_of(name, **options)
         model, info = auto_class(config).from_pretrained(name, output_loading_info=True, **options)
     _check_whole(str(name), model, info)
+    where = {key: options[key] for key in _WHERE if key in options and key != "token"}
+    setattr(model, record.READ, {"name": str(name), "where": where, "unexpected": tuple(info["unexpected_keys"])})
     return (model, info) if told else model
 
 
@@ -77,7 +79,8 @@ def check_name(name: object) -> None:
     if not isinstance(name, (str, os.PathLike)):
         raise AttnPatchError(f"load: name is a {type(name).__name__}; it must be a folder or the name of a repository.")
     text = os.fspath(name)
-    if not os.path.isdir(text) and (isinstance(name, os.PathLike) or not REPOSITORY.fullmatch(text)):
+    named = not isinstance(name, os.PathLike) and not os.path.lexists(text) and REPOSITORY.fullmatch(text)
+    if not os.path.isdir(text) and not named:
         found = "is a file" if os.path.lexists(text) else "is not there"
         raise AttnPatchError(f"{line(text)}: {found}; wanted the folder of a checkpoint, or owner/name on the Hub.")
 

@@ -1,4 +1,4 @@
-"""``attnpatch describe | plan | apply | verify | eval | diagnose | doctor | compare | push | search-rope | demo``.
+"""``attnpatch describe | plan | apply | verify | eval | diagnose | doctor | compare | push | search-rope | docs ...``.
 
 torch and transformers are imported by the commands, not by this file: ``attnpatch --help`` must be quick.
 """
@@ -15,6 +15,7 @@ import typer
 
 from .commands import compare as cli_compare
 from .commands import diagnose as cli_diagnose
+from .commands import docs as cli_docs
 from .commands import doctor as cli_doctor
 from .commands import evaluate as cli_eval
 from .commands import models as cli_models
@@ -153,6 +154,7 @@ app.command()(cli_compare.compare)
 app.command()(cli_publish.push)
 app.command()(cli_diagnose.diagnose)
 app.command(help=cli_doctor.HELP)(cli_doctor.doctor)
+app.command()(cli_docs.docs)
 app.command("eval")(cli_eval.evaluate)
 app.command("search-rope")(cli_search.search_rope)
 

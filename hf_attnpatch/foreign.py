@@ -75,6 +75,7 @@ class PatchedConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is 
             AttnPatchError: the record is missing, damaged, of a newer version or of a family unknown here.
         """
         found = record.parse(config_dict.get(record.FIELD))
+        config_dict = {**config_dict, record.FIELD: found.to_dict()}  # without what earlier releases kept in it
         if found.base_model_type not in CONFIG_MAPPING or found.base_model_type == MODEL_TYPE:
             raise AttnPatchError(
                 f"the checkpoint is a patched {found.base_model_type!r}, which transformers "

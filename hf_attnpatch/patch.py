@@ -86,8 +86,24 @@ class Patch(ABC):
 
     def to_record(self, finding: object = None) -> dict[str, Any]:
         """Return the JSON-able form that a checkpoint keeps; ``finding`` is what ``prepare`` returned."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.transient}
+        left = self.transient | internal_fields(type(self)).keys()
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left}
         return {"patch": self.name, **fields}
+
+
+class _Missing:
+    """Stands where a field must be given, so that the patch itself says what it wants there."""
+
+    def __repr__(self) -> str:
+        return "missing"
+
+
+_MISSING = _Missing()
+
+
+def required() -> Any:
+    """Return a field that must be given: ``__post_init__`` finds what reads ``missing`` there, and refuses it."""
+    return dataclasses.field(default=_MISSING)
 
 
 def internal(default: Any = None) -> Any:
@@ -105,8 +121,7 @@ def from_spec(spec: Mapping[str, Any], *, recorded: bool = False, trust_remote_c
 
     Args:
         spec: of the patch.
-        recorded: whether it stands in a checkpoint's record, which holds what was found out, too, and no patch that
-            leaves nothing to remember.
+        recorded: whether it stands in a checkpoint's record, which holds no patch that leaves nothing to remember.
         trust_remote_code: whether it may name a repository of kernels, whose code would run.
 
     Raises:
@@ -130,25 +145,14 @@ def from_spec(spec: Mapping[str, Any], *, recorded: bool = False, trust_remote_c
     for key in given.keys() - cls.transient:  # those may be tensors and tokenizers
         if isinstance(given[key], _PLAIN):
             plain(given[key], f"{name}.{key}", finite=False)
-    free = dataclasses.MISSING
-    lacking = [f.name for f in dataclasses.fields(cls) if f.default is free and f.name not in given]
+    lacking = [f.name for f in dataclasses.fields(cls) if f.default is _MISSING and f.name not in given]
     try:
-        return cls(**given, **dict.fromkeys(lacking, _MISSING))
+        return cls(**given)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # of ours, or of Python's
         if isinstance(error, AttnPatchError) and not lacking and len(str(error)) <= _LONGEST:
             raise
         problem = brief(str(error).rstrip("."), _LONGEST)
         raise AttnPatchError(f"{name}: {problem}; its fields are: {choices}.") from error
-
-
-class _Missing:
-    """Stands where a field must be given, so that the patch itself says what it wants there."""
-
-    def __repr__(self) -> str:
-        return "missing"
-
-
-_MISSING = _Missing()
 
 
 def _registered() -> Mapping[str, type[Patch]]:
@@ -161,8 +165,7 @@ def _check_giver(cls: type[Patch], spec: Mapping[str, Any], recorded: bool) -> N
     if recorded and not cls.recorded:
         raise AttnPatchError(f"{cls.name}: stands in no record, for a checkpoint has nothing to remember of it.")
     for name, default in internal_fields(cls).items():
-        kept = recorded and name not in cls.transient
-        if name in spec and spec[name] != default and not kept:
+        if name in spec and spec[name] != default:
             raise AttnPatchError(f"{cls.name}: {name} is found out by this package and never given; leave it out.")
 
 
@@ -175,7 +178,7 @@ def _check_kernel(cls: type[Patch], spec: Mapping[str, Any], trusted: bool) -> N
         )
 
 
-__all__ = ["REGISTRY", "Patch", "Proposal", "from_spec", "internal", "internal_fields", "off_default"]
+__all__ = ["REGISTRY", "Patch", "Proposal", "from_spec", "internal", "internal_fields", "off_default", "required"]
 
 
 def off_default(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from .publishing import card, confidential, origin
 from .publishing.hub import Head, Hub
 from .publishing.stale import stale_files
 from .report import Report
+from .rewriting.carrying import carry_read
+from .rewriting.tokenizer import lengthened
 from .showing import line
 
 Reports: TypeAlias = Report | Comparison | str | Path | Sequence[Report | Comparison | str | Path]
@@ -66,8 +69,9 @@ def push_to_hub(
 ) -> Published:
     """Publish a patched model: weights, tokenizer and a card, as one commit that is there whole or not at all.
 
-    What is sent is what ``save_pretrained`` of model and tokenizer writes, the base model's licence files, the card,
-    and what ``compare`` measured; a token in it, or where something lies on this machine, is refused.
+    What is sent is what ``save_pretrained`` of model and tokenizer writes, with what the checkpoint that ``load`` read
+    holds beside it (tensors that no class loads) or in other dtypes (fp32 norms in bf16), the base model's licence
+    files, the card, and what ``compare`` measured; a token in it, or where something lies on this machine, is refused.
     The card names the base model, what was done to it, how to load it with and without this package, what ``compare``
     measured, the command that made it, and the base model's licence.
 
@@ -100,14 +104,14 @@ def push_to_hub(
     tokenizer = tokenizer_of(source) if tokenizer is None else tokenizer
     with tempfile.TemporaryDirectory(prefix="hf_attnpatch-") as temporary:
         folder = Path(temporary)
-        found = _stage(model, tokenizer, folder, found, base, max_shard_size)
+        found, carried = _stage(model, tokenizer, folder, found, base, max_shard_size)
         commands = [confidential.command(command)] if command else found.commands
         facts = card.Facts(repo_id, found, base, auto_class(model.config).__name__, commands)
         card.render(_with_reports(facts, model, report, folder)).save(folder / "README.md")
         confidential.check(folder, hub.token)
         head = hub.create(repo_id, private) if head is None else head
         commit, files = hub.commit(repo_id, folder, head, stale_files(head.files, folder), _message(found))
-    return Published(repo_id, f"{hub.api.endpoint}/{repo_id}", commit, files, _notes(base, tokenizer))
+    return Published(repo_id, f"{hub.api.endpoint}/{repo_id}", commit, files, (*carried, *_notes(base, tokenizer)))
 
 
 def _checked(model: PreTrainedModel, repo_id: str) -> record.Record:
@@ -146,16 +150,20 @@ def _place(hub: Hub, repo_id: str, private: bool | None, overwrite: bool) -> Hea
 
 def _stage(
     model: PreTrainedModel, tokenizer: Any, folder: Path, found: record.Record, base: origin.Origin, max_shard_size: str
-) -> record.Record:
-    """Save everything but the card; the record names the base model as others know it."""
+) -> tuple[record.Record, tuple[str, ...]]:
+    """Save everything but the card; the record names the base model as others know it. Say what was carried over."""
     model.save_pretrained(folder, max_shard_size=max_shard_size)
+    carried = carry_read(model, folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        longer = copy.copy(tokenizer)  # the caller's stays as it is
+        fitted = lengthened(longer, *found.contexts)
+        carried = (*carried, *((fitted,) if fitted else ()))
+        longer.save_pretrained(folder)
     base.copy_licences(folder)
     commands = tuple(map(confidential.command, found.commands))
     found = replace(found, base_model=line(base.shown, 100), commands=commands)
     record.rewrite(folder, found)
-    return found
+    return found, carried
 
 
 def _with_reports(facts: card.Facts, model: PreTrainedModel, report: Any, folder: Path) -> card.Facts:

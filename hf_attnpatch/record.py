@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import PretrainedConfig
 
 from .errors import AttnPatchError
 from .patch import Patch, from_spec
-from .schema import brief, fields_of, typed
+from .schema import brief, fields_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +34,7 @@ class Record:
         stock: whether transformers alone loads the checkpoint.
         versions: of this package and of transformers when it was written.
         commands: command lines that made the checkpoint, in order; empty where a script did.
+        contexts: tokens that the model declared to take, before each patch that raised them and after the last.
     """
 
     patches: tuple[Mapping[str, Any], ...]
@@ -41,10 +43,11 @@ class Record:
     stock: bool
     versions: Mapping[str, str] = field(default_factory=dict)
     commands: tuple[str, ...] = ()
+    contexts: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
-        commands = {"commands": list(self.commands)} if self.commands else {}
+        lists = {"commands": list(self.commands), "contexts": list(self.contexts)}
         return {
             "version": VERSION,
             "patches": [dict(p) for p in self.patches],
@@ -52,7 +55,7 @@ class Record:
             "base_model_type": self.base_model_type,
             "stock": self.stock,
             "versions": dict(self.versions),
-            **commands,
+            **{name: entries for name, entries in lists.items() if entries},
         }
 
     def restore(self) -> list[Patch]:
@@ -71,20 +74,23 @@ class _Written:
     stock: bool
     versions: dict[str, str]
     commands: list[str] = field(default_factory=list)
+    contexts: list[int] = field(default_factory=list)
 
 
 _MOST, _LONGEST = 64, 16_384  # entries of a list, characters of a text
 _TYPE = re.compile(r"[\w.-]{1,64}", re.ASCII)
-_PATH = re.compile(r"\w+(\.\w+)*|", re.ASCII)  # of a module
-_WAYS = ("found", "turning")  # fields that say how modules turn their keys: module -> rotary, buffer, pairs, first
-Way = tuple[str, str, bool, int]
+# What records of earlier releases say of modules, which is found again: patch -> field.
+_FOUND_AGAIN = {
+    **dict.fromkeys(("self_extend", "dual_chunk", "re_rope", "jet_long", "attention_sinks"), "found"),
+    **{"segment_recurrence": "turning", "rotary": "counted"},
+}
 
 
 def parse(data: object) -> Record:
     """Read a record, which a stranger may have written.
 
     Nothing in it is taken for a path of a file or for code. Patches are those that leave something to remember, with
-    fields that a user could have chosen, and what was found out about modules by name, type and range.
+    fields that a user could have chosen. What earlier releases wrote beside those is left out: it is found out again.
 
     Raises:
         AttnPatchError: a field is missing, unknown or of the wrong type, or a newer version wrote it.
@@ -97,6 +103,7 @@ def parse(data: object) -> Record:
             f"config.{FIELD}.version is {brief(version)}; this release reads 1 to {VERSION}; upgrade hf_attnpatch."
         )
     found = fields_of(_Written, data, f"config.{FIELD}")
+    found.patches[:] = [_chosen(number, spec) for number, spec in enumerate(found.patches)]
     _check_sizes(found)
     for number, spec in enumerate(found.patches):
         where = f"config.{FIELD}.patches[{number}]"
@@ -104,8 +111,6 @@ def parse(data: object) -> Record:
             _patch_of(spec)
         except AttnPatchError as error:
             raise AttnPatchError(f"{where}: {brief(str(error), 400)}") from error
-        for name in _WAYS:
-            _check_ways(spec.get(name), f"{where}.{name}")
     return Record(
         tuple(found.patches),
         found.base_model,
@@ -113,78 +118,41 @@ def parse(data: object) -> Record:
         found.stock,
         found.versions,
         tuple(found.commands),
+        tuple(found.contexts),
     )
 
 
 def _check_sizes(found: _Written) -> None:
-    for name in ("patches", "versions", "commands"):
+    for name in ("patches", "versions", "commands", "contexts"):
         if len(getattr(found, name)) > _MOST:
             raise AttnPatchError(f"config.{FIELD}.{name} has {len(getattr(found, name))} entries, at most {_MOST}.")
     texts = (found.base_model, *found.commands, *found.versions, *found.versions.values())
     if any(len(text) > _LONGEST for text in texts):
         raise AttnPatchError(f"config.{FIELD}: a text of more than {_LONGEST} characters.")
+    if not all(0 < context < 1 << 31 for context in found.contexts):
+        raise AttnPatchError(f"config.{FIELD}.contexts is {brief(found.contexts)}; wanted numbers of tokens.")
     if not _TYPE.fullmatch(found.base_model_type):
         raise AttnPatchError(f"config.{FIELD}.base_model_type is {brief(found.base_model_type)}; wanted a model type.")
 
 
+def _chosen(number: int, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a user chose of a patch in a record, without what earlier releases found out and kept."""
+    name = spec.get("patch")
+    again = _FOUND_AGAIN.get(name) if isinstance(name, str) else None
+    if again in spec:
+        warnings.warn(
+            f"config.{FIELD}.patches[{number}].{again} is left out: an earlier release wrote it, and this one finds "
+            "out by itself how a model turns its keys. Save the checkpoint again to be rid of it.",
+            stacklevel=2,
+        )
+    return {key: value for key, value in spec.items() if key != again}
+
+
 def _patch_of(spec: Mapping[str, Any]) -> Patch:
-    """Return a patch of a record; what it found out is read by type, tuples being lists there."""
+    """Return a patch of a record, tuples being lists there."""
     if not isinstance(spec.get("stock", False), bool):
         raise AttnPatchError(f"stock is {brief(spec['stock'])}; it must be true or false.")
     return from_spec({key: value for key, value in spec.items() if key != "stock"}, recorded=True)
-
-
-def _check_ways(value: object, where: str) -> None:
-    """Hold what a record says of how modules turn their keys to names of modules and buffers, and to numbers."""
-    ways: dict[str, Way | None] = typed(Mapping[str, Way | None] | None, value, where) or {}
-    for path, way in ways.items():
-        names = (path, *way[:2]) if way is not None else (path,)
-        strange = next((name for name in names if not _PATH.fullmatch(name)), None)
-        if strange is not None:
-            raise AttnPatchError(f"{where}: {brief(strange)} is no name of a module or a buffer.")
-        if way is not None and not 0 <= way[3] <= 1 << 16:
-            raise AttnPatchError(f"{where}.{path}: {way[3]} is no dimension of a head.")
-
-
-def located(model: PreTrainedModel, record: Record) -> Record:
-    """Return a record whose names of modules are those of this model, which may be the trunk of the recorded one.
-
-    Or a head on top of it: what stands below ``model.`` in a language model stands at the top of its trunk.
-    """
-    modules, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
-
-    def there(path: str) -> str:
-        other = path.removeprefix(prefix) if path.startswith(prefix) else prefix + path
-        return other if path not in modules and other in modules else path
-
-    def moved(spec: Mapping[str, Any]) -> Mapping[str, Any]:
-        ways = {name: spec[name] for name in _WAYS if spec.get(name)}
-        return {
-            **spec,
-            **{
-                name: {there(path): way and [there(way[0]), *way[1:]] for path, way in found.items()}
-                for name, found in ways.items()
-            },
-        }
-
-    return replace(record, patches=tuple(map(moved, record.patches)))
-
-
-def check_places(model: PreTrainedModel, record: Record) -> None:
-    """Hold what a record says of modules to a model that has just been built by its config.
-
-    Raises:
-        AttnPatchError: a module is not there, or has no such buffer of frequencies.
-    """
-    modules = dict(model.named_modules())
-    for spec in record.patches:
-        for path, way in ((p, w) for name in _WAYS for p, w in (spec.get(name) or {}).items()):
-            buffers = {} if way is None or way[0] not in modules else dict(modules[way[0]].named_buffers(recurse=False))
-            if path not in modules or (way is not None and way[1] not in buffers):
-                raise AttnPatchError(
-                    f"config.{FIELD}: {spec['patch']} names {brief(path)} and {brief(str(way))}, which "
-                    f"{type(model).__name__} does not have; the record is of another model, or was edited."
-                )
 
 
 def note_command(folder: Path, command: str) -> None:
@@ -207,6 +175,7 @@ def rewrite(folder: Path, record: Record) -> None:
 # the old name would give the unpatched model without a word. Plain text, as it is written into YAML.
 IN_MEMORY = "patched in memory by hf_attnpatch: save_pretrained, load from there, and go on"
 LOADED_FROM = "attnpatch_loaded_from"  # attribute of such a model
+READ = "attnpatch_read"  # attribute of a model from ``load``: its checkpoint, and the names there that no class loads
 
 
 def loaded_from(model: PreTrainedModel) -> str:

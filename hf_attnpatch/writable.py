@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -104,6 +105,7 @@ def check_replaced(model: PreTrainedModel, edits: Iterable[Edit]) -> None:
         for edit in edits
         if isinstance(edit, ReplaceModule) and isinstance(module := model.get_submodule(edit.path), _PLAIN)
         if type(module) not in _PLAIN
+        and not parametrize.is_parametrized(module)  # which are refused where they are read
     ]
     if not strange:
         return

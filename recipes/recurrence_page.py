@@ -20,8 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hf_attnpatch.plotting import import_pyplot
-from recipes.comparison.figures import finish, panels
+from recipes.comparison.figures import finish, panels, save
 from recipes.comparison.tables import markdown, write_page
 
 OUT = Path(__file__).resolve().parent / "results/recurrence"
@@ -135,8 +134,7 @@ def figure(metrics: Json, file: Path) -> None:
     right.set(xlabel="tokens of context", ylabel="nats per token, after the fine-tune")
     right.legend(title="segments in memory", fontsize=8)
     finish(drawn, (left, right), "both", "Segments read with those before them in memory")
-    drawn.savefig(file, dpi=130)
-    import_pyplot().close(drawn)
+    save(drawn, file)
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ def _text(value: object) -> str:
 def figure(found: Mapping[str, list[Row]], file: Path) -> None:
     """The ratios with their intervals, and `apply` by its parts beside twice the copy."""
     plt = import_pyplot()
-    left, right = (figure := plt.figure(figsize=(11, 3.6), layout="constrained")).subplots(1, 2)
+    left, right = (figure := plt.figure(figsize=(9.2, 3.6), layout="constrained")).subplots(1, 2)
     for place, row in enumerate(found["forward"]):
         left.plot(row["interval"], [place, place], color="tab:blue")
         left.plot(row["ratio"], place, "o", color="tab:blue")

@@ -213,9 +213,12 @@ def figure(found: Row, file: Path) -> None:
     rows = [row for row in ratios(found["rows"]) if row["what"] != "cache bytes"]
     panels = list(dict.fromkeys(row["what"] for row in rows))
     names = list(dict.fromkeys((row["model"], row["variant"]) for row in rows))
-    whole, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.6), layout="constrained", squeeze=False)
+    down = -(-len(panels) // 2)
+    whole, axes = plt.subplots(down, 2, figsize=(9.6, 4.2 * down), layout="constrained", squeeze=False)
+    for idle in axes.flat[len(panels) :]:
+        idle.remove()
     contexts = sorted({row["context"] for row in rows})
-    for axis, what in zip(axes.flat, panels, strict=True):
+    for axis, what in zip(axes.flat, panels, strict=False):
         for place, name in enumerate(names):
             own = [row for row in rows if row["what"] == what and (row["model"], row["variant"]) == name]
             if own:

@@ -52,7 +52,7 @@ def figure(found: Mapping[str, Any], file: Path) -> None:
     rows = steps(found)
     names = list(dict.fromkeys(row["path"] for row in rows))
     lines = -(-(len(names) + 2) // 3)
-    whole = plt.figure(figsize=(12.5, 3.9 * lines), layout="constrained")
+    whole = plt.figure(figsize=(10, 3.3 * lines), layout="constrained")
     panels = list(whole.subplots(lines, 3, squeeze=False).flat)
     low, high = min(row["tokens/s"] for row in rows), max(row["limit tokens/s"] for row in rows)
     for panel, path in zip(panels, names, strict=False):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import libcst as cst
 from libcst import matchers as m
-from libcst.metadata import MetadataWrapper, PositionProvider
+from libcst.metadata import CodeRange, MetadataWrapper, PositionProvider, WhitespaceInclusivePositionProvider
 from mutmut.mutation import mutators
 from mutmut.mutation.file_mutation import deep_replace
 
@@ -57,8 +57,8 @@ def mutants(source: str) -> list[Mutant]:
     wrapper.visit(collector)
     seen: Counter[tuple[str, str, str]] = Counter()
     found = []
-    for place, operator, node, new in collector.found:
-        text = deep_replace(wrapper.module, node, new).code
+    for place, operator, node, new, span in collector.found:
+        text = _replaced(wrapper.module, source, node, new, span)
         old_lines, new_lines = _changed(source, text)
         key = place[0], old_lines, new_lines
         if old_lines != new_lines and _compiles(text):
@@ -71,6 +71,16 @@ def sample(found: list[Mutant], count: int, seed: str) -> list[Mutant]:
     """So many of them, drawn by a hash of each, so that one drawn stays drawn when its neighbours change."""
     drawn = sorted(found, key=lambda one: hashlib.sha256(f"{seed}{one.key}".encode()).digest())[:count]
     return [one for one in found if one in drawn] if count < len(found) else found
+
+
+def _replaced(module: cst.Module, source: str, node: cst.CSTNode, new: cst.CSTNode, span: CodeRange) -> str:
+    """The file with one node changed; an expression is put into the text, which takes a tenth of the time."""
+    if not isinstance(node, cst.BaseExpression):
+        return deep_replace(module, node, new).code
+    lines = source.splitlines(keepends=True)
+    before = "".join(lines[: span.start.line - 1]) + lines[span.start.line - 1][: span.start.column]
+    after = lines[span.end.line - 1][span.end.column :] + "".join(lines[span.end.line :])
+    return before + module.code_for_node(new) + after
 
 
 def _changed(before: str, after: str) -> tuple[str, str]:
@@ -157,10 +167,10 @@ OPERATORS = (
 
 
 class _Collector(cst.CSTVisitor):
-    METADATA_DEPENDENCIES = (PositionProvider,)
+    METADATA_DEPENDENCIES = (PositionProvider, WhitespaceInclusivePositionProvider)
 
     def __init__(self) -> None:
-        self.found: list[tuple[tuple[str, tuple[int, int]], str, cst.CSTNode, cst.CSTNode]] = []
+        self.found: list[tuple[tuple[str, tuple[int, int]], str, cst.CSTNode, cst.CSTNode, CodeRange]] = []
         self._names: list[str] = []
         self._statements: list[tuple[int, int]] = []
 
@@ -169,8 +179,9 @@ class _Collector(cst.CSTVisitor):
             return False
         if isinstance(node, (cst.SimpleStatementLine, *_BLOCKS)):
             self._statements.append(self._span(node))
+        whole = self.get_metadata(WhitespaceInclusivePositionProvider, node)
         self.found += [
-            ((".".join(self._names), self._statements[-1]), name, node, new)
+            ((".".join(self._names), self._statements[-1]), name, node, new, whole)
             for name, kind, operator in OPERATORS
             if self._statements and isinstance(node, kind)
             for new in _results(operator, node)

@@ -2,6 +2,7 @@
 
 make mutation                                         # every module
 python scripts/mutation.py functional/tables.py       # one
+python scripts/mutation.py plan.py --more 20          # twenty beyond those that were drawn before
 python scripts/mutation.py --survivors                # again only what was not killed, after tests were added
 """
 
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--survivors", action="store_true", help="only mutants that were not killed when last run")
     parser.add_argument("--tree", type=Path, default=worker.ROOT, help="another checkout, such as the one before")
     parser.add_argument("--sample", type=int, help="mutants of each module, in the place of the config's numbers")
+    parser.add_argument("--more", type=int, default=0, help="so many mutants beyond those drawn before, and no others")
     parser.add_argument("--list", action="store_true", help="count mutants and run nothing")
     args = parser.parse_args()
     config = yaml.safe_load(CONFIG.read_text("utf-8"))
@@ -37,19 +39,24 @@ def main() -> None:
             print(name, len(mutants.mutants(Path("hf_attnpatch", name).read_text("utf-8"))))
         else:
             own = {**config["defaults"], **config["modules"][name], "seed": config["seed"]}
-            run(name, {**own, **({"sample": args.sample} if args.sample else {})}, args.survivors)
+            run(name, {**own, **({"sample": args.sample} if args.sample else {})}, args.survivors, args.more)
 
 
-def run(name: str, own: dict, survivors: bool) -> None:
+def run(name: str, own: dict, survivors: bool, more: int) -> None:
     """One module: its tests as they are, then with each mutant, then the files of results."""
     started = time.monotonic()
     path = Path.cwd() / "hf_attnpatch" / name
     everything = mutants.mutants(path.read_text("utf-8"))
-    drawn = mutants.sample(everything, own["sample"], own["seed"])
+    before = page.read(RESULTS)[0].get(name) if more else None
+    drawn = mutants.sample(everything, before.run + more if before else own["sample"], own["seed"])
+    if before:
+        old = {one.key for one in mutants.sample(everything, before.run, own["seed"])}
+        drawn = [one for one in drawn if one.key not in old]
     if survivors:
         left = [row for row in page.read(RESULTS)[1].values() if row.module == name and row.now in page.ALIVE]
         drawn = [one for one in everything if one.key in {row.key[1:] for row in left}]
-    tests = worker.baseline(path, [file for file in own["tests"] if Path(file).exists()]) if drawn else None
+    there = tuple(test for test in own["tests"] if Path(test.partition("::")[0]).exists())
+    tests = worker.baseline(there) if drawn else None
     found: dict[tuple[str, ...], page.Row] = {}
     outcomes: Counter[str] = Counter()
     for one in drawn:
@@ -63,11 +70,11 @@ def run(name: str, own: dict, survivors: bool) -> None:
             print(f"{result:12}{name}:{one.lines[0]} {one.function} [{one.operator}]\n    - {one.old}\n    + {one.new}")
     seconds = round(time.monotonic() - started)
     modules, rows = page.read(RESULTS)  # now: another module may have been written meanwhile
-    if name not in modules:
+    if name not in modules or before:
         alive = outcomes["survived"] + outcomes["equivalent"]
-        counts = (outcomes["killed"], alive, outcomes["timeout"], outcomes["not covered"])
-        modules[name] = page.Module(name, len(everything), len(drawn), *counts, seconds)
-    _merge(rows, found, name, survivors)
+        counts = (len(drawn), outcomes["killed"], alive, outcomes["timeout"], outcomes["not covered"], seconds)
+        modules[name] = page.Module(name, len(everything), *counts).beside(before)
+    _merge(rows, found, name, survivors or bool(before))
     page.write(RESULTS, modules, rows)
     print(f"{name}: {len(drawn)} of {len(everything)} in {seconds} s, {dict(outcomes)}", flush=True)
 
@@ -80,7 +87,7 @@ def _reason(one: mutants.Mutant, own: dict) -> str:
 
 def _outcome(name: str, path: Path, one: mutants.Mutant, tests: worker.Baseline | None, own: dict) -> str:
     assert tests is not None
-    chosen = tests.tests(one.lines)
+    chosen = tests.tests(path, one.lines)
     limit = own["patience"] + 4 * sum(tests.seconds[test] for test in chosen)
     module = "hf_attnpatch." + name.removesuffix(".py").replace("/", ".")
     return worker.outcome(module, path, one.source, chosen, limit)

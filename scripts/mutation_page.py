@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 _HEAD = """# Mutation pass
@@ -76,6 +76,13 @@ class Module:
     timeout: int
     not_covered: int
     seconds: int
+
+    def beside(self, other: Module | None) -> Module:
+        """Both runs of one module as one."""
+        if other is None:
+            return self
+        counted = [f.name for f in fields(Module) if f.name not in ("module", "mutants")]
+        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in counted})
 
 
 def read(folder: Path) -> tuple[dict[str, Module], dict[tuple[str, ...], Row]]:

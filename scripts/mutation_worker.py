@@ -1,12 +1,13 @@
 """Runs tests against mutants: everything heavy is imported once, and every mutant is a fork that imports the rest.
 
 A mutant's file is never on disk: an import hook serves its text. Tests that do not reach the mutated statement are not
-run; those that do are run fastest first, until one fails.
+run; those that do are run fastest first, until one fails. No fork may take more than a few GB: a mutated limit does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 import importlib.abc
@@ -14,6 +15,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import resource
 import signal
 import sys
 import sysconfig
@@ -34,30 +36,29 @@ from hypothesis.internal.conjecture import providers
 ROOT = Path(__file__).resolve().parents[1]
 _OFF = ("cacheprovider", "xdist", "unraisableexception", "threadexception")  # the last two collect garbage: 0.4 s a run
 _FLAGS = ["-x", "-q", *(f"-pno:{name}" for name in _OFF), "-m", "not full and not slow and not compiled"]
+MEMORY = 6 * 2**30  # bytes of a fork: a mutant that takes more is killed by a MemoryError
 _OUTCOMES = {0: "survived", 1: "killed", 2: "killed", 3: "killed"}  # pytest's exit codes
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the tests of a module do without a mutant.
+    """What tests do without a mutant.
 
     Attributes:
         seconds: of each test, by its id.
-        reached: line -> the tests that ran it.
-        imported: lines that run when the file is imported.
-        total: seconds of all.
+        reached: file -> line -> the tests that ran it.
+        imported: file -> lines that run when it is imported.
     """
 
     seconds: dict[str, float]
-    reached: dict[int, list[str]]
-    imported: set[int]
-    total: float
+    reached: dict[str, dict[int, list[str]]]
+    imported: dict[str, set[int]]
 
-    def tests(self, lines: tuple[int, int]) -> list[str]:
-        """Ids of the tests that reach a statement, fastest first; all of them where it runs at import."""
-        span = range(lines[0], lines[1] + 1)
-        found = {test for line in span for test in self.reached.get(line, ())}
-        if not found and self.imported.intersection(span):
+    def tests(self, path: Path, lines: tuple[int, int]) -> list[str]:
+        """Ids of the tests that reach a statement of a file, fastest first; all where it runs at import."""
+        span, reached = range(lines[0], lines[1] + 1), self.reached.get(str(path), {})
+        found = {test for line in span for test in reached.get(line, ())}
+        if not found and self.imported.get(str(path), set()).intersection(span):
             found = set(self.seconds)
         return sorted(found, key=self.seconds.__getitem__)
 
@@ -120,40 +121,49 @@ def enter(tree: Path) -> None:
     sys.path.insert(0, str(tree.resolve()))
 
 
-def baseline(path: Path, files: Sequence[str]) -> Baseline:
-    """Run the tests of a module as it is, in a fork, and import here what they imported of other projects.
+@functools.cache  # modules of one folder share their tests
+def baseline(tests: tuple[str, ...]) -> Baseline:
+    """Run tests on the package as it is, in a fork, and import here what they imported of other projects.
+
+    Args:
+        tests: files, or ids in them.
 
     Raises:
         SystemExit: they do not pass.
     """
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "baseline.json"
-        code, seconds = _forked(lambda: _record(path, files, found), 3600, show=True)
+        code = _forked(lambda: _record(tests, found), 3600, show=True)
         if code:
-            raise SystemExit(f"{path}: its tests end with {code} before anything is mutated; see above.")
+            raise SystemExit(f"{tests}: end with {code} before anything is mutated; see above.")
         told = json.loads(found.read_text())
     for name in told.pop("modules"):
         with contextlib.suppress(ImportError):  # made by other modules, not importable by name
             importlib.import_module(name)
     gc.freeze()  # what is here now is never looked at again, in no fork
-    reached = {int(line): tests for line, tests in told["reached"].items()}
-    return Baseline(told["seconds"], reached, set(told["imported"]), seconds)
+    reached = {path: {int(n): ids for n, ids in lines.items()} for path, lines in told["reached"].items()}
+    return Baseline(told["seconds"], reached, {path: set(lines) for path, lines in told["imported"].items()})
 
 
-def _record(path: Path, files: Sequence[str], found: Path) -> int:
-    cover = coverage.Coverage(data_file=None, include=[str(path)], config_file=False)
+def _record(tests: Sequence[str], found: Path) -> int:
+    cover = coverage.Coverage(data_file=None, include=["hf_attnpatch/*"], config_file=False)
     recorder = _Recorder(cover)
     cover.start()
-    code = pytest.main([*_FLAGS, *files], plugins=[recorder])
+    code = pytest.main([*_FLAGS, *tests], plugins=[recorder])
     cover.stop()
-    contexts = cover.get_data().contexts_by_lineno(str(path))
-    reached = {line: [name for name in names if name] for line, names in contexts.items()}
+    data = cover.get_data()
+    contexts = {path: data.contexts_by_lineno(path) for path in data.measured_files()}
     found.write_text(
         json.dumps(
             {
                 "seconds": recorder.seconds,
-                "reached": {line: names for line, names in reached.items() if names},
-                "imported": [line for line, names in contexts.items() if "" in names],
+                "reached": {
+                    path: {n: [name for name in names if name] for n, names in lines.items()}
+                    for path, lines in contexts.items()
+                },
+                "imported": {
+                    path: [n for n, names in lines.items() if "" in names] for path, lines in contexts.items()
+                },
                 "modules": [name for name, module in sys.modules.items() if _others(module)],
             }
         )
@@ -185,7 +195,7 @@ def outcome(name: str, path: Path, source: str, tests: Sequence[str], limit: flo
         files = dict.fromkeys(test.partition("::")[0] for test in tests)
         return int(pytest.main([*_FLAGS, *files], plugins=[_Chosen(tests)]))
 
-    code, _ = _forked(run, limit)
+    code = _forked(run, limit)
     if code is None:
         return "timeout"
     if code < 0:  # by a signal, such as a crash in a kernel
@@ -193,8 +203,8 @@ def outcome(name: str, path: Path, source: str, tests: Sequence[str], limit: flo
     return _OUTCOMES[code]
 
 
-def _forked(work: Callable[[], int], limit: float, show: bool = False) -> tuple[int | None, float]:
-    """Run something in a fork of this process; its exit code (None: it took too long) and the seconds."""
+def _forked(work: Callable[[], int], limit: float, show: bool = False) -> int | None:
+    """Run something in a fork of this process; its exit code, None where it took too long."""
     started = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -202,17 +212,18 @@ def _forked(work: Callable[[], int], limit: float, show: bool = False) -> tuple[
     while time.monotonic() - started < limit:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
-            return os.waitstatus_to_exitcode(status), time.monotonic() - started
+            return os.waitstatus_to_exitcode(status)
         time.sleep(0.02)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return None, limit
+    return None
 
 
 def _in_child(work: Callable[[], int], show: bool) -> None:
     code = 3
     try:
         torch.set_num_threads(1)
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         if not show:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1)

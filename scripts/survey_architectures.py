@@ -1,11 +1,11 @@
-"""Asks every patch of every model type transformers can build, and writes what came of it into the README.
+"""Asks every patch of every model type transformers can build, and writes what came of it into the support table.
 
-    python scripts/survey_architectures.py                       # everything; JSON and the README's support table
+    python scripts/survey_architectures.py                       # everything; JSON, then the support table and pages
     python scripts/survey_architectures.py --resume              # the same, going on where one was cut off
     python scripts/survey_architectures.py --types llama gpt2    # some; printed, nothing written
     python scripts/survey_architectures.py --quick               # what applies now and did not, or the reverse
-    python scripts/survey_architectures.py --render              # the README's table again, from the JSON
-    python scripts/survey_architectures.py --check               # exit 1 unless README and JSON agree
+    python scripts/survey_architectures.py --render              # the table and the pages again, from the JSON
+    python scripts/survey_architectures.py --check               # exit 1 unless pages and JSON agree
 
 Each question gets a process of its own, forked from one that has imported everything, so a crash, a hang or an endless
 allocation is one cell of the table and never the end of the survey. An applied patch is held to the invariants of
@@ -30,13 +30,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pages
 import readme
 import torch
 import transformers
 from rich.console import Console
 from rich.progress import Progress
 from survey_cases import ASKED, CASES, Answer
-from survey_table import summary, table
+from survey_table import summary
 
 import hf_attnpatch as ap
 from hf_attnpatch.invariants import INVARIANTS
@@ -46,8 +47,7 @@ sys.path.insert(0, str(readme.README.parent / "tests"))
 
 from architectures import causal_lm_types, encoder_types, tiny_model
 
-PART = "support-table"
-RESULTS = readme.README.parent / "recipes/results/survey/survey.json"
+RESULTS = pages.SURVEY
 ANSWERS = readme.README.parent / "outputs/survey/answers.jsonl"  # one a line, as they come
 LIMIT = 300  # seconds for one question, waiting for a busy machine included; --limit
 
@@ -187,12 +187,14 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=LIMIT, help="seconds for one question; more on a busy machine")
     parser.add_argument("--quick", action="store_true", help="apply and revert only; prints what changed")
     parser.add_argument("--resume", action="store_true", help="keep the answers of a survey that was cut off")
-    parser.add_argument("--render", action="store_true", help="write the README's table from the JSON that is there")
-    parser.add_argument("--check", action="store_true", help="exit 1 unless the README's table is that of the JSON")
+    parser.add_argument(
+        "--render", action="store_true", help="write the table and the pages from the JSON that is there"
+    )
+    parser.add_argument("--check", action="store_true", help="exit 1 unless the pages are those of the JSON")
     arguments = parser.parse_args()
     if arguments.check:
-        current = readme.is_current(PART, table(json.loads(RESULTS.read_text("utf-8"))))
-        sys.exit(None if current else "README.md: the support table is not current; run `make survey`.")
+        stale = [file.relative_to(readme.ROOT).as_posix() for file in pages.outdated()]
+        sys.exit(f"not what the results say: {', '.join(stale)}; run --render." if stale else None)
     if arguments.quick:
         ASKED.clear()
         found = survey(arguments.types, arguments.workers, {}, limit=arguments.limit, keep=False)
@@ -210,9 +212,9 @@ def main() -> None:
             return
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(text, "utf-8")
-    found = json.loads(RESULTS.read_text("utf-8"))
-    readme.write(PART, table(found))
-    print(summary(found))
+    for file in pages.write():
+        print(f"wrote {file.relative_to(readme.ROOT)}")
+    print(summary(json.loads(RESULTS.read_text("utf-8"))))
 
 
 if __name__ == "__main__":

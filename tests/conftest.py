@@ -18,9 +18,9 @@ def pytest_configure(config):
     # its releases before 5.3 compile functions on import, whose warnings the compiler only knows as Python's own
     importlib.import_module("transformers.models.gpt_bigcode.modeling_gpt_bigcode")
     WATCH.start()
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's background jobs ignore it, and so do their children
+    # a shell's background jobs ignore Ctrl-C, those of nohup hang-ups, and so do their children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     config.addinivalue_line("markers", "compiled: with torch.compile, which the other tests go without")
     config.addinivalue_line("markers", "deprecated(name): uses on purpose what transformers calls deprecated")
     settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)

@@ -11,6 +11,7 @@ import torch
 from architectures import tiny_model
 from test_cli import fails, run
 
+import hf_attnpatch as ap
 from hf_attnpatch import embedded
 from hf_attnpatch.commands import models as cli_models
 from hf_attnpatch.commands import text as cli_text
@@ -75,6 +76,46 @@ def test_a_hub_that_cannot_be_reached_is_one_line_at_once(tmp_path, command):
         "attnpatch: nobody/nothing: the Hub cannot be reached, and no copy of it is in the cache of this machine; look "
         "at the connection and at HF_ENDPOINT, or name a folder."
     ]
+
+
+@pytest.mark.parametrize(
+    ("patch", "given", "words"),
+    [
+        ("GroupedQuery", {}, "num_kv_heads is missing; it must be a whole number"),
+        ("SegmentRecurrence", {"segment_length": 8}, "memory_length is missing; it must be a number of tokens"),
+        ("PositionTable", {}, "length is missing; it must be a number of tokens"),
+        ("RopeScaling", {}, "kind is missing; choose from: linear, ntk"),
+        ("RopeScaling", {"kind": "yarn"}, "factor is missing; it must be a finite number"),
+    ],
+)
+def test_a_missing_argument_is_said_with_the_choices(patch, given, words):
+    cls = getattr(ap, patch)
+    for refused in (lambda: cls(**given), lambda: ap.from_spec({"patch": cls.name, **given})):
+        with pytest.raises(ap.AttnPatchError, match=words):
+            refused()
+
+
+@pytest.mark.parametrize("out", ["/proc/out", "file/out", "file/more/out"])
+def test_a_place_that_cannot_be_written_is_named_as_the_user_named_it(whole, tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli_models.Source, "model", lambda _: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text("")
+    found = run("apply", whole, out, *HEADS)
+    assert fails(found, f"{out}: cannot be written (", "wanted a name in a folder that can be")
+    assert "Errno" not in found.stderr
+    assert ".attnpatch-" not in found.stderr
+
+
+def test_a_file_that_is_not_there_is_named_without_a_number(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = run("apply", whole, "out", "--plan", "nowhere.yaml")
+    assert fails(found, "attnpatch: nowhere.yaml: no such file or directory")
+
+
+def test_a_file_is_no_repository_of_the_hub(whole, monkeypatch):
+    monkeypatch.chdir(whole.parent)
+    monkeypatch.setattr("hf_attnpatch.publishing.hub.is_reachable", lambda: pytest.fail("the Hub was asked"))
+    assert fails(run("describe", f"{whole.name}/config.json"), "is a file", "wanted the folder of a checkpoint")
 
 
 def test_a_mistake_in_code_keeps_its_traceback():

@@ -223,3 +223,21 @@ def test_latent_attention_that_is_not_read_is_counted_all_the_same(patch):
     model = tiny_model("deepseek_v3")
     report = ap.apply(model, patch)
     assert report.checks["sites called"].startswith("2 of 2")
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_lang_emb": True, "n_langs": 2}], ids=["plain", "languages"])
+def test_a_model_that_cuts_ids_but_not_embeddings_by_a_cache_gets_no_sinusoid(settings):
+    """XLM fills the cache that ``generate`` passes, hands none back, and is given the whole text again."""
+    model = tiny_model("xlm", **settings)
+    before = snapshot(model)
+    with pytest.raises(ap.UnsupportedArchitecture, match="embeddings alone.*generate fails with them"):
+        ap.apply(model, ap.Sinusoidal())
+    with pytest.raises(ap.UnsupportedArchitecture, match="generate fails with them"):
+        ap.plan(model, ap.Sinusoidal())
+    assert snapshot(model) == before
+    ap.apply(model, ap.NoPosition())
+
+
+def test_a_model_without_any_cache_may_have_a_sinusoid():
+    model = tiny_model("flaubert", encoder=True)
+    assert "generate was seen to" in ap.apply(model, ap.Sinusoidal()).checks["cached decoding"]

@@ -1,56 +1,171 @@
-"""What the README shows works: its Python runs, its command lines parse, its make targets and paths exist."""
+"""What README and pages show works: Python runs, commands parse, links lead somewhere, figures are the results'."""
 
+import functools
 import json
+import os
 import re
-import shlex
 import subprocess
 import sys
-from pathlib import Path
+import types
 
+import page_texts as pages
 import pytest
+import torch
 import typer
 import yaml
 from architectures import tiny_model
 
-from hf_attnpatch import embedded
+from hf_attnpatch import embedded, patches
 from hf_attnpatch.cli import app
+from hf_attnpatch.commands import docs as docs_command
 from hf_attnpatch.commands import specs as cli_specs
+from hf_attnpatch.functional import spans
+from hf_attnpatch.patch import REGISTRY
 
-ROOT = Path(__file__).resolve().parents[1]
-TEXT = (ROOT / "README.md").read_text("utf-8")
-SURVEY = ROOT / "recipes/results/survey/survey.json"
-BENCH = ROOT / "recipes/results/apply/bench_apply.json"
-
-
-def blocks(language):
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
-    return [body for name, body in found if name == language]
-
-
-def commands(program):
-    lines = [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
-    return [shlex.split(line) for line in lines if line.startswith(program)]
+PATCHES = {name: cls for name, cls in REGISTRY.items() if cls.__module__.startswith(patches.__name__)}
+BENCH = pages.ROOT / "recipes/results/apply/bench_apply.json"
+PYTHON = [(page, number) for page in pages.EVERY for number in range(len(pages.blocks(page, "python")))]
+RUN = [page for page in pages.PAGES if pages.blocks(page, "python")]
+# numbers in sentences that no result has: sizes of the example, versions, lengths that models were trained at
+README_NUMBERS = {"7", "16", "4,096", "5", "3.10", "5.0", "3.11", "3.12", "3.13", "3", "1", "2", "135", "8"}
+NUMBERS = {
+    *("1.0", "3.10", "3.11", "3.12", "3.13", "5.0", "2.7", "2.0"),  # versions
+    *("0.42", "1.01"),  # scripts/bench_perplexity.py prints them
+    *("0.2", "3.2", "3.3", "2.1", "3.5"),  # million tokens of training; sections of papers
+    *("25 %", "5 %"),  # what counts as near; the share of pretraining that uptraining took
+}
 
 
 @pytest.fixture
 def in_scripts(monkeypatch):
     """The modules of scripts/ can be imported."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.syspath_prepend(str(pages.ROOT / "scripts"))
 
 
-@pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_python_runs(number, tmp_path, monkeypatch):
-    small = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8, "vocab_size": 4096}
-    monkeypatch.setattr(embedded, "load_model", lambda: tiny_model("llama", **small))
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """The embedded model is a tiny one, and what is written goes elsewhere."""
+    size = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8, "vocab_size": 4096}
+    monkeypatch.setattr(embedded, "load_model", lambda: tiny_model("llama", **size))
     monkeypatch.chdir(tmp_path)
-    exec(compile(blocks("python")[number], f"README.md, block {number}", "exec"), {})
+
+
+# -- the README convinces on one screen -------------------------------------------------------------------------------
+
+
+def test_the_readme_is_short():
+    text = pages.README.read_text("utf-8")
+    assert len(text.splitlines()) <= 250
+    assert len(text.split()) <= 1800
+
+
+@pytest.mark.parametrize("number", range(len(pages.blocks(pages.README, "python"))))
+def test_python_of_the_readme_runs(number, small):
+    _, code = pages.blocks(pages.README, "python")[number]
+    names = {}
+    if number == 0:
+        exec(compile(code, "README.md, block 0", "exec"), names)
+        assert names["ap"].describe(names["model"]).sites[0].num_kv_heads == 2
+    else:
+        exec(compile(code, f"README.md, block {number}", "exec"), names)
 
 
 def test_python_blocks_are_there():
-    assert len(blocks("python")) >= 4
+    assert len(pages.blocks(pages.README, "python")) >= 4
 
 
-@pytest.mark.parametrize("words", commands("attnpatch"), ids=" ".join)
+def test_every_number_of_the_readme_is_rendered_or_known():
+    found = set(re.findall(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?", pages.prose(pages.README.read_text("utf-8"))))
+    assert {number.rstrip(",") for number in found} <= README_NUMBERS
+
+
+# -- pages ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", RUN, ids=pages.name_of)
+def test_python_of_a_page_runs(page, small, monkeypatch):
+    """Blocks of one page run in order, as a reader runs them."""
+    monkeypatch.setattr("hf_attnpatch.patch.REGISTRY", dict(REGISTRY))
+    monkeypatch.setitem(sys.modules, "page", types.ModuleType("page"))  # where a dataclass of the page looks itself up
+    names = {"__name__": "page"}
+    for number, (note, code) in enumerate(pages.blocks(page, "python")):
+        compiled = compile(code, f"{pages.name_of(page)}, block {number}", "exec")
+        if not note.startswith("not run: "):
+            exec(compiled, names)
+
+
+@pytest.mark.parametrize("page", pages.PAGES, ids=pages.name_of)
+def test_every_measured_number_of_a_page_is_rendered_or_known(page):
+    text = pages.prose(page.read_text("utf-8"))
+    text = re.sub(r"\b\d{4}\.\d{4,5}\b", "", text)  # identifiers of papers
+    found = set(re.findall(r"(?<![\w.-])\d+\.\d+(?![\w.]*\d)|\d+ %", text))
+    assert found <= NUMBERS
+
+
+@pytest.mark.parametrize("name", sorted(PATCHES))
+def test_each_patch_has_a_page(name):
+    text = (pages.DOCS / f"patches/{name}.md").read_text("utf-8")
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert headings == ["When to use it", "When not to", "What it costs", "Checkpoints", "Example"]
+    assert f"# {PATCHES[name].__name__}\n" in text
+    assert f"]({name}.md)" in (pages.DOCS / "patches/index.md").read_text("utf-8")
+    reference = (pages.DOCS / "reference/patches.md").read_text("utf-8")
+    assert f"## {PATCHES[name].__name__}\n" in reference
+
+
+def test_the_navigation_names_every_page():
+    site = yaml.safe_load((pages.ROOT / "mkdocs.yml").read_text("utf-8"))
+    named = re.findall(r"[\w/-]+\.md", json.dumps(site["nav"]))
+    assert sorted(named) == sorted(page.relative_to(pages.DOCS).as_posix() for page in pages.PAGES)
+
+
+def test_troubleshooting_quotes_errors_that_there_are():
+    text = (pages.DOCS / "troubleshooting.md").read_text("utf-8")
+    quoted = re.findall(r"^### `(.*)`$", text, re.MULTILINE)
+    assert len(quoted) >= 20
+    sources = [path.read_text("utf-8") for path in (pages.ROOT / "hf_attnpatch").rglob("*.py")]
+    joined = " ".join(re.sub(r'"\s*\n\s*f?"', "", source) for source in sources)
+    missing = [part for title in quoted for part in title.split("...") if part.strip() not in joined]
+    assert missing == []
+
+
+# -- what can be followed leads somewhere -----------------------------------------------------------------------------
+
+
+@functools.cache
+def anchors(page):
+    """Anchors of a page, as MkDocs and GitHub make them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {docs_command.slug(re.sub(r"[`*]", "", title)) for title in titles}
+
+
+@pytest.mark.parametrize("page", pages.EVERY, ids=pages.name_of)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            assert re.match(r"https://(arxiv\.org/abs/\d{4}\.\d{5}$|github\.com/|kexue\.fm/)", target), target
+            continue
+        file, _, anchor = target.partition("#")
+        there = page.parent / file if file else page
+        assert there.is_file(), target
+        assert not anchor or anchor in anchors(there), target
+        if page != pages.README:
+            assert pages.DOCS in there.resolve().parents, f"{target}: the wheel does not hold it"
+
+
+@pytest.mark.parametrize("page", pages.EVERY, ids=pages.name_of)
+def test_paths_of_the_repository_exist(page):
+    text = page.read_text("utf-8")
+    named = re.findall(r"(?<![\w/])((?:recipes|scripts|tests|hf_attnpatch)/[\w./-]+\w/?)", text)
+    absent = [path for path in named if not (pages.ROOT / path).exists()]
+    assert absent == []
+
+
+@pytest.mark.parametrize(
+    "words", [w for page in pages.EVERY for w in pages.commands(page, "attnpatch")], ids=lambda words: " ".join(words)
+)
 def test_command_lines_parse(words):
     group = typer.main.get_command(app)
     with group.make_context("attnpatch", words[1:2], resilient_parsing=True) as context:
@@ -62,52 +177,65 @@ def test_command_lines_parse(words):
 
 
 def test_the_plan_is_one_that_can_be_used(tmp_path):
-    (tmp_path / "plan.yaml").write_text(blocks("yaml")[0])
+    ((_, plan),) = pages.blocks(pages.DOCS / "guides/command-line.md", "yaml")
+    (tmp_path / "plan.yaml").write_text(plan)
     found = cli_specs.patches(tmp_path / "plan.yaml", [])
-    assert [patch.name for patch in found] == [spec["patch"] for spec in yaml.safe_load(blocks("yaml")[0])]
+    assert [patch.name for patch in found] == [spec["patch"] for spec in yaml.safe_load(plan)]
+
+
+def made(page):
+    """Targets of make that a page mentions."""
+    spoken = re.findall(r"`make (?:\w+=\S* )?([\w-]+)", page.read_text("utf-8"))
+    return {words[1] for words in pages.commands(page, "make")} | set(spoken)
 
 
 def test_make_targets_exist():
-    mentioned = {words[1] for words in commands("make")} | set(re.findall(r"`make (?:\w+=\S* )?([\w-]+)", TEXT))
-    assert {"demo", "test", "survey", "bench"} <= mentioned
-    defined = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert mentioned <= defined
+    assert {"demo", "test", "survey", "bench"} <= made(pages.README)
+    defined = set(re.findall(r"^([\w-]+):", (pages.ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set().union(*map(made, pages.EVERY)) <= defined
 
 
 def test_ci_runs_the_test_command_of_the_readme():
-    ci = (ROOT / ".ci/run").read_text()
-    assert ["make", "test"] in commands("make")
+    ci = (pages.ROOT / ".ci/run").read_text()
+    assert ["make", "test"] in pages.commands(pages.README, "make")
     assert re.search(r"^counted make test$", ci, re.MULTILINE)
     assert re.search(r"^make lint$", ci, re.MULTILINE)
 
 
-def test_the_recipe_command_names_files_that_exist():
-    (words,) = commands("accelerate")
+@pytest.mark.parametrize("page", [pages.README, pages.DOCS / "guides/training.md"], ids=pages.name_of)
+def test_the_recipe_command_names_files_that_exist(page):
+    (words,) = pages.commands(page, "accelerate")
     files = [word for word in words if "/" in word]
     assert len(files) == 2
-    assert all((ROOT / file).is_file() for file in files)
+    assert all((pages.ROOT / file).is_file() for file in files)
+
+
+def the_map():
+    shown = [body for _, body in pages.blocks(pages.DOCS / "write-a-patch.md", "")]
+    (tree,) = [block for block in shown if block.startswith("hf_attnpatch/\n")]
+    return tree
 
 
 def test_the_map_names_what_is_there():
-    (tree,) = [block for block in blocks("") if block.startswith("hf_attnpatch/\n")]
-    for line in tree.splitlines():
+    for line in the_map().splitlines():
         names = re.findall(r"[\w/]+(?:\.py|/)", re.split(r"\s{3,}", line.strip())[0])
-        folder = ROOT / "hf_attnpatch" if line.startswith("  ") else ROOT
+        folder = pages.ROOT / "hf_attnpatch" if line.startswith("  ") else pages.ROOT
         assert names, line
         assert all((folder / name).exists() for name in names), line
 
 
 def test_the_map_names_every_module():
-    (tree,) = [block for block in blocks("") if block.startswith("hf_attnpatch/\n")]
-    modules = {path.name for path in (ROOT / "hf_attnpatch").glob("*.py")}
+    modules = {path.name for path in (pages.ROOT / "hf_attnpatch").glob("*.py")}
     hidden = {"__init__.py", "errors.py", "checkpoint.py"}
-    rooms = {f"{path.parent.name}/" for path in (ROOT / "hf_attnpatch").glob("*/__init__.py")}
-    assert {name for name in (modules - hidden) | rooms if name not in tree} == set()
+    rooms = {f"{path.parent.name}/" for path in (pages.ROOT / "hf_attnpatch").glob("*/__init__.py")}
+    assert {name for name in (modules - hidden) | rooms if name not in the_map()} == set()
 
 
-@pytest.mark.skipif(not SURVEY.is_file(), reason="no survey has been run: make survey")
-def test_the_support_table_is_current():
-    command = [sys.executable, str(ROOT / "scripts/survey_architectures.py"), "--check"]
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_pages_say_what_the_results_say():
+    command = [sys.executable, str(pages.ROOT / "scripts/pages.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -118,3 +246,62 @@ def test_the_measured_costs_are_those_of_the_json(in_scripts):
     import readme
 
     assert readme.is_current("bench", bench_report.markdown(json.loads(BENCH.read_text("utf-8"))))
+
+
+def words_of(folder):
+    """What stands in each drawing."""
+    return {file.name: re.findall(r"<text [^>]*>([^<]*)</text>", file.read_text()) for file in folder.iterdir()}
+
+
+def test_drawings_say_what_the_results_say(in_scripts, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the drawings are made with matplotlib")
+    import page_figures
+
+    monkeypatch.setattr(page_figures, "OUT", tmp_path)
+    page_figures.draw()
+    assert words_of(tmp_path) == words_of(pages.DOCS / "figures")
+
+
+def test_the_picture_of_distances_is_that_of_the_code(in_scripts):
+    pytest.importorskip("matplotlib", reason="the drawings are made with matplotlib")
+    import page_figures
+
+    query, key = torch.meshgrid(torch.arange(48), torch.arange(48), indexing="ij")
+    drawn = page_figures.distances(query.numpy(), key.numpy())
+    kinds = {
+        "SelfExtend": spans.Grouped(8, 4, 16),
+        "ReRope": spans.Clipped(8, 0.0, 16),
+        "DualChunk": spans.Chunked(12, 4, 16),
+        "JetLong": spans.Bifocal(4, 16),
+        "AttentionSinks": spans.Sinks(2, 14),
+    }
+    for name, kind in kinds.items():
+        looked = (key <= query) & (kind.sees(query, key) if name == "AttentionSinks" else True)
+        shown = torch.tensor(drawn[name], dtype=torch.float64)[looked]
+        assert torch.equal(shown, kind.distance(query, key)[looked]), name
+
+
+# -- the pages can be read without a network --------------------------------------------------------------------------
+
+
+def test_pages_are_written_as_html(tmp_path):
+    folder = docs_command.write(tmp_path / "pages")
+    for page in pages.PAGES:
+        text = (folder / page.relative_to(pages.DOCS)).with_suffix(".html").read_text("utf-8")
+        assert ".md" not in "".join(re.findall(r'href="([^"]*)"', text))
+        assert "\n::: " not in text
+        for target in re.findall(r'(?:href|src)="([^":]*)"', text):
+            file = (folder / page.relative_to(pages.DOCS)).parent / target.partition("#")[0]
+            assert file.exists(), (page, target)
+    assert "def" not in (folder / "reference/functions.html").read_text("utf-8").split("<code")[0]
+
+
+def test_the_command_opens_a_page(tmp_path, monkeypatch, capsys):
+    opened = []
+    monkeypatch.setattr(docs_command.webbrowser, "open", lambda address: opened.append(address) or True)
+    docs_command.docs("guides/longer-context", tmp_path / "pages")
+    assert opened == [(tmp_path / "pages/guides/longer-context.html").as_uri()]
+    with pytest.raises(typer.Exit):
+        docs_command.docs("../../etc/passwd", tmp_path / "pages")
+    assert "there is no page" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["pages"]

@@ -1,14 +1,18 @@
 """What a wheel carries, asked of the backend that builds it: the package, the recipes of the demo, nothing idle."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hatchling.builders.sdist import SdistBuilder
 from hatchling.builders.wheel import WheelBuilder
+
+import hf_attnpatch as ap
 
 ROOT = Path(__file__).parents[1]
 CARRIED = {
@@ -69,3 +73,36 @@ def _python(installed, *arguments):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done
+
+
+def test_it_carries_the_documentation(wheel):
+    assert {f"hf_attnpatch/docs/{name}" for name in ("index.md", "support.html", "figures/front.svg")} <= set(wheel)
+
+
+def test_the_citation_names_the_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert cited["version"] == ap.__version__
+
+
+def test_issues_ask_for_what_doctor_says():
+    for name in ("bug", "architecture"):
+        form = yaml.safe_load((ROOT / f".github/ISSUE_TEMPLATE/{name}.yml").read_text("utf-8"))
+        labels = [part["attributes"]["label"] for part in form["body"]]
+        assert "attnpatch doctor --json" in labels
+
+
+def test_workflows_call_what_make_has():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    for file in (ROOT / ".github/workflows").glob("*.yml"):
+        jobs = yaml.safe_load(file.read_text("utf-8"))["jobs"]
+        lines = [
+            step["run"] for job in jobs.values() for step in job["steps"] if step.get("run", "").startswith("make ")
+        ]
+        called = {word for line in lines for word in line.split()[1:] if re.fullmatch(r"[\w-]+", word)}
+        assert called <= targets
+    assert set(jobs_matrix()) == {"lint", "test", "test-lowest", "check-releases", "test-newest"}
+
+
+def jobs_matrix():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text("utf-8"))["jobs"]
+    return jobs["tests"]["strategy"]["matrix"]["target"]

@@ -76,8 +76,15 @@ def clear_errors() -> Iterator[None]:
     except (AttnPatchError, OSError) as error:
         from ..publishing.hub import Hub
 
-        typer.secho(f"attnpatch: {line(Hub().hide(str(error)), _LONGEST)}", fg=typer.colors.RED, err=True)
+        typer.secho(f"attnpatch: {line(Hub().hide(_said(error)), _LONGEST)}", fg=typer.colors.RED, err=True)
         raise typer.Exit(1) from error
+
+
+def _said(error: Exception) -> str:
+    """Return what an error says; one of the system without its number, the name of the file first."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}"
+    return str(error)
 
 
 class _Record(logging.LogRecord):

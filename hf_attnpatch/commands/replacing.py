@@ -89,12 +89,12 @@ def replacing(target: Path, overwrite: bool, inputs: Mapping[str, str | Path | N
         inputs: what is read to make it; see :func:`.place.check_target`.
 
     Raises:
-        AttnPatchError: something is in the way, or has come there meanwhile; the new folder is kept under another name
-            then, which the error says.
-        OSError: the folder cannot be made there.
+        AttnPatchError: the folder cannot be made there; something is in the way, or has come there meanwhile, and the
+            new folder is kept under another name then, which the error says.
     """
     target = Path(os.path.abspath(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with _writable(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     clear_dead(target.parent)
     target = check_target(target, overwrite, inputs or {})
     before = picture(target)
@@ -109,9 +109,21 @@ def replacing(target: Path, overwrite: bool, inputs: Mapping[str, str | Path | N
 
 
 @contextlib.contextmanager
+def _writable(target: Path) -> Iterator[None]:
+    """Name the folder that the user wanted where one cannot be made: the system names another, or a hidden one."""
+    try:
+        yield
+    except OSError as error:
+        raise AttnPatchError(
+            f"{target}: cannot be written ({error.strerror}); wanted a name in a folder that can be."
+        ) from error
+
+
+@contextlib.contextmanager
 def _workplace(target: Path) -> Iterator[Path]:
     """Give a hidden folder that is locked while it is in use; it is gone afterwards."""
-    place = Path(tempfile.mkdtemp(prefix=f".{target.name}.attnpatch-", dir=target.parent))
+    with _writable(target):
+        place = Path(tempfile.mkdtemp(prefix=f".{target.name}.attnpatch-", dir=target.parent))
     with FileLock(place / "lock"):
         try:
             yield place

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,12 +9,8 @@ from typing import TYPE_CHECKING
 from . import models as cli_models
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ..report import Report
     from ..rewriting.rereading import Marks
-
-_MOVED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # buffers that transformers no longer keeps in files
 
 
 class Rewriting:
@@ -29,7 +24,7 @@ class Rewriting:
     """
 
     def __init__(self, source: cli_models.Source) -> None:
-        from ..rewriting.carrying import Kept
+        from ..rewriting.carrying import Kept, strange_in
         from ..rewriting.files import weights_of
 
         _refuse_quantized(source)
@@ -38,9 +33,7 @@ class Rewriting:
         self.tokenizer = source.tokenizer()
         cli_models.check_numbers(self.model, source.name)
         self.weights, self.kept = weights_of(source.location, local_files_only=True), Kept(self.model)
-        known = {*self.kept.before, *(n.removeprefix(f"{self.model.base_model_prefix}.") for n in self.kept.before)}
-        unloaded = {name for name in self.weights.files if name not in known and _is_passed_over(self.model, name)}
-        self.strange = unloaded | set(info["unexpected_keys"])
+        self.strange = strange_in(self.model, self.weights, info["unexpected_keys"])
 
     def save(self, report: Report, folder: Path, command: str) -> tuple[str, ...]:
         """Write the model as it is now, with its tokenizer and the tensors that no patch has touched.
@@ -97,9 +90,3 @@ def _refuse_quantized(source: cli_models.Source) -> None:
             f"{source.name}: is quantized ({getattr(method, 'value', method)}), and what is patched here would be "
             "written dequantized; patch the full-precision checkpoint first, then quantize the result."
         )
-
-
-def _is_passed_over(model: PreTrainedModel, name: str) -> bool:
-    """Whether transformers leaves a tensor of this name in its file without a word."""
-    patterns = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_MOVED]
-    return any(re.search(pattern, name) for pattern in patterns)

@@ -32,7 +32,7 @@ _PAGE = """<!doctype html>
 </body>
 </html>
 """
-_STYLE = """:root { --ground: #ffffff; --text: #1f2328; --faint: #59636e; --line: #d0d7de; --code: #f2f4f6; }
+STYLE = """:root { --ground: #ffffff; --text: #1f2328; --faint: #59636e; --line: #d0d7de; --code: #f2f4f6; }
 @media (prefers-color-scheme: dark) {
   :root { --ground: #0d1117; --text: #e6edf3; --faint: #9198a1; --line: #3d444d; --code: #1a2029; }
 }
@@ -69,7 +69,7 @@ def render(markdown: str, figures: Sequence[Figure]) -> str:
     reader.add_render_rule("table_close", lambda *_: "</table></div>\n")
     heading = next((line[2:] for line in markdown.splitlines() if line.startswith("# ")), "Comparison")
     title = unescapeAll(heading)  # no markup in a title
-    return _PAGE.format(title=html.escape(title), style=_STYLE, body=reader.render(markdown))
+    return _PAGE.format(title=html.escape(title), style=STYLE, body=reader.render(markdown))
 
 
 def _picture(figure: Figure, alt: str) -> str:

@@ -54,7 +54,7 @@ class Alibi(Patch):
     name: ClassVar[str] = "alibi"
     changes_positions: ClassVar[bool] = True
     wraps: ClassVar[bool] = True
-    transient: ClassVar[frozenset[str]] = frozenset({"training", "proved"})
+    transient: ClassVar[frozenset[str]] = frozenset({"training"})
 
     slopes: str | tuple[float, ...] = "paper"
     backend: str = "auto"

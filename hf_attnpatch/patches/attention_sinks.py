@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..functional.spans import Sinks
-from ..patch import Patch, Proposal, internal
+from ..patch import Patch, Proposal
 from ..spans.proposal import check_fields, spanned, trained_length, within
 
 
@@ -31,7 +30,6 @@ class AttentionSinks(Patch):
         window: last tokens that are seen, the query among them; None for the rest of the trained length.
         trained: tokens that the model handles by itself; None reads the config.
         backend: ``sdpa``, merged flash calls; ``eager``, dense, with attention weights; ``auto`` is the former.
-        found: what reading the model found; filled in.
 
     Raises:
         UnsupportedArchitecture: no rotary layer looks back at everything, or its rotation is not known.
@@ -45,7 +43,6 @@ class AttentionSinks(Patch):
     window: int | None = None
     trained: int | None = None
     backend: str = "auto"
-    found: Mapping[str, Any] | None = internal()
 
     def __post_init__(self) -> None:
         check_fields(self, self.backend, num_sinks=self.num_sinks, window=self.window, trained=self.trained)

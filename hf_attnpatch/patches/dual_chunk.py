@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..functional.spans import Chunked
-from ..patch import Patch, Proposal, internal
+from ..patch import Patch, Proposal
 from ..spans.proposal import check_fields, spanned, trained_length, within
 
 
@@ -32,7 +31,6 @@ class DualChunk(Patch):
         start: first query that is treated so; None for the trained length.
         trained: tokens that the model handles by itself; None reads the config.
         backend: ``sdpa``, merged flash calls; ``eager``, dense, with attention weights; ``auto`` is the former.
-        found: what reading the model found; filled in.
 
     Raises:
         UnsupportedArchitecture: no rotary layer looks back at everything, or its rotation is not known.
@@ -47,7 +45,6 @@ class DualChunk(Patch):
     start: int | None = None
     trained: int | None = None
     backend: str = "auto"
-    found: Mapping[str, Any] | None = internal()
 
     def __post_init__(self) -> None:
         lengths = {"chunk": self.chunk, "start": self.start, "trained": self.trained}

@@ -18,7 +18,7 @@ from ..heads.conversion import Recipe, convert, unaligned
 from ..heads.damage import DamageReport
 from ..heads.group_size import choose
 from ..heads.regroup import Source, foreign, native
-from ..patch import Patch, Proposal
+from ..patch import Patch, Proposal, required
 
 ALIGNED = ("procrustes", "principal")  # need nothing but the weights and a look at what rotates
 CALIBRATED = ("calibrated", "refined")  # need text
@@ -70,7 +70,7 @@ class GroupedQuery(Patch):
     name: ClassVar[str] = "grouped_query"
     transient: ClassVar[frozenset[str]] = frozenset({"calibration", "tokenizer", "refine_seconds", "cache_target"})
 
-    num_kv_heads: int | Literal["auto"]
+    num_kv_heads: int | Literal["auto"] = required()
     method: str | None = None
     grouping: str | None = None
     calibration: Any = field(default=None, compare=False, repr=False)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..functional.spans import Bifocal
-from ..patch import Patch, Proposal, internal
+from ..patch import Patch, Proposal
 from ..spans.proposal import check_fields, spanned, trained_length, within
 
 
@@ -32,7 +31,6 @@ class JetLong(Patch):
             the authors have for a model trained at 32768.
         trained: tokens that the model handles by itself; None reads the config.
         backend: ``sdpa``, merged flash calls; ``eager``, dense, with attention weights; ``auto`` is the former.
-        found: what reading the model found; filled in.
 
     Raises:
         UnsupportedArchitecture: no rotary layer looks back at everything, or its rotation is not known.
@@ -45,7 +43,6 @@ class JetLong(Patch):
     window: int | None = None
     trained: int | None = None
     backend: str = "auto"
-    found: Mapping[str, Any] | None = internal()
 
     def __post_init__(self) -> None:
         check_fields(self, self.backend, window=self.window, trained=self.trained)

@@ -28,7 +28,6 @@ class NoPosition(Patch):
 
     name: ClassVar[str] = "no_position"
     changes_positions: ClassVar[bool] = True
-    transient: ClassVar[frozenset[str]] = frozenset({"proved"})
 
     proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded
 

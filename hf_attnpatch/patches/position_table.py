@@ -15,7 +15,7 @@ from ..edits import ReplaceModule
 from ..errors import AttnPatchError
 from ..functional.tables import METHODS, lengthened
 from ..functional.turning import sinusoid
-from ..patch import Patch, Proposal, internal
+from ..patch import Patch, Proposal, internal, required
 from ..positions.added import CHILD, LearnedPositions
 from ..positions.adding import adding, check_adding
 from ..positions.lengthening import learned, longer, positions
@@ -51,9 +51,8 @@ class PositionTable(Patch):
 
     name: ClassVar[str] = "position_table"
     changes_positions: ClassVar[bool] = True
-    transient: ClassVar[frozenset[str]] = frozenset({"proved"})
 
-    length: int
+    length: int = required()
     method: str | None = None
     init: str | None = None
     proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded

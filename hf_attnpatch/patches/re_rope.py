@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..errors import AttnPatchError
 from ..functional.spans import Clipped
-from ..patch import Patch, Proposal, internal
+from ..patch import Patch, Proposal
 from ..spans.proposal import check_fields, spanned, target_length, trained_length, within
 
 
@@ -33,7 +32,6 @@ class ReRope(Patch):
         start: first query that is treated so; None for the trained length.
         trained: tokens that the model handles by itself; None reads the config.
         backend: ``sdpa``, merged flash calls; ``eager``, dense, with attention weights; ``auto`` is the former.
-        found: what reading the model found; filled in.
 
     Raises:
         UnsupportedArchitecture: no rotary layer looks back at everything, or its rotation is not known.
@@ -49,7 +47,6 @@ class ReRope(Patch):
     start: int | None = None
     trained: int | None = None
     backend: str = "auto"
-    found: Mapping[str, Any] | None = internal()
 
     def __post_init__(self) -> None:
         lengths = {"window": self.window, "target": self.target, "start": self.start, "trained": self.trained}

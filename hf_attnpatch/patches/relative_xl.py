@@ -65,7 +65,7 @@ class RelativeXl(Patch):
     name: ClassVar[str] = "relative_xl"
     changes_positions: ClassVar[bool] = True
     wraps: ClassVar[bool] = True
-    transient: ClassVar[frozenset[str]] = frozenset({"training", "proved"})
+    transient: ClassVar[frozenset[str]] = frozenset({"training"})
 
     size: int | None = None
     theta: float = 10000.0

@@ -15,7 +15,7 @@ from ..anatomy import Anatomy
 from ..configs import config_at
 from ..edits import Edit, ReplaceModule, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
-from ..patch import Patch, Proposal, internal
+from ..patch import Patch, Proposal, internal, required
 from ..rope.config import declared_window, head_dim, scaled_fields
 from ..rope.fields import KINDS, STATIC, changes_something, check_belonging, check_number, checked_factors
 from ..rope.request_angles import RequestAngles
@@ -65,10 +65,9 @@ class RopeScaling(Patch):
 
     name: ClassVar[str] = "rope_scaling"
     changes_positions: ClassVar[bool] = True
-    transient: ClassVar[frozenset[str]] = frozenset({"restored"})
 
-    kind: str
-    factor: float
+    kind: str = required()
+    factor: float = required()
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     low_freq_factor: float = 1.0
@@ -84,8 +83,9 @@ class RopeScaling(Patch):
     restored: bool = internal(False)  # a checkpoint's own structure, whose config has been edited already
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise AttnPatchError(f"kind {self.kind!r} does not exist; choose from: {', '.join(KINDS)}.")
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
+            found = f"{self.kind!r} does not exist" if isinstance(self.kind, str) else f"is {self.kind!r}"
+            raise AttnPatchError(f"kind {found}; choose from: {', '.join(KINDS)}.")
         check_number("factor", self.factor, at_least=1)
         if self.kind == "dynamic_yarn":  # there is no other
             self._normalise("per_request", True)

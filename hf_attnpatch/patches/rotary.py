@@ -16,6 +16,7 @@ from ..patch import Patch, Proposal, internal
 from ..positions.removal import check_blind, check_effect, removal, removed
 from ..positions.rotating import attention_rotated, ignores_positions, rebased
 from ..rope.fields import check_number
+from ..weightless import runnable
 
 _TRAINED = "original_max_position_embeddings"  # other parameters of a family (Ministral's) may refer to it
 _SCHEME = frozenset(  # what describes a base and a scaling
@@ -46,8 +47,6 @@ class Rotary(Patch):
             in Llama.
         layer_types: for models with rotary parameters for each layer type: which get the base; None takes those that
             see the whole context.
-        counted: found out, and remembered by checkpoints: whether ``position_ids`` do not reach attention (GPT-Neo), so
-            that tokens are counted and other positions refused.
 
     Raises:
         UnsupportedArchitecture: the old positions cannot be taken out, or attention is out of reach.
@@ -57,7 +56,6 @@ class Rotary(Patch):
     name: ClassVar[str] = "rotary"
     changes_positions: ClassVar[bool] = True
     wraps: ClassVar[bool] = True
-    transient: ClassVar[frozenset[str]] = frozenset({"proved"})
 
     theta: float = 10000.0
     kind: str = "default"
@@ -65,7 +63,6 @@ class Rotary(Patch):
     partial: float | None = None
     interleaved: bool | None = None
     layer_types: tuple[str, ...] | None = None
-    counted: bool | None = internal()
     proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded
 
     def __post_init__(self) -> None:
@@ -97,19 +94,18 @@ class Rotary(Patch):
                 f"{anatomy.architecture}: layer_types are for models with rotary modules of their own."
             )
         rotation = self._rotation(model, anatomy)
-        counted = bool(self.counted)
-        edits = attention_rotated(model, anatomy, rotation, counted)
+        edits = attention_rotated(model, anatomy, rotation, False)
         if not self.proved:
             check_blind(model, anatomy, removal(model, anatomy))
+        with runnable(model, following=True):
             counted = ignores_positions(model, anatomy, edits)
-            edits = attention_rotated(model, anatomy, rotation, True) if counted else edits
+        edits = attention_rotated(model, anatomy, rotation, True) if counted else edits
         sites = anatomy.attending
         pairs = "neighbours" if rotation.interleaved else "halves"
         heads = anatomy.sites[0].head_dim
         what = f"rotates {rotation.rotary_dim} of {heads} dimensions ({pairs}), theta {self.theta:g}, {self._kind()}"
         notes = (*removed(anatomy), what, *(("positions are counted; others than from 0 up are refused",) * counted))
-        chosen = dataclasses.replace(self, counted=counted)
-        return Proposal(edits, sites, notes, stock=False, claims=("the positions",), patch=chosen)
+        return Proposal(edits, sites, notes, stock=False, claims=("the positions",))
 
     def _native(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """The model's own rotary modules, built again; what else tells positions goes."""

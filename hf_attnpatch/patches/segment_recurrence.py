@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from transformers import PreTrainedModel
 
-from ..anatomy import Anatomy, angle_table
+from ..anatomy import Anatomy
 from ..attention.registry import FUSED, kernel_of, register, set_kernel
 from ..attention.wrapper import AddWrapper
 from ..backends import FLAG
@@ -17,7 +17,7 @@ from ..configs import config_at
 from ..edits import AddPreHook, Edit, SetAttention
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.segments import Segments
-from ..patch import Patch, Proposal, internal
+from ..patch import Patch, Proposal, required
 from ..positions.fusing import variants
 from ..positions.keys import STATIC, Way
 from ..recurrence.attention import Recurrent
@@ -28,6 +28,7 @@ from ..sites import Place, dispatching
 from ..spans.attention import span_of
 from ..upstream import words
 from ..upstream.roles import roles_of
+from ..weightless import is_restoring, runnable
 
 KERNELS = ("eager", *FLAG)
 _OVER_THE_PROBE = Segments(4, 32)  # longer than what it reads
@@ -68,13 +69,11 @@ class SegmentRecurrence(Patch):
 
     name: ClassVar[str] = "segment_recurrence"
     wraps: ClassVar[bool] = True
-    transient: ClassVar[frozenset[str]] = frozenset()
 
-    segment_length: int
-    memory_length: int
+    segment_length: int = required()
+    memory_length: int = required()
     positions: str = "bounded"
     num_sinks: int = 0
-    turning: Mapping[str, Way | None] | None = internal()  # a checkpoint's own, not found again when it is loaded
 
     def __post_init__(self) -> None:
         for name, least in (("segment_length", 1), ("memory_length", 0), ("num_sinks", 0)):
@@ -118,19 +117,17 @@ class SegmentRecurrence(Patch):
         common = (*self._edits(model, places, turning), *hooks, attention)
         segments = Segments(self.segment_length, self.memory_length, self.num_sinks)
         edits = (*common, self._recalling(model, anatomy, places, decoder, segments))
-        if self.turning is None:
+        if not is_restoring():
             turns = bool(anatomy.rotary or anatomy.inner or anatomy.turned)
             probed = self if turns else dataclasses.replace(self, positions="running")
             probing = probed._recalling(model, anatomy, places, decoder, _OVER_THE_PROBE)
             check_agrees(model, anatomy, (*common, probing), padded=turns)
-        chosen = dataclasses.replace(self, turning=turning)
         return Proposal(
             edits,
             tuple(place.path for place in places),
             tuple(self._notes(kernel, turning)),
             stock=False,
             claims=("the memory", "the positions"),  # of one plan: keys are turned back as the model turns them now
-            patch=chosen,
         )
 
     def _edits(
@@ -192,11 +189,8 @@ class SegmentRecurrence(Patch):
 
     def _turning(self, model: PreTrainedModel, anatomy: Anatomy, places: list[Place]) -> dict[str, Way | None]:
         paths = [place.path for place in places]
-        if self.turning is not None:  # of a checkpoint, where tuples are lists
-            given = ((path, self.turning[path]) for path in paths if self.turning.get(path) is not None)
-            told = {path: (str(w[0]), str(w[1]), bool(w[2]), int(w[3])) for path, w in given if w is not None}
-            return {path: (*located(model, anatomy, path, way[:2]), *way[2:]) for path, way in told.items()}
-        found = ways(model, anatomy, paths) if self.positions == "bounded" else {}
+        with runnable(model):
+            found = ways(model, anatomy, paths) if self.positions == "bounded" else {}
         return {path: way for path, way in found.items() if way is not None}
 
     def _notes(self, kernel: str, turning: Mapping[str, Way | None]) -> Iterator[str]:
@@ -210,23 +204,6 @@ class SegmentRecurrence(Patch):
             how = sorted({("neighbours" if way[2] else "halves") for way in turning.values() if way is not None})
             yield f"positions begin anew in each segment; keys in memory are turned back ({', '.join(how)})"
         yield "what a text was before a call is carried where a stream is open or a cache is passed, and nowhere else"
-
-
-def located(model: PreTrainedModel, anatomy: Anatomy, path: str, said: tuple[str, str]) -> tuple[str, str]:
-    """Return where this release keeps the angles that a checkpoint, perhaps of another, says stand somewhere.
-
-    Raises:
-        UnsupportedArchitecture: it keeps none there, nor in a table.
-    """
-    modules = dict(model.named_modules())
-    if said[0] in modules and hasattr(modules[said[0]], said[1]):
-        return said
-    tables = [each for each in anatomy.inner if each == path] or list(anatomy.inner)
-    if not tables:
-        raise UnsupportedArchitecture(
-            f"{said[0]}: the checkpoint was written where this module kept its angles as {said[1]!r}; here it does not."
-        )
-    return tables[0], str(angle_table(modules[tables[0]]))
 
 
 def _places(model: PreTrainedModel, anatomy: Anatomy) -> tuple[list[Place], bool]:

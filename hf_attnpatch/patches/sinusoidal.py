@@ -43,7 +43,6 @@ class Sinusoidal(Patch):
 
     name: ClassVar[str] = "sinusoidal"
     changes_positions: ClassVar[bool] = True
-    transient: ClassVar[frozenset[str]] = frozenset({"proved"})
 
     theta: float = 10000.0
     amplitude: float = 1.0

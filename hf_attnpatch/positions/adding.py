@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..edits import AddModule, AddPreHook, Edit, ReplaceModule
+from ..edits import AddModule, AddPreHook, Edit, ReplaceModule, tried
 from ..errors import AttnPatchError, UnsupportedArchitecture
-from ..probe import default_inputs, disagreement, logits_under
+from ..probe import Inputs, default_inputs, disagreement, logits_under, quiet, tokens_of
 from ..upstream import words
-from ..upstream.roles import roles_of
+from ..upstream.roles import resumed, roles_of
 from .added import CHILD, AddPositions, SinusoidalPositions
 
 
@@ -62,7 +63,7 @@ def check_adding(
         whole: edits that take the old positions out and add the new ones.
 
     Raises:
-        UnsupportedArchitecture: embeddings to which nothing is added give other logits than the ids.
+        UnsupportedArchitecture: embeddings to which nothing is added give other logits than the ids, or other tokens.
     """
     inputs = default_inputs(model)
     nothing = adding(model, anatomy, lambda _: SinusoidalPositions(10000.0, 0.0, 1.0), "")
@@ -72,6 +73,7 @@ def check_adding(
         logits_under(model, whole, inputs)
         something = adding(model, anatomy, lambda _: SinusoidalPositions(10000.0, 1.0, 1.0), "")
         logits_under(model, [*away, *something], inputs)  # some look their ids up again, by the very embeddings
+        problem = problem or _generates_otherwise(model, blind, [*away, *nothing], inputs)
     except AttnPatchError as error:
         problem = str(error.__cause__ or error)
     if problem is not None:
@@ -79,3 +81,35 @@ def check_adding(
             f"{anatomy.architecture}: does not do with embeddings alone what it does with token ids ({problem}), so "
             "that positions cannot be added to them."
         )
+
+
+def _generates_otherwise(
+    model: PreTrainedModel, ids: Sequence[Edit], embeddings: Sequence[Edit], inputs: Inputs
+) -> str | None:
+    """Say how ``generate`` fares with embeddings where it does with ids, in a model that hands no cache back.
+
+    Such a model is handed the whole text again for each token. Some fill the cache that ``generate`` passes and cut
+    the ids by its length, which they do not do with embeddings (XLM).
+    """
+    if not model.can_generate():
+        return None
+    with quiet(model), torch.no_grad():
+        if resumed(model, model(**inputs, **roles_of(model).call(**{words.USE_CACHE: True}))):
+            return None  # apply asks about that cache
+        wanted, _ = _written(model, ids, inputs)
+        if wanted is None:
+            return None  # from ids it writes nothing either
+        found, why = _written(model, embeddings, inputs)
+    if found is None:
+        return f"generate fails with them: {why}"
+    return None if torch.equal(wanted, found) else "generate writes other tokens"
+
+
+def _written(model: PreTrainedModel, edits: Sequence[Edit], inputs: Inputs) -> tuple[Tensor | None, str]:
+    """Return what an edited model writes behind the default tokens, or why it writes nothing."""
+    with tried(model, edits):
+        try:
+            text = model.generate(tokens_of(model, inputs), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        except (ValueError, TypeError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
+            return None, " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    return text, ""

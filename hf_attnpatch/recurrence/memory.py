@@ -141,6 +141,7 @@ class Memory:
         self.layers, self.sinks = named_layers(state), Sinks.of(state)
         self.number, self.turned = state["number"].cpu(), state["turned"].cpu()
         self.count, self.shift, self.columns = state["count"].cpu(), state["shift"].cpu(), int(state["columns"])
+        self.whole = 0  # it does not say which of its last columns are padding
 
 
 @overriding("SegmentRecurrence", "get_mask_sizes")

@@ -8,7 +8,9 @@ knows is carried over; one that a patch has replaced stays as written; any other
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,10 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .. import record
 from ..errors import AttnPatchError
 from .files import INDEX, ONE, Weights, alike, digest, names_in, weights_of
 
 _EXTRA = "model-carried.safetensors"  # beside shards; a single file takes them in
+_MOVED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # buffers that transformers no longer keeps in files
 
 
 class Kept:
@@ -44,6 +48,50 @@ def _state(model: PreTrainedModel) -> dict[str, Tensor]:
     return {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor) and not t.is_meta}
 
 
+def strange_in(model: PreTrainedModel, weights: Weights, unexpected: Iterable[str]) -> set[str]:
+    """Return the names in a checkpoint's files that a model's class does not load.
+
+    Args:
+        model: as it was loaded.
+        weights: of the checkpoint.
+        unexpected: names that transformers said it could not place; it passes over more without a word.
+    """
+    state = model.state_dict()
+    known = {*state, *(name.removeprefix(f"{model.base_model_prefix}.") for name in state)}
+    patterns = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_MOVED]
+    left = (name for name in weights.files if name not in known)
+    return {name for name in left if any(re.search(pattern, name) for pattern in patterns)} | set(unexpected)
+
+
+def carry_read(model: PreTrainedModel, folder: Path) -> tuple[str, ...]:
+    """Put into a checkpoint that was saved what the one that ``load`` read holds and nobody has changed since.
+
+    What was cast as a whole stays cast. Any tensor may have been patched or trained: those are left as they are.
+
+    Args:
+        model: that was saved; one that did not come from ``load`` is left alone.
+        folder: that it was saved into.
+
+    Returns:
+        Sentences on what was carried over.
+    """
+    read = vars(model).get(record.READ)
+    old = weights_of(read["name"], **{**read["where"], "local_files_only": True}) if read else Weights({})
+    if not old.files:
+        return ()
+    main, now = _main_dtype(old), _main_dtype(weights_of(folder))
+    asked = "auto" if main == now else _named(now)
+    return carry(old, folder, None, strange_in(model, old, read["unexpected"]), read["name"], asked=asked)
+
+
+def _main_dtype(weights: Weights) -> torch.dtype:
+    """Return the dtype that most numbers of a checkpoint are in."""
+    sizes = Counter[torch.dtype]()
+    for key in weights.files:
+        sizes[weights[key].dtype] += weights[key].numel()
+    return sizes.most_common(1)[0][0]
+
+
 @dataclass
 class _Comparison:
     """What the old files hold and the new ones do not.
@@ -62,14 +110,14 @@ class _Comparison:
 
 
 def carry(
-    old: Weights, folder: Path, replaced: list[Tensor], strange: set[str], name: str, *, asked: str = "auto"
+    old: Weights, folder: Path, replaced: list[Tensor] | None, strange: set[str], name: str, *, asked: str = "auto"
 ) -> tuple[str, ...]:
     """Put into a saved checkpoint what the old one holds and no patch has touched.
 
     Args:
         old: the checkpoint that was patched.
         folder: the new one, as ``save_pretrained`` wrote it; rewritten where something was lost.
-        replaced: tensors of the loaded model that patches have replaced.
+        replaced: tensors of the loaded model that patches have replaced; None where any may be another.
         strange: names in the old files that the model's class does not load.
         name: of the old checkpoint, for errors.
         asked: dtype that the user asked for, in which everything stays then; ``auto`` for the checkpoint's own.
@@ -81,7 +129,7 @@ def carry(
         AttnPatchError: a tensor was read or written as something else, though no patch has touched it.
     """
     new = weights_of(folder)
-    found = _compared(old, new, _Known(replaced), strange, name, asked == "auto")
+    found = _compared(old, new, _ANY if replaced is None else _Known(replaced), strange, name, asked == "auto")
     extra = {n: n for n in found.unknown}
     if found.put_back or extra:
         _rewrite(old, new, folder, found.put_back, extra)
@@ -95,11 +143,25 @@ class _Known:
         self.dtypes = {tensor.dtype for tensor in tensors}
         self.digests = {(tensor.dtype, digest(tensor)) for tensor in tensors}
 
-    def __contains__(self, tensor: Tensor) -> bool:
-        return any((dtype, digest(tensor.to(dtype))) in self.digests for dtype in self.dtypes)
+    def __contains__(self, tensor: object) -> bool:
+        return isinstance(tensor, Tensor) and any(
+            (dtype, digest(tensor.to(dtype))) in self.digests for dtype in self.dtypes
+        )
 
 
-def _compared(old: Weights, new: Weights, replaced: _Known, strange: set[str], name: str, own: bool) -> _Comparison:
+class _Any:
+    """What contains every tensor."""
+
+    def __contains__(self, tensor: object) -> bool:
+        return True
+
+
+_ANY = _Any()
+
+
+def _compared(
+    old: Weights, new: Weights, replaced: Container[Tensor], strange: set[str], name: str, own: bool
+) -> _Comparison:
     found, missing = _Comparison(), []
     for key in old.files:
         if key not in new.files:
@@ -126,7 +188,7 @@ def _match(
     old: Weights,
     new: Weights,
     missing: list[str],
-    replaced: _Known,
+    replaced: Container[Tensor],
     strange: set[str],
     found: _Comparison,
     own: bool,

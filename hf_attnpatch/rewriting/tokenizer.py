@@ -7,19 +7,19 @@ from typing import Any
 _OFFSETS = 8  # rows of a table that stand for no position: RoBERTa declares 514 for 512 tokens
 
 
-def lengthened(tokenizer: Any, before: int, after: int) -> str | None:
-    """Raise the length at which a tokenizer truncates, where it had the model's old one.
+def lengthened(tokenizer: Any, *contexts: int) -> str | None:
+    """Raise the length at which a tokenizer truncates, where it had one that the model has had.
 
     Args:
         tokenizer: of transformers; changed in place.
-        before: context that the model's config declared, in tokens.
-        after: context that it declares now.
+        contexts: that the model's config declared, in tokens, one after the other; the last is what it declares now.
 
     Returns:
         A sentence on what was changed; None where the tokenizer had a length of its own, or none.
     """
     old = getattr(tokenizer, "model_max_length", None)
-    if not isinstance(old, int) or not before - _OFFSETS <= old <= before or after <= before:
+    before = next((n for n in contexts[:-1] if isinstance(old, int) and n - _OFFSETS <= old <= n < contexts[-1]), None)
+    if before is None or old is None:
         return None
-    tokenizer.model_max_length = old + after - before
+    tokenizer.model_max_length = old + contexts[-1] - before
     return f"tokenizer: model_max_length {old} -> {tokenizer.model_max_length}"

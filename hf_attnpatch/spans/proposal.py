@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from transformers import PreTrainedModel
 
@@ -20,9 +19,10 @@ from ..positions.counting import counted
 from ..probe import default_inputs, logits_under, trial
 from ..sites import Site
 from ..upstream.roles import roles_of
+from ..weightless import is_restoring, runnable
 from .attention import Spanned, span_of
 from .modules import Evicting, Evicts
-from .survey import Found, as_found, survey
+from .survey import Found, survey
 
 BACKENDS = ("auto", "sdpa", "eager")
 
@@ -36,8 +36,6 @@ class Spanning(Protocol):
     def trained(self) -> int | None: ...  # noqa: D102 - tokens that the model handles by itself
     @property
     def backend(self) -> str: ...  # noqa: D102 - auto, sdpa or eager
-    @property
-    def found(self) -> Any: ...  # noqa: D102 - what the survey found
 
 
 def check_fields(patch: Patch, backend: str, **lengths: int | None) -> None:
@@ -116,7 +114,8 @@ def spanned(
     held = next((path for path, module in model.named_modules() if span_of(module) is not None), None)
     if held is not None:
         raise UnsupportedArchitecture(f"{held}: sees distances by a patch of this package already; revert it first.")
-    found, left = (as_found(patch.found), []) if patch.found else survey(model, anatomy)
+    with runnable(model):
+        found, left = survey(model, anatomy)
     edits = [
         *_edits(model, anatomy, found, span),
         *_caches(model, found, span),
@@ -130,7 +129,7 @@ def spanned(
         stock=False,
         claims=("the positions",),
         promise=Evicts(len(found)) if isinstance(span, Sinks) else None,
-        patch=cast(Patch, dataclasses.replace(cast(Any, patch), found=found)),
+        patch=cast(Patch, patch),
     )
 
 
@@ -156,7 +155,7 @@ def _caches(model: PreTrainedModel, found: Found, span: Span) -> Iterator[Edit]:
 
 def _kernel(patch: Spanning, model: PreTrainedModel, edits: list[Edit]) -> tuple[str, list[str]]:
     """Return the kernel and what to say about it; flash calls are compared with the dense way on a few tokens."""
-    if patch.found:  # a checkpoint that is being loaded cannot run yet
+    if is_restoring():  # kernels are compared with weights
         asked = kernel_of(model.config._attn_implementation)
         return (patch.backend if patch.backend != "auto" else asked if asked in BACKENDS[1:] else "sdpa"), []
     inputs = default_inputs(model)

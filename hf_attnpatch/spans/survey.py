@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -129,9 +128,4 @@ def _way(model: PreTrainedModel, anatomy: Anatomy, path: str, before: Listener, 
     return found
 
 
-def as_found(value: Any) -> Found:
-    """Read :data:`Found` from a record, where tuples are lists."""
-    return {str(path): (str(r), str(b), bool(i), int(f)) for path, (r, b, i, f) in dict(value).items()}
-
-
-__all__ = ["Found", "as_found", "survey"]
+__all__ = ["Found", "survey"]

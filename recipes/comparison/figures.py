@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hf_attnpatch.plotting import import_pyplot
@@ -17,12 +18,25 @@ def plain(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+WIDEST = 1200  # pixels: wider ones are shrunk by a page, and their letters with them
+
+
 def panels(count: int, *, width: float, height: float, sharey: bool) -> tuple[Any, Sequence[Any]]:
-    """A row of panels: the figure and its axes; sizes in inches."""
+    """Panels, two in a row: the figure and its axes; sizes in inches."""
+    across, down = min(count, 2), -(-count // 2)
     figure, axes = import_pyplot().subplots(
-        1, count, figsize=(width * count + 1, height), sharey=sharey, squeeze=False, layout="constrained"
+        down, across, figsize=(width * across + 1, height * down), sharey=sharey, squeeze=False, layout="constrained"
     )
-    return figure, list(axes[0])
+    for idle in axes.flat[count:]:
+        idle.remove()
+    return figure, list(axes.flat[:count])
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a PNG that is not too wide for a page, and closes the figure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=min(130, int(WIDEST / figure.get_figwidth())))
+    import_pyplot().close(figure)
 
 
 def finish(figure: Any, axes: Sequence[Any], grid: str, title: str) -> None:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_attnpatch.embedded import DOMAINS
-from hf_attnpatch.plotting import import_pyplot
-from recipes.comparison.figures import finish, panels, plain
+from recipes.comparison.figures import finish, panels, plain, save
 from recipes.grouped_query.cells import HEADS, STARTS
 from recipes.grouped_query.render import METHODS, caption, excess, ratio
 from recipes.grouped_query.store import Store
@@ -29,9 +28,7 @@ def everything(store: Store, folder: Path) -> None:
     for name, draw in (("zero_shot.png", zero_shot), ("uptraining.png", uptraining), ("domains.png", domains)):
         figure = draw(store)
         if figure is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            figure.savefig(folder / name, dpi=130)
-            import_pyplot().close(figure)
+            save(figure, folder / name)
 
 
 def zero_shot(store: Store) -> Any:

@@ -6,11 +6,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_attnpatch.plotting import import_pyplot
-from recipes.comparison.figures import finish, panels
+from recipes.comparison.figures import finish, panels, save
 from recipes.comparison.store import Store
 from recipes.positions.page import TRAINED, score
 
+# the same colour for a method in all studies; other methods take what is left
+OWN = {
+    **{
+        "original": "#000000",
+        "yarn": "#0072B2",
+        "self_extend": "#D55E00",
+        "re_rope": "#009E73",
+        "dual_chunk": "#CC79A7",
+    },
+    **{"jet_long": "#E69F00", "ntk": "#56B4E9", "attention_sinks": "#777777"},
+    **{"alibi": "#D55E00", "relative": "#009E73", "none": "#CC79A7", "rotary": "#0072B2"},
+}
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777")
 Groups = Mapping[str, Sequence[str]]  # panel -> cells
 MARKERS = "osD^vP*X<>hdp8H"
@@ -27,7 +38,7 @@ def styles(groups: Groups) -> dict[str, dict[str, Any]]:
         number = bases.index(name.partition(TRAINED)[0])
         variant = [each for each in names if each.partition(TRAINED)[0] == bases[number]].index(name)
         found[name] = {
-            "color": COLOURS[number % len(COLOURS)],
+            "color": OWN.get(bases[number].rpartition("/")[2], COLOURS[number % len(COLOURS)]),
             "marker": MARKERS[(number + 3 * variant) % len(MARKERS)],
             "linestyle": LINES[(number // len(COLOURS) + variant) % len(LINES)],
             "markersize": 5,
@@ -59,7 +70,7 @@ def by_length(
     found = {group: each for group, each in found.items() if each}
     if not found:
         return
-    figure, axes = panels(len(found), width=5.5, height=4.4, sharey=False)
+    figure, axes = panels(len(found), width=4.6, height=4.4, sharey=False)
     for axis, (group, cells) in zip(axes, found.items(), strict=True):
         for name, pairs in cells.items():
             axis.plot(
@@ -89,7 +100,7 @@ def by_position(store: Store, groups: Groups, mark: tuple[int, str], path: Path,
     found = {group: names for group, names in found.items() if names}
     if not found:
         return
-    figure, axes = panels(len(found), width=5.5, height=4.4, sharey=False)
+    figure, axes = panels(len(found), width=4.6, height=4.4, sharey=False)
     for axis, (group, names) in zip(axes, found.items(), strict=True):
         for name in names:
             rows = store.rows[name]["positions"]
@@ -110,7 +121,7 @@ def curves(store: Store, groups: Groups, path: Path, title: str) -> None:
     found = {group: names for group, names in found.items() if names}
     if not found:
         return
-    figure, axes = panels(len(found), width=5.5, height=4.0, sharey=False)
+    figure, axes = panels(len(found), width=4.6, height=4.0, sharey=False)
     for axis, (group, names) in zip(axes, found.items(), strict=True):
         for name in names:
             pairs = store.rows[name]["training"]["curve"]
@@ -139,6 +150,4 @@ def _legend(axis: Any) -> None:
 
 def _save(figure: Any, axes: Sequence[Any], title: str, path: Path) -> None:
     finish(figure, axes, "both", title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    import_pyplot().close(figure)
+    save(figure, path)

@@ -14,6 +14,7 @@ from recipes.positions.study import Study
 ORIGINAL = "original"
 STATIC = ("yarn", "ntk")  # what the best method is held against, beside the truncated window
 WINDOWED = ("attention_sinks",)  # these see no more than a window
+LINES = 8  # in a panel; the tables have all
 ALLOWED = 0.05  # nats above the loss within context
 
 
@@ -24,19 +25,22 @@ def write(study: Study, store: Store, out: Path) -> None:
     longest = study.lengths[-1]
     order = sorted(untrained, key=lambda name: _nats(page.score(store, name, longest)))
     methods = [name for name in order if name != ORIGINAL]
-    groups = {"without training": [ORIGINAL, *methods], "after a short training": [ORIGINAL, *trained]}
+    best = sorted(trained, key=lambda name: _nats(page.score(store, name, longest)))
+    drawn = {"without training": methods, "after a short training": best}
+    groups = {group: [ORIGINAL, *names[: LINES - 1]] for group, names in drawn.items()}
     _figures(study, store, out, groups)
     write_page(
         out / "README.md",
         [
             f"# {study.title}\n",
             "\n".join(f"* {line}" for line in _about(study, store)),
-            "## What was asked\n\n" + asked(study, store),
-            f"## Without training, best at {longest:,} first\n\n" + _table(study, store, order),
+            found(study, store),
             _pictures(out, longest),
+            f"## Without training, best at {longest:,} first\n\n" + _table(study, store, order),
             _trained(study, store, trained),
             page.passkeys(study, store, ORIGINAL),
             page.refusals(store, [cell.name for cell in study.cells]),
+            asked(study, store),
             page.closing(store),
         ],
     )
@@ -86,25 +90,31 @@ def best(study: Study, store: Store, *, whole: bool = False) -> str | None:
     return min(found, key=lambda name: _nats(page.score(store, name, study.lengths[-1])), default=None)
 
 
-def asked(study: Study, store: Store) -> str:
-    """What the best method must show, with paired intervals."""
+def found(study: Study, store: Store) -> str:
+    """The finding in a few sentences."""
     name, whole = best(study, store), best(study, store, whole=True)
     if name is None:
         return "Not measured yet."
     last = study.lengths[-1]
     said = (
-        f"Of the methods without training `{name}` loses least at {last:,} tokens, "
-        f"{page.loss(page.score(store, name, last))} nats. It was chosen on these documents."
+        f"**Of the methods without training `{name}` loses least at {last:,} tokens, "
+        f"{page.loss(page.score(store, name, last))} nats**; unpatched, the model loses "
+        f"{page.loss(page.score(store, ORIGINAL, last))}. It was chosen on these documents."
     )
-    parts = [said, _held(study, store, name)]
-    if name in WINDOWED and whole is not None:
-        parts.append(
-            "Its layers see a window: it reads on without end and is not meant to gain from what lies further back. Of "
-            f"the methods that see the whole context `{whole}` loses least, "
-            f"{page.loss(page.score(store, whole, last))} nats."
-        )
-        parts.append(_held(study, store, whole))
-    return "\n\n".join(parts)
+    if name not in WINDOWED or whole is None:
+        return said
+    return (
+        f"{said} Its layers see a window: it reads on without end and is not meant to gain from what lies further "
+        f"back. **Of the methods that see the whole context `{whole}` loses least, "
+        f"{page.loss(page.score(store, whole, last))} nats.**"
+    )
+
+
+def asked(study: Study, store: Store) -> str:
+    """What the best methods must show, with paired intervals."""
+    names = dict.fromkeys((best(study, store), best(study, store, whole=True)))
+    tables = [_held(study, store, name) for name in names if name is not None]
+    return "\n\n".join(["## What was asked", *tables]) if tables else ""
 
 
 def _held(study: Study, store: Store, name: str) -> str:

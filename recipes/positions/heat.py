@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_attnpatch.plotting import import_pyplot
+from recipes.comparison.figures import save
 from recipes.comparison.store import Store
 from recipes.positions.draw import label
 
@@ -42,9 +43,7 @@ def passkeys(store: Store, names: Sequence[str], lengths: Sequence[int], path: P
     figure.supxlabel("depth of the key in the prompt", fontsize=9)
     figure.supylabel("tokens of the prompt", fontsize=9)
     figure.suptitle("Passkeys found")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def _panel(axis: Any, found: Mapping[str, Any], depths: Sequence[float], lengths: Sequence[int]) -> Any:

@@ -308,3 +308,58 @@ def test_two_ways_far_apart_weigh_as_they_should(dtype):
     for one, two in zip(got, torch.autograd.grad((wanted * weight).sum(), exact), strict=True):
         assert one.dtype == dtype
         assert (one.double() - two).abs().max() < 2 * tolerance * two.abs().max()
+
+
+BITS = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 24, torch.float64: 49}  # of slopes, in two or three parts
+
+
+@pytest.mark.parametrize("dtype", BITS)
+@pytest.mark.parametrize("length", [200, 3000])
+def test_columns_are_the_bias_to_as_many_bits_as_slopes_have(dtype, length):
+    """Multiplied in fp64; up to the constant of each query, which `offset` tells."""
+    slope, queries = alibi.slopes(12), torch.tensor([[0, 7, length - 1]])
+    left, right = alibi.columns(slope, 0.3, queries, length, dtype)
+    assert left.dtype == right.dtype == dtype
+    assert left.isfinite().all()
+    assert left.shape[-1] == right.shape[-1]
+    assert left.shape[-1] % 8 == 0  # which GPU kernels ask for
+    assert left.shape[-1] - 8 < sum(bool(left[..., n].any()) for n in range(left.shape[-1]))  # and no more than that
+    found = 0.3 * left.double() @ right.double().mT - alibi.offset(slope, 0.3, queries, length, dtype)[..., None]
+    wanted = slope[:, None, None] * (torch.arange(length) - queries[0][:, None])
+    assert ((found[0] - wanted).abs() <= 2.0 ** -BITS[dtype] * wanted.abs() + 1e-9).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_columns_of_any_bias_hold_twenty_four_bits_of_it(dtype):
+    biases = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0)) * 20
+    queries = torch.tensor([[4, 49], [0, 11]])
+    left, right = alibi.bias_columns(biases, 0.3, queries, dtype)
+    assert left.shape[-1] % 8 == right.shape[-1] % 8 == 0
+    found = 0.3 * left.double() @ right.double().mT
+    here = biases.double().gather(2, queries[:, None].expand(-1, 3, -1))
+    wanted = biases.double()[:, :, None] - here[..., None]
+    assert (found - wanted).abs().max() <= 2.0**-23 * biases.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("what", ["columns", "bias_columns", "padding_columns"])
+def test_padding_is_hidden_by_numbers_that_the_dtype_has(dtype, what):
+    queries, keep = torch.arange(40)[None], KEEP
+    left, right = {
+        "columns": lambda: alibi.columns(alibi.slopes(6), 0.05, queries, 40, dtype, keep),
+        "bias_columns": lambda: alibi.bias_columns(torch.zeros(1, 6, 40), 0.05, queries, dtype, keep),
+        "padding_columns": lambda: alibi.padding_columns(queries, dtype, keep),
+    }[what]()
+    assert left.isfinite().all()
+    assert right.isfinite().all()
+    scores = 0.05 * left.double() @ right.double().mT
+    gap = scores[:, :, :, 9:].amin() - scores[1, :, :, :9].amax()
+    assert gap > 1e5  # nats: nothing of a key that is padding is left
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_positions_that_the_dtype_holds_are_not_split(dtype):
+    exact = {torch.bfloat16: 256, torch.float16: 2048, torch.float32: 2**24}[dtype]
+    assert len(alibi.digits(torch.arange(9), exact, dtype)) == 1
+    if dtype != torch.float32:
+        assert len(alibi.digits(torch.arange(9), exact + 1, dtype)) == 2

@@ -39,7 +39,7 @@ def run(hub, home, code, *arguments, token=TOKEN, offline=False):
         **{"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"},
         **({"HF_TOKEN": token} if token else {}),
         **({"HF_HUB_OFFLINE": "1"} if offline else {}),
-        "PYTHONPATH": str(TESTS),
+        "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent))),
     }
     program = PREAMBLE + code + "\nprint('SAID' + json.dumps(said))\n"
     done = subprocess.run(

@@ -11,7 +11,8 @@ import bench_report
 
 
 def test_quick_run(tmp_path, monkeypatch, capsys):
-    before = bench_apply.readme.README.read_text()
+    page = bench_apply.readme.holder("bench")
+    before = page.read_text()
     monkeypatch.setattr(sys, "argv", ["bench_apply.py", "--quick", "--out", str(tmp_path)])
     bench_apply.main()
     found = json.loads((tmp_path / "bench_apply.json").read_text())
@@ -23,5 +24,5 @@ def test_quick_run(tmp_path, monkeypatch, capsys):
     memory = found["memory"][0]
     assert memory["new weights MiB"] * 4 == memory["old weights MiB"]  # 8 heads to 2
     assert all(row["what"] in bench_report.markdown(found) for part in ("forward", "apply") for row in found[part])
-    assert bench_apply.readme.README.read_text() == before  # only a run into the default folder writes there
+    assert page.read_text() == before  # only a run into the default folder writes there
     assert "weights / copy" in capsys.readouterr().out

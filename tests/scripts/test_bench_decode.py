@@ -46,10 +46,11 @@ def models():
 def result(tmp_path_factory):
     """A quick run, whole; then what it said."""
     out = tmp_path_factory.mktemp("bench")
-    before = readme.README.read_text("utf-8")
+    page = readme.holder("decode")
+    before = page.read_text("utf-8")
     done = bench(out)
     assert done.returncode == 0, done.stderr
-    assert readme.README.read_text("utf-8") == before  # only a run into the default folder writes there
+    assert page.read_text("utf-8") == before  # only a run into the default folder writes there
     return out, json.loads((out / "bench_decode.json").read_text("utf-8"))
 
 

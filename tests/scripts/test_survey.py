@@ -1,6 +1,10 @@
 """The survey: a crash is a cell, an invariant that only the patched model breaks is a failure, the table follows."""
 
+import csv
+import io
+import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import readme
+import support_page
 import survey_architectures as survey
 import survey_cases
 import survey_table
@@ -91,7 +96,7 @@ def test_what_transformers_own_model_of_the_config_breaks_is_not_the_patchs():
     cell = survey.judged(answers)["llama"]["grouped_query down"]
     assert cell == {"status": "native", "broken": {"padding": "1", "deepcopy": "2"}}
     rows = {"llama": survey.judged(answers)["llama"]}
-    assert "| llama | grouped_query down: padding (1); " in survey_table._broken_by_transformers(rows)
+    assert ("llama", "grouped_query down: padding (1)") in survey_table.broken_by_transformers(rows)
 
 
 def test_only_a_twin_with_the_same_logits_excuses(monkeypatch):
@@ -119,13 +124,21 @@ def test_a_survey_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
 def test_the_table_counts_and_names():
     kinds = {"native": "native", "not applicable": "not applicable", "failed": "FAILED"}
     rows = {name: {"unpatched": {"status": "unpatched"}, "flash": {"status": s}} for name, s in kinds.items()}
-    rows["not applicable"]["flash"]["detail"] = "a | b_c"
+    rows["not applicable"]["flash"]["detail"] = "a | b_<c>"
     found = {"rows": rows, "invariants": ["x"], "types": {"causal": 7, "masked": 1}}
-    text = survey_table.table({**found, "versions": {"transformers": "5", "torch": "2"}})
+    found["versions"] = {"transformers": "5", "torch": "2"}
+    text = survey_table.summary(found)
     assert "3 of 7 causal-LM and 0 of 1 masked-LM types" in text
-    assert "| flash | 1 | 0 | 1 | 1 |" in text
-    assert r"a / b\_c" in text
-    assert "| failed | flash |" in text
+    assert "| `flash` | 1 | 0 | 1 | 1 |" in text
+    lines = list(csv.DictReader(io.StringIO(survey_table.as_csv(found))))
+    assert [(line["type"], line["result"], line["reason"]) for line in lines] == [
+        ("native", "stock", ""),
+        ("not applicable", "no", "a | b_<c>"),
+        ("failed", "fails", ""),
+    ]
+    page = support_page.html(found)
+    assert '<tr><th scope="row">not applicable</th><td class="no" data-r="0">no</td></tr>' in page
+    assert json.loads(re.search(r'id="reasons">(.*)</script>', page)[1]) == ["a | b_<c>"]
 
 
 def test_a_part_of_the_readme_is_replaced_whole():
@@ -135,3 +148,17 @@ def test_a_part_of_the_readme_is_replaced_whole():
     assert readme.with_part(new, "x", "new") == new
     with pytest.raises(SystemExit, match="markers"):
         readme.with_part("nothing", "x", "new")
+
+
+def test_a_figure_is_replaced_inside_a_sentence():
+    text = "it loses <!--=a.b-->1<!--/-->\nnats, or <!--=c-->2\n<!--/-->."
+    new = readme.with_figures(text, {"a.b": "0.07", "c": "3"})
+    assert new == "it loses <!--=a.b-->0.07<!--/-->\nnats, or <!--=c-->3<!--/-->."
+    with pytest.raises(SystemExit, match=r"no result has the figures c;"):
+        readme.with_figures(text, {"a.b": "0.07"})
+
+
+def test_a_part_stands_in_one_page():
+    assert readme.holder("support-table").name == "architectures.md"
+    with pytest.raises(SystemExit, match="stands in no page"):
+        readme.holder("nowhere")
