@@ -102,11 +102,9 @@ def _steps(model: PreTrainedModel, anatomy: Anatomy, patches: Sequence[Patch]) -
     if clash is None:
         return steps
     claim, *both = clash
-    if all(patch.wraps for patch in patches) and sum(patch.changes_positions for patch in patches) < 2:
-        try:
-            return _in_turn(model, patches)
-        except AttnPatchError:  # then each is refused beside the other
-            pass
+    stacked = all(patch.wraps for patch in patches) and len({patch.name for patch in patches}) == len(patches)
+    if stacked and sum(patch.changes_positions for patch in patches) < 2:
+        return _in_turn(model, patches)
     first, second = (step.patch.name for _, step in both)
     advice = _advice(model, *((patch, step.proposal) for patch, step in both))
     raise PatchConflict(f"{claim}: both {first} and {second} would write it; keep one{advice}.")

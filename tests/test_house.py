@@ -113,7 +113,7 @@ MAY_WRITE = {
         "register _attn_implementation",
         "the only writer of transformers' attention tables; a kernel that a user chose, under our name for it",
     ),
-    "attention/masks.py": ("setattr query_offset", "of the masks that it has just made"),
+    "attention/masks.py": ("setattr query_offset made", "of the masks that it has just made"),
     "recurrence/streams.py": ("load_state_dict", "of its own memory"),
     "recurrence/memory.py": (
         "keys values __class__",

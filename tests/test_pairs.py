@@ -77,7 +77,7 @@ def test_a_memory_goes_on_top_of_new_positions(model_type, patch, once):
     found = logits(model)
     assert float((found - alone(model_type, patch)).abs().max()) < 20 * FP32
     if model_type != "llama" or not isinstance(patch, ap.Rotary):  # there, its own modules are built again
-        assert all("memory" in each and len(each) == 2 for each in names(model))
+        assert all("memory" in each and len(each) > 1 for each in names(model))
     with ap.stream(model):
         pieces = [logits(model, part) for part in IDS.split([5, 11, 14], 1)]
     assert float((torch.cat(pieces, 1) - found).abs().max()) < 20 * FP32
