@@ -12,6 +12,7 @@ BIN := $(VENV)/bin
 LOW := $(VENV)/lowest
 MUTATE := $(VENV)/mutation
 MUTMUT := mutmut==3.8.1
+ATHERIS := $(VENV)/atheris
 NEW := $(VENV)/newest
 LOCKING := $(VENV)/locking
 DOCUMENTING := $(VENV)/docs
@@ -39,7 +40,7 @@ FAST := -n $(WORKERS) -m "not full and not slow"
 # the workers already fill the cores; a thread pool in each would only get in their way
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-all test-lowest test-newest check-releases mutation interrupt fuzz lock newest lint format survey drift \
+.PHONY: demo test test-all test-lowest test-newest check-releases mutation interrupt fuzz fuzz-atheris lock newest lint format survey drift \
 	bench bench-alibi bench-relative \
 	bench-decode bench-extend check-diagnose \
 	downstream peers results-grouped-query results-extend-context results-passkey results-recurrence \
@@ -85,6 +86,11 @@ FUZZ ?= 100000
 fuzz: $(INSTALLED)
 	$(QUIET) $(BIN)/python scripts/fuzz.py --inputs $(FUZZ)
 
+# the same parsers by coverage, for as long as you like; goes on from the corpus in outputs/fuzz_atheris
+FUZZ_SECONDS ?= 600
+fuzz-atheris: $(ATHERIS)/.installed
+	$(QUIET) HF_HUB_OFFLINE=1 $(ATHERIS)/bin/python scripts/fuzz_atheris.py --seconds $(FUZZ_SECONDS)
+
 lock: $(LOCKING)/.installed
 	$(LOCKING)/bin/python scripts/lock.py --torch $(TORCH)
 
@@ -94,10 +100,11 @@ newest: $(LOCKING)/.installed
 	$(LOCKING)/bin/python scripts/lock.py --torch $(TORCH) --upgrade && \
 	$(LOCKING)/bin/python scripts/upstream_changes.py $$locked $$(sed -n 's/^transformers==//p' constraints.txt)
 
-# Ctrl-C at every line, of every patch on five families: hours of one core; the same command goes on where it was stopped
+# Ctrl-C at every line: first those that no other pair of family and patch has reached, then all of every pair (hours of one
+# core); the same command goes on where it was stopped
 interrupt: $(INSTALLED)
-	$(QUIET) $(BIN)/python -W ignore scripts/interrupt.py --by line
-	$(QUIET) $(BIN)/python -W ignore scripts/interrupt.py --sample 40
+	$(QUIET) $(BIN)/python -W ignore scripts/interrupt.py --new
+	$(QUIET) $(BIN)/python -W ignore scripts/interrupt.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -245,6 +252,11 @@ $(MUTATE)/.installed: $(INSTALLED)
 $(DOCUMENTING)/.installed: Makefile pyproject.toml
 	$(PYTHON) -m venv $(DOCUMENTING)
 	$(DOCUMENTING)/bin/python -m pip install --quiet $(DOCS_TOOLS)
+	@touch $@
+
+$(ATHERIS)/.installed: $(INSTALLED)
+	$(call layered,$(ATHERIS))
+	$(ATHERIS)/bin/python -m pip install --quiet atheris==3.0.0
 	@touch $@
 
 $(LOCKING)/.installed: Makefile

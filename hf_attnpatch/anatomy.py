@@ -20,7 +20,9 @@ from .positions.added import CHILD, LearnedPositions, SinusoidalPositions
 from .positions.modules import turns_nothing
 from .sites import Site, bias_tables, in_tower, read_sites
 from .upstream import words
-from .upstream.roles import frequencies, learn, makes_angles, roles_of
+from .upstream.roles import frequencies, learn, makes_angles, position_tables, roles_of
+
+_TABLES = ("position_embeddings", "embed_positions", "wpe", "position_embedding")
 
 
 @dataclass(frozen=True)
@@ -190,13 +192,19 @@ def _rotary(model: PreTrainedModel) -> Iterator[tuple[RotaryModule, bool]]:
 
 
 def _tables(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
-    names = ("position_embeddings", "embed_positions", "wpe", "position_embedding")
-    for path, module in model.named_modules():
-        if path.rpartition(".")[2] in names:
-            weight = getattr(module, "weight", None)
-            weights = getattr(module, "weights", weight)  # sinusoidal modules of the fairseq family
-            if isinstance(weights, Tensor) and weights.dim() == 2:
-                yield path, weights.shape[0]
+    """Yield the path and the rows of each position table: of those that are called so, or that are given positions."""
+    named = [path for path, _ in model.named_modules() if path.rpartition(".")[2] in _TABLES]
+    for paths in (named, sorted(position_tables(model))):
+        found = {path: weight for path in paths if (weight := _table(model.get_submodule(path))) is not None}
+        yield from ((path, weight.shape[0]) for path, weight in found.items())
+        if found:
+            return
+
+
+def _table(module: nn.Module) -> Tensor | None:
+    weight = getattr(module, "weight", None)
+    weights = getattr(module, "weights", weight)  # sinusoidal modules of the fairseq family
+    return weights if isinstance(weights, Tensor) and weights.dim() == 2 else None
 
 
 def angle_table(module: nn.Module) -> str | None:

@@ -13,9 +13,20 @@ from transformers import PreTrainedModel
 from . import foreign, record
 from .anatomy import describe
 from .beside import Before, beside_text, remember
-from .edits import SetAttribute, SetConfig, SetConfigClass, Write, undo_all, whole_shapes, write_all
+from .edits import (
+    FirstLayers,
+    SetAttribute,
+    SetConfig,
+    SetConfigClass,
+    Write,
+    tried,
+    undo_all,
+    whole_shapes,
+    write_all,
+)
 from .errors import AttnPatchError, SelfCheckFailed, UnsupportedArchitecture
 from .exclusive import alone, lock_of
+from .few import calls_of_all, left, one_of_each
 from .interruption import all_or_nothing, ensured
 from .media import Probes, probes
 from .patch import Patch
@@ -33,6 +44,8 @@ from .probe import (
 from .report import Report
 from .selfcheck import decoding
 from .tested import warn_if_newer
+from .upstream import words
+from .upstream.roles import roles_of
 from .weightless import restoring
 
 
@@ -82,22 +95,80 @@ def _applied(
     sites = tuple(dict.fromkeys(path for step in steps.steps for path in step.proposal.sites))
     asked = (probes(model) if given is None else Probes(given)) if self_check else None
     inputs = None if asked is None else asked.main
-    before = None if inputs is None else trace(model, inputs, sites)
+    cut = None if inputs is None or given is not None or _preserves(steps) else _cut(model, steps, inputs)
+    before = None if inputs is None else _before(model, inputs, sites, cut)
     more = Before() if asked is None or before is None else remember(model, asked, before, sites)
-    if before is not None and not before.logits.isfinite().all():
-        raise AttnPatchError(
-            f"{type(model).__name__}: its logits on the probe are not finite before anything is patched; look at its "
-            "weights and dtype, or pass probe={...} with inputs that it was made for."
-        )
+    if before is not None:
+        _check_finite(model, before)
     findings = {s.patch.name: s.proposal.prepare(model) for s in steps.steps if s.proposal.prepare is not None}
     write_all(model, (*steps.edits, *_bookkeeping(model, steps, findings)), writes)
     for release in (s.proposal.release for s in steps.steps if s.proposal.release is not None):
         release()
     if inputs is None or before is None:
         return {"self-check": "not run"}, findings
-    checks = _check(model, steps, inputs, before, {*sites} != {*more.silent} or not sites)
-    checks |= beside_text(model, more, all(s.proposal.preserves or not s.proposal.edits for s in steps.steps))
+    after = None if cut is None else _as_expected(model, steps, inputs, before, cut)
+    if cut is not None and after is None:  # whose fault it is, only the whole model can tell
+        undo_all(writes)
+        before = trace(model, inputs, sites)
+        _check_finite(model, before)
+        for write in writes:
+            write.do()
+    checks = _check(model, steps, inputs, before, {*sites} != {*more.silent} or not sites, after)
+    if cut is not None and after is not None:
+        checks["largest change of a logit"] += f", in the first {cut.count} of its layers"
+    checks |= beside_text(model, more, _preserves(steps))
     return checks | _check_decoding(model, steps, inputs, writes), findings
+
+
+def _check_finite(model: PreTrainedModel, before: Trace) -> None:
+    if not before.logits.isfinite().all():
+        raise AttnPatchError(
+            f"{type(model).__name__}: its logits on the probe are not finite before anything is patched; look at its "
+            "weights and dtype, or pass probe={...} with inputs that it was made for."
+        )
+
+
+def _preserves(steps: Plan) -> bool:
+    """Whether no patch may change the logits."""
+    return all(s.proposal.preserves or not s.proposal.edits for s in steps.steps)
+
+
+def _cut(model: PreTrainedModel, steps: Plan, inputs: Inputs) -> FirstLayers | None:
+    """Return the first layers that are enough to compare, where inputs are tokens of one sequence; None for all."""
+    names = roles_of(model).names
+    plain = set(inputs) <= {names.get(words.TOKENS), names.get(words.MASK)}
+    return one_of_each(model, steps.anatomy.attending) if plain else None
+
+
+def _before(model: PreTrainedModel, inputs: Inputs, sites: tuple[str, ...], cut: FirstLayers | None) -> Trace:
+    """Run the unpatched model, or its first layers, which tell how often modules in the others run."""
+    if cut is None:
+        return trace(model, inputs, sites)
+    try:
+        with tried(model, [cut]):
+            found = trace(model, inputs, left(cut, sites))
+    except AttnPatchError:
+        return trace(model, inputs, sites)
+    return Trace(found.logits, calls_of_all(model, cut, found.calls, sites))
+
+
+def _as_expected(model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Trace, cut: FirstLayers) -> Trace | None:
+    """Run the patched model's first layers, and all of it on two tokens; None where anything is not as expected.
+
+    Decoding is then held to the same layers, so that the whole model has to run only once.
+    """
+    sites, rows = tuple(before.calls), {name: tensor[: len(tensor) // 2, :2] for name, tensor in inputs.items()}
+    if not sites or one_of_each(model, steps.anatomy.attending) != cut:
+        return None  # nothing was seen to run, or the patch has made layers of one kind different
+    try:
+        with tried(model, [cut]):
+            after = trace(model, inputs, left(cut, sites))
+        whole = trace(model, rows, sites)
+    except AttnPatchError:
+        return None
+    alike = after.logits.shape == before.logits.shape and whole.calls == before.calls
+    fine = alike and all(found.logits.isfinite().all() for found in (after, whole))
+    return Trace(after.logits, whole.calls) if fine else None
 
 
 @contextlib.contextmanager
@@ -170,15 +241,25 @@ def _version() -> str:
     return __version__
 
 
-def _check(model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Trace, reached: bool) -> dict[str, str]:
-    """Run the patched model and hold it to what was promised; ``reached``: whether a probe calls a patched module.
+def _check(
+    model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Trace, reached: bool, after: Trace | None
+) -> dict[str, str]:
+    """Run the patched model and hold it to what was promised.
+
+    Args:
+        model: patched.
+        steps: what was done.
+        inputs: of its forward.
+        before: what it computed unpatched.
+        reached: whether a probe calls a patched module.
+        after: what it computes now; None runs it.
 
     Raises:
         SelfCheckFailed: not finite, another shape, a patched site never called, or logits moved that must not.
         UnsupportedArchitecture: the patched attention is given what it cannot compute with.
     """
     try:
-        after = trace(model, inputs, tuple(before.calls))
+        after = trace(model, inputs, tuple(before.calls)) if after is None else after
     except AttnPatchError as error:
         cause = error.__cause__ or error
         if isinstance(cause, UnsupportedArchitecture):
@@ -202,7 +283,7 @@ def _check(model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Trace, r
     difference = largest_difference(before.logits, after.logits)
     if not reached and difference == 0:
         raise SelfCheckFailed("no probe calls a module that was patched, and no logit moved: nothing proves an effect.")
-    if all(s.proposal.preserves or not s.proposal.edits for s in steps.steps):
+    if _preserves(steps):
         problem = disagreement(before.logits, after.logits)
         if problem:
             raise SelfCheckFailed(f"this patch must not change the logits, but {problem}. The model is unchanged.")
@@ -220,7 +301,7 @@ def _check_decoding(model: PreTrainedModel, steps: Plan, inputs: Inputs, writes:
         SelfCheckFailed: the patched model decodes something else than it computes at once, and did not before.
     """
     promises = [s.proposal.promise for s in steps.steps if s.proposal.promise is not None]
-    sites = [path for step in steps.steps for path in step.proposal.sites]
+    sites = steps.anatomy.attending
     problem, said = decoding(model, inputs, sites, promises)
     if problem is None:
         return {"cached decoding": said}

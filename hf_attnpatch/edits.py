@@ -18,13 +18,13 @@ from .edit import Edit, Write, check_hooks, tried, undo_all, write_all
 from .edit import short as _short
 from .edit import swap as _swap
 from .errors import UnsupportedArchitecture
-from .interruption import ensured
 from .upstream.partitioned import is_partitioned, shape_of
 
 __all__ = [
     "AddModule",
     "AddPreHook",
     "Edit",
+    "FirstLayers",
     "ReplaceModule",
     "SetAttention",
     "SetAttribute",
@@ -32,7 +32,6 @@ __all__ = [
     "SetConfig",
     "SetConfigClass",
     "Write",
-    "first_layers",
     "tried",
     "undo_all",
     "write_all",
@@ -276,24 +275,31 @@ class SetAttention(Edit):
         return Write(self.claim, lambda: model.config._attn_implementation == self.implementation, do, undo)
 
 
-@contextlib.contextmanager
-def first_layers(model: nn.Module, path: str, count: int) -> Iterator[None]:
-    """Let a list of layers end after ``count`` of them for the length of a block; none is copied, changed or lost.
+@dataclass(frozen=True)
+class FirstLayers(Edit):
+    """Let a list of layers (``path``) end after ``count`` of them; none is copied, changed or lost."""
 
-    Args:
-        model: any.
-        path: of a ``ModuleList``.
-        count: layers that stay.
-    """
-    parent, _, name = path.rpartition(".")
-    store, whole = model.get_submodule(parent)._modules, model.get_submodule(path)
+    rung = "module"
+    count: int
 
-    def put_back() -> None:
-        store[name] = whole
+    @property
+    def claim(self) -> str:
+        """The list."""
+        return self.path
 
-    with ensured(put_back):
-        store[name] = nn.ModuleList(list(whole.children())[:count])
-        yield
+    def preview(self, model: PreTrainedModel) -> tuple[str, str]:
+        """How many there are, and how many stay."""
+        return f"{len(_children(model, self.path))} layers", f"the first {self.count}"
+
+    def prepare(self, model: PreTrainedModel) -> Write:
+        """Make the shorter list."""
+        parent, _, name = self.path.rpartition(".")
+        short = nn.ModuleList(_children(model, self.path)[: self.count])
+        return _swap(model.get_submodule(parent)._modules, name, short, self.claim)
+
+
+def _children(model: nn.Module, path: str) -> list[nn.Module]:
+    return list(model.get_submodule(path).children())
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -296,7 +295,8 @@ def remembered(store: dict[str, Any]) -> Callable[[], None]:
 
     What is missing is added before what is new is taken away, so that another thread never finds less than there was.
     """
-    containers: list[Any] = [(v, copy.copy(v)) for v in (store, *store.values()) if isinstance(v, (dict, list))]
+    containers: list[Any] = [(v, dict(v)) for v in (store, *store.values()) if isinstance(v, dict)]
+    containers += [(v, list(v)) for v in store.values() if isinstance(v, list)]
 
     def restore() -> None:
         for container, content in containers:

@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from .edits import first_layers
+from .edits import tried
 from .errors import SelfCheckFailed
+from .few import one_of_each
 from .invariants.noise import rounding
 from .probe import Inputs, disagreement, largest_difference, quiet, valid
-from .stepwise import STEPS, NoCache, in_pieces, remembers, rereads, writes_as_it_reads
+from .stepwise import STEPS, NoCache, in_pieces, remembers, rereads, unmasked, writes_as_it_reads
 from .upstream import words
 from .upstream.roles import predicted, roles_of
 
@@ -36,7 +37,7 @@ def decoding(
 
     Args:
         model: patched or not; left as it was.
-        sites: paths of modules inside the layers that may be left out.
+        sites: paths of all modules that attend.
         inputs: of its forward; what is no text goes with the first tokens.
         promises: of patches about the cache.
         steps: tokens of each step after the prefill.
@@ -52,10 +53,10 @@ def decoding(
     said = f"a prefill and steps of {' and '.join(map(str, dict.fromkeys(steps)))} tokens equal the full forward"
     short = None if promises else one_of_each(model, sites)
     if short is not None:
-        with first_layers(model, *short):
+        with tried(model, [short]):
             problem, found = _asked(model, inputs, (), steps)
         if problem is None:
-            return None, found or f"{said}, one row left-padded, in the first {short[1]} of its layers"
+            return None, found or f"{said}, one row left-padded, in the first {short.count} of its layers"
     problem, found = _asked(model, inputs, promises, steps)
     return problem, found or f"{said}, one row left-padded"
 
@@ -117,6 +118,7 @@ def decoded_with(model: PreTrainedModel, given: Inputs) -> str | None:
     roles = roles_of(model)
     if not model.can_generate() or not {roles.names.get(r) for r in (words.TOKENS, words.DECODER_TOKENS)} & set(given):
         return None
+    given = unmasked(model, given)
     with quiet(model), torch.no_grad():
         try:
             wanted, found = _both(model, given, STEPS, [])
@@ -126,36 +128,6 @@ def decoded_with(model: PreTrainedModel, given: Inputs) -> str | None:
             text_of = " ".join(f"{type(error).__name__}: {error}".split())
             return f"decoding with a cache fails ({text_of[:200]})"
         return _apart(model, given, wanted, found)
-
-
-def one_of_each(model: PreTrainedModel, sites: Sequence[str]) -> tuple[str, int] | None:
-    """Return the list of layers that holds some modules, and how many of its first have one of each kind of layer.
-
-    None where it is no such list, or nothing would be saved.
-    """
-    parts = sites[0].split(".") if sites else []
-    cut = next((n for n, part in enumerate(parts) if part.isdigit()), 0)
-    path = ".".join(parts[:cut])
-    layers = model.get_submodule(path) if cut else None
-    if not isinstance(layers, nn.ModuleList) or not all(site.startswith(f"{path}.") for site in sites):
-        return None
-    kinds = [_kind(layer) for layer in layers]
-    count = 1 + max(kinds.index(kind) for kind in kinds)
-    return (path, count) if count < len(layers) else None
-
-
-def _kind(layer: nn.Module) -> Any:
-    """What tells layers apart: their modules' classes, hooks and plain attributes, but for the layer's own number."""
-    return [
-        (
-            path,
-            type(module),
-            [type(hook) for hook in module._forward_pre_hooks.values()],
-            [(k, v) for k, v in vars(module).items() if isinstance(v, (bool, float, str)) and k != "training"],
-            {k: v for k, v in vars(module).items() if isinstance(v, int) and k not in words.LAYER_NUMBER},
-        )
-        for path, module in layer.named_modules()
-    ]
 
 
 def _placed(model: PreTrainedModel, inputs: Inputs) -> dict[str, Tensor]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .configs import config_path
 from .errors import UnsupportedArchitecture
 from .layouts import LAYOUTS, Layout, Rows, is_projection, weight_rows
 from .upstream import words
 from .upstream.calls import says_causal
+from .upstream.dispatching import dispatches
 
 _CONVOLVED = "keys pass a convolution of their own for each head, which shared heads cannot"
 # What a module's own children and parameters are called where it keeps something else than keys and values.
@@ -109,7 +109,7 @@ def dispatching(
         places.append(Place(site.path, site.num_heads, site.causal, site.config))
     for path in [*other, *unread]:
         module = model.get_submodule(path)
-        if _dispatches(type(module)) and not in_tower(path):
+        if dispatches(model, module) and not in_tower(path):
             if path in unread:
                 raise UnsupportedArchitecture(f"{path}: {unread[path]}")
             places.append(Place(path, None, says_causal(module), _owner(model, module)))
@@ -131,7 +131,7 @@ def read_sites(model: PreTrainedModel) -> tuple[tuple[Site, ...], dict[str, str]
         layout = next((row for row in LAYOUTS if row.matches(module)), None)
         if layout is None:
             if _looks_like_attention(module) and not in_tower(path):
-                unread[path] = f"{kind}: matches no row of hf_attnpatch/layouts.py"
+                unread[path] = f"{kind}: {_no_row(module)}"
             continue
         if _convolved(module, layout):
             other[path] = f"{kind}: {_CONVOLVED}"
@@ -142,6 +142,16 @@ def read_sites(model: PreTrainedModel) -> tuple[tuple[Site, ...], dict[str, str]
         else:
             sites.append(site)
     return tuple(sites), _outermost(other, []), _outermost(unread, [s.path for s in sites] + list(other))
+
+
+def _no_row(module: nn.Module) -> str:
+    """Say which projections a module has, and by which names they were looked for."""
+    there = [path for path, _ in module.named_modules() if path and is_projection(module, path)]
+    wanted = dict.fromkeys(row.query for row in LAYOUTS)
+    return (
+        f"matches no row of hf_attnpatch/layouts.py (its projections are {', '.join(there) or 'none'}; queries were "
+        f"looked for in {', '.join(wanted)})"
+    )
 
 
 def _outermost(found: dict[str, str], inner: list[str]) -> dict[str, str]:
@@ -205,7 +215,7 @@ def _site(model: PreTrainedModel, path: str, module: nn.Module, layout: Layout) 
         output=_output(path, model, module, layout),
         causal=says_causal(module),
         cross=_is_cross(path, module),
-        dispatches=_dispatches(type(module)),
+        dispatches=dispatches(model, module),
         config=_owner(model, module),
     )
 
@@ -259,9 +269,3 @@ def _output(path: str, model: PreTrainedModel, module: nn.Module, layout: Layout
         if is_projection(owner, name.removeprefix("..")):
             return f"{base}.{name.removeprefix('..')}"
     return ""
-
-
-def _dispatches(kind: type[nn.Module]) -> bool:
-    """Whether the forward goes through transformers' attention registry: whether its code names such a table."""
-    forward = inspect.unwrap(kind.forward)
-    return any(isinstance(forward.__globals__.get(name), AttentionInterface) for name in forward.__code__.co_names)

@@ -78,6 +78,12 @@ def in_pieces(
     return torch.cat(found, 1)
 
 
+def unmasked(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return inputs without a mask that hides nothing: some count the positions of a later piece by the whole mask."""
+    mask = roles_of(model).names.get(words.MASK)
+    return {name: t for name, t in inputs.items() if name != mask or not t.all()}
+
+
 def rereads(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
     """Whether ``generate`` reads the whole text again for each token: the proof that a model keeps no cache.
 
@@ -131,4 +137,4 @@ def writes_as_it_reads(model: PreTrainedModel, inputs: Mapping[str, Tensor], tok
     return torch.equal(text[:, -tokens:], wanted)
 
 
-__all__ = ["STEPS", "NoCache", "in_pieces", "remembers", "rereads", "writes_as_it_reads"]
+__all__ = ["STEPS", "NoCache", "in_pieces", "remembers", "rereads", "unmasked", "writes_as_it_reads"]

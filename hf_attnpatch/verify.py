@@ -15,7 +15,7 @@ from .anatomy import describe
 from .errors import AttnPatchError, UnsupportedArchitecture
 from .exclusive import alone, lock_of
 from .interruption import all_or_nothing, ensured
-from .invariants import INVARIANTS, SAVING, Answer, Subject
+from .invariants import INVARIANTS, SAVING, WAYS, Answer, Subject
 from .probe import checked_inputs, codebooks, input_device, random_states, reads_tokens, way_back
 from .upstream import words
 from .upstream.roles import columns, roles_of
@@ -30,7 +30,7 @@ class Finding:
     """What was found for one invariant.
 
     Attributes:
-        invariant: a key of ``INVARIANTS``.
+        invariant: a key of ``INVARIANTS`` or ``WAYS``.
         outcome: ``pass``, ``fail`` or ``not applicable``.
         measured: the figure, or None where nothing was measured.
         tolerance: the largest figure that passes.
@@ -75,7 +75,9 @@ class Verification:
         return _text(f"{self.architecture}: {verdict}", table)
 
 
-def verify(model: PreTrainedModel, *, inputs: Mapping[str, Tensor] | None = None, save: bool = True) -> Verification:
+def verify(
+    model: PreTrainedModel, *, inputs: Mapping[str, Tensor] | None = None, save: bool = True, ways: bool = True
+) -> Verification:
     """Probe a model on a few tokens and say, invariant by invariant, whether it does what a correct model does.
 
     The model is bitwise what it was afterwards: modes, gradients, config, random state, attention implementation and
@@ -87,6 +89,9 @@ def verify(model: PreTrainedModel, *, inputs: Mapping[str, Tensor] | None = None
         inputs: of its forward, without padding or mask; by default two rows of 24 tokens. Give rows longer than the
             original context to see what a rope scaling that switches by length does there.
         save: whether to save and load it twice in a temporary directory.
+        ways: whether to run it as ``generate`` and its callers do: a static cache with chunked prefill, assisted
+            decoding, beams, a learned prefix in the cache; and with images, sound and positions of several axes, where
+            it takes any.
 
     Raises:
         UnsupportedArchitecture: not a ``PreTrainedModel``, or one that reads no tokens.
@@ -96,7 +101,8 @@ def verify(model: PreTrainedModel, *, inputs: Mapping[str, Tensor] | None = None
     anatomy = describe(model)
     given = _default_inputs(model) if inputs is None else _checked(model, checked_inputs("inputs", inputs))
     subject = Subject(model, anatomy, {name: tensor.to(input_device(model)) for name, tensor in given.items()})
-    asked = {name: ask for name, ask in INVARIANTS.items() if save or name not in SAVING}
+    every = {**INVARIANTS, **(WAYS if ways else {})}
+    asked = {name: ask for name, ask in every.items() if save or name not in SAVING}
 
     def found() -> tuple[Finding, ...]:
         return tuple(find(name, ask, subject) for name, ask in asked.items())

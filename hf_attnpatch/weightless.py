@@ -149,9 +149,10 @@ class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's o
         real = [t for t in given if not t.is_meta]
         if len(real) == len(given):
             return func(*args, **kwargs)
-        shapes = _shapes(func, args, kwargs)
-        looked_up = func is torch.ops.aten.embedding.default
-        if not looked_up and not any(t.is_floating_point() for t in real):
+        wanted = kwargs.get("device")
+        shapes = _shapes(func, args, kwargs if wanted is None else {**kwargs, "device": torch.device("meta")})
+        needed = func is torch.ops.aten.embedding.default or (wanted is not None and wanted.type != "meta")
+        if not needed and not any(t.is_floating_point() for t in real):
             return _same(func, args, shapes)
         filled = tree_map_only(Tensor, lambda t: self._filled(t, real), shapes)
         if func._schema.is_mutable and isinstance(args[0], Tensor):

@@ -13,9 +13,10 @@ from hf_attnpatch.plotting import import_pyplot
 Row = dict[str, Any]
 
 NOTE = """\
-`copy`: a clone of the replaced weights. `weights`: making and setting the new ones; `plan` and `self-check` (two
-forwards of 20 tokens) come on top. `peak extra`: resident memory during `apply` above that before it; `transient`: what
-of it is gone when `apply` returns. The report still holds the old weights; `after report` is when it was dropped."""
+`copy`: a clone of the replaced weights. `weights`: making and setting the new ones; `plan` and `self-check` (the
+first layers, one of each kind, read and decode 16 tokens; all layers read two) come on top. `peak extra`: resident
+memory during `apply` above that before it; `transient`: what of it is gone when `apply` returns. The report still holds
+the old weights; `after report` is when it was dropped."""
 
 
 def table(title: str, rows: list[Row]) -> Table:

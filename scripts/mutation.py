@@ -34,16 +34,25 @@ def main() -> None:
     args = parser.parse_args()
     config = yaml.safe_load(CONFIG.read_text("utf-8"))
     worker.enter(args.tree)
+    shared: dict[tuple[str, ...], list[tuple[str, dict]]] = {}
     for name in args.modules or config["modules"]:
+        own = {**config["defaults"], **config["modules"][name], "seed": config["seed"]}
+        own |= {"sample": args.sample} if args.sample else {}
+        tests = tuple(test for test in own["tests"] if Path(test.partition("::")[0]).exists())
+        shared.setdefault(tests, []).append((name, own))
         if args.list:
             print(name, len(mutants.mutants(Path("hf_attnpatch", name).read_text("utf-8"))))
-        else:
-            own = {**config["defaults"], **config["modules"][name], "seed": config["seed"]}
-            run(name, {**own, **({"sample": args.sample} if args.sample else {})}, args.survivors, args.more)
+    for tests, modules in shared.items() if not args.list else ():
+
+        def work(room: worker.Room, modules: list[tuple[str, dict]] = modules) -> None:
+            for name, own in modules:
+                run(name, own, room, args.survivors, args.more)
+
+        worker.session(tests, work)
 
 
-def run(name: str, own: dict, survivors: bool, more: int) -> None:
-    """One module: its tests as they are, then with each mutant, then the files of results."""
+def run(name: str, own: dict, room: worker.Room, survivors: bool, more: int) -> None:
+    """One module with each mutant before its tests, then the files of results."""
     started = time.monotonic()
     path = Path.cwd() / "hf_attnpatch" / name
     everything = mutants.mutants(path.read_text("utf-8"))
@@ -55,13 +64,11 @@ def run(name: str, own: dict, survivors: bool, more: int) -> None:
     if survivors:
         left = [row for row in page.read(RESULTS)[1].values() if row.module == name and row.now in page.ALIVE]
         drawn = [one for one in everything if one.key in {row.key[1:] for row in left}]
-    there = tuple(test for test in own["tests"] if Path(test.partition("::")[0]).exists())
-    tests = worker.baseline(there) if drawn else None
     found: dict[tuple[str, ...], page.Row] = {}
     outcomes: Counter[str] = Counter()
     for one in drawn:
         why = _reason(one, own)
-        result = "survived" if why and survivors else _outcome(name, path, one, tests, own)
+        result = "survived" if why and survivors else _outcome(name, path, one, room, own)
         why = why if result == "survived" else ""
         outcomes["equivalent" if why else result] += 1
         row = page.Row(name, *one.key, one.operator, one.lines[0], result, "equivalent" if why else result, why)
@@ -85,12 +92,11 @@ def _reason(one: mutants.Mutant, own: dict) -> str:
     return next((e["why"] for e in entries), "")
 
 
-def _outcome(name: str, path: Path, one: mutants.Mutant, tests: worker.Baseline | None, own: dict) -> str:
-    assert tests is not None
-    chosen = tests.tests(path, one.lines)
-    limit = own["patience"] + 4 * sum(tests.seconds[test] for test in chosen)
+def _outcome(name: str, path: Path, one: mutants.Mutant, room: worker.Room, own: dict) -> str:
+    chosen = room.baseline.tests(path, one.lines)
+    limit = own["patience"] + 4 * sum(room.baseline.seconds[test] for test in chosen)
     module = "hf_attnpatch." + name.removesuffix(".py").replace("/", ".")
-    return worker.outcome(module, path, one.source, chosen, limit)
+    return room.outcome(module, path, one.source, chosen, limit)
 
 
 def _merge(rows: dict, found: dict, name: str, survivors: bool) -> None:

@@ -1,15 +1,14 @@
-"""Runs tests against mutants: everything heavy is imported once, and every mutant is a fork that imports the rest.
+"""Runs tests against mutants: they are imported and collected once, and every mutant is a fork that changes the code.
 
-A mutant's file is never on disk: an import hook serves its text. Tests that do not reach the mutated statement are not
-run; those that do are run fastest first, until one fails. No fork may take more than a few GB: a mutated limit does.
+What cannot be changed where it stands (:mod:`mutation_swap`) is imported anew: a mutant's file is never on disk, an
+import hook serves its text. Tests that do not reach the mutated statement are not run; those that do are run fastest
+first, until one fails. No fork may take more than a few GB: a mutated limit does.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
+import ast
 import gc
-import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -18,7 +17,6 @@ import os
 import resource
 import signal
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -30,8 +28,10 @@ import coverage
 import pytest
 import torch
 import transformers  # noqa: F401 - what takes the longest, before any fork
+from _pytest.runner import runtestprotocol
 from hypothesis import Phase, settings
 from hypothesis.internal.conjecture import providers
+from mutation_swap import swap
 
 ROOT = Path(__file__).resolve().parents[1]
 _OFF = ("cacheprovider", "xdist", "unraisableexception", "threadexception")  # the last two collect garbage: 0.4 s a run
@@ -47,7 +47,7 @@ class Baseline:
     Attributes:
         seconds: of each test, by its id.
         reached: file -> line -> the tests that ran it.
-        imported: file -> lines that run when it is imported.
+        imported: file -> lines that run when it is imported, which concern all tests that run any of it.
     """
 
     seconds: dict[str, float]
@@ -58,38 +58,26 @@ class Baseline:
         """Ids of the tests that reach a statement of a file, fastest first; all where it runs at import."""
         span, reached = range(lines[0], lines[1] + 1), self.reached.get(str(path), {})
         found = {test for line in span for test in reached.get(line, ())}
-        if not found and self.imported.get(str(path), set()).intersection(span):
-            found = set(self.seconds)
+        if self.imported.get(str(path), set()).intersection(span):
+            found |= {test for tests in reached.values() for test in tests}
         return sorted(found, key=self.seconds.__getitem__)
 
 
-class _Recorder:
-    """A pytest plugin: how long each test takes, and which lines of the file it runs."""
-
-    def __init__(self, cover: coverage.Coverage) -> None:
-        self.cover, self.seconds = cover, {}
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
-        self.cover.switch_context(item.nodeid)
-        started = time.perf_counter()
-        result = yield
-        self.seconds[item.nodeid] = time.perf_counter() - started
-        self.cover.switch_context("")
-        return result
-
-
-class _Chosen:
-    """A pytest plugin: these tests alone, in this order, and no search for the smallest failing example."""
-
-    def __init__(self, tests: Sequence[str]) -> None:
-        self.place = {test: i for i, test in enumerate(tests)}
+class _Quick:
+    """A pytest plugin: no search for the smallest failing example."""
 
     @pytest.hookimpl(trylast=True)
     def pytest_configure(self) -> None:
         quick = settings(settings.get_profile("repeatable"), phases=(Phase.explicit, Phase.generate))
         settings.register_profile("quick", quick)
         settings.load_profile("quick")
+
+
+class _Chosen(_Quick):
+    """A pytest plugin: these tests alone, in this order."""
+
+    def __init__(self, tests: Sequence[str]) -> None:
+        self.place = {test: i for i, test in enumerate(tests)}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
@@ -121,86 +109,116 @@ def enter(tree: Path) -> None:
     sys.path.insert(0, str(tree.resolve()))
 
 
-@functools.cache  # modules of one folder share their tests
-def baseline(tests: tuple[str, ...]) -> Baseline:
-    """Run tests on the package as it is, in a fork, and import here what they imported of other projects.
+class _Loop(_Quick):
+    """A pytest plugin: in the place of running what was collected, something is done with it."""
+
+    def __init__(self, work: Callable[[Room], None]) -> None:
+        self.work = work
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        if session.testsfailed:
+            raise session.Interrupted("a file of tests cannot be imported")
+        self.work(Room(session.items))
+        return True
+
+
+def session(tests: Sequence[str], work: Callable[[Room], None]) -> None:
+    """Collect tests in a fork of this process, and do something with them there.
 
     Args:
         tests: files, or ids in them.
+        work: is given them.
 
     Raises:
-        SystemExit: they do not pass.
+        SystemExit: they cannot be collected, or do not pass.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder) / "baseline.json"
-        code = _forked(lambda: _record(tests, found), 3600, show=True)
-        if code:
-            raise SystemExit(f"{tests}: end with {code} before anything is mutated; see above.")
-        told = json.loads(found.read_text())
-    for name in told.pop("modules"):
-        with contextlib.suppress(ImportError):  # made by other modules, not importable by name
-            importlib.import_module(name)
-    gc.freeze()  # what is here now is never looked at again, in no fork
-    reached = {path: {int(n): ids for n, ids in lines.items()} for path, lines in told["reached"].items()}
-    return Baseline(told["seconds"], reached, {path: set(lines) for path, lines in told["imported"].items()})
+    if code := _forked(lambda: int(pytest.main([*_FLAGS, *tests], plugins=[_Loop(work)])), float("inf"), show=True):
+        raise SystemExit(f"{', '.join(tests)}: end with {code} before anything is mutated; see above.")
 
 
-def _record(tests: Sequence[str], found: Path) -> int:
-    cover = coverage.Coverage(data_file=None, include=["hf_attnpatch/*"], config_file=False)
-    recorder = _Recorder(cover)
-    cover.start()
-    code = pytest.main([*_FLAGS, *tests], plugins=[recorder])
-    cover.stop()
-    data = cover.get_data()
-    contexts = {path: data.contexts_by_lineno(path) for path in data.measured_files()}
-    found.write_text(
-        json.dumps(
-            {
-                "seconds": recorder.seconds,
-                "reached": {
-                    path: {n: [name for name in names if name] for n, names in lines.items()}
-                    for path, lines in contexts.items()
-                },
-                "imported": {
-                    path: [n for n, names in lines.items() if "" in names] for path, lines in contexts.items()
-                },
-                "modules": [name for name, module in sys.modules.items() if _others(module)],
-            }
-        )
-    )
-    return int(code)
-
-
-def _others(module: object) -> bool:
-    file = getattr(module, "__file__", None) or ""
-    homes = [sysconfig.get_path("stdlib"), *(p for p in sys.path if p.endswith("site-packages"))]
-    return file.startswith(tuple(homes))
-
-
-def outcome(name: str, path: Path, source: str, tests: Sequence[str], limit: float) -> str:
-    """Run tests against a mutant: ``killed``, ``survived``, ``timeout`` or, without tests, ``not covered``.
+class Room:
+    """Collected tests.
 
     Args:
-        name: of the module, dotted.
-        path: its file.
-        source: its text, mutated.
-        tests: their ids, in the order to run them.
-        limit: seconds after which it is ended.
+        items: as pytest has them.
     """
-    if not tests:
-        return "not covered"
 
-    def run() -> int:
-        sys.meta_path.insert(0, _Served(name, path, source))
-        files = dict.fromkeys(test.partition("::")[0] for test in tests)
-        return int(pytest.main([*_FLAGS, *files], plugins=[_Chosen(tests)]))
+    def __init__(self, items: Sequence[pytest.Item]) -> None:
+        self.items = {item.nodeid: item for item in items}
+        with tempfile.TemporaryDirectory() as folder:
+            found = Path(folder) / "baseline.json"
+            if _forked(lambda: self._record(found), float("inf"), show=True):
+                raise SystemExit("tests fail before anything is mutated.")
+            told = json.loads(found.read_text())
+        gc.freeze()  # what is here now is never looked at again, in no fork
+        reached = {path: {int(n): ids for n, ids in lines.items()} for path, lines in told["reached"].items()}
+        imported = {str(path): _at_import(path) for path in map(Path, reached)}
+        self.baseline = Baseline(told["seconds"], reached, imported)
 
-    code = _forked(run, limit)
-    if code is None:
-        return "timeout"
-    if code < 0:  # by a signal, such as a crash in a kernel
-        return "killed"
-    return _OUTCOMES[code]
+    def _record(self, found: Path) -> int:
+        cover = coverage.Coverage(data_file=None, include=["hf_attnpatch/*"], config_file=False)
+        cover.start()
+        seconds = {}
+        for name, item in self.items.items():
+            cover.switch_context(name)
+            started = time.perf_counter()
+            if wrong := [report for report in runtestprotocol(item, log=False, nextitem=None) if report.failed]:
+                print(name, wrong[0].longreprtext)
+                return 1
+            seconds[name] = time.perf_counter() - started
+        cover.stop()
+        data = cover.get_data()
+        contexts = {path: data.contexts_by_lineno(path) for path in data.measured_files()}
+        reached = {path: {n: list(filter(None, ids)) for n, ids in lines.items()} for path, lines in contexts.items()}
+        found.write_text(json.dumps({"seconds": seconds, "reached": reached}))
+        return 0
+
+    def outcome(self, name: str, path: Path, source: str, tests: Sequence[str], limit: float) -> str:
+        """Run tests against a mutant: ``killed``, ``survived``, ``timeout`` or, without tests, ``not covered``.
+
+        Args:
+            name: of the module, dotted.
+            path: its file.
+            source: its text, mutated.
+            tests: their ids, in the order to run them.
+            limit: seconds after which it is ended.
+        """
+        if not tests:
+            return "not covered"
+
+        def run() -> int:
+            if not swap(name, path, source):
+                return _anew(name, path, source, tests)
+            return int(any(r.failed for t in tests for r in runtestprotocol(self.items[t], log=False, nextitem=None)))
+
+        code = _forked(run, limit)
+        if code is None:
+            return "timeout"
+        return _OUTCOMES[code] if code >= 0 else "killed"  # by a signal, such as a crash in a kernel
+
+
+def _anew(name: str, path: Path, source: str, tests: Sequence[str]) -> int:
+    """Import the project once more, a module of it from another text, and run its tests."""
+    for other in [n for n, m in sys.modules.items() if (getattr(m, "__file__", None) or "").startswith(os.getcwd())]:
+        if "site-packages" not in (sys.modules[other].__file__ or "") and not other.startswith(("__main__", "mut")):
+            del sys.modules[other]
+    sys.meta_path.insert(0, _Served(name, path, source))
+    files = dict.fromkeys(test.partition("::")[0] for test in tests)
+    return int(pytest.main([*_FLAGS, *files], plugins=[_Chosen(tests)]))
+
+
+def _at_import(path: Path) -> set[int]:
+    """Lines of a file outside of its functions."""
+    tree = ast.parse(path.read_text("utf-8"))
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    inside = {n for node in ast.walk(tree) if isinstance(node, kinds) for n in _body(node)}
+    return {node.lineno for node in ast.walk(tree) if isinstance(node, ast.stmt)} - inside
+
+
+def _body(node: Any) -> range:
+    body = node.body if isinstance(node.body, list) else [node.body]
+    return range(body[0].lineno, (node.end_lineno or 0) + 1)
 
 
 def _forked(work: Callable[[], int], limit: float, show: bool = False) -> int | None:

@@ -6,12 +6,17 @@
     python scripts/rehearse_drift.py --rename cache=kv_store                # a mutation of one's own: old=new[,old=new]
     python scripts/rehearse_drift.py --rename scaling=scale@attribute       # in some roles only
     python scripts/rehearse_drift.py --move masking_utils=masks.attention   # a module goes elsewhere
+    python scripts/rehearse_drift.py --again crash silent vague refused q_proj   # only what these words say, once more
+    python scripts/rehearse_drift.py --page                                 # asks nothing: writes what is there so far
 
 A copy changes what all models share and the models that are asked; `--whole-package` changes the others, too.
 
 The release is asked first, once for each state of this code; what was answered is kept in outputs/drift, and the same
-command goes on where it was stopped. Exit status 1: a crash, a silent cell, a mutation that is none, or less than 80 %
-of the cells the same.
+command goes on where it was stopped. With `--again`, answers of earlier states of this code count, and so do the
+release's numbers; cells whose status, mutation, family, case or patch is among the words are asked again, by the code
+as it is now. The page says how many cells each state has answered.
+
+Exit status 1: a crash, a silent cell, a mutation that is none, or less than 80 % of the cells the same.
 """
 
 from __future__ import annotations
@@ -22,7 +27,8 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,27 +76,43 @@ def chosen_cases(asked: Sequence[str]) -> list[str]:
     return found if asked else list(CASES)
 
 
-def folders(families: Iterable[str]) -> list[str]:
-    """The folders below ``models`` that a copy has to change for these families."""
+def folders(families: Iterable[str]) -> dict[str, str]:
+    """The folder below ``models`` of each family."""
     from transformers.models.auto.configuration_auto import model_type_to_module_name
 
-    return sorted({"auto", *map(model_type_to_module_name, families)})
+    return {family: model_type_to_module_name(family) for family in families}
 
 
-def remembered(file: Path, code: str) -> dict[tuple[str, str], dict[Cell, Found]]:
-    """Answers of earlier runs of this code, by the digest of the mutation; of two the later counts."""
+def remembered(file: Path, code: str, again: Collection[str] | None = None) -> dict[tuple[str, str], dict[Cell, Found]]:
+    """Answers of earlier runs, by mutation and digest; of two the later counts.
+
+    Args:
+        file: of answers.
+        code: state of this code that they must be of.
+        again: statuses, mutations, families, cases and patches: answers of other states of the code count, too, but
+            for theirs; None for none.
+    """
     found: dict[tuple[str, str], dict[Cell, Found]] = {}
     for line in file.read_text("utf-8").splitlines() if file.is_file() else ():
         answer = json.loads(line)
-        if answer["code"] == code:
+        if answer["code"] == code or again is not None:
             own = found.setdefault((answer["mutation"], answer["change"]), {})
-            own[tuple(answer["cell"])] = answer["found"]
+            own[tuple(answer["cell"])] = {**answer["found"], "code": answer["code"]}
+    patch = kinds()
+    for (mutation, _), own in found.items() if again is not None else ():
+        for cell, answer in list(own.items()):
+            words = {mutation, answer["status"], *cell, patch.get(cell[1], "")}
+            if answer["code"] != code and words & set(again or ()):
+                del own[cell]
     return found
 
 
-def ask_release(reference: Reference, families: Sequence[str], cases: Sequence[str]) -> dict[Cell, Found]:
+def ask_release(
+    reference: Reference, families: Sequence[str], cases: Sequence[str], ask: bool = True
+) -> dict[Cell, Found]:
     """The cells that the release has; those that it refuses are none, and those that crash are said."""
     wanted = [(family, case) for family in families for case in (UNPATCHED, *cases)]
+    wanted = wanted if ask else reference.known(wanted)
     found, start = {}, time.monotonic()
     for number, (cell, answer) in enumerate(reference.ask(wanted, Mutation("", ()).vocabulary), 1):
         found[cell] = answer
@@ -104,11 +126,16 @@ def ask_release(reference: Reference, families: Sequence[str], cases: Sequence[s
 
 
 def ask_copies(
-    mutations: Sequence[Mutation], cells: Iterable[Cell], reference: Reference, workers: int
+    mutations: Sequence[Mutation],
+    cells: Iterable[Cell],
+    reference: Reference,
+    workers: int,
+    again: Collection[str] | None = None,
+    ask: bool = True,
 ) -> Iterator[tuple[str, Cell, Found]]:
     """Yield the answers of all mutations, `workers` of them at a time; each is kept as it comes."""
     code, cells = reference.release.code, list(cells)
-    known = remembered(ANSWERS, code)
+    known = remembered(ANSWERS, code, again)
     waiting, answers = list(mutations)[::-1], queue.Queue()
     digests = {m.name: copies.digest(reference.release.package, m.changes) for m in mutations}  # of any families
 
@@ -117,7 +144,7 @@ def ask_copies(
             while waiting:
                 mutation = waiting.pop()
                 own = known.get((mutation.name, digests[mutation.name]), {})
-                for cell, found in rehearse(mutation, cells, reference, own):
+                for cell, found in rehearse(mutation, cells, reference, own, ask):
                     answers.put((mutation.name, cell, found, cell not in own))
         finally:
             answers.put(None)
@@ -137,7 +164,7 @@ def ask_copies(
                 line = {"code": code, "mutation": name, "change": digests[name], "cell": cell, "found": found}
                 log.write(json.dumps(line) + "\n")
                 log.flush()
-            yield name, cell, found
+            yield name, cell, {"code": code, **found}
 
 
 def main() -> None:
@@ -149,37 +176,52 @@ def main() -> None:
     own = [*map(renaming, arguments.rename), *map(moving, arguments.move)]
     mutations = [*map(by_name, arguments.mutations), *own] or list(MUTATIONS)
     OUTPUTS.mkdir(parents=True, exist_ok=True)
-    models = () if arguments.whole_package else folders(arguments.families)
-    reference = Reference(installed(), arguments.limit, models=models)
+    own_folder = folders(arguments.families)
+    models = () if arguments.whole_package else sorted({"auto", *own_folder.values()})
+    if arguments.page:
+        arguments.again = []
+    latest = arguments.again is not None
+    reference = Reference(installed(), arguments.limit, models=models, latest=latest, folders=own_folder)
     cases, start = chosen_cases(arguments.patches), time.monotonic()
-    cells = ask_release(reference, arguments.families, cases)
+    cells = ask_release(reference, arguments.families, cases, not arguments.page)
     total = len(mutations) * len(cells)
     answers: dict[tuple[str, Cell], Found] = {}
-    for name, cell, found in ask_copies(mutations, cells, reference, arguments.workers):
+    for name, cell, found in ask_copies(
+        mutations, cells, reference, arguments.workers, arguments.again, not arguments.page
+    ):
         answers[name, cell] = found
         seconds = time.monotonic() - start
         _progress(f"{len(answers)} of {total}, {seconds:.0f} s, {name}: {' '.join(cell)}: {found['status']}")
     order = {m.name: i for i, m in enumerate(mutations)}
     answers = dict(sorted(answers.items(), key=lambda item: (order[item[0][0]], list(cells).index(item[0][1]))))
     whole = not (arguments.mutations or own or arguments.patches) and len(arguments.families) >= 10
-    _finish(answers, {case: kind for case, kind in kinds().items() if case in cases}, whole)
+    own_patch = {case: kind for case, kind in kinds().items() if case in cases}
+    _finish(answers, own_patch, _facts(answers, arguments.families, total) if whole else None)
 
 
-def _finish(answers: Mapping[tuple[str, Cell], Found], own: Mapping[str, str], whole: bool) -> None:
+def _finish(answers: Mapping[tuple[str, Cell], Found], own: Mapping[str, str], facts: Mapping[str, Any] | None) -> None:
     print()
     print(report.table(answers, own))
     print("\n".join(["", *report.failures(answers), report.summary(answers)]))
-    if whole:
-        report.write(RESULTS, answers, own, _facts())
+    if facts is not None:
+        report.write(RESULTS, answers, own, facts)
         print(f"written to {RESULTS.relative_to(ROOT)}")
     sys.exit(0 if report.passed(answers) else 1)
 
 
-def _facts() -> dict[str, Any]:
+def _facts(answers: Mapping[tuple[str, Cell], Found], families: Sequence[str], total: int) -> dict[str, Any]:
     import importlib.metadata
 
     versions = {name: importlib.metadata.version(name) for name in ("transformers", "torch")}
-    return {**versions, "families": ", ".join(FAMILIES), "mutations": len(MUTATIONS)}
+    states = Counter(found["code"] for found in answers.values())
+    asked = Counter(mutation for mutation, _ in answers)
+    return {
+        **versions,
+        "families": ", ".join(families),
+        "mutations": f"{len(asked)} of {len(MUTATIONS)}",
+        "asked": f"{len(answers)} cells of {total}, proofs that unpatched models are the same among both",
+        "states of the code": ", ".join(f"{state} ({number} cells)" for state, number in states.most_common()),
+    }
 
 
 def _progress(text: str) -> None:
@@ -194,6 +236,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--move", nargs="+", default=[], metavar="MODULE=MODULE", help="mutations of one's own")
     parser.add_argument("--families", nargs="+", default=FAMILIES, help="only these model types; nothing is written")
     parser.add_argument("--patches", nargs="+", default=[], help="only these patches or cases, or unpatched")
+    parser.add_argument(
+        "--again", nargs="+", metavar="WORD", help="keep the answers of earlier states of this code, but for these"
+    )
+    parser.add_argument("--page", action="store_true", help="ask nothing: write the page of all answers so far")
     parser.add_argument("--workers", type=int, default=2, help="mutations at a time")
     parser.add_argument("--limit", type=float, default=300, help="seconds for one cell")
     parser.add_argument(

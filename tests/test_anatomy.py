@@ -4,8 +4,13 @@ import pytest
 from architectures import tiny_config, tiny_model
 from snapshot import snapshot
 from transformers import CONFIG_MAPPING
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import hf_attnpatch as ap
+from hf_attnpatch import anatomy as anatomy_module
+from hf_attnpatch.upstream import dispatching
+from hf_attnpatch.upstream import words as roles
+from hf_attnpatch.upstream.roles import Roles, roles_of
 
 # model type, overrides, (heads, key-value heads, head size), layout, output projection of the first site
 SITES = [
@@ -106,12 +111,42 @@ def test_the_registry_is_known():
         assert not any(site.dispatches for site in ap.describe(tiny_model(model_type)).sites), model_type
 
 
+def test_a_registry_behind_something_else_is_found_by_running(monkeypatch):
+    plain = LlamaAttention.forward
+
+    def forward(*args, **kwargs):
+        return plain(*args, **kwargs)
+
+    model = tiny_model("llama")
+    monkeypatch.setattr(LlamaAttention, "forward", forward)
+    monkeypatch.setattr(dispatching, "_RUN", set())
+    assert all(site.dispatches for site in ap.describe(model).sites)
+    attention = roles_of(model.model.layers[0].self_attn)
+    assert attention.takes(roles.STATES, roles.CACHE, roles.MASK, roles.ANGLES)
+
+
+def test_what_a_call_passes_by_position_to_a_forward_that_declares_nothing_is_handed_on():
+    arguments = Roles("Attention", (), {}, {}, True).bind((1, 2), {"x": 3})
+    assert arguments.back() == ((1, 2), {"x": 3})
+    arguments = Roles("Attention", ("a",), {}, {}, True).bind((1, 2), {"x": 3})
+    assert arguments.back() == ((1, 2), {"x": 3})
+
+
+@pytest.mark.parametrize(("model_type", "encoder"), [("gpt2", False), ("opt", False), ("bert", True)])
+def test_position_tables_are_found_whatever_they_are_called(model_type, encoder, monkeypatch):
+    model = tiny_model(model_type, encoder=encoder)
+    named = ap.describe(model).tables
+    assert named
+    monkeypatch.setattr(anatomy_module, "_TABLES", ())
+    assert ap.describe(model).tables == named
+
+
 @pytest.mark.parametrize(
     ("model_type", "words"),
     [
         ("deepseek_v3", "latent attention caches a compressed vector"),
         ("mamba2", "linear attention keeps a state"),
-        ("xlnet", "matches no row of hf_attnpatch/layouts.py"),
+        ("xlnet", "matches no row of hf_attnpatch/layouts.py (its projections are none; queries were looked for in "),
     ],
 )
 def test_what_cannot_be_read_says_why(model_type, words):

@@ -10,12 +10,15 @@ import pytest
 import torch
 from architectures import tiny_model
 from snapshot import registries, snapshot
+from standing import Standing
 
 import hf_attnpatch as ap
 from hf_attnpatch import report as reports
 from hf_attnpatch.edits import AddPreHook, SetAttribute, SetConfig, tried
+from hf_attnpatch.exclusive import lock_of
 from hf_attnpatch.interruption import all_or_nothing, complete, ensured, entered, inside, removing
 from hf_attnpatch.probe import quiet, remembered
+from hf_attnpatch.recurrence import streams
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
@@ -165,19 +168,82 @@ def test_ctrl_c_within_a_revert_comes_after_it(monkeypatch):
     assert snapshot(model) == before
 
 
-# a child for each of some hundred places: 20 to 50 ms each
-@pytest.mark.parametrize(("action", "sample"), [("revert", None), ("apply", 40), ("patched", 15)])
+def test_a_stream_that_is_interrupted_as_it_ends_is_closed(monkeypatch):
+    model, left = tiny_model("llama"), []
+    ap.apply(model, ap.SegmentRecurrence(segment_length=8, memory_length=6), self_check=False)
+
+    def stopped(put_back):
+        left.append(put_back)
+        if len(left) == 1:
+            raise KeyboardInterrupt
+        complete(put_back)
+
+    monkeypatch.setattr(streams, "complete", stopped)
+    stream = ap.stream(model)
+    with pytest.raises(KeyboardInterrupt), stream:
+        pass
+    with ap.stream(model), pytest.raises(ap.AttnPatchError, match="open stream"):
+        stream.__enter__()
+
+
+# a child for each place: 30 to 60 ms
+@pytest.mark.parametrize(("action", "sample"), [("revert", 40), ("apply", 30), ("patched", 15)])
 def test_no_line_leaves_a_model_between_before_and_after(action, sample):
     (row,) = interrupt("gpt2", "position_table", [action], sample)
     assert row["damaged"] == 0, row["examples"]
-    assert row["tried"] >= (sample or 50)
+    assert row["tried"] >= sample
+    assert row["exact"] == row["lines"]  # so that the last visit of each was known
     assert row["before"]
 
 
 def test_a_way_back_that_is_not_taken_again_is_found_here(monkeypatch):
     monkeypatch.setattr(reports, "complete", lambda put_back: put_back())
-    (row,) = interrupt("gpt2", "position_table", ["revert"], None)
-    assert row["damaged"] >= 5
+    (row,) = interrupt("gpt2", "position_table", ["revert"], 40)
+    assert row["damaged"] >= 2
+
+
+def test_lines_that_are_known_need_no_child():
+    known = {}
+    (first,) = interrupt("gpt2", "position_table", ["revert"], 5, known)
+    (second,) = interrupt("gpt2", "position_table", ["revert"], None, known)
+    assert first["tried"] >= 5
+    assert (second["tried"], second["lines"]) == (0, first["lines"])
+
+
+def _another_handler(model):
+    signal.signal(signal.SIGTERM, lambda *_: None)
+
+
+CHANGES = {
+    "an attribute": lambda model: setattr(model.transformer.h[0].attn, "scale_attn_weights", False),
+    "a hook": lambda model: model.transformer.register_forward_hook(print),
+    "a field of the config": lambda model: model.config.__setattr__("n_ctx", 7),
+    "the config's class": lambda model: setattr(model.config, "__class__", type("Other", (type(model.config),), {})),
+    "a weight": lambda model: model.lm_head.weight.data[0, 0].add_(1),
+    "a parameter's object": lambda model: setattr(model.lm_head, "weight", torch.nn.Parameter(model.lm_head.weight)),
+    "a gradient": lambda model: setattr(model.lm_head.weight, "grad", torch.zeros_like(model.lm_head.weight)),
+    "the mode": lambda model: model.transformer.h[1].train(),
+    "the order of modules": lambda model: model._modules.update(transformer=model._modules.pop("transformer")),
+    "gradients of the process": lambda model: torch.set_grad_enabled(False),
+    "random numbers of the process": lambda model: torch.rand(1),
+    "signal handlers of the process": _another_handler,
+    "lock of the process": lambda model: lock_of(model).acquire(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_the_judge_sees(name):
+    model = tiny_model("gpt2")
+    handler, gradients = signal.getsignal(signal.SIGTERM), torch.is_grad_enabled()
+    standing = Standing(model)
+    assert standing.difference() is None
+    try:
+        CHANGES[name](model)
+        assert standing.difference() is not None
+        assert (standing.difference_around() == name) == name.endswith("of the process")
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        torch.set_grad_enabled(gradients)
 
 
 def test_the_page_is_that_of_the_table_and_no_model_was_damaged():

@@ -2,11 +2,13 @@
 
 import contextlib
 import importlib
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from architectures import tiny_model
+from caches import CACHE
 from torch import nn
 from transformers.utils import logging
 
@@ -14,10 +16,12 @@ import hf_attnpatch as ap
 from hf_attnpatch.attention.registry import FUSED
 from hf_attnpatch.invariants import Measured, Subject, copies, decoding, forward, kernels, training
 from hf_attnpatch.invariants.noise import rounding
-from hf_attnpatch.invariants.subject import compare, cut, pad
+from hf_attnpatch.invariants.subject import compare, cut, pad, unpadded
 from hf_attnpatch.stepwise import NoCache
+from hf_attnpatch.upstream import words
 from hf_attnpatch.verify import FAIL, NOT_APPLICABLE, PASS, Finding, Verification, _default_inputs, find, untouched
 
+VERIFY = importlib.import_module("hf_attnpatch.verify")  # by its name in the package it is the function
 IDS = torch.tensor([[7, 8, 9], [20, 21, 22]])
 
 
@@ -111,13 +115,39 @@ def test_two_rows_of_ordinary_tokens(model_type):
 
 def test_two_rows_of_eight_tokens_are_enough_and_a_mask_of_ones_hides_nothing(monkeypatch):
     asked = {"names": lambda subject: ",".join(subject.inputs)}
-    monkeypatch.setattr(importlib.import_module("hf_attnpatch.verify"), "INVARIANTS", asked)
+    monkeypatch.setattr(VERIFY, "INVARIANTS", asked)
     model, ids = tiny_model("llama", num_hidden_layers=1), torch.arange(5, 21).view(2, 8)
     for inputs in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}):
         assert ap.verify(model, inputs=inputs)["names"].note == "input_ids"
     for few in (ids[:, :7], ids[:1]):
         with pytest.raises(ap.AttnPatchError, match="at least 2 rows of 8"):
             ap.verify(model, inputs={"input_ids": few})
+
+
+def test_every_codebook_has_a_row_of_its_own(monkeypatch):
+    monkeypatch.setattr(VERIFY, "codebooks", lambda model: 3)
+    ids = _default_inputs(tiny_model("llama", num_hidden_layers=1))["input_ids"]
+    assert ids.shape == (6, 24)
+    assert [int(row) for row in (ids == ids[0]).all(1)] == [1, 1, 1, 0, 0, 0]
+
+
+def test_a_verification_prints_a_row_for_each_finding():
+    found = Verification(
+        "Model",
+        (Finding("first", PASS, 0.0123456, 0.5, "apart"), Finding("second", NOT_APPLICABLE, None, None, "no cache"))
+        + (Finding("third", FAIL, 2.0, 1e-5, "far"), Finding("fourth", FAIL, None, None, "KeyError")),
+    )
+    head, names, *rows = [line for line in str(found).splitlines() if any(c.isalpha() for c in line)]
+    assert head == "Model: 2 failed: third; fourth"
+    assert re.findall(r"\w+", names) == ["invariant", "outcome", "measured", "allowed", "note"]
+    assert [re.findall(r"[\w.-]+", row) for row in rows] == [
+        ["first", "pass", "0.0123", "0.5", "apart"],
+        ["second", "not", "applicable", "-", "-", "no", "cache"],
+        ["third", "fail", "2", "1e-05", "far"],
+        ["fourth", "fail", "-", "-", "KeyError"],
+    ]
+    assert found["third"].note == "far"
+    assert str(Verification("Model", found.findings[:2])).splitlines()[0].strip() == "Model: nothing failed"
 
 
 # -- padding -----------------------------------------------------------------------------------------------------------
@@ -128,6 +158,14 @@ def test_a_decoder_is_padded_on_the_left_and_told_its_positions():
     assert found["input_ids"].tolist() == [[7, 7, 7, 8, 9], [20, 20, 20, 21, 22]]
     assert found["attention_mask"].tolist() == [[0, 0, 1, 1, 1]] * 2
     assert found["position_ids"].tolist() == [[0, 0, 0, 1, 2]] * 2
+
+
+def test_a_decoder_that_takes_no_positions_is_told_none():
+    subject = _subject("bloom")
+    assert not subject.takes(words.POSITIONS)
+    assert set(pad(subject, {"input_ids": IDS}, 2)) == {"input_ids", "attention_mask"}
+    assert subject.run().get(CACHE) is None  # a cache is not asked for
+    assert torch.equal(unpadded(subject, subject.inputs), subject.model(input_ids=IDS).logits)
 
 
 def test_an_encoder_is_padded_on_the_right():

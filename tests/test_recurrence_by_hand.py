@@ -1,11 +1,13 @@
 """A memory and what guards it, on tokens that can be counted: what may be taken back, what a state may hold."""
 
+import re
 import threading
 
 import pytest
 import torch
 from architectures import tiny_model
 from recurring import logits_of, random_ids, with_memory
+from transformers import DynamicCache
 
 import hf_attnpatch as ap
 from hf_attnpatch.attention.call import AttentionCall
@@ -75,6 +77,28 @@ def test_only_columns_that_are_tokens_in_every_row_are_taken_back():
     memory.put({}, Sinks(), number, number, torch.tensor([5, 6]), torch.zeros(2), more)
     memory.put({}, Sinks(), number, number, torch.tensor([8, 9]), torch.zeros(2), more)
     assert memory.whole == 6
+    memory.put({}, Sinks(), number, number, torch.tensor([12, 14]), torch.zeros(2), keep)
+    assert memory.whole == 2  # what came before the padding cannot be reached any more
+
+
+def test_each_row_is_held_to_what_it_holds_itself():
+    memory = Memory()
+    memory.begin(2)
+    number = torch.stack([torch.arange(6), torch.arange(10, 16)])
+    counts, shift = torch.tensor([6, 16]), torch.tensor([5, 7])
+    memory.put({}, Sinks(), number, number, counts, shift, torch.ones(2, 6))
+    with pytest.raises(ap.AttnPatchError, match="rolled back by 1 tokens"):
+        memory.crop(1, CUT)  # the second row goes on in segment 12, and would see from 9 on
+    memory.crop(1, Segments(LENGTH, 2))
+    assert memory.shift.tolist() == [5, 7]
+
+
+@pytest.mark.parametrize(("columns", "shift"), [(2, 5), (3, 0)])
+def test_a_row_without_tokens_begins_where_it_likes(columns, shift):
+    memory = _read(3)
+    memory.shift = torch.tensor([5])
+    memory.crop(columns, CUT)
+    assert memory.shift.tolist() == [shift]
 
 
 def test_a_row_that_began_anew_has_nothing_to_take_back():
@@ -91,9 +115,13 @@ def test_a_state_that_was_loaded_says_nothing_of_its_last_columns():
     assert (int(memory.count), memory.columns) == (5, 5)
     with pytest.raises(ap.AttnPatchError, match="not all tokens of every row"):
         memory.crop(1, CUT)
+    more = torch.arange(7)[None]
+    memory.put({}, Sinks(), more, more, torch.tensor([7]), torch.zeros(1), torch.ones(1, 2))
+    memory.crop(2, Segments(8, 8))
+    assert int(memory.count) == 5
 
 
-@pytest.mark.parametrize(("asked", "left"), [(-1, 5), (-2, 4), (5, 5), (4, 4), (6, 6), (9, 6), (0, 6)])
+@pytest.mark.parametrize(("asked", "left"), [(-1, 5), (-2, 4), (-6, 0), (5, 5), (4, 4), (6, 6), (9, 6), (0, 6)])
 def test_a_cache_is_cropped_by_what_goes_or_to_what_stays(asked, left):
     cache = RecurrentCache(Memory(), CUT)
     cache.memory = _read(6)
@@ -101,6 +129,33 @@ def test_a_cache_is_cropped_by_what_goes_or_to_what_stays(asked, left):
     assert cache.get_seq_length() == left
     with pytest.raises(ap.AttnPatchError, match=f"from a cache that has read {left}"):
         cache.crop(-left - 1)
+    cache.memory = _read(3)
+    cache.crop(1)
+    assert cache.get_seq_length() == 1
+
+
+def test_a_cache_that_the_caller_holds_becomes_a_view_of_a_memory():
+    held, memory = DynamicCache(), _read(6)
+    held.mine = 3
+    RecurrentCache.take_over(held, memory, CUT)
+    assert type(held) is RecurrentCache
+    assert held.memory is memory
+    assert held.segments is CUT
+    assert not hasattr(held, "mine")
+    assert held.get_seq_length() == 0
+    assert held.get_max_length() == -1  # none
+    assert held.offloading is False
+
+
+def test_what_a_cache_holds_can_be_counted():
+    memory = _read(6)
+    cache = RecurrentCache(memory, CUT)
+    assert cache.layers[0].keys.flatten().tolist() == memory.number[0].tolist()
+    assert cache.layers[0].is_initialized
+    sinks = torch.full((1, 1, 2, 1), -7.0)
+    memory.sinks = Sinks({0: (sinks, sinks * 2)}, torch.tensor([[0, 1]]), torch.tensor([[0, 1]]))
+    assert cache.layers[0].keys.flatten().tolist() == [-7, -7, *memory.number[0].tolist()]
+    assert cache.layers[0].values[0, 0, :2, 0].tolist() == [-14, -14]
 
 
 def test_a_cache_counts_from_where_it_began():
@@ -134,6 +189,7 @@ def test_a_batch_has_as_many_rows_as_the_one_before():
     memory = Memory()
     memory.reset([5])  # nothing was read yet
     memory.begin(2)
+    assert {t.dtype for t in (memory.number, memory.turned, memory.count, memory.shift)} == {torch.int64}
     memory.begin(2)
     for rows in (1, 3):
         with pytest.raises(ap.AttnPatchError, match=f"a stream of 2 rows was given a batch of {rows}"):
@@ -142,7 +198,11 @@ def test_a_batch_has_as_many_rows_as_the_one_before():
     memory.begin(3)
 
 
-@pytest.mark.parametrize("rows", [[0, 2], torch.tensor([0, 2]), torch.tensor([True, False, True]), (n for n in (2, 0))])
+@pytest.mark.parametrize(
+    "rows",
+    [[0, 2], torch.tensor([0, 2]), torch.tensor([True, False, True]), (n for n in (2, 0))]
+    + [torch.tensor([2, 0], dtype=torch.uint8)],
+)
 def test_the_rows_that_are_reset_and_no_others(rows):
     memory = _three()
     before = memory.number
@@ -217,7 +277,9 @@ def test_a_state_is_a_mapping(found):
         check_state(found)
 
 
-@pytest.mark.parametrize("name", ["x", "00.k", "123456.k", "-1.k", "1.q", "1.kk", "sinks.1", "sinks.count", 3, "1.k\n"])
+@pytest.mark.parametrize(
+    "name", ["x", "00.k", "123456.k", "-1.k", "1.q", "1.kk", "1\u0663.k", "sinks.1", "sinks.count", 3, "1.k\n"]
+)
 def test_a_name_that_no_stream_returns(name):
     with pytest.raises(ap.AttnPatchError, match="no tensor"):
         check_state({**_state(True), name: torch.ones(1)})
@@ -234,8 +296,12 @@ def test_every_tensor_is_needed(name):
 @pytest.mark.parametrize("name", ["segments", "columns", "number", "turned", "count", "shift", "sinks.number"])
 def test_numbers_are_int64_of_as_many_dimensions_as_they_have(name):
     good = _state(True)[name]
-    for bad in (good.float(), good.int(), good[None], good.tolist(), good.to("meta")):
-        with pytest.raises(ap.AttnPatchError, match=f"{name} is .*; wanted int64 of {good.dim()} dimensions"):
+    wide = re.escape(str((1, *good.shape)))
+    for bad, said in (
+        *((good.float(), "float32 of"), (good.int(), "int32 of"), (good[None], f"int64 of shape {wide}")),
+        *((good.tolist(), "a list of|6"), (good.to("meta"), "int64 of")),
+    ):
+        with pytest.raises(ap.AttnPatchError, match=f"{name} is ({said}).*; wanted int64 of {good.dim()} dimensions"):
             check_state({**_state(True), name: bad})
 
 

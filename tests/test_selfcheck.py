@@ -1,5 +1,8 @@
 """What ``apply`` and ``verify`` say where a patched model would decode something else than it computes at once."""
 
+import collections
+import dataclasses
+
 import pytest
 import torch
 from architectures import tiny_model
@@ -7,8 +10,10 @@ from snapshot import snapshot
 from transformers import DynamicCache
 
 import hf_attnpatch as ap
-from hf_attnpatch import stepwise
+from hf_attnpatch import api, few, stepwise
 from hf_attnpatch.attention import rotation
+from hf_attnpatch.edits import FirstLayers
+from hf_attnpatch.heads import regroup
 from hf_attnpatch.positions import added
 from hf_attnpatch.probe import largest_difference, trace
 from hf_attnpatch.spans import modules as spans
@@ -53,6 +58,46 @@ def test_a_request_that_outgrows_what_it_was_begun_for_is_refused():
         in_pieces(model, {"input_ids": IDS}, [10, 14])
 
 
+# -- what it costs -----------------------------------------------------------------------------------------------------
+
+
+def _read(model, patch):
+    """Return how many tokens each layer reads while a patch is applied."""
+    tokens, layers = collections.Counter(), model.get_decoder().layers
+
+    def note(number):
+        return lambda module, args, kwargs: tokens.update(
+            {number: (args or [kwargs["hidden_states"]])[0][..., 0].numel()}
+        )
+
+    handles = [layer.register_forward_pre_hook(note(n), with_kwargs=True) for n, layer in enumerate(layers)]
+    ap.apply(model, patch)
+    for handle in handles:
+        handle.remove()
+    return [tokens[number] for number in range(len(layers))]
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        ap.GroupedQuery(num_kv_heads=2, method="mean"),
+        ap.RopeScaling(kind="yarn", factor=4.0),
+        ap.Rotary(theta=500.0),
+        ap.Alibi(),
+    ],
+    ids=lambda patch: patch.name,
+)
+def test_the_whole_model_reads_two_tokens_and_the_first_layer_of_its_kind_the_rest(patch):
+    first, *others = _read(tiny_model("llama", num_hidden_layers=4, num_key_value_heads=4), patch)
+    assert others == [2, 2, 2]
+    assert first > 60
+
+
+def test_a_patch_that_must_not_change_the_logits_is_compared_in_all_layers():
+    tokens = _read(tiny_model("llama", num_hidden_layers=3, num_key_value_heads=2), ap.GroupedQuery(num_kv_heads=4))
+    assert tokens[1:] == [32, 32]
+
+
 def test_attention_sinks_hold_what_they_promise():
     model = tiny_model("llama")
     ap.apply(model, ap.AttentionSinks(num_sinks=2, window=6, trained=16))
@@ -69,6 +114,59 @@ def _refused(model, patch, words_of_it):
     with pytest.raises(ap.SelfCheckFailed, match=words_of_it):
         ap.apply(model, patch)
     assert snapshot(model) == before
+
+
+def test_a_fault_in_the_last_layer_alone_is_found(monkeypatch):
+    real = regroup._filled
+
+    def filled(new, tensors, old):
+        if old is last:
+            tensors = {name: tensor * float("nan") for name, tensor in tensors.items()}
+        return real(new, tensors, old)
+
+    model = tiny_model("llama", num_hidden_layers=4, num_key_value_heads=4)
+    last = model.model.layers[3].self_attn.v_proj
+    monkeypatch.setattr(regroup, "_filled", filled)
+    _refused(model, ap.GroupedQuery(num_kv_heads=2, method="mean"), "logits are wrong on the probe: not finite")
+
+
+def test_a_module_of_the_last_layer_that_no_longer_runs_is_found(monkeypatch):
+    real = api.trace
+
+    def trace(model, inputs, watch=()):
+        found = real(model, inputs, watch)
+        grouped = model.config.num_key_value_heads == 2
+        return dataclasses.replace(found, calls={k: n for k, n in found.calls.items() if not (grouped and "3" in k)})
+
+    model = tiny_model("llama", num_hidden_layers=4, num_key_value_heads=4)
+    monkeypatch.setattr(api, "trace", trace)
+    patch = ap.GroupedQuery(num_kv_heads=2, method="mean")
+    _refused(model, patch, "model.layers.3.self_attn: ran 0 times on the probe, 1 before")
+
+
+def test_numbers_that_were_not_finite_before_are_not_the_patch_s_fault():
+    model = tiny_model("llama", num_hidden_layers=4, num_key_value_heads=4)
+    with torch.no_grad():
+        model.model.layers[3].mlp.up_proj.weight[0, 0] = float("nan")
+    before = snapshot(model)
+    with pytest.raises(ap.AttnPatchError, match="not finite before anything is patched"):
+        ap.apply(model, ap.GroupedQuery(num_kv_heads=2, method="mean"))
+    assert snapshot(model) == before
+
+
+def test_layers_are_alike_only_if_nothing_but_their_numbers_differs():
+    model = tiny_model("llama", num_hidden_layers=3)
+    layers, sites = model.model.layers, ap.describe(model).attending
+    assert few.one_of_each(model, sites).count == 1
+    layers[1].self_attn.window = None
+    layers[0].self_attn.window = layers[2].self_attn.window = 4
+    assert few.one_of_each(model, sites).count == 2
+    layers[2].self_attn.register_forward_hook(lambda *_: None)
+    assert few.one_of_each(model, sites) is None  # all three differ
+    calls = few.calls_of_all(
+        model, FirstLayers("model.layers", 2), {sites[0]: 1, sites[1]: 2, "model.norm": 3}, (*sites, "model.norm")
+    )
+    assert calls == {sites[0]: 1, sites[1]: 2, "model.norm": 3}
 
 
 def test_keys_that_miss_their_rotation_on_the_way_into_the_cache_are_found(monkeypatch):

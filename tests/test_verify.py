@@ -6,11 +6,13 @@ import pytest
 import torch
 from architectures import tiny_inputs, tiny_model
 from caches import CACHE
+from media_models import media_model
 from snapshot import snapshot
-from transformers import AttentionInterface
+from transformers import AttentionInterface, DynamicCache
 
 import hf_attnpatch as ap
-from hf_attnpatch.invariants import INVARIANTS, SAVING, Subject
+from hf_attnpatch.invariants import INVARIANTS, SAVING, WAYS, Subject
+from hf_attnpatch.media import IMAGE
 from hf_attnpatch.verify import FAIL, NOT_APPLICABLE, PASS, find
 
 
@@ -19,6 +21,13 @@ def _noisy(model):
         return output + 0.01 * torch.randn_like(output)
 
     model.model.embed_tokens.register_forward_hook(hook)
+
+
+def _noisy_logits(model):
+    def hook(module, args, output):
+        return output + 0.01 * torch.randn_like(output)
+
+    model.get_output_embeddings().register_forward_hook(hook)
 
 
 def _peeks(model):
@@ -37,6 +46,14 @@ def _mixes_the_batch(model):
 def _forgets_the_cache(model):
     for layer in model.model.layers[1:]:
         layer.register_forward_pre_hook(lambda m, a, kw: (a, {**kw, CACHE: None}), with_kwargs=True)
+
+
+def _counts_anew(model):
+    def hook(module, args, kwargs):
+        ids = args[0] if args else kwargs["input_ids"]
+        return args, {**kwargs, "position_ids": torch.arange(ids.shape[1])[None]}
+
+    model.model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _remembers(model):
@@ -100,12 +117,19 @@ SABOTAGE = [
     (_computes_elsewhere, "deepcopy"),
     (_is_detached, "gradients reach the attention"),
     (_recomputes_otherwise, "gradient checkpointing"),
+    (_forgets_the_cache, "static cache, chunked prefill"),
+    (_forgets_the_cache, "assisted decoding"),
+    (_forgets_the_cache, "beams"),
+    (_counts_anew, "learned prefix (PEFT's prefix tuning)"),
 ]
+
+
+EVERY = {**INVARIANTS, **WAYS}
 
 
 def _ask(model, invariant):
     ids = tiny_inputs(model, length=20)["input_ids"]
-    return find(invariant, INVARIANTS[invariant], Subject(model, ap.describe(model), {"input_ids": ids}))
+    return find(invariant, EVERY[invariant], Subject(model, ap.describe(model), {"input_ids": ids}))
 
 
 @pytest.mark.parametrize(("sabotage", "invariant"), SABOTAGE, ids=lambda v: getattr(v, "__name__", v))
@@ -137,7 +161,69 @@ def test_a_kernel_that_disagrees_is_found(name, monkeypatch):
 
 def test_every_invariant_can_fail():
     kernels = {"eager attention agrees", "sdpa agrees", "flex attention agrees"}
-    assert {invariant for _, invariant in SABOTAGE} | kernels == set(INVARIANTS)
+    media = {"images, sound, several axes of positions"}  # below
+    assert {invariant for _, invariant in SABOTAGE} | kernels | media == set(EVERY)
+
+
+@pytest.mark.parametrize(
+    ("invariant", "cache", "broken"),
+    [
+        ("beams", DynamicCache, "reorder_cache"),
+        ("assisted decoding", DynamicCache, "crop"),
+    ],
+)
+def test_a_cache_that_does_not_follow_is_found(invariant, cache, broken, monkeypatch):
+    model = tiny_model("llama")
+    monkeypatch.setattr(cache, broken, lambda *_: None)
+    assert _ask(model, invariant).outcome == FAIL
+
+
+def _media(model):
+    name = "images, sound, several axes of positions"
+    return find(name, WAYS[name], Subject(model, ap.describe(model), {"input_ids": torch.arange(20, 44).view(2, 12)}))
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_vl", "whisper"])
+def test_models_are_asked_with_what_their_processor_makes(model_type):
+    model = media_model(model_type)
+    found = _media(model)
+    assert found.outcome == PASS, found
+    assert IMAGE in found.note or "input_features" in found.note or "axes" in found.note
+    _noisy_logits(model)
+    assert _media(model).outcome == FAIL
+
+
+def test_decoding_after_an_image_is_held_to_the_full_forward():
+    """A model that forgets all but the image's tokens once it decodes."""
+    model = media_model("llava")
+    for layer in model.get_decoder().layers[1:]:
+        layer.register_forward_pre_hook(lambda m, a, kw: (a, {**kw, CACHE: None}), with_kwargs=True)
+    assert _media(model).outcome == FAIL
+
+
+def test_a_prefix_that_is_seen_both_ways_is_said_and_not_failed():
+    found = _media(media_model("paligemma"))
+    assert found.outcome == PASS
+    assert "with an image and types of tokens, earlier tokens see later ones" in found.note
+
+
+@pytest.mark.parametrize(
+    "patch", [ap.GroupedQuery(num_kv_heads=2, method="mean"), ap.Alibi(), ap.Rotary()], ids=lambda p: p.name
+)
+def test_a_patched_model_is_run_in_every_way(patch):
+    model = tiny_model("gpt2")
+    ap.apply(model, patch)
+    for way in [way for way in WAYS if "images" not in way]:
+        assert _ask(model, way).outcome == PASS, way
+
+
+def test_what_a_memory_cannot_is_refused_in_words_and_not_a_failure():
+    model = tiny_model("llama")
+    ap.apply(model, ap.SegmentRecurrence(segment_length=8, memory_length=8))
+    assert _ask(model, "beams").outcome == PASS
+    found = _ask(model, "assisted decoding")
+    assert found.outcome == NOT_APPLICABLE
+    assert "requires a cache that can be cropped" in found.note
 
 
 def test_one_that_raises_fails_and_says_how():
@@ -187,10 +273,10 @@ def test_the_model_is_left_bitwise_as_it_was(model_type, overrides, patch, train
 def test_an_unbroken_model_passes_and_prints():
     found = ap.verify(tiny_model("llama"))
     assert found.passed
-    assert [f.invariant for f in found.findings] == list(INVARIANTS)
+    assert [f.invariant for f in found.findings] == list(EVERY)
     text = str(found)
     assert "LlamaForCausalLM: nothing failed" in text
-    assert all(invariant in text for invariant in INVARIANTS)
+    assert all(invariant.split("(")[0] in text for invariant in EVERY)
     assert found["sdpa agrees"].outcome == NOT_APPLICABLE
     assert found["sdpa agrees"].note == "it is the present one"
 
@@ -205,7 +291,13 @@ def test_a_broken_model_does_not_pass_and_the_print_says_where():
 
 def test_saving_can_be_left_out():
     found = ap.verify(tiny_model("gpt2"), save=False)
-    assert {f.invariant for f in found.findings} == set(INVARIANTS) - set(SAVING)
+    assert {f.invariant for f in found.findings} == set(EVERY) - set(SAVING)
+
+
+def test_ways_can_be_left_out():
+    assert [f.invariant for f in ap.verify(tiny_model("gpt2"), ways=False, save=False).findings] == [
+        name for name in INVARIANTS if name not in SAVING
+    ]
 
 
 def test_an_encoder_is_not_asked_what_only_decoders_do():

@@ -47,7 +47,7 @@ def shared(
     before, after = site.rows(), replace(site, layout=replace(site.layout, packing=packing)).rows(num_kv_heads)
     parameters = {
         name: _rows(site, child, rows.detach(), before, after, resize)
-        for name, rows in (("weight", weight_rows(old)), ("bias", getattr(old, "bias", None)))
+        for name, rows in (("weight", weight_rows(old).contiguous()), ("bias", getattr(old, "bias", None)))
         if isinstance(rows, Tensor)
     }
     groups = site.num_heads // num_kv_heads

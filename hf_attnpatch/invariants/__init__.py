@@ -12,6 +12,7 @@ from .forward import after_a_longer_request, alone_or_in_a_batch, blind_to_the_f
 from .kernels import eager_agrees, flex_agrees, sdpa_agrees
 from .subject import Answer, Measured, Subject
 from .training import checkpointing_changes_nothing, gradients_arrive
+from .ways import assisted, beams, learned_prefix, static_cache, with_media
 
 INVARIANTS: Mapping[str, Callable[[Subject], Answer]] = {
     "two forwards are equal": repeated,
@@ -31,6 +32,14 @@ INVARIANTS: Mapping[str, Callable[[Subject], Answer]] = {
     "sdpa agrees": sdpa_agrees,
     "flex attention agrees": flex_agrees,
 }
+# how models are run beside a text and its own cache; dearer, so that the contract asks it of some families only
+WAYS: Mapping[str, Callable[[Subject], Answer]] = {
+    "static cache, chunked prefill": static_cache,
+    "assisted decoding": assisted,
+    "beams": beams,
+    "learned prefix (PEFT's prefix tuning)": learned_prefix,
+    "images, sound, several axes of positions": with_media,
+}
 SAVING = ("saved and loaded", "saved in shards and loaded")
 
-__all__ = ["INVARIANTS", "SAVING", "Answer", "Measured", "Subject"]
+__all__ = ["INVARIANTS", "SAVING", "WAYS", "Answer", "Measured", "Subject"]

@@ -151,9 +151,15 @@ class Rotary(Patch):
     def _rotation(self, model: PreTrainedModel, anatomy: Anatomy) -> Rotation:
         """Return how the heads would be rotated."""
         heads = {site.head_dim for site in anatomy.sites if not site.cross and not site.tower}
+        if not heads:
+            unread = next(iter((anatomy.unread | anatomy.other).items()), ("", ""))  # type: ignore[operator]
+            raise UnsupportedArchitecture(
+                f"{anatomy.architecture}: no attention module was read whose heads could be rotated. "
+                + ": ".join(filter(None, unread))
+            )
         if len(heads) != 1:
             raise UnsupportedArchitecture(
-                f"{anatomy.architecture}: heads of {', '.join(map(str, sorted(heads))) or 'no known'} dimensions; "
+                f"{anatomy.architecture}: heads of {', '.join(map(str, sorted(heads)))} dimensions; "
                 "one rotation needs heads of one size."
             )
         width = heads.pop()

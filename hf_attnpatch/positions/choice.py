@@ -11,6 +11,7 @@ from ..attention.registry import set_kernel
 from ..backends import FLAG, Candidate, obstacle, ranked
 from ..edits import Edit
 from ..errors import UnsupportedArchitecture
+from ..few import on_few_layers
 from ..probe import default_inputs, logits_under, trial
 from ..upstream import words
 from ..upstream.roles import roles_of
@@ -43,6 +44,20 @@ def choose(
     check_blind(model, anatomy, reference)
     if backend == "eager":
         return "eager", "dense, with every score in memory"
+    return on_few_layers(model, anatomy.attending, lambda cut: _fastest(anatomy, request, backend, common, what, cut))
+
+
+def _fastest(
+    anatomy: Anatomy,
+    request: Candidate,
+    backend: str,
+    common: Sequence[Edit],
+    what: str,
+    cut: tuple[Edit, ...],
+) -> tuple[str, str]:
+    """Do so on a model that ``cut`` may have made short; the other arguments are those of :func:`choose`."""
+    model: PreTrainedModel = request.model
+    reference = [*common, set_kernel("eager"), *cut]
     inputs = default_inputs(model)
     bare = {
         name: tensor for name, tensor in inputs.items() if name != roles_of(model).names.get(words.MASK)
@@ -51,11 +66,14 @@ def choose(
     reasons: list[str] = []
     for name in ranked(model.device) if backend == "auto" else (backend,):
         why = obstacle(name, request)
+        runs = why is None
         for given, wanted in probes:
-            why = why or trial(model, [*common, set_kernel(name)], given, wanted, request.training)
+            why = why or trial(model, [*common, set_kernel(name), *cut], given, wanted, request.training)
         if why is None:
             passed = f"; passed over {'; '.join(reasons)}" if reasons else ""
             return name, f"{name} on {model.device.type}, equal to the reference on a probe{passed}"
+        if cut and runs:
+            raise UnsupportedArchitecture(f"{name}: {why}")  # in these layers; what counts is the whole model
         reasons.append(f"{name}: {why.rstrip('.')}")
     raise UnsupportedArchitecture(
         f"{anatomy.architecture}: no fused kernel adds {what} here: {'; '.join(reasons)}. backend='eager' computes it "

@@ -16,6 +16,7 @@ from ..attention.rotation import Rotation
 from ..attention.wrapper import AddWrapper, RemoveWrapper
 from ..edits import AddPreHook, Edit, ReplaceModule
 from ..errors import AttnPatchError, UnsupportedArchitecture
+from ..few import on_few_layers
 from ..probe import Inputs, codebooks, default_inputs, disagreement, logits_under, tokens_of
 from ..sites import in_tower
 from ..upstream import words
@@ -100,9 +101,21 @@ def check_blind(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit])
     """
     if any("state" in why or "convolution" in why for why in anatomy.other.values()):
         return "a module with a state of its own counts tokens"
+    blind = removal(model, anatomy)
     if model.config.is_encoder_decoder:
-        _check_order(model, anatomy, removal(model, anatomy))
+        _check_order(model, anatomy, blind)
         return ""
+
+    def ask(cut: tuple[Edit, ...]) -> None:
+        _check_equal(model, anatomy, (*edits, *cut))
+        _check_order(model, anatomy, (*blind, *cut))
+
+    on_few_layers(model, anatomy.attending, ask)
+    return ""
+
+
+def _check_equal(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]) -> None:
+    """Refuse a model whose logits differ from token to token although all tokens are the same."""
     ids = tokens_of(model, default_inputs(model))
     same = roles_of(model).call(**{words.TOKENS: torch.full_like(ids, int(ids[0, 0]))})
     logits = _logits_without(model, anatomy, edits, same)
@@ -112,8 +125,6 @@ def check_blind(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit])
             f"{anatomy.architecture}: tells positions apart by something that was not recognised (equal tokens, and "
             f"{problem}), which would stay beside the new positions."
         )
-    _check_order(model, anatomy, removal(model, anatomy))
-    return ""
 
 
 def _check_order(model: PreTrainedModel, anatomy: Anatomy, blind: Sequence[Edit]) -> None:
@@ -171,8 +182,13 @@ def check_effect(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]
     """
     inputs, blind = default_inputs(model), removal(model, anatomy)
     check_blind(model, anatomy, blind)
-    if disagreement(logits_under(model, blind, inputs), logits_under(model, edits, inputs)) is None:
-        raise UnsupportedArchitecture(f"{anatomy.architecture}: the new positions have no effect on its logits.")
+
+    def ask(cut: tuple[Edit, ...]) -> None:
+        without = logits_under(model, (*blind, *cut), inputs)
+        if disagreement(without, logits_under(model, (*edits, *cut), inputs)) is None:
+            raise UnsupportedArchitecture(f"{anatomy.architecture}: the new positions have no effect on its logits.")
+
+    on_few_layers(model, anatomy.attending, ask)
 
 
 def check_followed(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]) -> None:
@@ -181,8 +197,9 @@ def check_followed(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edi
     Raises:
         UnsupportedArchitecture: with what it asked of scores that are never made.
     """
+    inputs = default_inputs(model)
     try:
-        logits_under(model, edits, default_inputs(model))
+        on_few_layers(model, anatomy.attending, lambda cut: logits_under(model, (*edits, *cut), inputs))
     except AttnPatchError as error:
         cause = " ".join(str(error.__cause__ or error).split())[:200]
         raise UnsupportedArchitecture(

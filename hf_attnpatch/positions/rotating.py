@@ -18,6 +18,7 @@ from ..backends import FLAG
 from ..configs import config_at
 from ..edits import AddPreHook, Edit, ReplaceModule, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
+from ..few import on_few_layers
 from ..probe import default_inputs, logits_under, tokens_of
 from ..sites import Place, dispatching, in_tower
 from ..twin import Change, difference
@@ -107,8 +108,12 @@ def ignores_positions(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[
     ids = tokens_of(model, default_inputs(model))
     told = {words.TOKENS: ids, words.MASK: torch.ones_like(ids)}  # without a mask, gaps would mean documents
     far = 3 * torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    gapped = logits_under(model, edits, top.call(**told, **{words.POSITIONS: far}))
-    return torch.equal(gapped, logits_under(model, edits, top.call(**told)))
+
+    def ask(cut: tuple[Edit, ...]) -> bool:
+        gapped = logits_under(model, (*edits, *cut), top.call(**told, **{words.POSITIONS: far}))
+        return torch.equal(gapped, logits_under(model, (*edits, *cut), top.call(**told)))
+
+    return on_few_layers(model, anatomy.attending, ask)
 
 
 def rebased(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
-from types import TracebackType
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,11 @@ from .modules import Recalling, recalling_of
 from .state import check_state
 
 
-class Stream:
+class Stream(contextlib.ExitStack):
     """A memory that is carried across calls while its ``with`` block lasts; see :func:`stream`."""
 
     def __init__(self, hook: Recalling, memory: Memory):
+        super().__init__()
         self._hook, self._memory = hook, memory
 
     def __enter__(self) -> Stream:
@@ -27,16 +28,13 @@ class Stream:
                 "this thread has an open stream on the model; its rows would be mixed up with those of another."
             )
         try:
+            for _ in range(2):  # the stack goes on where one of them is interrupted; an `__exit__` here could not
+                self.callback(complete, self._close)
             self._hook.open(self._memory)
             return self
         except BaseException:
             complete(self._close)
             raise
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        complete(self._close)
 
     def _close(self) -> None:
         self._hook.close(self._memory)

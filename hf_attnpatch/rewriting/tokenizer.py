@@ -18,8 +18,10 @@ def lengthened(tokenizer: Any, *contexts: int) -> str | None:
         A sentence on what was changed; None where the tokenizer had a length of its own, or none.
     """
     old = getattr(tokenizer, "model_max_length", None)
-    before = next((n for n in contexts[:-1] if isinstance(old, int) and n - _OFFSETS <= old <= n < contexts[-1]), None)
-    if before is None or old is None:
+    if not isinstance(old, int):
+        return None
+    before = next((n for n in contexts[:-1] if n - _OFFSETS <= old <= n < contexts[-1]), None)
+    if before is None:
         return None
     tokenizer.model_max_length = old + contexts[-1] - before
     return f"tokenizer: model_max_length {old} -> {tokenizer.model_max_length}"

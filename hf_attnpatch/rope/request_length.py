@@ -185,7 +185,7 @@ class ChooseLengths:
         kept = getattr(cache, "attnpatch_lengths", None)
         if kept is None:
             if max(served(told or now)) > self.requests.trained:
-                _refuse("the cache was filled before the scaling was there, or by other hands")
+                _refuse("the cache was filled before the scaling was there, or by other hands (PEFT's prefix tuning?)")
             return now
         kept = _spread(kept, rows)
         call = _generating(self.requests)

@@ -26,10 +26,11 @@ from .caches import first, output_fields, returned
 from .find import changed
 
 _ROWS, _LENGTH = 3, 11  # of the probe: sizes that no model has by chance
-_FAILURES = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ArithmeticError, AssertionError)
+FAILURES = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ArithmeticError, AssertionError)
 
 _FOUND: dict[Any, dict[str, str]] = {}  # forward function -> role -> name
 _MAKE_ANGLES: set[Any] = set()  # forward functions whose output attention modules get as their angles
+_TABLES: dict[type, set[str]] = {}  # class of models -> paths of modules with a table that were given positions
 _RUN: set[type] = set()  # classes of models that were run
 
 
@@ -93,6 +94,7 @@ class Arguments:
     def __init__(self, roles: Roles, args: Sequence[Any], kwargs: Mapping[str, Any]):
         self.roles = roles
         self.named: dict[str, Any] = {**dict(zip(roles.parameters, args, strict=False)), **kwargs}
+        self.placed, self.rest = roles.parameters[: len(args)], tuple(args[len(roles.parameters) :])
         for other in kwargs:
             name = roles.aliases.get(other)
             if name is not None and self.named.get(name) is None:
@@ -123,7 +125,9 @@ class Arguments:
         return self.named.pop(name, None)
 
     def back(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return what a forward pre-hook hands on: everything by keyword."""
+        """Return what a forward pre-hook hands on: everything by keyword, unless something has no name."""
+        if self.rest:
+            return (*(self.named.pop(name) for name in self.placed), *self.rest), self.named
         return (), self.named
 
 
@@ -145,10 +149,19 @@ def roles_of(module: nn.Module) -> Roles:
 
 
 def _declared(forward: Any) -> tuple[tuple[str, ...], bool]:
-    """Return the names of a forward's parameters, less those that take what is left, and whether it takes that."""
+    """Return the names of a forward's parameters, less those that take what is left, and whether it takes that.
+
+    Of a decorator that declares nothing but what is left, they are those of the one function that it stands around.
+    """
     declared = inspect.signature(forward).parameters
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     names = tuple(name for name, p in declared.items() if p.kind not in variadic)
+    function = inspect.unwrap(getattr(forward, "__func__", forward))
+    held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()] if not names else []
+    inner = [value for value in held if inspect.isfunction(value)]
+    if len(inner) == 1:
+        names, opened = _declared(inner[0])
+        return names[inspect.ismethod(forward) :], opened
     return names, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in declared.values())
 
 
@@ -186,9 +199,19 @@ def learn(model: PreTrainedModel) -> None:
     _RUN.add(kind)
     try:
         twin = skeleton(model, attention="eager").eval()
-    except (*_FAILURES, ImportError, StrictDataclassError):
+    except (*FAILURES, ImportError, StrictDataclassError):
         return  # what cannot be built so is known by its vocabulary alone
-    _Probe(twin).run()
+    _TABLES[kind] = _Probe(twin).run()
+
+
+def run_without_data(skeleton: PreTrainedModel) -> None:
+    """Run a model on the meta device as far as it goes, with tokens, positions and a cache."""
+    _Probe(skeleton)._forward({})
+
+
+def position_tables(model: PreTrainedModel) -> frozenset[str]:
+    """Return the paths of modules with a table, (rows, width), that were seen to be given positions."""
+    return frozenset(_TABLES.get(type(model), ()))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -256,9 +279,15 @@ class _Probe:
         self.cached = False  # whether one of those got a cache
         self.seen: dict[Any, dict[str, str]] = {}  # what the last forward showed, as in _FOUND
         self.made: list[tuple[Any, Any]] = []  # what modules returned that looks like angles, and their forwards
+        self.tables: set[str] = set()
+        self.paths = {module: path for path, module in model.named_modules()}
 
-    def run(self) -> None:
-        """Run it with each argument that the vocabulary knows; then look for the roles that it does not know."""
+    def run(self) -> set[str]:
+        """Run it with each argument that the vocabulary knows; then look for the roles that it does not know.
+
+        Returns:
+            Paths of the modules with a table that were given positions.
+        """
         self._forward({})
         self._keep()
         if roles_of(self.model).takes(words.MASK):
@@ -268,6 +297,7 @@ class _Probe:
         for name in roles_of(self.model).parameters:
             if name not in known and name not in roles_of(self.model).names.values():
                 self._try(name)
+        return self.tables
 
     def _keep(self) -> None:
         """Take what the last forward showed for true."""
@@ -303,7 +333,7 @@ class _Probe:
             return None
         try:
             return DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        except _FAILURES:
+        except FAILURES:
             return DynamicCache()
 
     def _forward(self, more: Mapping[str, Any]) -> None:
@@ -316,7 +346,7 @@ class _Probe:
         given |= {words.POSITIONS: self.positions, words.CACHE: self._cache()} if not more else {}
         given = {role: value for role, value in given.items() if roles.names.get(role) not in more}
         inputs = {k: v for k, v in roles.call(**given).items() if k in roles.parameters and v is not None}
-        with self._watched(), torch.no_grad(), contextlib.suppress(*_FAILURES):
+        with self._watched(), torch.no_grad(), contextlib.suppress(*FAILURES):
             self.model(**inputs, **more)
 
     @contextlib.contextmanager
@@ -337,6 +367,9 @@ class _Probe:
             self.cached = self.cached or any(isinstance(value, Cache) for value in named.values())
         elif module is not self.model:  # a mask of two dimensions goes no deeper
             self.arrived |= {id(value) for value in named.values() if value is self.keep}
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.dim() == 2 and any(value is self.positions for value in named.values()):
+            self.tables.add(self.paths[module])
         by_role: dict[str, list[str]] = {}
         for name, value in named.items():
             by_role.setdefault(self._role(value), []).append(name)

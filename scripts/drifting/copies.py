@@ -13,10 +13,11 @@ from .move import Move
 from .rename import Rename
 from .shape import TYPES, AddArgument, PassByKeyword, WrapReturn
 from .source import PACKAGE, InvalidMutation, Source
+from .written import Decorate, KeywordOnly, PassByPosition, Rewrite
 
-Change = Rename | Move | AddArgument | PassByKeyword | WrapReturn
+Change = Rename | Move | AddArgument | PassByKeyword | WrapReturn | Decorate | KeywordOnly | PassByPosition | Rewrite
 
-_ENGINE = ("copies", "move", "rename", "shape", "source")
+ENGINE = ("copies", "move", "rename", "shape", "source", "written")
 
 # what no model imports: sources of other files, and conversions of checkpoints of others
 _UNUSED = re.compile(r"(^|/)(modular_\w+|convert_\w+)\.py$")
@@ -37,9 +38,9 @@ def make(root: Path, place: Path, changes: Sequence[Change], models: Collection[
     Raises:
         InvalidMutation: a change is not consistent, or changes nothing.
     """
-    done, wanted = place / "made", digest(root, (*changes, *sorted(models)))
-    if done.is_file() and done.read_text("utf-8").split()[0] == wanted:
-        return int(done.read_text("utf-8").split()[1])
+    done, wanted = place / "made", _digest(_engine(), root, (*changes, *sorted(models)))
+    if done.is_file() and done.read_text("utf-8").splitlines()[0] == wanted:
+        return len(changed(place))
     texts: dict[str, str] = {}
     for change in changes:
         if not sum(_apply(root, change, texts, models)):
@@ -48,15 +49,33 @@ def make(root: Path, place: Path, changes: Sequence[Change], models: Collection[
     shutil.copytree(root, place / PACKAGE, copy_function=_link)
     for name, text in texts.items():
         _write(place / PACKAGE / name, text)
-    done.write_text(f"{wanted} {len(texts)}", "utf-8")
+    done.write_text("\n".join([wanted, *texts]), "utf-8")
     return len(texts)
 
 
+def changed(place: Path) -> list[str]:
+    """Return the paths of the files of a copy that are not the installed ones."""
+    return (place / "made").read_text("utf-8").splitlines()[1:]
+
+
+def touches(place: Path, folder: str) -> bool:
+    """Whether a copy changes the model of a folder below ``models``, or what all models share."""
+    shared = [name for name in changed(place) if not name.startswith("models/") and name != f"{TYPES}.py"]
+    return bool(shared) or any(name.startswith((f"models/{folder}/", "models/auto/")) for name in changed(place))
+
+
 def digest(root: Path, changes: Sequence[object]) -> str:
-    """Name the copy by its changes, by the code that makes them and by the release that is changed."""
-    own = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in _ENGINE)
-    parts = [own, repr(tuple(changes)).encode(), (root / "__init__.py").read_bytes()]
+    """Name changes of a release."""
+    return _digest(b"", root, changes)
+
+
+def _digest(engine: bytes, root: Path, changes: Sequence[object]) -> str:
+    parts = [engine, repr(tuple(changes)).encode(), (root / "__init__.py").read_bytes()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _engine() -> bytes:
+    return b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in ENGINE)
 
 
 def files(root: Path, models: Collection[str] = ()) -> Iterator[str]:
@@ -81,7 +100,7 @@ def _apply(root: Path, change: Change, texts: dict[str, str], models: Collection
         yield source.touched
     if isinstance(change, Move):
         yield from _moved(root, change, texts)
-    elif isinstance(change, WrapReturn):
+    elif isinstance(change, (WrapReturn, Decorate, Rewrite)) and change.module:
         texts[f"{TYPES}.py"] = texts.get(f"{TYPES}.py", "") + change.module
 
 

@@ -10,6 +10,7 @@ from .move import Move
 from .rename import ROLES, Rename
 from .shape import AddArgument, PassByKeyword, WrapReturn
 from .source import InvalidMutation
+from .written import Decorate, KeywordOnly, PassByPosition, Rewrite
 
 # what a caller of a model says and reads; `output:` is a field of what comes back
 SPOKEN = ("input_ids", "decoder_input_ids", "attention_mask", "position_ids", "cache", "use_cache")
@@ -58,6 +59,60 @@ _ATTENTION = r"^(?!T5Layer)\w*Attention[.]forward$"
 _MASKS = r"^create_\w*mask(s_for_generate)?$"
 _MASK_FUNCTIONS = r"(sdpa|eager|flash_attention|flex_attention)_mask"
 _FUNCTIONS = ("name", "parameter", "keyword")
+_MODELS = "^models/"
+_TRACED = """from functools import wraps
+
+
+def traced(function):
+    @wraps(function)
+    def run(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return run
+"""
+_BARE = _TRACED.replace("from functools import wraps\n\n\n", "").replace("    @wraps(function)\n", "")
+_REGISTRY = """def attention_function(implementation, default):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, default)
+"""
+# three projections in one module, and one in three: the same weights, one below the other
+_FUSED = (
+    Rewrite(
+        r"(?s)self\.q_proj = nn\.Linear\((?:(?!nn\.Linear).)*?bias=([\w.]+)\s*\)\s*"
+        r"self\.k_proj = .*?(?=\n *self\.o_proj)",
+        r"self.qkv_proj = nn.Linear(config.hidden_size, "
+        r"(config.num_attention_heads + 2 * config.num_key_value_heads) * self.head_dim, bias=\1)",
+        ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+        files="^models/(llama|mistral)/modeling",
+    ),
+    Rewrite(
+        r"query_states = self\.q_proj\(hidden_states\).*\n( *)key_states = .*\n.*",
+        r"states = self.qkv_proj(hidden_states).view(hidden_shape).transpose(1, 2)\n"
+        r"\1shared = states.shape[1] // (self.num_key_value_groups + 2)\n"
+        r"\1query_states, key_states, value_states = states.split("
+        r"[shared * self.num_key_value_groups, shared, shared], 1)",
+        ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+        files="^models/(llama|mistral)/modeling",
+    ),
+)
+_SPLIT = (
+    Rewrite(
+        r"self\.qkv_proj = nn\.Linear\(.*",
+        r"heads, shared = config.num_attention_heads, config.num_key_value_heads\n"
+        r"        self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=False)\n"
+        r"        self.k_proj = nn.Linear(config.hidden_size, shared * self.head_dim, bias=False)\n"
+        r"        self.v_proj = nn.Linear(config.hidden_size, shared * self.head_dim, bias=False)",
+        ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+        files="^models/phi3/modeling",
+    ),
+    Rewrite(
+        r"self\.qkv_proj\(hidden_states\)",
+        r"torch.cat([self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], -1)",
+        ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+        files="^models/phi3/modeling",
+    ),
+)
 
 
 def _named(name: str, *changes: Change, **says: str) -> Mutation:
@@ -142,6 +197,27 @@ MUTATIONS = (
             r"RotaryEmbedding[.]forward$", "Angles", ("cosine", "sine"), unpack=r"^position_embeddings$|rotary_emb\("
         ),
     ),
+    # the same forward, written or called otherwise
+    _named("attention by keyword only", KeywordOnly(_ATTENTION, _MODELS)),
+    _named("attention by position", PassByPosition(_ATTENTION, "hidden_states", _MODELS)),
+    _named("attention decorated", Decorate(_ATTENTION, "traced", _TRACED, _MODELS)),
+    _named("attention behind another signature", Decorate(_ATTENTION, "traced", _BARE, _MODELS)),
+    _named(
+        "registry behind a function",
+        Rewrite(
+            r"ALL_ATTENTION_FUNCTIONS\.get_interface\(",
+            "attention_function(",
+            ("attention_function", "ALL_ATTENTION_FUNCTIONS"),
+            _REGISTRY,
+            "attention_function",
+            _MODELS,
+        ),
+        Rewrite(  # where transformers looks for it in sources
+            r'"ALL_ATTENTION_FUNCTIONS\.get_interface\("', '"attention_function("', (), files="^modeling_utils.py$"
+        ),
+    ),
+    _named("projections fused", *_FUSED),
+    _named("projections split", *_SPLIT),
     _named(
         "attention returns a named tuple", WrapReturn(_ATTENTION, "Attended", ("output", "weights"), files="^models/")
     ),

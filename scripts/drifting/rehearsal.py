@@ -53,7 +53,7 @@ class Release:
             *(ROOT / "hf_attnpatch").rglob("*.py"),
             *(ROOT / "tests" / f"{n}.py" for n in ("architectures", "patches")),
         ]
-        own += [Path(__file__).with_name(f"{name}.py") for name in ("cells", "worker")]
+        own += [Path(__file__).with_name(f"{name}.py") for name in ("cells", "worker", *copies.ENGINE)]
         parts = [path.read_bytes() for path in sorted(own)]
         return hashlib.sha256(b"\0".join([*parts, copies.digest(self.package, ()).encode()])).hexdigest()[:16]
 
@@ -76,11 +76,29 @@ class Reference:
         limit: seconds for one cell.
         outputs: folder for numbers and copies.
         models: folders of models that a copy changes, the others staying as they are; all where there are none.
+        folders: the folder below ``models`` of each family, where it is known.
+        latest: whether the numbers of another state of the code serve, those of the latest.
     """
 
-    def __init__(self, release: Release, limit: float = LIMIT, outputs: Path = OUTPUTS, models: Sequence[str] = ()):
+    def __init__(
+        self,
+        release: Release,
+        limit: float = LIMIT,
+        outputs: Path = OUTPUTS,
+        models: Sequence[str] = (),
+        latest: bool = False,
+        folders: Mapping[str, str] | None = None,
+    ):
         self.release, self.limit, self.outputs, self.models = release, limit, outputs, models
+        self.folders = folders or {}
         self.place = outputs / "reference" / release.code
+        states = sorted(self.place.parent.glob("*"), key=lambda state: state.stat().st_mtime)
+        if latest and states:
+            self.place = states[-1]
+
+    def known(self, cells: Iterable[Cell]) -> list[Cell]:
+        """Return the cells that were asked before."""
+        return [cell for cell in cells if self._file(cell).is_file()]
 
     def ask(self, cells: Iterable[Cell], words: Mapping[str, str]) -> Iterator[tuple[Cell, Found]]:
         """Yield the cells with what the release makes of them; asked where not known yet."""
@@ -165,15 +183,18 @@ def _died(
 
 
 def rehearse(
-    mutation: Mutation, cells: Sequence[Cell], reference: Reference, known: Mapping[Cell, Found]
+    mutation: Mutation, cells: Sequence[Cell], reference: Reference, known: Mapping[Cell, Found], ask: bool = True
 ) -> Iterator[tuple[Cell, Found]]:
     """Yield the outcome of each cell under a mutation; all are `invalid` where unpatched models are not the same.
+
+    A family that the mutation does not touch has no cells.
 
     Args:
         mutation: to be rehearsed.
         cells: that the release has, `UNPATCHED` among them for each family.
         reference: the release's numbers.
         known: answers of an earlier run, which are not asked again.
+        ask: the others.
     """
     place = reference.outputs / "copies" / "".join(c if c.isalnum() else "_" for c in mutation.name)
     families = list(dict.fromkeys(family for family, _ in cells))
@@ -182,10 +203,12 @@ def rehearse(
     except InvalidMutation as error:
         yield from (((family, UNPATCHED), {"status": "invalid", "detail": str(error)}) for family in families)
         return
+    folder = reference.folders
+    families = [f for f in families if f not in folder or copies.touches(place, folder[f])]
     order = [c for family in families for c in sorted((c for c in cells if c[0] == family), key=_proof_first)]
     invalid = set()
     old = [(cell, known[cell]) for cell in order if cell in known]
-    todo = [cell for cell in order if cell not in known]
+    todo = [cell for cell in order if ask and cell not in known]
     new = work(place, todo, mutation.vocabulary, reference.place, keep=False, limit=reference.limit)
     for cell, found in itertools.chain(old, new):
         if cell[1] == UNPATCHED and found["status"] != "same":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .cells import UNPATCHED
+from .plot import draw
 from .rehearsal import STATUSES, Cell, Found
 
 WANTED = 0.8  # of all cells, to be the same
@@ -69,6 +70,9 @@ def table(answers: Answers, kinds: Mapping[str, str]) -> str:
         total = counts(own)
         by_patch = [_share(found for (_, (_, case)), found in own.items() if kinds.get(case) == p) for p in patches]
         lines.append(_row([mutation, *(str(total[s]) for s in STATUSES), *by_patch]))
+    total = counts(answers)
+    by_patch = [_share(found for (_, (_, case)), found in answers.items() if kinds.get(case) == p) for p in patches]
+    lines.append(_row(["all", *(str(total[s]) for s in STATUSES), *by_patch]))
     return "\n".join(lines)
 
 
@@ -82,10 +86,10 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def write(folder: Path, answers: Answers, kinds: Mapping[str, str], facts: Mapping[str, Any]) -> None:
-    """Write the page, every cell as CSV, and the whole as JSON.
+    """Write the page, its picture, every cell as CSV, and the counts as JSON.
 
     Args:
-        folder: for the three files.
+        folder: for the four files.
         answers: of all cells.
         kinds: the patch of each case.
         facts: versions, families and the like, for page and JSON.
@@ -97,9 +101,9 @@ def write(folder: Path, answers: Answers, kinds: Mapping[str, str], facts: Mappi
         for (mutation, (family, case)), found in answers.items():
             rest = (found.get("at", ""), found.get("detail", ""))
             rows.writerow([mutation, family, case, kinds.get(case, ""), found["status"], *rest])
-    cells = [{"mutation": m, "family": f, "case": c, **found} for (m, (f, c)), found in answers.items()]
-    whole = {**facts, "counts": dict(counts(answers)), "passed": passed(answers), "cells": cells}
+    whole = {**facts, "counts": dict(counts(answers)), "passed": passed(answers)}
     (folder / "drift.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    draw(folder / "drift.svg", answers, kinds)
     (folder / "README.md").write_text(page(answers, kinds, facts), "utf-8")
 
 
@@ -114,7 +118,8 @@ def page(answers: Answers, kinds: Mapping[str, str], facts: Mapping[str, Any]) -
         "a patch on a family: `same` numbers as on the unchanged release (logits with a left-padded row, cached "
         "decoding, tokens of `generate`, logits after saving and loading), `refused` with an error that names what was "
         "not found, `vague` where it names nothing of it, `crash`, or `silent` where the numbers are others. A column "
-        "shows how many cells of a patch are the same. Written by `make drift`.\n\n"
-        f"{summary(answers)}\n\n{said}\n\n{table(answers, kinds)}\n\n"
+        "shows how many cells of a patch are the same; a family that a change does not touch has none. Written by "
+        "`make drift` (`scripts/rehearse_drift.py`; `--list` names mutations and cases); `drift.csv` has each cell.\n\n"
+        f"**{summary(answers)}.**\n\n{said}\n\n![share of cells that work](drift.svg)\n\n{table(answers, kinds)}\n\n"
         f"## Crashes, silent and vague cells\n\n{listed}\n\n## Refusals\n\n{refused}\n"
     )

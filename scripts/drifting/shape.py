@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from .source import PACKAGE, Source
@@ -40,7 +40,7 @@ class AddArgument:
 
     def edit(self, source: Source) -> None:
         """Note the edits of one file."""
-        held = set(self._held(source))
+        held = holders(source, self.definition)
         for found in source.nodes():
             node = found.node
             if isinstance(node, ast.FunctionDef) and re.search(self.definition, ".".join((*found.scope, node.name))):
@@ -49,31 +49,11 @@ class AddArgument:
                 at = source.text.index("(", source.span(node.func)[1]) + 1
                 source.replace(at, at, "None, " if node.args or node.keywords else "None")
 
-    def _calls(self, source: Source, node: ast.Call, held: set[str]) -> bool:
+    def _calls(self, source: Source, node: ast.Call, held: Collection[str]) -> bool:
         called = source.words(node.func)
         if source.foreign(node.func):
             return False
         return called in held or re.search(self.calls, called) is not None
-
-    def _held(self, source: Source) -> Iterator[str]:
-        """Yield `self.x` where a class whose forward matches is made and kept, by its name or by another."""
-        assigned = [node for node in ast.walk(source.tree) if isinstance(node, ast.Assign)]
-        names = {
-            node.targets[0].id for node in assigned if isinstance(node.targets[0], ast.Name) and self._chosen(node)
-        }
-        for node in assigned:
-            if isinstance(node.value, ast.Call):
-                made = source.words(node.value.func).split("[")[0]
-                if made in names or self._matches(made):
-                    yield source.words(node.targets[0])
-
-    def _chosen(self, node: ast.Assign) -> bool:
-        """Whether one of several classes is what is assigned, or a table of them."""
-        several = isinstance(node.value, (ast.IfExp, ast.Dict))
-        return several and any(isinstance(n, ast.Name) and self._matches(n.id) for n in ast.walk(node.value))
-
-    def _matches(self, kind: str) -> bool:
-        return kind[:1].isupper() and re.search(self.definition, f"{kind}.forward") is not None
 
     def _in_signature(self, source: Source, node: ast.FunctionDef, method: bool) -> None:
         arguments = [*node.args.posonlyargs, *node.args.args]
@@ -175,7 +155,7 @@ class WrapReturn:
                     at = source.span(node.value)[1]
                     source.replace(at, at, ".parts()")
         if wrapped:
-            at = _first_statement(source)
+            at = first_statement(source)
             source.replace(at, at, f"from {PACKAGE}.{TYPES} import {self.type}\n")
 
     def _wrap(self, source: Source, node: ast.Return) -> bool:
@@ -188,12 +168,34 @@ class WrapReturn:
         return True
 
 
+def holders(source: Source, definition: str) -> dict[str, str]:
+    """Return `self.x` -> class, where a class whose forward matches is made and kept, by its name or by another."""
+    assigned = [node for node in ast.walk(source.tree) if isinstance(node, ast.Assign)]
+    names = {}
+    for node in assigned:
+        if isinstance(node.targets[0], ast.Name) and isinstance(node.value, (ast.IfExp, ast.Dict)):  # one of several
+            kinds = [n.id for n in ast.walk(node.value) if isinstance(n, ast.Name) and _forwards(n.id, definition)]
+            if kinds:
+                names[node.targets[0].id] = kinds[0]
+    found = {}
+    for node in assigned:
+        if isinstance(node.value, ast.Call):
+            made = source.words(node.value.func).split("[")[0]
+            if made in names or _forwards(made, definition):
+                found[source.words(node.targets[0])] = names.get(made, made)
+    return found
+
+
+def _forwards(kind: str, definition: str) -> bool:
+    return kind[:1].isupper() and re.search(definition, f"{kind}.forward") is not None
+
+
 def _loose(pattern: str) -> str:
     """A pattern of a whole expression, as one of a line that may hold it."""
     return pattern.replace("^", "").replace("$", "")
 
 
-def _first_statement(source: Source) -> int:
+def first_statement(source: Source) -> int:
     """Where the first statement begins that is neither the docstring nor an import from the future."""
     for node in source.tree.body:
         future = isinstance(node, ast.ImportFrom) and node.module == "__future__"

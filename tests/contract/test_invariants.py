@@ -36,7 +36,7 @@ def test_decoding_padding_and_saving_are_asked_and_answered(model_type, encoder)
 
 
 def test_what_is_moot_has_a_reason_that_was_proved_or_follows_from_the_kind_of_model():
-    reasons = {why for found in MOOT.values() for why in found.values()}
+    reasons = {why for found in MOOT.values() for invariant, why in found.items() if invariant in HELD}
     assert reasons <= {
         "it does not generate",
         "it does not decode left-padded rows",
@@ -51,10 +51,10 @@ def test_every_invariant_that_held_still_holds(model_type, encoder, case):
     before = verified(model_type, encoder, case)
     report = ap.apply(model, case.patch)
     assert report.changed
-    after = ap.verify(model)
+    after = ap.verify(model, ways=False)
     broken = _failed(after) - _failed(before)
     if broken and report.stock:  # then they must be what transformers itself makes of the same config
-        broken -= _failed(ap.verify(stock_twin(model)))
+        broken -= _failed(ap.verify(stock_twin(model), ways=False))
     assert not broken, f"\n{before}\n{after}"
     lost = {f.invariant for f in after.findings if f.outcome == NOT_APPLICABLE and before[f.invariant].outcome == PASS}
     assert lost <= MAY_STOP_APPLYING.get(case.kind, set()), f"\n{before}\n{after}"
@@ -64,7 +64,7 @@ def test_every_invariant_that_held_still_holds(model_type, encoder, case):
 def test_what_a_scaling_breaks_where_it_switches_is_known(case):
     model = build("llama", False, case)
     ap.apply(model, case.patch)
-    assert _failed(ap.verify(model)) == UPSTREAM_OF_A_KIND.get(case.name, set())
+    assert _failed(ap.verify(model, ways=False)) == UPSTREAM_OF_A_KIND.get(case.name, set())
 
 
 def test_the_fast_slice_has_every_case():

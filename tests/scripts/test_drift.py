@@ -33,8 +33,10 @@ COPIES = (
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     folders = rehearse_drift.folders(FAMILIES)
-    assert folders == ["auto", "gemma3", "gpt2", "llama"]
-    return Reference(installed(), limit=120, outputs=tmp_path_factory.mktemp("drift"), models=folders)
+    assert folders == {"llama": "llama", "gpt2": "gpt2", "gemma3_text": "gemma3"}
+    models = ["auto", *folders.values()]
+    outputs = tmp_path_factory.mktemp("drift")
+    return Reference(installed(), limit=120, outputs=outputs, models=models, folders=folders)
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
+import rehearse_drift
 from drifting import cells, copies, mutations, rehearsal, report
 from drifting.move import Move
 from drifting.rename import Rename
 from drifting.shape import AddArgument, PassByKeyword, WrapReturn
 from drifting.source import InvalidMutation, Source
+from drifting.written import Decorate, KeywordOnly, PassByPosition, Rewrite
 
 CACHED = '''
 """The cache is kept."""
@@ -206,6 +208,56 @@ def test_a_tuple_becomes_a_named_tuple():
     assert made["Angles"](1, 2) == (1, 2)
 
 
+ATTENDING = """class MadeAttention:
+    @kept
+    def forward(self, states, mask=None, cache=None):
+        return states
+
+
+class Layer:
+    def __init__(self):
+        self.attn = MadeAttention()
+
+    def forward(self, x, mask):
+        return self.attn(x, mask, cache=None), self.attn(states=x, mask=mask), self.mlp(x, mask)
+"""
+
+
+def test_arguments_become_keywords_only():
+    wanted = ATTENDING.replace("states, mask=None", "states, *, mask=None").replace(
+        "attn(x, mask,", "attn(x, mask=mask,"
+    )
+    assert changed(KeywordOnly(r"Attention[.]forward$"), ATTENDING) == wanted
+
+
+def test_a_keyword_becomes_a_position():
+    wanted = ATTENDING.replace("attn(states=x", "attn(x")
+    assert changed(PassByPosition(r"Attention[.]forward$", "states"), ATTENDING) == wanted
+
+
+def test_a_forward_is_decorated_outside_of_what_decorates_it():
+    wanted = ATTENDING.replace("    @kept\n", "    @traced\n    @kept\n")
+    change = Decorate(r"Attention[.]forward$", "traced", "def traced(f): ...\n")
+    assert changed(change, ATTENDING) == f"from transformers.rehearsed_types import traced\n{wanted}"
+
+
+def test_text_is_rewritten_with_what_it_imports():
+    change = Rewrite(r"self\.mlp\((\w+)", r"outer(\1", ("mlp",), "def outer(x, m): ...\n", "outer")
+    wanted = ATTENDING.replace("self.mlp(x", "outer(x")
+    assert changed(change, ATTENDING) == f"from transformers.rehearsed_types import outer\n{wanted}"
+
+
+def test_projections_are_fused_and_split_in_the_installed_models():
+    """The patterns of these two name places in files of the release: what they do is there."""
+    for name, family, there in (("projections fused", "llama", "qkv_proj"), ("projections split", "phi3", "q_proj")):
+        file = f"models/{family}/modeling_{family}.py"
+        source = Source(file, (rehearsal.installed().package / file).read_text("utf-8"))
+        for change in mutations.by_name(name).changes:
+            assert change.concerns(file, source.text)
+            change.edit(source)
+        assert source.result().count(f"self.{there}") == 2
+
+
 PACKAGE = {
     "__init__.py": '_import_structure = {"store": ["Store"], "users.one": []}\nfrom .store import Store as Store\n',
     "store.py": "from .users import names\nfrom .users.names import NAME\n\n\nclass Store:\n    name = NAME\n",
@@ -263,6 +315,37 @@ def test_a_copy_is_kept_until_something_changes(package, tmp_path):
     assert not mark.exists()
 
 
+def test_a_family_that_is_not_changed_is_not_touched(package, tmp_path):
+    for family in ("one", "two"):
+        (package / f"models/{family}").mkdir(parents=True)
+        (package / f"models/{family}/modeling.py").write_text(f"name_of_{family} = 1\n")
+    copies.make(package, tmp_path / "copy", [Rename("name_of_one", "title")])
+    assert copies.touches(tmp_path / "copy", "one")
+    assert not copies.touches(tmp_path / "copy", "two")
+    copies.make(package, tmp_path / "copy", [Rename("NAME", "TITLE")])
+    assert copies.touches(tmp_path / "copy", "two")
+
+
+def test_answers_of_earlier_states_count_but_for_those_that_are_asked_again(tmp_path):
+    file, cells = tmp_path / "answers", {"alibi": "same", "rotary": "refused", "sinusoidal": "refused"}
+    lines = [("old", case, status) for case, status in cells.items()] + [("new", "sinusoidal", "refused")]
+    file.write_text(
+        "\n".join(
+            json.dumps({"code": c, "mutation": "m", "change": "d", "cell": ["gpt2", case], "found": {"status": s}})
+            for c, case, s in lines
+        )
+    )
+
+    def known(*again):
+        found = rehearse_drift.remembered(file, "new", *again).get(("m", "d"), {})
+        return {cell[1]: answer["code"] for cell, answer in found.items()}
+
+    assert known() == {"sinusoidal": "new"}
+    assert known([]) == {"alibi": "old", "rotary": "old", "sinusoidal": "new"}
+    assert known(["refused"]) == {"alibi": "old", "sinusoidal": "new"}
+    assert known(["gpt2"]) == {"sinusoidal": "new"}
+
+
 @pytest.mark.parametrize("change", [Rename("nowhere", "there"), Move("nowhere", "there"), AddArgument("^no$", "x")])
 def test_a_mutation_that_changes_nothing_is_none(package, tmp_path, change):
     with pytest.raises(InvalidMutation, match="nowhere|nothing"):
@@ -273,7 +356,7 @@ def test_the_table_of_mutations_is_large_and_distinct():
     assert len(mutations.MUTATIONS) >= 15
     assert len({m.name for m in mutations.MUTATIONS}) == len({m.changes for m in mutations.MUTATIONS})
     assert {type(c) for m in mutations.MUTATIONS for c in m.changes} == {
-        *(Rename, Move, AddArgument, PassByKeyword, WrapReturn)
+        *(Rename, Move, AddArgument, PassByKeyword, WrapReturn, Decorate, KeywordOnly, PassByPosition, Rewrite)
     }
 
 
@@ -366,10 +449,13 @@ def test_a_proof_counts_only_where_it_failed():
 
 
 def test_the_results_are_written(tmp_path):
+    pytest.importorskip("matplotlib")
     found = answers("same", "crash", "crash", "refused")
     report.write(tmp_path, found, {"alibi": "alibi"}, {"transformers": "5"})
     page = (tmp_path / "README.md").read_text()
     assert "| cache | 1 | 1 | 0 | 2 | 0 | 0 | 1/4 |" in page
     assert "crash: cache: masks.py:1 f: why | how [2: family1 alibi, family2 alibi]" in page
     assert len((tmp_path / "drift.csv").read_text().splitlines()) == 5
+    assert "| all | 1 | 1 | 0 | 2 | 0 | 0 | 1/4 |" in page
     assert json.loads((tmp_path / "drift.json").read_text())["counts"]["crash"] == 2
+    assert "</svg>" in (tmp_path / "drift.svg").read_text()
