@@ -208,9 +208,8 @@ def attended(weights: Weights, values: Values) -> Tensor:
     """Compute what was noted, (batch, heads, q, d_v): the same call that a module would make which dispatches."""
     scores, keys, value = weights.scores, weights.scores.keys, values.data
     query = scores.query.reshape(keys.data.shape[0], -1, *scores.query.shape[-2:]).to(value.dtype)
-    mask, term = _told(scores, query)
-    if keys.handed is not None:
-        mask = _handed(scores, keys.handed, mask)
+    sight, term = _told(scores, query)
+    mask = sight if keys.handed is None else _handed(scores, keys.handed, sight)
     if keys.turn is not None:
         keys.turn.begins(keys.module)
     given = {words.SCALING: scores.scale, words.DROPOUT: weights.dropped, words.IS_CAUSAL: True}

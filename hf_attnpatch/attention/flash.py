@@ -23,7 +23,7 @@ from .wrapper import term_of
 def attention(call: AttentionCall) -> Tensor:
     """Attend by one generation of the library, (batch, q, heads, d_v)."""
     target, width = _target(call), call.value.shape[-1]  # before anything is put beside them
-    call = call.but(*(states.to(target) for states in (call.query, call.key, call.value)))
+    call = call.but(call.query.to(target), call.key.to(target), call.value.to(target))
     term = term_of(call)
     scale, states = call.scale, (call.query, call.key, call.value)
     if term is not None:

@@ -35,7 +35,8 @@ def run(call: AttentionCall) -> Output:
     """Attend by the kernel itself."""
     if call.kernel.startswith("flash"):
         return flash.attention(call), None
-    return _KERNELS[call.kernel](call)
+    found: Output = _KERNELS[call.kernel](call)
+    return found
 
 
 def _sdpa(call: AttentionCall) -> Output:

@@ -18,6 +18,5 @@ class Listener(Wrapper):
 
     def around(self, call: AttentionCall, inner: Callable[[AttentionCall], Output]) -> Output:
         """Note the call."""
-        states = [t.detach() for t in (call.query, call.key, call.value)]
-        self.calls.append(call.but(*states))
+        self.calls.append(call.but(call.query.detach(), call.key.detach(), call.value.detach()))
         return inner(call)

@@ -77,7 +77,8 @@ class AttentionMask:
 
     def whole(self) -> Tensor:
         """Which query sees which key, (batch, 1, q, k), bool."""
-        return self.once("whole", lambda: sdpa_mask(**{**self.asked, **_NEVER_NONE}))
+        found: Tensor = self.once("whole", lambda: sdpa_mask(**{**self.asked, **_NEVER_NONE}))
+        return found
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -274,18 +275,21 @@ def says_nothing(mask: Any) -> bool:
 
 def _told(mask: Any) -> Any:
     """Return what a mask that is not written tells: padding alone."""
-    return mask.made.told.to(mask.device) if isinstance(mask, Unwritten) else mask
+    if not isinstance(mask, Unwritten):
+        return mask
+    assert mask.made.told is not None
+    return mask.made.told.to(mask.device)
 
 
-def read_sight(mask: Tensor | Sight | None, causal: bool, queries: int, keys: int) -> Sight:
+def read_sight(handed: Tensor | Sight | None, causal: bool, queries: int, keys: int) -> Sight:
     """Return what a query sees by what modules are handed, or by a user's mask of four dimensions.
 
     Raises:
         AttnPatchError: a causal module is told to look ahead.
     """
-    if isinstance(mask, Sight):
-        return mask
-    mask = _told(mask)
+    if isinstance(handed, Sight):
+        return handed
+    mask: Tensor | None = _told(handed)
     if mask is None or mask.numel() == 1:
         return Sight(causal)
     if mask.shape[-2] == 1 and mask.dtype == torch.bool and mask.shape[1] == 1:

@@ -67,7 +67,7 @@ def read_rows(places: Tensor, queries: int) -> list[Row]:
         torch.where(strays.any(1), places.gather(1, jump[:, None])[:, 0], 0),
     )
     columns = (lead, end.expand_as(lead), torch.where(lead < end, first, 0), last + 1, *gap)
-    return [Row(*numbers[:4], (numbers[4], numbers[5])) for numbers in torch.stack(columns, 1).tolist()]
+    return [Row(a, b, c, d, (e, f)) for a, b, c, d, e, f in torch.stack(columns, 1).tolist()]
 
 
 def all_plain(places: Tensor, span: Span) -> bool:
