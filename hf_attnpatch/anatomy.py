@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from .configs import config_path
 from .errors import UnsupportedArchitecture
 from .positions.added import CHILD, LearnedPositions, SinusoidalPositions
 from .positions.modules import turns_nothing
+from .showing import Shown
 from .sites import Site, bias_tables, in_tower, read_sites
 from .upstream import words
 from .upstream.roles import frequencies, learn, makes_angles, position_tables, roles_of
@@ -43,7 +45,7 @@ class RotaryModule:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class Anatomy(Shown):
     """A model as patches see it.
 
     Attributes:
@@ -119,6 +121,19 @@ class Anatomy:
             ),
         ]
         return " + ".join(name for name, there in found if there) or "none or inside the attention module"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form; a layout is told by its name."""
+        sites = [
+            {**{f.name: getattr(s, f.name) for f in dataclasses.fields(s)}, "layout": s.layout.name} for s in self.sites
+        ]
+        rotary = [dataclasses.asdict(module) for module in self.rotary]
+        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "sites": sites, "rotary": rotary}
+
+    def _in_short(self) -> str:
+        found = len(self.sites) + len(self.other) + len(self.unread)
+        length = "no declared context" if self.max_positions is None else f"context {self.max_positions}"
+        return f"{self.architecture} ({self.model_type}), {found} attention modules, {self.positions}, {length}"
 
     def __str__(self) -> str:
         from .report import render_anatomy

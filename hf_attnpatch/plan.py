@@ -17,6 +17,7 @@ from .interruption import all_or_nothing
 from .patch import Patch, Proposal
 from .probe import way_back
 from .recurrence.modules import recalling_of
+from .showing import Shown
 from .spans.attention import span_of
 from .writable import check_replaced, check_writable
 
@@ -31,7 +32,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Shown):
     """Edits of patches, in order.
 
     Attributes:
@@ -57,9 +58,33 @@ class Plan:
         """The context that the model declares, in tokens, and the longer one that it will; None where it stays."""
         before = self.anatomy.max_positions
         edited = [e.value for e in self.edits if isinstance(e, SetConfig) and e.field == "max_position_embeddings"]
-        reached = [getattr(step.patch, "target", None) for step in self.steps if step.proposal.edits]
+        reached = [getattr(step.patch, "target_length", None) for step in self.steps if step.proposal.edits]
         after = max((n for n in (*edited, *reached) if isinstance(n, int)), default=0)
         return (before, after) if before is not None and after > before else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what would be done, as JSON has it."""
+        patches = [
+            {
+                **(step.proposal.patch or step.patch).to_record(),
+                "stock": step.proposal.stock,
+                "edits": [
+                    {"where": edit.claim, "rung": edit.rung, "before": before, "after": after}
+                    for edit, (before, after) in zip(step.proposal.edits, step.previews, strict=True)
+                ],
+                "notes": list(step.proposal.notes),
+            }
+            for step in self.steps
+        ]
+        context = None if self.context is None else list(self.context)
+        return {"model": self.anatomy.architecture, "stock": self.stock, "context": context, "patches": patches}
+
+    def _in_short(self) -> str:
+        from .report import title
+
+        what = ", ".join(map(title, self.steps))
+        kind = "stock" if self.stock else "hf_attnpatch"
+        return f"{self.anatomy.architecture}, {len(self.edits)} edits, checkpoint for {kind}: {what}"
 
     def __str__(self) -> str:
         from .report import render_plan

@@ -139,7 +139,7 @@ def _rivals() -> str:
         "kvpress ExpectedAttention": f"kvpress {version}, ExpectedAttention",
     }
     lines = [
-        "| cache of a quarter (embedded model) | loss above original, nats | cache after 127 new tokens "
+        "| cache of a quarter (embedded model) | loss above original, nats | its cache after 127 new tokens "
         "| in the checkpoint |",
         "| --- | ---: | ---: | --- |",
     ]

@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "layouts.py": {"errors", "runtime"},
     "sites.py": {"configs", "errors", "layouts", "upstream"},
     "anatomy.py": {
-        *("attention", "configs", "errors", "layouts", "positions", "sites", "upstream"),
+        *("attention", "configs", "errors", "layouts", "positions", "showing", "sites", "upstream"),
         "report",
     },  # the last one prints it
     "edit.py": {"errors", "interruption"},
@@ -63,10 +63,21 @@ MAY_IMPORT = {
     "weightless.py": {"configs", "interruption", "upstream"},
     "rewriting/": {"errors", "record", "schema"},
     "heads/projections.py": {"layouts", "sites"},
-    "heads/": {*_CORE, "attention", "backends", "evaluation", "plotting", "progress", "report", "runtime", "twin"},
+    "heads/": {
+        *_CORE,
+        "attention",
+        "backends",
+        "evaluation",
+        "plotting",
+        "progress",
+        "report",
+        "runtime",
+        "showing",
+        "twin",
+    },
     "rope/fields.py": {"errors"},
     "rope/parameters.py": {"errors", "functional"},
-    "rope/search": {*_CORE, "api", "evaluation", "patch", "patches"},
+    "rope/search": {*_CORE, "api", "evaluation", "patch", "patches", "progress", "showing"},
     "rope/": {*_CORE, "patch", "twin"},
     "attention/": {"configs", "edit", "edits", "errors", "functional", "upstream"},
     "positions/": {*_CORE, "attention", "backends", "record", "twin"},
@@ -94,6 +105,7 @@ MAY_IMPORT = {
         "interruption",
         "progress",
         "schema",
+        "showing",
         "upstream",
         "writing",
     },  # measures a model; knows nothing of patches
@@ -102,8 +114,9 @@ MAY_IMPORT = {
 # who else may write to a module, a config or a process-wide table, what, and why
 MAY_WRITE = {
     "edits.py": ("*", "the only room whose trade it is"),
+    "upstream/dispatching.py": ("register eval", "its own listening names; a copy without data"),
     "upstream/calls.py": (
-        "register setattr train attention mask sentinel",
+        "register setattr train attention mask sentinel first",
         "its own listening names; a module that it made to try attributes on; what a tiny model was heard to pass",
     ),
     "upstream/caches.py": ("setattr", "another name for a method, while a class of this package is made"),
@@ -123,10 +136,8 @@ MAY_WRITE = {
         "keys values __class__",
         "of a layer that it has just made; of an empty cache that a caller holds, which becomes its own",
     ),
-    "__init__.py": (
-        "register __class__ __setattr__ __name__ __qualname__ __doc__",
-        "calls foreign.register; the class of its own module; the names of its one-liners",
-    ),
+    "__init__.py": ("__class__ __setattr__", "the class of its own module"),
+    "arrival.py": ("register loader __loader__", "calls foreign.register; the loader of one module's spec, put back"),
     "foreign.py": ("register", "teaches the Auto classes our own model type"),
     "probe.py": ("eval register_forward_hook", "counting hooks; puts back what a forward leaves behind"),
     "invariants/noise.py": ("register_forward_hook", "for the length of a forward; removed in any case"),
@@ -171,6 +182,10 @@ MAY_WRITE = {
     "doctoring/asking.py": ("eval __class__ vars", "of models and configs that it has just built"),
     "comparing/models.py": ("eval", "of a model that it has just loaded"),
     "rewriting/tokenizer.py": ("model_max_length", "of a tokenizer that it is handed to be lengthened"),
+    "commands/command.py": (
+        "__signature__ __annotations__ default_map",
+        "of the function that it has just made; of the context of the command line's own process",
+    ),
     "commands/models.py": ("eval", "of a model that it has just built"),
     "cli.py": ("excepthook", "of the command line's own process, when a bug has ended it"),
     "publishing/hub.py": ("timeout", "of the Hub's client, for the length of a request; put back in any case"),

@@ -16,7 +16,7 @@ from hf_attnpatch.functional.segments import NOBODY, Segments
 from hf_attnpatch.recurrence.attention import _known, met
 from hf_attnpatch.recurrence.call import Call, Tokens
 from hf_attnpatch.recurrence.memory import Memory, RecurrentCache
-from hf_attnpatch.recurrence.modules import _check_gaps, _check_packed, _check_shapes
+from hf_attnpatch.recurrence.modules import Recalling, _check_gaps, _check_packed, _check_shapes
 from hf_attnpatch.recurrence.sinks import Sinks
 from hf_attnpatch.recurrence.state import check_state
 from hf_attnpatch.upstream import words
@@ -457,6 +457,22 @@ def test_a_thread_opens_one_stream_and_closes_it_whatever_happens():
     with inner:
         logits_of(model, ids)
     assert inner.tokens == [12]
+
+
+def test_a_stream_whose_opening_is_interrupted_is_closed(monkeypatch):
+    model = with_memory(tiny_model("llama", num_hidden_layers=1))
+    plain = Recalling.open
+
+    def interrupted(self, memory):
+        plain(self, memory)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recalling, "open", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ap.stream(model).__enter__()
+    with ap.stream(model):  # or another would be open
+        pass
 
 
 def test_a_thread_without_a_stream_is_refused_while_another_has_one():

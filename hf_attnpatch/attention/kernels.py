@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from ..errors import AttnPatchError
 from ..functional.biased import Sight, hiding
 from ..upstream import words
-from ..upstream.calls import flex_attention, sdpa_attention, several_documents
+from ..upstream.calls import call_attention, flex_attention, sdpa_attention, several_documents
 from . import flash
 from .call import AttentionCall, Output
 from .masks import own_mask, read_sight, says_nothing
@@ -57,7 +57,8 @@ def _eager(call: AttentionCall) -> Output:
     term = term_of(call)
     own = getattr(sys.modules[type(call.module).__module__], "eager_attention_forward", None)
     if term is None and own is not None:  # every modeling file has its own
-        out: Output = own(call.module, call.query, call.key, call.value, own_mask(call), **call.given)
+        states = (call.module, call.query, call.key, call.value, own_mask(call))
+        out: Output = call_attention(own, states, dict(call.given))
         return out
     call.refuse("ALiBi" if term is None else term.what, words.CACHE)
     query, key, value, given = call.query, call.key, call.value, call.given

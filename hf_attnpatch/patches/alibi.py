@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,7 +16,7 @@ from ..attention.wrapper import AddWrapper
 from ..backends import Candidate
 from ..edits import Edit
 from ..errors import AttnPatchError, UnsupportedArchitecture
-from ..patch import Patch, Proposal, internal
+from ..patch import Patch, Proposal, changed
 from ..positions.choice import BACKENDS, choose
 from ..positions.counting import counted
 from ..positions.fusing import rebiased
@@ -27,7 +26,7 @@ from ..sites import Place, dispatching
 
 @dataclass(frozen=True, kw_only=True)
 class Alibi(Patch):
-    """Bias scores by -slope times distance (ALiBi, 2108.12409, section 3), and forget what told positions before.
+    """Attention with linear biases (ALiBi, 2108.12409, 3): scores lose slope times distance; old positions go.
 
     Rotary modules are asked for position 0 only, position tables are taken out, and with them the length they ended
     at. The bias goes through a fused kernel as a few more dimensions of queries and keys (or as ``alibi_slopes``, or as
@@ -56,13 +55,16 @@ class Alibi(Patch):
     wraps: ClassVar[bool] = True
     transient: ClassVar[frozenset[str]] = frozenset({"training"})
 
-    slopes: str | tuple[float, ...] = "paper"
-    backend: str = "auto"
+    slopes: Literal["paper"] | Sequence[float] = "paper"
+    backend: Literal[
+        "auto", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4", "eager"
+    ] = "auto"
     exact: bool = True
     distance_clip: int | None = None
     strength: float = 1.0
     training: bool | None = None
-    proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded
+    # a checkpoint's own structure, which is not tried again while it is being loaded
+    proved: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.slopes, Tensor):
@@ -81,11 +83,11 @@ class Alibi(Patch):
 
     def structure(self) -> Patch:
         """Return the patch without a probe: a model that is being loaded cannot run yet."""
-        return dataclasses.replace(self, proved=True)
+        return changed(self, proved=True)
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Say what would be taken out and which kernel would add the bias; see :meth:`Patch.propose`."""
-        given = None if isinstance(self.slopes, str) else self.slopes
+        given = None if isinstance(self.slopes, str) else tuple(self.slopes)
         bias = AlibiBias(given, self.distance_clip, self.exact, float(self.strength))
         if anatomy.biased:
             raise UnsupportedArchitecture(

@@ -39,7 +39,7 @@ _HOOKED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Flash(Patch):
-    """Use a fused kernel that this machine, dtype and model allow, after proving that the logits stay.
+    """Fused attention kernel (FlashAttention, SDPA, flex attention) that runs here, after proving that logits stay.
 
     ``auto`` takes the first backend, in the order of :func:`hf_attnpatch.backends.ranked`, that runs here and agrees
     with the model's present attention on a probe; the report says which and why the others were passed over. A backend

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..patch import Patch, Proposal, internal
+from ..patch import Patch, Proposal, changed
 from ..positions.removal import check_blind, none_there, removal, removed
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoPosition(Patch):
-    """Take out whatever told positions, and put nothing in its place (NoPE, 2305.19466; DroPE, 2512.12167).
+    """No position encoding (NoPE, 2305.19466; DroPE, 2512.12167): whatever told positions is taken out.
 
     Rotary modules are asked for position 0 only, position tables are taken out, biases by distance left out, and what
     another patch of this package added goes, too. DroPE does so late in training and recalibrates at the old length.
@@ -29,11 +28,12 @@ class NoPosition(Patch):
     name: ClassVar[str] = "no_position"
     changes_positions: ClassVar[bool] = True
 
-    proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded
+    # a checkpoint's own structure, which is not tried again while it is being loaded
+    proved: bool = field(default=False, init=False, repr=False)
 
     def structure(self) -> Patch:
         """Return the patch without a probe: a model that is being loaded cannot run yet."""
-        return dataclasses.replace(self, proved=True)
+        return changed(self, proved=True)
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Say what would be taken out; see :meth:`Patch.propose`."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections import UserDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from ..attention.wrapper import AddWrapper
 from ..backends import Candidate
 from ..edits import AddModule, Edit, ReplaceModule
 from ..errors import AttnPatchError, UnsupportedArchitecture
-from ..patch import Patch, Proposal, internal
+from ..patch import Patch, Proposal, changed
 from ..positions.choice import BACKENDS, choose
 from ..positions.counting import counted
 from ..positions.fusing import deferred
@@ -38,14 +37,16 @@ REACH = 4096  # tokens over which recency is fitted at most
 
 @dataclass(frozen=True, kw_only=True)
 class RelativeXl(Patch):
-    """Score (q + u) k + (q + v) W R(i - j), R the sinusoid of the distance (Transformer-XL, 1901.02860, section 3.3).
+    """Relative positions of Transformer-XL (1901.02860, 3.3): scores are (q + u) k + (q + v) W R(i - j).
 
-    What told positions before is taken out. u, v and W are new trainable parameters, for each query head of each layer.
-    The position term goes through a fused kernel as further dimensions of queries and keys, in linear memory, where the
-    paper shifts a matrix of scores; backend ``eager`` is dense. Distances have no longest one. A model that was not
-    trained so has to be (under LoRA, with ``modules_to_save=["relative_xl"]``). Stock transformers cannot express the
-    result, so its checkpoints are of this package's model type. Together with :class:`SegmentRecurrence` this is
-    Transformer-XL.
+    R is the sinusoid of the distance; u, v and W are new trainable parameters, for each query head of each layer. What
+    told positions before is taken out. The position term goes through a fused kernel as further dimensions of queries
+    and keys, in linear memory, where the paper shifts a matrix of scores; backend ``eager`` is dense. Distances have no
+    longest one. A model that was not trained so has to be (under LoRA, with ``modules_to_save=["relative_xl"]``). Stock
+    transformers cannot express the result, so its checkpoints are of this package's model type. Together with
+    :class:`SegmentRecurrence` this is Transformer-XL.
+
+    Experimental: its fields may get other names or defaults between minor versions.
 
     Args:
         size: dimensions of R, even; the kernel's heads become so much wider (FlashAttention takes 256 in all). None
@@ -65,14 +66,18 @@ class RelativeXl(Patch):
     name: ClassVar[str] = "relative_xl"
     changes_positions: ClassVar[bool] = True
     wraps: ClassVar[bool] = True
+    experimental: ClassVar[bool] = True
     transient: ClassVar[frozenset[str]] = frozenset({"training"})
 
     size: int | None = None
     theta: float = 10000.0
-    init: str = "recency"
-    backend: str = "auto"
+    init: Literal["recency", "zero"] = "recency"
+    backend: Literal[
+        "auto", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4", "eager"
+    ] = "auto"
     training: bool | None = None
-    proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded
+    # a checkpoint's own structure, which is not tried again while it is being loaded
+    proved: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_number("theta", self.theta, at_least=1)
@@ -86,7 +91,7 @@ class RelativeXl(Patch):
 
     def structure(self) -> Patch:
         """Return the patch without a probe: a model that is being loaded cannot run yet."""
-        return dataclasses.replace(self, proved=True)
+        return changed(self, proved=True)
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Say what would be taken out, what put in, and which kernel computes it; see :meth:`Patch.propose`."""

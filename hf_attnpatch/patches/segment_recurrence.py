@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from transformers import PreTrainedModel
 
@@ -17,7 +16,7 @@ from ..configs import config_at
 from ..edits import AddPreHook, Edit, SetAttention
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.segments import Segments
-from ..patch import Patch, Proposal, required
+from ..patch import Patch, Proposal, changed
 from ..positions.fusing import variants
 from ..positions.keys import STATIC, Way
 from ..recurrence.attention import Recurrent
@@ -36,7 +35,7 @@ _OVER_THE_PROBE = Segments(4, 32)  # longer than what it reads
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentRecurrence(Patch):
-    """Read in segments, each with the keys and values of the last tokens before it, detached (1901.02860, section 3.2).
+    """Segment-level recurrence (Transformer-XL, 1901.02860, 3.2): a segment sees keys and values before it, detached.
 
     A token sees its own segment up to itself and ``memory_length`` tokens before the segment, in every layer, so that
     what reaches it lies up to depth times memory back; the cost of a token and the memory are constant at any length.
@@ -70,9 +69,9 @@ class SegmentRecurrence(Patch):
     name: ClassVar[str] = "segment_recurrence"
     wraps: ClassVar[bool] = True
 
-    segment_length: int = required()
-    memory_length: int = required()
-    positions: str = "bounded"
+    segment_length: int
+    memory_length: int
+    positions: Literal["bounded", "running"] = "bounded"
     num_sinks: int = 0
 
     def __post_init__(self) -> None:
@@ -119,7 +118,7 @@ class SegmentRecurrence(Patch):
         edits = (*common, self._recalling(model, anatomy, places, decoder, segments))
         if not is_restoring():
             turns = bool(anatomy.rotary or anatomy.inner or anatomy.turned)
-            probed = self if turns else dataclasses.replace(self, positions="running")
+            probed = self if turns else changed(self, positions="running")
             probing = probed._recalling(model, anatomy, places, decoder, _OVER_THE_PROBE)
             check_agrees(model, anatomy, (*common, probing), padded=turns)
         return Proposal(

@@ -33,12 +33,23 @@ class Spanning(Protocol):
     @property
     def name(self) -> str: ...  # noqa: D102 - see Patch
     @property
-    def trained(self) -> int | None: ...  # noqa: D102 - tokens that the model handles by itself
+    def trained_length(self) -> int | None: ...  # noqa: D102 - tokens that the model handles by itself
     @property
     def backend(self) -> str: ...  # noqa: D102 - auto, sdpa or eager
 
 
-def check_fields(patch: Patch, backend: str, **lengths: int | None) -> None:
+class Reaching(Protocol):
+    """The fields of patches that are told how far to reach."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102 - see Patch
+    @property
+    def target_length(self) -> int | None: ...  # noqa: D102 - in tokens
+    @property
+    def factor(self) -> float | None: ...  # noqa: D102 - the same as a multiple of the trained length
+
+
+def check_fields(patch: Reaching | Spanning, backend: str, **lengths: int | None) -> None:
     """Refuse what is no length, and backends that do not exist.
 
     Raises:
@@ -58,27 +69,28 @@ def trained_length(patch: Spanning, anatomy: Anatomy) -> int:
     Raises:
         UnsupportedArchitecture: neither the patch nor the config says.
     """
-    length = patch.trained or anatomy.max_positions
+    length = patch.trained_length or anatomy.max_positions
     if not isinstance(length, int) or length < 8:
         raise UnsupportedArchitecture(
-            f"{anatomy.architecture}: its config declares a context of {length!r} tokens; pass trained=, the length it "
-            "was trained at."
+            f"{anatomy.architecture}: its config declares a context of {length!r} tokens; pass trained_length=, the "
+            "length it was trained at."
         )
     return length
 
 
-def target_length(patch: Patch, target: int | None, trained: int) -> int:
-    """Return the length to reach, four times the trained one unless given.
+def target_length(patch: Reaching, trained: int) -> int | None:
+    """Return the length to reach in tokens; None where none was given.
 
     Raises:
         AttnPatchError: it is not above the trained length.
     """
+    target = patch.target_length if patch.factor is None else round(patch.factor * trained)
     if target is not None and target <= trained:
         raise AttnPatchError(
-            f"{patch.name}: target {target} is not above the {trained} tokens that the model handles by itself; there "
-            "is nothing to extend."
+            f"{patch.name}: target_length {target} is not above the {trained} tokens that the model handles by itself; "
+            "there is nothing to extend."
         )
-    return 4 * trained if target is None else target
+    return target
 
 
 def within(patch: Patch, trained: int, **lengths: int) -> None:
