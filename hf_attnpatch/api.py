@@ -102,6 +102,8 @@ def _applied(
         _check_finite(model, before)
     findings = {s.patch.name: s.proposal.prepare(model) for s in steps.steps if s.proposal.prepare is not None}
     write_all(model, (*steps.edits, *_bookkeeping(model, steps, findings)), writes)
+    for release in (s.proposal.release for s in steps.steps if s.proposal.release is not None):
+        release()
     if inputs is None or before is None:
         return {"self-check": "not run"}, findings
     after = None if cut is None else _as_expected(model, steps, inputs, before, cut)

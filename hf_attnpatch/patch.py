@@ -53,6 +53,7 @@ class Proposal:
         preserves: whether the logits must stay what they were (up to rounding).
         patch: the patch with its open choices made (a default that depends on the model, "auto"); None if it had none.
         promise: is shown the cache of a text that the patched model has decoded, and says what is not as promised.
+        release: lets go of what ``prepare`` made for the edits, once they are written: a report is kept for long.
         prepare: work that the edits need and a plan must not do (running the model over calibration text); called by
             ``apply`` on the untouched model before the first edit; returns what it found, for the report.
     """
@@ -66,6 +67,7 @@ class Proposal:
     patch: Patch | None = None
     promise: Callable[[Any], str | None] | None = None
     prepare: Callable[[PreTrainedModel], object] | None = None
+    release: Callable[[], None] | None = None
 
 
 class _Kind(ABCMeta):
@@ -103,6 +105,8 @@ class Patch(metaclass=_Kind):
     experimental: ClassVar[bool] = False  # whether names and defaults of fields may still change between versions
     hints: ClassVar[Mapping[str, str]] = {}  # a field of other patches -> what to do here in its place
     transient: ClassVar[frozenset[str]] = frozenset()  # fields that a record never holds (data, handles)
+    changes_positions: ClassVar[bool] = False  # whether it changes what the model knows positions by
+    wraps: ClassVar[bool] = False  # whether all it does is around attention, so that another may be put around it
     recorded: ClassVar[bool] = True  # False where a checkpoint has nothing to remember, as for a kernel choice
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .anatomy import Anatomy, describe
-from .edits import Edit, SetConfig
+from .edits import Edit, SetConfig, tried
 from .errors import AttnPatchError, NoWeights, PatchConflict
 from .exclusive import alone, lock_of
 from .interruption import all_or_nothing
@@ -18,7 +18,7 @@ from .patch import Patch, Proposal
 from .probe import way_back
 from .recurrence.modules import recalling_of
 from .showing import Shown
-from .spans.modules import span_of
+from .spans.attention import span_of
 from .writable import check_replaced, check_writable
 
 
@@ -122,15 +122,34 @@ def plan(model: PreTrainedModel, *patches: Patch) -> Plan:
 
 
 def _steps(model: PreTrainedModel, anatomy: Anatomy, patches: Sequence[Patch]) -> list[Step]:
-    steps = []
-    for patch in patches:
-        _refuse_beneath_a_memory(model, patch)
-        proposal = patch.propose(model, anatomy)
-        _refuse_stacked(model, patch, proposal)
-        check_replaced(model, proposal.edits)
-        steps.append(Step(proposal.patch or patch, proposal, tuple(edit.preview(model) for edit in proposal.edits)))
-    _refuse_conflicts(model, patches, steps)
-    return steps
+    steps = [_step(model, anatomy, patch) for patch in patches]
+    clash = _clash(patches, steps)
+    if clash is None:
+        return steps
+    claim, *both = clash
+    stacked = all(patch.wraps for patch in patches) and len({patch.name for patch in patches}) == len(patches)
+    if stacked and sum(patch.changes_positions for patch in patches) < 2:
+        return _in_turn(model, patches)
+    first, second = (step.patch.name for _, step in both)
+    advice = _advice(model, *((patch, step.proposal) for patch, step in both))
+    raise PatchConflict(f"{claim}: both {first} and {second} would write it; keep one{advice}.")
+
+
+def _step(model: PreTrainedModel, anatomy: Anatomy, patch: Patch) -> Step:
+    _refuse_beneath_a_memory(model, patch)
+    _refuse_stacked(model, patch)
+    proposal = patch.propose(model, anatomy)
+    check_replaced(model, proposal.edits)
+    return Step(proposal.patch or patch, proposal, tuple(edit.preview(model) for edit in proposal.edits))
+
+
+def _in_turn(model: PreTrainedModel, patches: Sequence[Patch]) -> list[Step]:
+    """Propose each patch on the model that those before it make, as separate calls would."""
+    if not patches:
+        return []
+    step = _step(model, describe(model), patches[0])
+    with tried(model, step.proposal.edits):
+        return [step, *_in_turn(model, patches[1:])]
 
 
 def _refuse_beneath_a_memory(model: PreTrainedModel, patch: Patch) -> None:
@@ -143,10 +162,10 @@ def _refuse_beneath_a_memory(model: PreTrainedModel, patch: Patch) -> None:
         )
 
 
-def _refuse_stacked(model: PreTrainedModel, patch: Patch, proposal: Proposal) -> None:
+def _refuse_stacked(model: PreTrainedModel, patch: Patch) -> None:
     """Refuse to change positions beneath attention that was patched to see them at other distances."""
     held = next((path for path, module in model.named_modules() if span_of(module) is not None), None)
-    if held is not None and "the positions" in proposal.claims:
+    if held is not None and patch.changes_positions:
         raise PatchConflict(
             f"{held}: sees distances by an earlier patch, on whose positions it was built; {patch.name} would change "
             f"those beneath it. Revert that one, apply {patch.name}, and then extend the context again."
@@ -165,18 +184,18 @@ def _not_a_patch(found: object) -> str:
     return f"{text[:60]}; pass patches, such as hf_attnpatch.GroupedQuery(num_kv_heads=2)"
 
 
-def _refuse_conflicts(model: PreTrainedModel, patches: Sequence[Patch], steps: list[Step]) -> None:
-    owner: dict[str, Step] = {}
-    asked = {id(step): patch for patch, step in zip(patches, steps, strict=True)}
-    for step in steps:
+def _clash(
+    patches: Sequence[Patch], steps: Sequence[Step]
+) -> tuple[str, tuple[Patch, Step], tuple[Patch, Step]] | None:
+    """Return a claim that two steps make, and the two, each with the patch that was asked for; None without."""
+    owner: dict[str, tuple[Patch, Step]] = {}
+    for patch, step in zip(patches, steps, strict=True):
         edits = (edit.claim for edit in step.proposal.edits)
         for claim in (*edits, *step.proposal.claims, f"the patch {step.patch.name}"):
-            first = owner.setdefault(claim, step)
-            if first is not step:
-                raise PatchConflict(
-                    f"{claim}: both {first.patch.name} and {step.patch.name} would write it; keep one"
-                    f"{_advice(model, *((asked[id(s)], s.proposal) for s in (first, step)))}."
-                )
+            first = owner.setdefault(claim, (patch, step))
+            if first[1] is not step:
+                return claim, first, (patch, step)
+    return None
 
 
 def _advice(model: PreTrainedModel, *calls: tuple[Patch, Proposal]) -> str:

@@ -21,10 +21,10 @@ from bench_alibi import HEADS, WIDTH, grows, race
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
+from hf_attnpatch.attention.relative import RelativeTerms
 from hf_attnpatch.evaluation.hardware import processor
 from hf_attnpatch.functional.biased import Sight
 from hf_attnpatch.functional.relative import encoding
-from hf_attnpatch.positions.relative import RelativeTerms
 
 OUT = Path(__file__).parents[1] / "recipes" / "results" / "relative"
 SCALE = WIDTH**-0.5

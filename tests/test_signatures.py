@@ -14,13 +14,13 @@ from architectures import tiny_model
 
 import hf_attnpatch as ap
 from hf_attnpatch import patches
+from hf_attnpatch.attention.rotation import KINDS as TURNING
 from hf_attnpatch.functional.tables import METHODS as TABLES
 from hf_attnpatch.patch import ALIASES, changed, fields_of, internal_fields
 from hf_attnpatch.patches import grouped_query, position_table, relative_xl
 from hf_attnpatch.positions.choice import BACKENDS
-from hf_attnpatch.positions.turning import KINDS as TURNING
 from hf_attnpatch.rope.fields import KINDS
-from hf_attnpatch.spans.backends import BACKENDS as MERGED
+from hf_attnpatch.spans.proposal import BACKENDS as MERGED
 
 ROOT = Path(__file__).parents[1]
 KINDS_OF_PATCH = [getattr(patches, name) for name in patches.__all__]

@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import hf_attnpatch as ap
 from hf_attnpatch import embedded
+from hf_attnpatch.attention.registry import attention_function
 from hf_attnpatch.functional import reference
 from hf_attnpatch.functional.spans import Bifocal, Chunked, Clipped, Grouped, Sinks
-from hf_attnpatch.spans.modules import SinkLayer, span_of
+from hf_attnpatch.spans.attention import span_of
+from hf_attnpatch.spans.modules import SinkLayer
 
 PATCHES = {
     "self_extend": ap.SelfExtend(window=6, group=3, trained=10),
@@ -143,7 +145,7 @@ def test_gradients_and_weights_are_those_of_the_dense_way(name):
     model, (ids, mask) = build(), inputs()
     ap.apply(model, PATCHES[name])
     gradients, outs = [], []
-    for kernel in ("spans_sdpa", "spans_eager"):
+    for kernel in ("sdpa", "eager"):
         model.set_attn_implementation(kernel)
         model.zero_grad()
         found = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
@@ -314,7 +316,7 @@ def test_one_at_a_time_and_nothing_beneath():
         ap.apply(model, PATCHES["self_extend"])
     with pytest.raises(ap.PatchConflict, match="earlier patch"):
         ap.apply(model, ap.RopeScaling(kind="yarn", factor=2.0))
-    with pytest.raises(ap.AttnPatchError, match="knows nothing of the distances"):
+    with pytest.raises(ap.PatchConflict, match="earlier patch"):
         ap.apply(model, ap.Alibi())
     with pytest.raises(ap.PatchConflict, match="the positions"):
         ap.plan(build(), PATCHES["re_rope"], ap.RopeScaling(kind="yarn", factor=2.0))
@@ -330,9 +332,10 @@ def test_what_the_mask_cannot_say_is_refused():
     for given in ({"attention_mask": holes}, {"position_ids": packed}, {"attention_mask": four}):
         with pytest.raises(ap.AttnPatchError, match=r"between the tokens|one text for each row"):
             model(input_ids=ids[: 1 if "position_ids" in given else 2], use_cache=False, **given)
-    model.set_attn_implementation("sdpa")
-    with pytest.raises(ap.AttnPatchError, match="spans_eager"):
-        model(input_ids=ids)
+    with pytest.raises(ap.AttnPatchError, match="does not say which keys are padding"):
+        attention_function("flash_attention_2")(
+            model.model.layers[0].self_attn, *[torch.zeros(1, 4, 3, 16)] * 3, None, scaling=0.25
+        )
 
 
 def test_right_padding_is_not_seen():

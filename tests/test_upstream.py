@@ -258,12 +258,10 @@ OWN_WORDS = {
     ("anatomy.py", "alibi"): "the position scheme of that name",
     ("anatomy.py", "position_embeddings"): "what some families call their table, a module",
     ("patches/rotary.py", "alibi"): "a field of the anatomy",
-    ("patches/alibi.py", "alibi"): "the patch of that name, and what modules hold of it",
-    ("positions/modules.py", "alibi"): "likewise",
-    ("positions/removal.py", "alibi"): "likewise",
+    ("patches/alibi.py", "alibi"): "the patch of that name",
+    ("attention/alibi.py", "alibi"): "the wrapper of that name",
     ("positions/rotating.py", "alibi"): "a field of Falcon's config",
-    ("positions/strength.py", "alibi"): "likewise",
-    ("fused/deferring.py", "alibi"): "likewise",
+    ("positions/strength.py", "alibi"): "the patch of that name",
 }
 
 

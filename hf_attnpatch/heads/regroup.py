@@ -48,9 +48,15 @@ class Source:
     num_kv_heads: int
     method: str
     conversion: Conversion | None = field(default=None, repr=False)
+    released: bool = False
+
+    def release(self) -> None:
+        """Let go of the converted weights, which are in the model by now."""
+        self.conversion, self.released = None, True
 
     def weights(self, site: Site) -> HeadWeights | None:
         """Return what was converted for a module, its groups made of neighbours; None where heads are just resized."""
+        assert not self.released, "the converted weights were written, and are not kept"
         found = self.conversion.weights.get(site.path) if self.conversion else None
         return None if found is None else found.adjacent()
 

@@ -10,15 +10,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..backends import Candidate, kernel_of, register_alibi
-from ..configs import config_at
-from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
+from ..attention.alibi import AlibiBias, alibi_of
+from ..attention.registry import guarded, kernel_of, set_kernel
+from ..attention.wrapper import AddWrapper
+from ..backends import Candidate
+from ..edits import Edit
 from ..errors import AttnPatchError, UnsupportedArchitecture
-from ..fused.deferring import rebiased
 from ..patch import Patch, Proposal, changed
 from ..positions.choice import BACKENDS, choose
 from ..positions.counting import counted
-from ..positions.modules import PREFIX, AlibiBias, Guard, alibi_of
+from ..positions.fusing import rebiased
 from ..positions.removal import BIAS, check_blind, check_followed, removal, removed
 from ..sites import Place, dispatching
 
@@ -50,6 +51,8 @@ class Alibi(Patch):
     """
 
     name: ClassVar[str] = "alibi"
+    changes_positions: ClassVar[bool] = True
+    wraps: ClassVar[bool] = True
     transient: ClassVar[frozenset[str]] = frozenset({"training"})
 
     slopes: Literal["paper"] | Sequence[float] = "paper"
@@ -94,10 +97,11 @@ class Alibi(Patch):
             return self._of_a_native(model, anatomy, bias)
         places = dispatching(model, anatomy.sites, anatomy.other, anatomy.unread)
         self._check_heads(places)
-        common = [*removal(model, anatomy, own=BIAS), *_biased(model, places, bias)]
+        common = [*removal(model, anatomy, own=BIAS), *_biased(places, bias)]
         name, notes = self._kernel(model, anatomy, common)
         paths = tuple(p.path for p in places)
-        edits = (*common, *counted(model, paths, alibi_of), _attention(name))
+        guards = guarded(model, anatomy.base, [(p.path, p.config) for p in places])
+        edits = (*common, *guards, *counted(model, paths, alibi_of), set_kernel(name))
         return Proposal(edits, paths, (*removed(anatomy), *notes), stock=False, claims=("the positions",))
 
     def _of_a_native(self, model: PreTrainedModel, anatomy: Anatomy, bias: AlibiBias) -> Proposal:
@@ -135,7 +139,7 @@ class Alibi(Patch):
         training = model.training if self.training is None else self.training
         head_dim = max((s.head_dim for s in anatomy.sites), default=0)
         request = Candidate(model, model.dtype, head_dim, training)
-        name, said = choose(anatomy, request, self.backend, common, _attention, "ALiBi")
+        name, said = choose(anatomy, request, self.backend, common, "ALiBi")
         return name, [f"{self._what()}; {said}"]
 
     def _what(self) -> str:
@@ -154,16 +158,10 @@ def _numbers(values: Any) -> tuple[float, ...]:
     return found
 
 
-def _attention(name: str) -> SetAttention:
-    return SetAttention("", PREFIX + name, register_alibi)
-
-
-def _biased(model: PreTrainedModel, places: list[Place], bias: AlibiBias) -> Iterator[Edit]:
+def _biased(places: list[Place], bias: AlibiBias) -> Iterator[Edit]:
     held = {  # one for each number of heads, so that a rank of tensor parallelism knows which of them it has
         heads: AlibiBias(bias.given, bias.clip, bias.exact, bias.strength, heads)
         for heads in dict.fromkeys(place.num_heads for place in places)
     }
     for place in places:
-        yield SetAttribute(place.path, "alibi", held[place.num_heads])
-        config = config_at(model, place.config)
-        yield AddPreHook(place.path, Guard(config, alibi_of, PREFIX, "ALiBi"), "refuses to run without its bias")
+        yield AddWrapper(place.path, held[place.num_heads])

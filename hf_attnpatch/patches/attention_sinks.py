@@ -39,6 +39,7 @@ class AttentionSinks(Patch):
     """
 
     name: ClassVar[str] = "attention_sinks"
+    wraps: ClassVar[bool] = True
     experimental: ClassVar[bool] = True
     hints: ClassVar[Mapping[str, str]] = dict.fromkeys(("factor", "target_length"), "it gives no longer context")
 

@@ -40,6 +40,7 @@ class DualChunk(Patch):
     """
 
     name: ClassVar[str] = "dual_chunk"
+    wraps: ClassVar[bool] = True
     experimental: ClassVar[bool] = True
     hints: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("factor", "target_length"), "it reaches any length; leave it out"

@@ -172,7 +172,14 @@ class GroupedQuery(Patch):
         notes += [f"left alone: {why}" for why in dict.fromkeys(anatomy.other.values())]
         paths, prepare = tuple(s.path for s in todo), _Prepare(self, merged, source) if converts else None
         return Proposal(
-            tuple(edits), paths, tuple(notes), stock=stock, preserves=not merged, patch=self, prepare=prepare
+            tuple(edits),
+            paths,
+            tuple(notes),
+            stock=stock,
+            preserves=not merged,
+            patch=self,
+            prepare=prepare,
+            release=source.release,
         )
 
     @property

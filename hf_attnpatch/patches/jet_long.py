@@ -40,6 +40,7 @@ class JetLong(Patch):
     """
 
     name: ClassVar[str] = "jet_long"
+    wraps: ClassVar[bool] = True
     experimental: ClassVar[bool] = True
     hints: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("factor", "target_length"), "it reaches any length; leave it out"

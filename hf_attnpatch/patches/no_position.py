@@ -26,6 +26,7 @@ class NoPosition(Patch):
     """
 
     name: ClassVar[str] = "no_position"
+    changes_positions: ClassVar[bool] = True
 
     # a checkpoint's own structure, which is not tried again while it is being loaded
     proved: bool = field(default=False, init=False, repr=False)

@@ -51,6 +51,7 @@ class PositionTable(Patch):
     """
 
     name: ClassVar[str] = "position_table"
+    changes_positions: ClassVar[bool] = True
 
     target_length: int | None = None
     factor: float | None = None

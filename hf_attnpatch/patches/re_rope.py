@@ -42,6 +42,7 @@ class ReRope(Patch):
     """
 
     name: ClassVar[str] = "re_rope"
+    wraps: ClassVar[bool] = True
     experimental: ClassVar[bool] = True
 
     window: int | None = None

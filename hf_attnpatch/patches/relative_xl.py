@@ -13,16 +13,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..backends import Candidate, kernel_of, register_relative
-from ..configs import config_at
-from ..edits import AddModule, AddPreHook, Edit, ReplaceModule, SetAttention
+from ..attention.registry import guarded, kernel_of, set_kernel
+from ..attention.relative import CHILD, Relative, RelativeTerm, RelativeTerms, default_size, relative_of
+from ..attention.wrapper import AddWrapper
+from ..backends import Candidate
+from ..edits import AddModule, Edit, ReplaceModule
 from ..errors import AttnPatchError, UnsupportedArchitecture
-from ..fused.deferring import deferred
 from ..patch import Patch, Proposal, changed
 from ..positions.choice import BACKENDS, choose
 from ..positions.counting import counted
-from ..positions.modules import Guard
-from ..positions.relative import CHILD, PREFIX, RelativeTerms, Term, default_size, relative_of
+from ..positions.fusing import deferred
 from ..positions.removal import RELATIVE, check_blind, check_followed, removal, removed
 from ..probe import check_loaded
 from ..rope.fields import check_number
@@ -64,6 +64,8 @@ class RelativeXl(Patch):
     """
 
     name: ClassVar[str] = "relative_xl"
+    changes_positions: ClassVar[bool] = True
+    wraps: ClassVar[bool] = True
     experimental: ClassVar[bool] = True
     transient: ClassVar[frozenset[str]] = frozenset({"training"})
 
@@ -123,19 +125,16 @@ class RelativeXl(Patch):
             raise UnsupportedArchitecture(
                 f"{strange}: {why}; the terms need heads of queries and keys to stand beside."
             )
-        guards = [
-            AddPreHook(s.path, Guard(config_at(model, s.config), relative_of, PREFIX, CHILD), "refuses to run without")
-            for s in sites
-        ]
+        guards = guarded(model, anatomy.base, [(site.path, site.config) for site in sites])
         if self.proved:
             asked = kernel_of(model.config._attn_implementation)
             name = self.backend if self.backend != "auto" else asked if asked in BACKENDS else "sdpa"
-            return (*guards, _attention(name)), name
+            return (*guards, set_kernel(name)), name
         training = model.training if self.training is None else self.training
         wide = max(s.head_dim + self._size(s) for s in sites)
         request = Candidate(model, model.dtype, wide, training)
-        name, said = choose(anatomy, request, self.backend, loud, _attention, "Transformer-XL's terms")
-        return (*guards, _attention(name)), said
+        name, said = choose(anatomy, request, self.backend, loud, "Transformer-XL's terms")
+        return (*guards, set_kernel(name)), said
 
     def _of_a_native(
         self, model: PreTrainedModel, anatomy: Anatomy, sites: list[Site], loud: Edits
@@ -186,7 +185,7 @@ class _Ear(RelativeTerms):
             for parameter in self.parameters():
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
-    def of(self, query: torch.Tensor, scale: float, module: nn.Module | None = None) -> Term:
+    def of(self, query: torch.Tensor, scale: float, module: nn.Module | None = None) -> RelativeTerm:
         """Listen."""
         self.heard["scale"] = scale
         return super().of(query, scale, module)
@@ -204,6 +203,7 @@ def _put(model: PreTrainedModel, sites: list[Site], make: Maker) -> Edits:
             found.append(ReplaceModule(f"{site.path}.{CHILD}", made, after))
         else:
             found.append(AddModule(site.path, CHILD, made, after))
+        found.append(AddWrapper(site.path, Relative()))
     return tuple(found)
 
 
@@ -218,7 +218,3 @@ def _sites(anatomy: Anatomy) -> list[Site]:
         path, why = next(iter({**anatomy.unread, **anatomy.other}.items()), nothing)
         raise UnsupportedArchitecture(f"{path}: {why}; the terms need heads of queries and keys to stand beside.")
     return sites
-
-
-def _attention(name: str) -> SetAttention:
-    return SetAttention("", PREFIX + name, register_relative)

@@ -73,6 +73,7 @@ class RopeScaling(Patch):
     """
 
     name: ClassVar[str] = "rope_scaling"
+    changes_positions: ClassVar[bool] = True
 
     kind: Literal[
         "linear", "ntk", "ntk_by_parts", "yarn", "llama3", "resonance", "clipped", "longrope", "dynamic", "dynamic_yarn"

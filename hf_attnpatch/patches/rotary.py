@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Literal
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy, angle_table
+from ..attention.rotation import KINDS, Rotation
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..patch import Patch, Proposal, changed, decided
 from ..positions.removal import check_blind, check_effect, removal, removed
 from ..positions.rotating import attention_rotated, ignores_positions, rebased
-from ..positions.turning import KINDS, Rotation
 from ..rope.fields import check_number, check_reach, factor_to
 from ..weightless import runnable
 
@@ -55,6 +55,8 @@ class Rotary(Patch):
     """
 
     name: ClassVar[str] = "rotary"
+    changes_positions: ClassVar[bool] = True
+    wraps: ClassVar[bool] = True
 
     theta: float = 10000.0
     kind: Literal["default", "linear", "yarn", "llama3"] = "default"

@@ -9,18 +9,22 @@ from typing import ClassVar, Literal
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..backends import FLAG, FUSED, kernel_of
+from ..attention.registry import FUSED, kernel_of, register, set_kernel
+from ..attention.wrapper import AddWrapper
+from ..backends import FLAG
 from ..configs import config_at
-from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
+from ..edits import AddPreHook, Edit, SetAttention
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.segments import Segments
-from ..fused.deferring import variants
 from ..patch import Patch, Proposal, changed
-from ..recurrence.attention import BELOW, base, key, register_recurrent
-from ..recurrence.modules import Recalling, Recurrent, recalling_of
-from ..recurrence.native import Remembering, window_of
-from ..recurrence.survey import STATIC, Way, check_agrees, ways
+from ..positions.fusing import variants
+from ..positions.keys import STATIC, Way
+from ..recurrence.attention import Recurrent
+from ..recurrence.modules import Recalling, recalling_of
+from ..recurrence.native import Remembering, masks_under, window_of
+from ..recurrence.survey import check_agrees, ways
 from ..sites import Place, dispatching
+from ..spans.attention import span_of
 from ..upstream import words
 from ..upstream.roles import roles_of
 from ..weightless import is_restoring, runnable
@@ -63,6 +67,7 @@ class SegmentRecurrence(Patch):
     """
 
     name: ClassVar[str] = "segment_recurrence"
+    wraps: ClassVar[bool] = True
 
     segment_length: int
     memory_length: int
@@ -92,6 +97,12 @@ class SegmentRecurrence(Patch):
             raise UnsupportedArchitecture(
                 f"{anatomy.architecture}: its scores depend on distance, which a sink has no fixed one of; num_sinks=0."
             )
+        far = next((path for path in anatomy.attending if span_of(model.get_submodule(path)) is not None), None)
+        if far is not None:
+            raise UnsupportedArchitecture(
+                f"{far}: sees distances otherwise than they are, for texts longer than it was trained on; with a "
+                "memory no distance is longer than a segment and the memory, so that there is nothing left to change."
+            )
         both = next((site.path for site in anatomy.sites if site.causal is False), None)
         if both is not None:
             raise UnsupportedArchitecture(f"{both}: looks both ways, so that no token is before another.")
@@ -100,13 +111,13 @@ class SegmentRecurrence(Patch):
         self._check(model, anatomy, places, decoder)
         kernel = _native_kernel(model) if native else _kernel(model)
         turning = self._turning(model, anatomy, places)
-        hooks = tuple(_remembering(model, places, kernel)) if native else ()
-        attention = SetAttention("", key(kernel), register_recurrent, native)
+        hooks = tuple(_remembering(model, places)) if native and kernel == "eager" else ()
+        attention = SetAttention("", masks_under(kernel), register, True) if native else set_kernel(kernel)
         common = (*self._edits(model, places, turning), *hooks, attention)
         segments = Segments(self.segment_length, self.memory_length, self.num_sinks)
         edits = (*common, self._recalling(model, anatomy, places, decoder, segments))
         if not is_restoring():
-            turns = bool(anatomy.rotary or anatomy.inner)
+            turns = bool(anatomy.rotary or anatomy.inner or anatomy.turned)
             probed = self if turns else changed(self, positions="running")
             probing = probed._recalling(model, anatomy, places, decoder, _OVER_THE_PROBE)
             check_agrees(model, anatomy, (*common, probing), padded=turns)
@@ -127,7 +138,7 @@ class SegmentRecurrence(Patch):
         for number, place in enumerate(places):
             way = turning.get(place.path)
             rotary = (None,) if way is None else (model.get_submodule(way[0]), *way[1:])
-            yield SetAttribute(place.path, "recurrence", Recurrent(number, *rotary, window=_window(model, place)))
+            yield AddWrapper(place.path, Recurrent(number, *rotary, window=_window(model, place)))
 
     def _recalling(
         self, model: PreTrainedModel, anatomy: Anatomy, places: list[Place], decoder: str, segments: Segments
@@ -139,11 +150,13 @@ class SegmentRecurrence(Patch):
             self.positions == "bounded",
             len(places),
             anatomy.max_positions if anatomy.tables or anatomy.inner or anatomy.added == "table" else None,
+            native=bool(anatomy.sites) and not any(site.dispatches for site in anatomy.sites),
         )
         return AddPreHook(decoder, hook, "hands its attention modules their memory", first=True)
 
     def _check(self, model: PreTrainedModel, anatomy: Anatomy, places: list[Place], decoder: str) -> None:
-        placed = anatomy.rotary or anatomy.inner or anatomy.tables
+        dispatches = not anatomy.sites or any(site.dispatches for site in anatomy.sites)
+        placed = anatomy.rotary or anatomy.inner or anatomy.tables or (anatomy.turned and dispatches)
         wanted, roles = (
             (words.POSITIONS, words.CACHE) if placed else (words.CACHE,),
             roles_of(model.get_submodule(decoder)),
@@ -200,11 +213,6 @@ def _places(model: PreTrainedModel, anatomy: Anatomy) -> tuple[list[Place], bool
     """
     if not anatomy.sites or any(site.dispatches for site in anatomy.sites):
         return dispatching(model, anatomy.sites, {}, {}), False
-    if anatomy.turned:
-        raise UnsupportedArchitecture(
-            f"{anatomy.turned[0]}: {anatomy.sites[0].kind} computes its scores by itself and was given rotary "
-            "positions, which a memory does not turn back there."
-        )
     ways = variants(model, anatomy)
     if isinstance(ways, str):
         raise UnsupportedArchitecture(f"{ways}, and no memory can be handed to it.")
@@ -228,9 +236,9 @@ def _window(model: PreTrainedModel, place: Place) -> int | None:
     return int(found) if found else None
 
 
-def _remembering(model: PreTrainedModel, places: list[Place], kernel: str) -> Iterator[Edit]:
+def _remembering(model: PreTrainedModel, places: list[Place]) -> Iterator[Edit]:
     for place in places:
-        hook = Remembering(roles_of(model.get_submodule(place.path)), config_at(model, place.config), kernel)
+        hook = Remembering(roles_of(model.get_submodule(place.path)), config_at(model, place.config))
         yield AddPreHook(place.path, hook, "its cache hands it the memory")
 
 
@@ -244,17 +252,16 @@ def _native_kernel(model: PreTrainedModel) -> str:
     """``eager`` where the forwards compute scores so at present, torch's kernel through this package's notes if not."""
     _check_free(model)
     found = str(model.config._attn_implementation)
-    return "eager" if (base(found) or found) == "eager" else FUSED
+    return "eager" if kernel_of(found) == "eager" else FUSED
 
 
 def _kernel(model: PreTrainedModel) -> str:
     _check_free(model)
-    found = str(model.config._attn_implementation)
-    found = base(found) or found  # asked for under its new name, where a checkpoint is loaded
-    if kernel_of(found) not in KERNELS or found.removesuffix(kernel_of(found)) not in ("", *BELOW):
+    found = kernel_of(str(model.config._attn_implementation))
+    if found not in KERNELS:
         raise UnsupportedArchitecture(
-            f"{type(model).__name__}: attention {found!r} is of another patch or kernel; a memory goes on top of "
-            f"{', '.join(KERNELS)}, and of these with this package's ALiBi or relative_xl."
+            f"{type(model).__name__}: attention {found!r} is of another kernel; a memory goes on top of "
+            f"{', '.join(KERNELS)}."
         )
     return found
 

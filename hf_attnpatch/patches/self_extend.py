@@ -41,6 +41,7 @@ class SelfExtend(Patch):
     """
 
     name: ClassVar[str] = "self_extend"
+    wraps: ClassVar[bool] = True
 
     window: int | None = None
     group: int | None = None

@@ -43,6 +43,7 @@ class Sinusoidal(Patch):
     """
 
     name: ClassVar[str] = "sinusoidal"
+    changes_positions: ClassVar[bool] = True
     experimental: ClassVar[bool] = True
 
     theta: float = 10000.0

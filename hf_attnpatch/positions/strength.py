@@ -6,8 +6,8 @@ from transformers import PreTrainedModel
 
 from .. import record
 from ..anatomy import describe
+from ..attention.alibi import alibi_of
 from ..errors import AttnPatchError
-from .modules import alibi_of
 
 
 def set_alibi_strength(model: PreTrainedModel, strength: float) -> None:

@@ -8,8 +8,10 @@ from typing import Protocol, cast
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..configs import config_at
-from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
+from ..attention.registry import guarded, kernel_of, set_kernel
+from ..attention.wrapper import AddWrapper
+from ..configs import config_path
+from ..edits import AddPreHook, Edit
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.spans import Sinks, Span
 from ..patch import Patch, Proposal
@@ -18,9 +20,11 @@ from ..probe import default_inputs, logits_under, trial
 from ..sites import Site
 from ..upstream.roles import roles_of
 from ..weightless import is_restoring, runnable
-from .backends import BACKENDS, register_spans
-from .modules import PREFIX, Evicting, Evicts, SpanGuard, Spanned, span_of
+from .attention import Spanned, span_of
+from .modules import Evicting, Evicts
 from .survey import Found, survey
+
+BACKENDS = ("auto", "sdpa", "eager")
 
 
 class Spanning(Protocol):
@@ -131,7 +135,7 @@ def spanned(
     ]
     kernel, said = _kernel(patch, model, [*_edits(model, anatomy, found, small)])
     return Proposal(
-        (*edits, _attention(kernel)),
+        (*edits, set_kernel(kernel)),
         tuple(found),
         (*notes, *left, *said),
         stock=False,
@@ -145,9 +149,12 @@ def _edits(model: PreTrainedModel, anatomy: Anatomy, found: Found, span: Span) -
     sites: dict[str, Site] = {site.path: site for site in anatomy.sites}
     for path, (rotary, buffer, interleaved, first) in found.items():
         held = Spanned(span, model.get_submodule(rotary), buffer, interleaved, first)
-        yield SetAttribute(path, "span", held)
-        config = config_at(model, sites[path].config) if path in sites else model.get_submodule(path).config
-        yield AddPreHook(path, SpanGuard(config), "refuses to run with other distances")
+        yield AddWrapper(path, held)
+    places = [
+        (path, sites[path].config if path in sites else config_path(model, model.get_submodule(path).config) or "")
+        for path in found
+    ]
+    yield from guarded(model, anatomy.base, places)
 
 
 def _caches(model: PreTrainedModel, found: Found, span: Span) -> Iterator[Edit]:
@@ -158,20 +165,16 @@ def _caches(model: PreTrainedModel, found: Found, span: Span) -> Iterator[Edit]:
         yield AddPreHook(path, hook, "an empty cache becomes one that lets go")
 
 
-def _attention(kernel: str) -> SetAttention:
-    return SetAttention("", PREFIX + kernel, register_spans)
-
-
 def _kernel(patch: Spanning, model: PreTrainedModel, edits: list[Edit]) -> tuple[str, list[str]]:
     """Return the kernel and what to say about it; flash calls are compared with the dense way on a few tokens."""
     if is_restoring():  # kernels are compared with weights
-        asked = model.config._attn_implementation.removeprefix(PREFIX)
+        asked = kernel_of(model.config._attn_implementation)
         return (patch.backend if patch.backend != "auto" else asked if asked in BACKENDS[1:] else "sdpa"), []
     inputs = default_inputs(model)
-    reference = logits_under(model, [*edits, _attention("eager")], inputs)
+    reference = logits_under(model, [*edits, set_kernel("eager")], inputs)
     if patch.backend == "eager":
         return "eager", ["dense, with every score in memory"]
-    why = trial(model, [*edits, _attention("sdpa")], inputs, reference, backward=False)
+    why = trial(model, [*edits, set_kernel("sdpa")], inputs, reference, backward=False)
     if why is not None:
         raise UnsupportedArchitecture(
             f"{type(model).__name__}: flash calls cannot be merged here: {why}. backend='eager' computes it densely."

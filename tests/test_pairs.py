@@ -1,0 +1,107 @@
+"""Two patches on one model, in both orders, in one call and in two: what they give together, or why they cannot be.
+
+The table of all pairs is made by ``python scripts/pairs.py`` from the same rows.
+"""
+
+import pytest
+import torch
+from architectures import tiny_model
+
+import hf_attnpatch as ap
+from hf_attnpatch.attention.wrapper import wrappers_of
+
+MEMORY = ap.SegmentRecurrence(segment_length=8, memory_length=8)
+EXTEND = ap.SelfExtend(window=6, group=3, trained=10)
+IDS = torch.randint(5, 99, (1, 30), generator=torch.Generator().manual_seed(0))
+FP32 = 1e-5
+
+
+def logits(model, ids=IDS):
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def patched(model_type, *patches, once=False):
+    model = tiny_model(model_type)
+    if once:
+        ap.apply(model, *patches)
+    for patch in () if once else patches:
+        ap.apply(model, patch)
+    return model
+
+
+def names(model):
+    return {tuple(each.name for each in wrappers_of(m)) for m in model.modules() if wrappers_of(m)}
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "patch", [ap.Alibi(), ap.RelativeXl(), EXTEND, ap.ReRope(window=5, trained=10), MEMORY], ids=lambda p: p.name
+)
+def test_the_kernel_beneath_may_be_changed(patch, kernel):
+    """By transformers' own method, which knows nothing of wrappers; oracle: the logits before."""
+    model = patched("llama", patch)
+    wanted = logits(model)
+    model.set_attn_implementation(kernel)
+    assert float((logits(model) - wanted).abs().max()) < 10 * FP32
+    assert model.config._attn_implementation == f"attnpatch_{kernel}"
+
+
+@pytest.mark.parametrize("patch", [ap.Alibi(backend="eager"), ap.RelativeXl(backend="eager"), ap.Rotary()])
+def test_a_fused_kernel_comes_beneath_what_was_put_around(patch):
+    model = patched("gpt2", patch)
+    model.set_attn_implementation("eager")
+    wanted = logits(model)
+    report = ap.patch_flash(model, backend="sdpa")
+    assert report.changed
+    assert model.config._attn_implementation == "attnpatch_sdpa"
+    assert float((logits(model) - wanted).abs().max()) < 10 * FP32
+    report.revert()
+    assert torch.equal(logits(model), wanted)
+
+
+def alone(model_type, patch):
+    """The model with a memory that reaches over everything, in segments: its patch alone computes the same."""
+    return logits(patched(model_type, patch))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bloom"])
+@pytest.mark.parametrize("patch", [ap.Alibi(), ap.RelativeXl(), ap.Rotary(theta=500.0)], ids=lambda p: p.name)
+@pytest.mark.parametrize("once", [True, False])
+def test_a_memory_goes_on_top_of_new_positions(model_type, patch, once):
+    """Oracle: a memory of all that went before changes nothing, in however many segments the text is read."""
+    if model_type == "bloom" and isinstance(patch, ap.Alibi):
+        patch = ap.Alibi(distance_clip=40)
+    whole = ap.SegmentRecurrence(segment_length=8, memory_length=64)
+    model = patched(model_type, patch, whole, once=once)
+    found = logits(model)
+    assert float((found - alone(model_type, patch)).abs().max()) < 20 * FP32
+    if model_type != "llama" or not isinstance(patch, ap.Rotary):  # there, its own modules are built again
+        assert all("memory" in each and len(each) > 1 for each in names(model))
+    with ap.stream(model):
+        pieces = [logits(model, part) for part in IDS.split([5, 11, 14], 1)]
+    assert float((torch.cat(pieces, 1) - found).abs().max()) < 20 * FP32
+
+
+@pytest.mark.parametrize("model_type", ["llama", "bloom"])
+@pytest.mark.parametrize(
+    "patch", [ap.Alibi(distance_clip=40), ap.RelativeXl(), ap.Rotary(theta=500.0), MEMORY, EXTEND], ids=lambda p: p.name
+)
+def test_heads_are_shared_before_or_after(model_type, patch):
+    """Oracle: each order gives the other's logits; shared heads know nothing of positions."""
+    if model_type == "bloom" and patch is EXTEND:
+        pytest.skip("no rotary positions")
+    shared = ap.GroupedQuery(num_kv_heads=2, method="mean")
+    before, after = patched(model_type, shared, patch), patched(model_type, patch, shared)
+    terms = {n: p for n, p in after.named_parameters() if "relative_xl" in n}
+    assert float((logits(before) - logits(after)).abs().max()) < 10 * FP32 or terms
+    together = patched(model_type, shared, patch, once=True)
+    assert torch.equal(logits(together), logits(before))
+
+
+@pytest.mark.parametrize("once", [True, False])
+@pytest.mark.parametrize("pair", [(EXTEND, MEMORY), (MEMORY, EXTEND), (EXTEND, ap.Alibi()), (ap.Alibi(), EXTEND)])
+def test_what_cannot_be_is_refused_for_a_reason_of_mathematics(pair, once):
+    with pytest.raises(ap.AttnPatchError) as refused:
+        patched("llama", *pair, once=once)
+    assert not any(word in str(refused.value) for word in ("_attn_implementation", "revert it first"))
