@@ -43,6 +43,7 @@ from .probe import (
 )
 from .report import Report
 from .selfcheck import decoding
+from .stacking import own
 from .tested import warn_if_newer
 from .upstream import words
 from .upstream.roles import roles_of
@@ -196,7 +197,9 @@ def restore(model: PreTrainedModel) -> None:
     warn_if_newer()
     for patch in found.restore():
         with whole_shapes(model), restoring():
-            for edit in patch.propose(model, describe(model)).edits:
+            edits = patch.propose(model, describe(model)).edits
+            own(patch.name, edits)
+            for edit in edits:
                 edit.run(model)
 
 
@@ -209,9 +212,11 @@ def _bookkeeping(
         return
     config, before = model.config, record.read(model.config)
     stock = all(s.proposal.stock for s in recorded) and (before is None or before.stock)
+    again = {s.patch.name for s in recorded if s.again}
+    kept = tuple(entry for entry in (before.patches if before else ()) if entry["patch"] not in again)
     entries = [{**s.patch.to_record(findings.get(s.patch.name)), "stock": s.proposal.stock} for s in recorded]
     after = record.Record(
-        patches=(*(before.patches if before else ()), *entries),
+        patches=(*kept, *entries),
         base_model=before.base_model if before else record.source_of(model),
         base_model_type=before.base_model_type if before else config.model_type,
         stock=stock,

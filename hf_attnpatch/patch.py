@@ -107,6 +107,7 @@ class Patch(metaclass=_Kind):
     transient: ClassVar[frozenset[str]] = frozenset()  # fields that a record never holds (data, handles)
     changes_positions: ClassVar[bool] = False  # whether it changes what the model knows positions by
     wraps: ClassVar[bool] = False  # whether all it does is around attention, so that another may be put around it
+    height: ClassVar[int] = 0  # 1 where it stands on positions, 2 where it stands on all that is around attention
     recorded: ClassVar[bool] = True  # False where a checkpoint has nothing to remember, as for a kernel choice
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

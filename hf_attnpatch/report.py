@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from .anatomy import Anatomy
-from .edits import Write, undo_all
+from .edits import Write, lost, undo_all
 from .errors import PatchConflict
 from .exclusive import alone
 from .interruption import complete
@@ -86,10 +86,11 @@ class Report(Shown):
         if not self._writes:
             return
         with alone(self._lock):
-            lost = [write.claim for write in self._writes if not write.stands()]
-            if lost and not self._reverting:
+            changed = lost(self._writes)
+            if changed and not self._reverting:
                 raise PatchConflict(
-                    f"{lost[0]} was changed after this patch ({len(lost)} such places); revert the later patch first."
+                    f"{changed[0]} was changed after this patch ({len(changed)} such places); revert the later patch "
+                    "first."
                 )
             self._reverting = True
             complete(self._put_back)

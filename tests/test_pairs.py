@@ -3,12 +3,16 @@
 The table of all pairs is made by ``python scripts/pairs.py`` from the same rows.
 """
 
+import copy
+
 import pytest
 import torch
 from architectures import tiny_model
+from snapshot import snapshot
 
 import hf_attnpatch as ap
 from hf_attnpatch.attention.wrapper import wrappers_of
+from hf_attnpatch.edits import RemoveHook
 
 MEMORY = ap.SegmentRecurrence(segment_length=8, memory_length=8)
 EXTEND = ap.SelfExtend(window=6, group=3, trained=10)
@@ -21,8 +25,10 @@ def logits(model, ids=IDS):
         return model(input_ids=ids, use_cache=False).logits
 
 
-def patched(model_type, *patches, once=False):
+def patched(model_type, *patches, once=False, kernel=None):
     model = tiny_model(model_type)
+    if kernel is not None:
+        model.set_attn_implementation(kernel)
     if once:
         ap.apply(model, *patches)
     for patch in () if once else patches:
@@ -97,6 +103,99 @@ def test_heads_are_shared_before_or_after(model_type, patch):
     assert float((logits(before) - logits(after)).abs().max()) < 10 * FP32 or terms
     together = patched(model_type, shared, patch, once=True)
     assert torch.equal(logits(together), logits(before))
+
+
+BENEATH = {  # what comes beneath a memory or a remapping that is there already, by model type
+    ap.Alibi(distance_clip=40): ("llama", "gpt2", "bloom"),
+    ap.RelativeXl(): ("llama",),
+    ap.Rotary(theta=500.0): ("llama", "gpt2", "bloom"),
+    ap.RopeScaling(kind="linear", factor=2.0): ("llama",),
+    ap.NoPosition(): ("llama", "gpt2", "bloom"),
+    ap.Sinusoidal(): ("gpt2",),
+    ap.Flash(backend="sdpa"): ("gpt2", "bloom"),
+}
+ORDERS = [(kind, MEMORY, patch) for patch, kinds in BENEATH.items() for kind in kinds]
+ORDERS += [("llama", EXTEND, ap.Rotary(theta=500.0)), ("llama", EXTEND, ap.RopeScaling(kind="linear", factor=2.0))]
+ORDERS += [("llama", ap.AttentionSinks(num_sinks=2, window=6), ap.Rotary(theta=500.0))]
+
+
+@pytest.mark.parametrize(("model_type", "above", "beneath"), ORDERS, ids=lambda value: getattr(value, "name", value))
+def test_one_that_comes_beneath_another_is_as_if_it_had_come_first(model_type, above, beneath, tmp_path):
+    """Oracle: the other order, in two calls; its record is equal, and a checkpoint of it loads to the same logits."""
+    kernel = "eager" if isinstance(beneath, ap.Flash) else None
+    torch.manual_seed(0)
+    wanted = patched(model_type, beneath, above, kernel=kernel)
+    torch.manual_seed(0)
+    model = patched(model_type, above, kernel=kernel)
+    first, before = logits(model), snapshot(model)
+    report = ap.apply(model, beneath)
+    assert torch.equal(logits(model), logits(wanted))
+    assert model.config.attnpatch["patches"] == wanted.config.attnpatch["patches"]
+    assert f"{above.name}: taken off, and put on again above {beneath.name}" in str(report)
+    copy.deepcopy(model).save_pretrained(tmp_path)
+    assert torch.equal(logits(ap.load(tmp_path)), logits(model))
+    report.revert()
+    assert torch.equal(logits(model), first)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("above", [MEMORY, EXTEND], ids=lambda patch: patch.name)
+def test_in_one_call_the_order_follows_from_what_stands_on_what(above):
+    model = patched("llama", above, ap.Rotary(theta=500.0), once=True)
+    wanted = patched("llama", ap.Rotary(theta=500.0), above)
+    assert torch.equal(logits(model), logits(wanted))
+    assert model.config.attnpatch["patches"] == wanted.config.attnpatch["patches"]
+
+
+def test_a_copy_and_a_loaded_model_know_what_stands_on_what(tmp_path):
+    model = patched("llama", MEMORY)
+    copied = copy.deepcopy(model)
+    model.save_pretrained(tmp_path)
+    wanted = logits(patched("llama", ap.Rotary(theta=500.0), MEMORY))
+    for other in (copied, ap.load(tmp_path)):
+        ap.apply(other, ap.Rotary(theta=500.0))
+        assert torch.equal(logits(other), wanted)
+
+
+def test_the_later_patch_is_reverted_first():
+    model = patched("llama")
+    first = ap.apply(model, MEMORY)
+    second = ap.apply(model, ap.Alibi())
+    with pytest.raises(ap.PatchConflict, match="revert the later patch first"):
+        first.revert()
+    second.revert()
+    first.revert()
+    assert not names(model)
+
+
+def test_nothing_comes_beneath_an_open_stream():
+    model = patched("llama", MEMORY)
+    with ap.stream(model), pytest.raises(ap.AttnPatchError, match="a stream is open"):
+        ap.apply(model, ap.Rotary(theta=500.0))
+    ap.apply(model, ap.Rotary(theta=500.0))
+
+
+def test_what_no_record_can_put_on_again_stays():
+    model = patched("llama", MEMORY)
+    del model.config.attnpatch
+    before = snapshot(model)
+    with pytest.raises(ap.PatchConflict, match="segment_recurrence is on this model and stands in no record"):
+        ap.apply(model, ap.Alibi())
+    assert snapshot(model) == before
+
+
+def test_a_hook_comes_back_to_its_place_among_others():
+    model = patched("gpt2")
+    block, called = model.transformer.h[0], []
+    hooks = [lambda *_, number=number: called.append(number) for number in range(3)]
+    for hook in hooks:
+        block.register_forward_pre_hook(hook)
+    write = RemoveHook("transformer.h.0", hooks[1]).run(model)
+    logits(model)
+    write.undo()
+    write.undo()
+    logits(model)
+    assert called == [0, 2, 0, 1, 2]
 
 
 @pytest.mark.parametrize("once", [True, False])

@@ -40,6 +40,7 @@ class AttentionSinks(Patch):
 
     name: ClassVar[str] = "attention_sinks"
     wraps: ClassVar[bool] = True
+    height: ClassVar[int] = 1
     experimental: ClassVar[bool] = True
     hints: ClassVar[Mapping[str, str]] = dict.fromkeys(("factor", "target_length"), "it gives no longer context")
 

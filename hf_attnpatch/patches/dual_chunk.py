@@ -41,6 +41,7 @@ class DualChunk(Patch):
 
     name: ClassVar[str] = "dual_chunk"
     wraps: ClassVar[bool] = True
+    height: ClassVar[int] = 1
     experimental: ClassVar[bool] = True
     hints: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("factor", "target_length"), "it reaches any length; leave it out"

@@ -41,6 +41,7 @@ class JetLong(Patch):
 
     name: ClassVar[str] = "jet_long"
     wraps: ClassVar[bool] = True
+    height: ClassVar[int] = 1
     experimental: ClassVar[bool] = True
     hints: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("factor", "target_length"), "it reaches any length; leave it out"

@@ -43,6 +43,7 @@ class ReRope(Patch):
 
     name: ClassVar[str] = "re_rope"
     wraps: ClassVar[bool] = True
+    height: ClassVar[int] = 1
     experimental: ClassVar[bool] = True
 
     window: int | None = None

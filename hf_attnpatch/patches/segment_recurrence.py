@@ -68,6 +68,7 @@ class SegmentRecurrence(Patch):
 
     name: ClassVar[str] = "segment_recurrence"
     wraps: ClassVar[bool] = True
+    height: ClassVar[int] = 2
 
     segment_length: int
     memory_length: int

@@ -42,6 +42,7 @@ class SelfExtend(Patch):
 
     name: ClassVar[str] = "self_extend"
     wraps: ClassVar[bool] = True
+    height: ClassVar[int] = 1
 
     window: int | None = None
     group: int | None = None

@@ -58,6 +58,11 @@ class Recalling:
         """The memory that calls of this thread carry on; None for nothing."""
         return self._open.get(threading.get_ident())
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a thread has a stream open on the model."""
+        return bool(self._open)
+
     def open(self, memory: Memory) -> None:
         """Carry this memory across the calls of this thread from now on."""
         self._open[threading.get_ident()] = memory
