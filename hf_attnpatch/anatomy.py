@@ -109,6 +109,11 @@ class Anatomy(Shown):
         return read or tuple(path for path in (*self.other, *self.unread) if not in_tower(path))
 
     @property
+    def native(self) -> bool:
+        """Whether attention modules compute their scores by themselves, and dispatch to no attention function."""
+        return bool(self.sites) and not any(site.dispatches for site in self.sites)
+
+    @property
     def positions(self) -> str:
         """The position scheme in a word or two."""
         found = [

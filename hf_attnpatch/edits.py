@@ -245,7 +245,8 @@ class RemoveHook(Edit):
         module = model.get_submodule(self.path)
         hooks, *marks = next(stores for stores in _hook_stores(module) if self.hook in stores[0].values())
         key = next(key for key, hook in hooks.items() if hook is self.hook)
-        order, marked = list(hooks), [(store, store[key]) for store in marks if key in store]
+        marked = [(store, store[key]) for store in marks if key in store]
+        orders = [(store, list(store)) for store in (hooks, *marks)]
 
         def do() -> None:
             hooks.pop(key, None)  # first: without its marks it would be called with other arguments
@@ -256,8 +257,8 @@ class RemoveHook(Edit):
             for store, mark in marked:
                 store[key] = mark
             hooks[key] = self.hook
-            for store in (hooks, *marks):
-                for other in (*order[order.index(key) + 1 :], *(other for other in list(store) if other not in order)):
+            for store, order in orders:
+                for other in (*order, *(other for other in list(store) if other not in order)):
                     if other in store:
                         store.move_to_end(other)
 

@@ -9,6 +9,8 @@ from torch import nn
 
 import hf_attnpatch as ap
 from hf_attnpatch import foreign
+from hf_attnpatch.attention.listener import Listener
+from hf_attnpatch.attention.wrapper import HELD, AddWrapper, RemoveWrapper
 from hf_attnpatch.edit import short
 from hf_attnpatch.edits import (
     AddHook,
@@ -16,6 +18,7 @@ from hf_attnpatch.edits import (
     AddPreHook,
     Edit,
     FirstLayers,
+    RemoveHook,
     ReplaceModule,
     SetAttention,
     SetAttribute,
@@ -40,6 +43,18 @@ def _wider(old):
     return nn.Linear(old.in_features, 2 * old.out_features, bias=False)
 
 
+THERE, AROUND = _Hook(), Listener()
+
+
+def subject():
+    """A model with a hook and a wrapper that may be taken off."""
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.register_forward_pre_hook(THERE, with_kwargs=True)
+    model.model.layers[0].mlp.register_forward_pre_hook(_Hook(), with_kwargs=True)
+    setattr(model.model.layers[0].mlp, HELD, (AROUND,))
+    return model
+
+
 EDITS = {
     "a field that is there": SetConfig("", "num_key_value_heads", 2),
     "a field that is not": SetConfig("", "attnpatch", {"version": 1}),
@@ -52,6 +67,9 @@ EDITS = {
     "a buffer": SetBuffer("model.rotary_emb", "inv_freq", lambda old: old + 1, "one more"),
     "a hook": AddPreHook("model.layers.0.self_attn", _Hook(), "does nothing"),
     "a hook behind it": AddHook("model.layers.1.self_attn", _Behind(), "does nothing"),
+    "a hook that is there": RemoveHook("model.layers.0.mlp", THERE),
+    "a wrapper": AddWrapper("model.layers.0.self_attn", Listener()),
+    "a wrapper that is there": RemoveWrapper("model.layers.0.mlp", AROUND.name),
     "the attention function": SetAttention("", "eager"),
     "the class of the config": SetConfigClass("", foreign.config_class(type(tiny_model("llama").config))),
 }
@@ -59,7 +77,7 @@ EDITS = {
 
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
 def test_an_edit_stands_until_its_inverse_takes_it_back(edit):
-    model = tiny_model("llama")
+    model = subject()
     before = snapshot(model)
     assert all(isinstance(text, str) and len(text) <= 80 for text in edit.preview(model))
     assert snapshot(model) == before
@@ -80,10 +98,12 @@ def test_every_edit_is_tested_here():
 
 
 def test_what_was_not_there_is_shown_as_nothing():
-    model = tiny_model("llama")
-    new = ("a child that was not there", "a hook", "a hook behind it")
+    model = subject()
+    new = ("a child that was not there", "a hook", "a hook behind it", "a wrapper")
     assert [name for name, edit in EDITS.items() if edit.preview(model)[0] == "-"] == [*new]
-    assert [EDITS[name].preview(model)[1] for name in new] == ["a small one", "does nothing", "does nothing"]
+    assert [EDITS[name].preview(model)[1] for name in new[:3]] == ["a small one", "does nothing", "does nothing"]
+    gone = ("a hook that is there", "a wrapper that is there")
+    assert [name for name, edit in EDITS.items() if edit.preview(model)[1] == "-"] == [*gone]
 
 
 @pytest.mark.parametrize("kind", [AddPreHook, AddHook])

@@ -8,11 +8,13 @@ import copy
 import pytest
 import torch
 from architectures import tiny_model
+from caches import CACHE
 from snapshot import snapshot
 
 import hf_attnpatch as ap
 from hf_attnpatch.attention.wrapper import wrappers_of
 from hf_attnpatch.edits import RemoveHook
+from hf_attnpatch.spans.attention import span_of
 
 MEMORY = ap.SegmentRecurrence(segment_length=8, memory_length=8)
 EXTEND = ap.SelfExtend(window=6, group=3, trained=10)
@@ -204,3 +206,35 @@ def test_what_cannot_be_is_refused_for_a_reason_of_mathematics(pair, once):
     with pytest.raises(ap.AttnPatchError) as refused:
         patched("llama", *pair, once=once)
     assert not any(word in str(refused.value) for word in ("_attn_implementation", "revert it first"))
+
+
+EXTENDED = [EXTEND, ap.ReRope(window=5, trained_length=10), ap.AttentionSinks(num_sinks=2, window=6, trained_length=20)]
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "mpt", "persimmon"])
+@pytest.mark.parametrize("patch", EXTENDED, ids=lambda patch: patch.name)
+def test_distances_change_in_forwards_that_compute_attention_by_themselves(model_type, patch):
+    """Oracles: every score computed densely, token-by-token decoding, and the text within the trained length."""
+    rotary = () if model_type == "persimmon" else (ap.Rotary(theta=500.0),)
+    plain, model = patched(model_type, *rotary), patched(model_type, *rotary, patch)
+    found, short = logits(model), IDS[:, :6]
+    assert float((logits(model, short) - logits(plain, short)).abs().max()) < FP32
+    assert float((found - logits(plain)).abs().max()) > 1e-3
+    cache = None
+    with torch.no_grad():
+        for n in range(IDS.shape[1]):
+            step = model(input_ids=IDS[:, n : n + 1], use_cache=True, **{CACHE: cache})
+            cache = step[CACHE]
+            assert float((step.logits[:, 0] - found[:, n]).abs().max()) < 10 * FP32
+    if isinstance(patch, ap.AttentionSinks):
+        assert {layer.keys.shape[-2] for layer in cache.layers} == {2 + 6 - 1}
+    for module in model.modules():
+        if span_of(module) is not None:
+            span_of(module).dense = True
+    assert float((logits(model) - found).abs().max()) < 10 * FP32
+
+
+def test_a_forward_of_its_own_has_no_dense_way():
+    model = patched("bloom", ap.Rotary())
+    with pytest.raises(ap.UnsupportedArchitecture, match="only a fused kernel can take its place"):
+        ap.patch_self_extend(model, window=6, group=3, trained_length=10, backend="eager")

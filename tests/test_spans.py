@@ -6,6 +6,7 @@ import pytest
 import torch
 from architectures import tiny_model
 from caches import CACHE
+from snapshot import snapshot
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
@@ -309,17 +310,15 @@ def test_layers_with_a_window_are_left_alone():
     assert "left alone, a window of 8 tokens: 1 layers" in " ".join(str(report).split())
 
 
-def test_one_at_a_time_and_nothing_beneath():
+def test_one_at_a_time_and_only_over_rotary_positions():
     model = build()
     ap.apply(model, PATCHES["re_rope"])
     with pytest.raises(ap.UnsupportedArchitecture, match="revert it first"):
         ap.apply(model, PATCHES["self_extend"])
-    with pytest.raises(ap.PatchConflict, match="earlier patch"):
-        ap.apply(model, ap.RopeScaling(kind="yarn", factor=2.0))
-    with pytest.raises(ap.PatchConflict, match="earlier patch"):
+    before = snapshot(model)
+    with pytest.raises(ap.UnsupportedArchitecture, match="rotary states"):
         ap.apply(model, ap.Alibi())
-    with pytest.raises(ap.PatchConflict, match="the positions"):
-        ap.plan(build(), PATCHES["re_rope"], ap.RopeScaling(kind="yarn", factor=2.0))
+    assert snapshot(model) == before
 
 
 def test_what_the_mask_cannot_say_is_refused():

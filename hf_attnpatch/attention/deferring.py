@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..upstream.caches import CacheView, Storing, own, update_of
 from ..upstream.roles import Arguments, Roles
 from .alibi import AlibiBias, bias_left_out
 from .deferred import Keys, Values
-from .masks import Handed, read_sight
+from .masks import Handed, mask_of, read_sight
 from .own_bias import OwnBias
 from .rotation import Turn, rotation_of, taken_places
 from .wrapper import Term, wrapper_of
@@ -137,4 +138,6 @@ class _Seen:
         self.mask, self.ours, self.queries = mask, ours, queries
 
     def __call__(self, keys: int) -> Sight | None:
-        return read_sight(self.mask, True, self.queries, keys) if self.ours else None
+        if not self.ours:
+            return None
+        return replace(read_sight(self.mask, True, self.queries, keys), made=mask_of(self.mask))

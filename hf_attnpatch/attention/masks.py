@@ -246,7 +246,7 @@ class Handed:
 
 def mask_of(handed: Any) -> AttentionMask | None:
     """Return the mask that made what a module was handed; None for a caller's own, or one that a module changed."""
-    return handed.made if isinstance(handed, Unwritten) else getattr(handed, _MADE_BY, None)
+    return handed.made if isinstance(handed, (Sight, Unwritten)) else getattr(handed, _MADE_BY, None)
 
 
 def own_mask(call: AttentionCall) -> Any:

@@ -62,11 +62,13 @@ class Sight:
         causal: whether only what is before it.
         keep: (batch, k), bool: keys that are no padding; None if all are.
         mask: (batch or 1, heads or 1, q, k), bool, or float that is added; all of the truth where it is given.
+        made: the mask of the whole forward that says the same, where another form of it is wanted; None if unknown.
     """
 
     causal: bool
     keep: Tensor | None = None
     mask: Tensor | None = None
+    made: Any = None
 
 
 Made = TypeVar("Made")

@@ -93,7 +93,7 @@ class Alibi(Patch):
             raise UnsupportedArchitecture(
                 f"{anatomy.biased[0]}: has this package's ALiBi already; revert it first, or use set_alibi_strength."
             )
-        if anatomy.sites and not any(site.dispatches for site in anatomy.sites):
+        if anatomy.native:
             return self._of_a_native(model, anatomy, bias)
         places = dispatching(model, anatomy.sites, anatomy.other, anatomy.unread)
         self._check_heads(places)

@@ -191,9 +191,10 @@ class RopeScaling(Patch):
                 )
             owners.setdefault(rotary.config, []).append(rotary.path)
         if not owners:
+            advice = "; Rotary(kind=..., factor=...) scales what Rotary put there" if anatomy.turned else ""
             raise UnsupportedArchitecture(
                 f"{anatomy.architecture}: rope scaling needs a rotary module built from config.rope_parameters; "
-                f"positions here are: {anatomy.positions}."
+                f"positions here are: {anatomy.positions}{advice}."
             )
         return owners
 

@@ -151,13 +151,12 @@ class SegmentRecurrence(Patch):
             self.positions == "bounded",
             len(places),
             anatomy.max_positions if anatomy.tables or anatomy.inner or anatomy.added == "table" else None,
-            native=bool(anatomy.sites) and not any(site.dispatches for site in anatomy.sites),
+            native=anatomy.native,
         )
         return AddPreHook(decoder, hook, "hands its attention modules their memory", first=True)
 
     def _check(self, model: PreTrainedModel, anatomy: Anatomy, places: list[Place], decoder: str) -> None:
-        dispatches = not anatomy.sites or any(site.dispatches for site in anatomy.sites)
-        placed = anatomy.rotary or anatomy.inner or anatomy.tables or (anatomy.turned and dispatches)
+        placed = anatomy.rotary or anatomy.inner or anatomy.tables or (anatomy.turned and not anatomy.native)
         wanted, roles = (
             (words.POSITIONS, words.CACHE) if placed else (words.CACHE,),
             roles_of(model.get_submodule(decoder)),
@@ -212,7 +211,7 @@ def _places(model: PreTrainedModel, anatomy: Anatomy) -> tuple[list[Place], bool
     Raises:
         UnsupportedArchitecture: some of them do, or all and in a way that cannot be followed.
     """
-    if not anatomy.sites or any(site.dispatches for site in anatomy.sites):
+    if not anatomy.native:
         return dispatching(model, anatomy.sites, {}, {}), False
     ways = variants(model, anatomy)
     if isinstance(ways, str):

@@ -49,7 +49,7 @@ def attention_rotated(model: PreTrainedModel, anatomy: Anatomy, rotation: Rotati
             f"{anatomy.architecture}: reads two sequences; which is to be rotated is not known."
         )
     away = removal(model, anatomy, own=ROTATION)
-    if anatomy.sites and not any(site.dispatches for site in anatomy.sites):
+    if anatomy.native:
         found = rotated(model, anatomy, rotation)
         if isinstance(found, str):
             raise UnsupportedArchitecture(

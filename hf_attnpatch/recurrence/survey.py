@@ -34,7 +34,7 @@ def ways(model: PreTrainedModel, anatomy: Anatomy, paths: Sequence[str]) -> dict
         return {path: None if r is None else (path, HELD, r.interleaved, 0) for path, r in held.items()}
     if not (anatomy.rotary or anatomy.inner):
         return dict.fromkeys(paths)
-    native = not any(site.dispatches for site in anatomy.sites)
+    native = not anatomy.sites or anatomy.native
     before, after = (_keys(model, paths, place, native) for place in (0, BY))
     return {path: _way(model, anatomy, path, before[path], after[path]) for path in paths}
 

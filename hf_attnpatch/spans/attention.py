@@ -34,12 +34,16 @@ class Spanned(Wrapper):
         buffer: under which name it keeps its frequencies.
         interleaved: see :class:`Turning`.
         first: see :class:`Turning`.
+        dense: whether every score is computed, whatever the kernel: to compare with.
     """
 
     name, order = "distances", 2
 
-    def __init__(self, span: Span, rotary: nn.Module, buffer: str, interleaved: bool, first: int):
+    def __init__(
+        self, span: Span, rotary: nn.Module, buffer: str, interleaved: bool, first: int, *, dense: bool = False
+    ):
         self.span, self.rotary, self.buffer, self.interleaved, self.first = span, rotary, buffer, interleaved, first
+        self.dense = dense
 
     def __repr__(self) -> str:
         return str(self.span)
@@ -51,7 +55,7 @@ class Spanned(Wrapper):
     def around(self, call: AttentionCall, inner: Callable[[AttentionCall], Output]) -> Output:
         """Attend as the kernel does within the trained length; beyond it, by merged flash calls."""
         mask, places = _placed(call)
-        if call.kernel == "eager":
+        if self.dense or call.kernel == "eager":
             return self._dense(call, places)
         if mask.once("last", lambda: int(places.max())) < self.span.plain:
             return inner(call)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, cast
 
 from transformers import PreTrainedModel
@@ -22,7 +22,7 @@ from ..upstream.roles import roles_of
 from ..weightless import is_restoring, runnable
 from .attention import Spanned, span_of
 from .modules import Evicting, Evicts
-from .survey import Found, survey
+from .survey import Found, by_itself, survey
 
 BACKENDS = ("auto", "sdpa", "eager")
 
@@ -133,9 +133,9 @@ def spanned(
         *_caches(model, found, span),
         *counted(model, tuple(found), span_of, turned=True),
     ]
-    kernel, said = _kernel(patch, model, [*_edits(model, anatomy, found, small)])
+    kernel, said = _kernel(patch, model, anatomy, lambda dense: _edits(model, anatomy, found, small, dense))
     return Proposal(
-        (*edits, set_kernel(kernel)),
+        (*edits, *kernel),
         tuple(found),
         (*notes, *left, *said),
         stock=False,
@@ -145,11 +145,13 @@ def spanned(
     )
 
 
-def _edits(model: PreTrainedModel, anatomy: Anatomy, found: Found, span: Span) -> Iterator[Edit]:
+def _edits(model: PreTrainedModel, anatomy: Anatomy, found: Found, span: Span, dense: bool = False) -> Iterator[Edit]:
     sites: dict[str, Site] = {site.path: site for site in anatomy.sites}
     for path, (rotary, buffer, interleaved, first) in found.items():
-        held = Spanned(span, model.get_submodule(rotary), buffer, interleaved, first)
+        held = Spanned(span, model.get_submodule(rotary), buffer, interleaved, first, dense=dense)
         yield AddWrapper(path, held)
+    if anatomy.native:
+        return  # its notes are taken under any implementation
     places = [
         (path, sites[path].config if path in sites else config_path(model, model.get_submodule(path).config) or "")
         for path in found
@@ -162,21 +164,31 @@ def _caches(model: PreTrainedModel, found: Found, span: Span) -> Iterator[Edit]:
         return
     for path in found:
         hook = Evicting(roles_of(model.get_submodule(path)), span)
-        yield AddPreHook(path, hook, "an empty cache becomes one that lets go")
+        yield AddPreHook(path, hook, "an empty cache becomes one that lets go", first=True)
 
 
-def _kernel(patch: Spanning, model: PreTrainedModel, edits: list[Edit]) -> tuple[str, list[str]]:
-    """Return the kernel and what to say about it; flash calls are compared with the dense way on a few tokens."""
+def _kernel(
+    patch: Spanning, model: PreTrainedModel, anatomy: Anatomy, trying: Callable[[bool], Iterator[Edit]]
+) -> tuple[Sequence[Edit], list[str]]:
+    """Return the edits that choose a kernel, and what to say; flash calls are held to the dense way on a few tokens."""
+    if anatomy.native and patch.backend == "eager":
+        raise UnsupportedArchitecture(
+            f"{anatomy.sites[0].path}: {anatomy.sites[0].kind} computes its scores by itself, and only a fused "
+            "kernel can take its place; leave backend='auto'."
+        )
+    through = by_itself(model, anatomy)
     if is_restoring():  # kernels are compared with weights
         asked = kernel_of(model.config._attn_implementation)
-        return (patch.backend if patch.backend != "auto" else asked if asked in BACKENDS[1:] else "sdpa"), []
+        kernel = patch.backend if patch.backend != "auto" else asked if asked in BACKENDS[1:] else "sdpa"
+        return through if anatomy.native else (set_kernel(kernel),), []
     inputs = default_inputs(model)
-    reference = logits_under(model, [*edits, set_kernel("eager")], inputs)
+    reference = logits_under(model, [*trying(True), *through], inputs)
     if patch.backend == "eager":
-        return "eager", ["dense, with every score in memory"]
-    why = trial(model, [*edits, set_kernel("sdpa")], inputs, reference, backward=False)
+        return through, ["dense, with every score in memory"]
+    fused = through if anatomy.native else (set_kernel("sdpa"),)
+    why = trial(model, [*trying(False), *fused], inputs, reference, backward=False)
     if why is not None:
         raise UnsupportedArchitecture(
             f"{type(model).__name__}: flash calls cannot be merged here: {why}. backend='eager' computes it densely."
         )
-    return "sdpa", ["flash calls merged by log-sum-exp, equal to the dense way on a few tokens"]
+    return fused, ["flash calls merged by log-sum-exp, equal to the dense way on a few tokens"]

@@ -7,7 +7,7 @@ compared with each way of turning that there is, so that no table of families is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedModel
 
@@ -20,6 +20,7 @@ from ..attention.rotation import rotation_of
 from ..attention.wrapper import HELD, AddWrapper
 from ..edits import AddPreHook, Edit
 from ..errors import UnsupportedArchitecture
+from ..positions.fusing import deferred
 from ..positions.keys import BY, STATIC, Way, tables, way_of
 from ..probe import default_inputs, largest_difference, logits_under
 from ..sites import dispatching, in_tower
@@ -36,14 +37,15 @@ def survey(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Found, list[str]]:
     Raises:
         UnsupportedArchitecture: there are none, or one that looks back at everything turns keys in an unknown way.
     """
+    through = by_itself(model, anatomy)
     anatomy = dataclasses.replace(anatomy, rotary=tuple(r for r in anatomy.rotary if not in_tower(r.path)))
-    places = dispatching(model, anatomy.sites, anatomy.other, anatomy.unread)
-    paths = [place.path for place in places]
+    places = [] if anatomy.native else dispatching(model, anatomy.sites, anatomy.other, anatomy.unread)
+    paths = [place.path for place in places or anatomy.sites]
     if anatomy.turned and not anatomy.rotary:  # by this package, which knows how
-        before = after = _listen(model, anatomy, paths, 0)
+        before = after = _listen(model, anatomy, through, paths, 0)
     else:
         _check_rotary(model, anatomy)
-        before, after = _listen(model, anatomy, paths, 0), _listen(model, anatomy, paths, BY)
+        before, after = _listen(model, anatomy, through, paths, 0), _listen(model, anatomy, through, paths, BY)
     found: Found = {}
     notes: dict[str, list[str]] = {}
     for path in paths:
@@ -61,6 +63,23 @@ def survey(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Found, list[str]]:
         reasons = "; ".join(f"{where[0]}: {why}" for why, where in notes.items())
         raise UnsupportedArchitecture(f"{anatomy.architecture}: no layer looks back at everything ({reasons}).")
     return found, [f"left alone, {why}: {len(where)} layers ({where[0]} ...)" for why, where in notes.items()]
+
+
+def by_itself(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Edit, ...]:
+    """Return the edits by which attention runs through wrappers; densely, where it dispatches.
+
+    Raises:
+        UnsupportedArchitecture: modules compute their scores by themselves, and cannot be followed.
+    """
+    if not anatomy.native:
+        return (set_kernel("eager"),)
+    found = deferred(model, anatomy)
+    if isinstance(found, str):
+        raise UnsupportedArchitecture(
+            f"{anatomy.sites[0].path}: {anatomy.sites[0].kind} computes its scores by itself and dispatches to no "
+            f"attention function, and cannot be followed: {found}."
+        )
+    return found
 
 
 def _check_rotary(model: PreTrainedModel, anatomy: Anatomy) -> None:
@@ -90,7 +109,9 @@ def _check_rotary(model: PreTrainedModel, anatomy: Anatomy) -> None:
             )
 
 
-def _listen(model: PreTrainedModel, anatomy: Anatomy, paths: list[str], place: int) -> dict[str, Listener]:
+def _listen(
+    model: PreTrainedModel, anatomy: Anatomy, through: Sequence[Edit], paths: list[str], place: int
+) -> dict[str, Listener]:
     listeners = {path: Listener() for path in paths}
     edits: list[Edit] = [AddWrapper(path, listener) for path, listener in listeners.items()]
     for rotary in anatomy.rotary:
@@ -98,7 +119,7 @@ def _listen(model: PreTrainedModel, anatomy: Anatomy, paths: list[str], place: i
         if not roles.takes(words.POSITIONS):
             raise UnsupportedArchitecture(f"{rotary.path}: {rotary.kind} takes no positions to try other ones with.")
         edits.append(AddPreHook(rotary.path, ShiftedAngles(roles, place), "another position"))
-    logits_under(model, [*edits, set_kernel("eager")], default_inputs(model))
+    logits_under(model, [*edits, *through], default_inputs(model))
     silent = next((path for path, listener in listeners.items() if not listener.calls), None)
     if silent is not None:
         raise UnsupportedArchitecture(f"{silent}: was not run on a few tokens, so that nothing is known of it.")
@@ -128,4 +149,4 @@ def _way(model: PreTrainedModel, anatomy: Anatomy, path: str, before: Listener, 
     return found
 
 
-__all__ = ["Found", "survey"]
+__all__ = ["Found", "by_itself", "survey"]
