@@ -1,12 +1,16 @@
 """The committed table of pairs is what its command writes, and no number in it is more than rounding."""
 
 import re
+import sys
 from pathlib import Path
 
-import pairs
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import pairs  # noqa: E402
+
 PAGE = (ROOT / "recipes/results/pairs/README.md").read_text()
 FP32 = 1e-6
 
