@@ -29,7 +29,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.auto import modeling_auto
 from transformers.utils import hub
 
-from hf_attnpatch import backends
+from hf_attnpatch.attention import registry
 from hf_attnpatch.probe import default_inputs, trace
 from hf_attnpatch.upstream import words
 from hf_attnpatch.upstream.roles import roles_of
@@ -209,12 +209,14 @@ def _padding_error(key):
 
 
 def test_an_attention_function_without_its_mask_is_silently_wrong(key):
-    """The trap that ``backends.register`` closes: it takes both or neither."""
-    sdpa = AttentionInterface._global_mapping["sdpa"]
-    AttentionInterface.register(key, sdpa)
+    """The trap that ``registry.register`` closes: each kernel has a name in both tables."""
+    AttentionInterface.register(key, AttentionInterface._global_mapping["sdpa"])
     assert _padding_error(key) > 1e-2
-    backends.register(key, sdpa, AttentionMaskInterface._global_mapping["sdpa"])
-    assert _padding_error(key) == 0
+    registry.register()
+    for kernel in registry.KERNELS:
+        assert registry.PREFIX + kernel in AttentionMaskInterface._global_mapping
+        assert registry.PREFIX + kernel in AttentionInterface._global_mapping
+    assert _padding_error(registry.PREFIX + "sdpa") == 0
 
 
 # -- vocabulary -------------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ class AttentionMask:
         made = made.contiguous() if isinstance(made, Tensor) else made  # as generate asks for: a copy would not know
         if self.kernel == "sdpa":
             self.told = made
-            if self.plain and not written:
+            if self.plain and not written and type(made) is Tensor:  # one without data is nobody's to look into
                 return Unwritten.of(self)
         setattr(made, _MADE_BY, self)
         return made
@@ -152,12 +152,16 @@ class Unwritten(Tensor):
             return args[0]
         with torch._C.DisableTorchFunctionSubclass():
             if func is Tensor.to and isinstance(args[0], cls):
-                device, dtype, *_ = torch._C._nn._parse_to(*args[1:], **(kwargs or {}))
-                if dtype in (None, torch.bool):
-                    here = args[0].device if device is None else device
+                asked = [*args[1:], *(kwargs or {}).values()]
+                like = next((one for one in asked if isinstance(one, Tensor)), None)
+                if {one for one in asked if isinstance(one, torch.dtype)} <= {torch.bool} and like is None:
+                    here = next((torch.device(one) for one in asked if isinstance(one, _DEVICE)), args[0].device)
                     return args[0] if here == args[0].device else cls.of(args[0].made, here)
             form = _sized if func in _ABOUT else _whole
             return func(*map(form, args), **{name: form(value) for name, value in (kwargs or {}).items()})
+
+
+_DEVICE = (torch.device, str)
 
 
 def _whole(value: Any) -> Any:

@@ -17,11 +17,11 @@ from ..edits import AddPreHook, Edit, SetAttention
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.segments import Segments
 from ..patch import Patch, Proposal, changed
-from ..positions.fusing import variants
+from ..positions.fusing import deferred, variants
 from ..positions.keys import STATIC, Way
 from ..recurrence.attention import Recurrent
 from ..recurrence.modules import Recalling, recalling_of
-from ..recurrence.native import Remembering, masks_under, window_of
+from ..recurrence.native import MASKS_UNDER_EAGER, Remembering, window_of
 from ..recurrence.survey import check_agrees, ways
 from ..sites import Place, dispatching
 from ..spans.attention import span_of
@@ -112,9 +112,8 @@ class SegmentRecurrence(Patch):
         self._check(model, anatomy, places, decoder)
         kernel = _native_kernel(model) if native else _kernel(model)
         turning = self._turning(model, anatomy, places)
-        hooks = tuple(_remembering(model, places)) if native and kernel == "eager" else ()
-        attention = SetAttention("", masks_under(kernel), register, True) if native else set_kernel(kernel)
-        common = (*self._edits(model, places, turning), *hooks, attention)
+        attention = tuple(_itself(model, anatomy, places, kernel)) if native else (set_kernel(kernel),)
+        common = (*self._edits(model, places, turning), *attention)
         segments = Segments(self.segment_length, self.memory_length, self.num_sinks)
         edits = (*common, self._recalling(model, anatomy, places, decoder, segments))
         if not is_restoring():
@@ -236,10 +235,17 @@ def _window(model: PreTrainedModel, place: Place) -> int | None:
     return int(found) if found else None
 
 
-def _remembering(model: PreTrainedModel, places: list[Place]) -> Iterator[Edit]:
+def _itself(model: PreTrainedModel, anatomy: Anatomy, places: list[Place], kernel: str) -> Iterator[Edit]:
+    """Yield the hooks of modules that compute their scores by themselves, and how they ask for masks."""
+    if kernel != "eager":
+        found = deferred(model, anatomy)
+        assert not isinstance(found, str)  # or there would be no places
+        yield from found
+        return
     for place in places:
         hook = Remembering(roles_of(model.get_submodule(place.path)), config_at(model, place.config))
         yield AddPreHook(place.path, hook, "its cache hands it the memory")
+    yield SetAttention("", MASKS_UNDER_EAGER, register, True)
 
 
 def _check_free(model: PreTrainedModel) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.deferring import Deferring
-from ..attention.registry import FUSED, PREFIX
+from ..attention.registry import PREFIX
 from ..upstream import words
 from ..upstream.caches import CacheView, Storing
 from ..upstream.roles import Roles
@@ -22,10 +22,7 @@ from .attention import met, recurrent_of
 from .call import no_weights
 from .forms import corner
 
-
-def masks_under(kernel: str) -> str:
-    """Return the implementation by which such a model asks for the masks of a memory over this kernel."""
-    return FUSED if kernel == FUSED else PREFIX + kernel
+MASKS_UNDER_EAGER = PREFIX + "eager"  # by which such a model asks for masks while it computes plain segments itself
 
 
 class Remembering(Deferring):
@@ -37,7 +34,7 @@ class Remembering(Deferring):
     """
 
     def __init__(self, roles: Roles, config: Any):
-        super().__init__(roles, config, masks_under("eager"), False)
+        super().__init__(roles, config, MASKS_UNDER_EAGER, False)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
