@@ -1,188 +1,185 @@
 """Swap the attention or the positions of a pretrained transformers model, exactly and reversibly.
 
+``from hf_attnpatch import *`` teaches the verbs and the patches that are most used. Every other name of the package is
+an attribute of it, too (``hf_attnpatch.patch_re_rope``): types of what the verbs return, errors, and what is marked
+experimental in its docstring, whose arguments may still get other names or defaults between minor versions.
+
 Importing this package patches nothing; it only teaches ``AutoConfig`` the model type of its own checkpoints. All else
 is imported when it is first asked for: it needs transformers' model classes, which take longer to import than torch.
 """
 
 import importlib
 import sys
-from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from . import foreign
-from .errors import (
-    AttnPatchError,
-    CalibrationError,
-    EvaluationError,
-    MissingExtra,
-    PatchConflict,
-    SelfCheckFailed,
-    UnsupportedArchitecture,
-    UpstreamChanged,
-)
+from .arrival import register_on_arrival
+from .errors import AttnPatchError
+from .errors import CalibrationError as CalibrationError
+from .errors import EvaluationError as EvaluationError
+from .errors import MissingExtra as MissingExtra
+from .errors import PatchConflict as PatchConflict
+from .errors import SelfCheckFailed as SelfCheckFailed
+from .errors import UnsupportedArchitecture as UnsupportedArchitecture
+from .errors import UpstreamChanged as UpstreamChanged
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from .anatomy import Anatomy, RotaryModule, Site, describe
+    from .anatomy import Anatomy as Anatomy
+    from .anatomy import RotaryModule as RotaryModule
+    from .anatomy import Site as Site
+    from .anatomy import describe
     from .api import apply, patched
     from .checkpoint import load
-    from .compare import Comparison, compare
+    from .compare import Comparison as Comparison
+    from .compare import compare
     from .diagnose import diagnose
-    from .diagnosing.diagnosis import Diagnosis
-    from .doctor import doctor, doctor_checkpoint, write_legacy_keys
-    from .doctoring.legacy import LegacyKeys
-    from .doctoring.reading import CheckpointReport
-    from .doctoring.result import DoctorReport
-    from .heads.own_text import OwnText
-    from .patch import Patch, from_spec
+    from .diagnosing.diagnosis import Diagnosis as Diagnosis
+    from .doctor import doctor
+    from .doctor import doctor_checkpoint as doctor_checkpoint
+    from .doctor import write_legacy_keys as write_legacy_keys
+    from .doctoring.legacy import LegacyKeys as LegacyKeys
+    from .doctoring.reading import CheckpointReport as CheckpointReport
+    from .doctoring.result import DoctorReport as DoctorReport
+    from .heads.own_text import OwnText as OwnText
+    from .one_liners import (
+        patch_alibi,
+        patch_flash,
+        patch_grouped_query,
+        patch_no_position,
+        patch_position_table,
+        patch_rope_scaling,
+        patch_rotary,
+        patch_segment_recurrence,
+        patch_self_extend,
+    )
+    from .one_liners import patch_attention_sinks as patch_attention_sinks
+    from .one_liners import patch_dual_chunk as patch_dual_chunk
+    from .one_liners import patch_jet_long as patch_jet_long
+    from .one_liners import patch_re_rope as patch_re_rope
+    from .one_liners import patch_relative_xl as patch_relative_xl
+    from .one_liners import patch_score_temperature as patch_score_temperature
+    from .one_liners import patch_sinusoidal as patch_sinusoidal
+    from .patch import Patch as Patch
+    from .patch import from_spec
     from .patches import (
         Alibi,
-        AttentionSinks,
-        DualChunk,
         Flash,
         GroupedQuery,
-        JetLong,
         NoPosition,
         PositionTable,
-        RelativeXl,
-        ReRope,
         RopeScaling,
         Rotary,
         SegmentRecurrence,
         SelfExtend,
-        Sinusoidal,
     )
-    from .plan import Plan, plan
-    from .positions.strength import set_alibi_strength
-    from .publish import Published, push_to_hub
-    from .recurrence.streams import Stream, stream
-    from .report import Report
-    from .rope.request_length import request
-    from .rope.search import RopeSearch, search_rope
-    from .verify import Verification, verify
+    from .patches import AttentionSinks as AttentionSinks
+    from .patches import DualChunk as DualChunk
+    from .patches import JetLong as JetLong
+    from .patches import RelativeXl as RelativeXl
+    from .patches import ReRope as ReRope
+    from .patches import ScoreTemperature as ScoreTemperature
+    from .patches import Sinusoidal as Sinusoidal
+    from .plan import Plan as Plan
+    from .plan import plan
+    from .positions.strength import set_alibi_strength as set_alibi_strength
+    from .publish import Published as Published
+    from .publish import push_to_hub
+    from .recurrence.streams import Stream as Stream
+    from .recurrence.streams import stream as stream
+    from .report import Report as Report
+    from .rope.request_length import request as request
+    from .rope.search import RopeSearch as RopeSearch
+    from .rope.search import search_rope as search_rope
+    from .verify import Verification as Verification
+    from .verify import verify
 
 __version__ = "0.1.0.dev0"
 
-foreign.register()
-
-
-def _one_line(name: str, patch: str) -> Callable[..., "Report"]:
-    def function(model: "PreTrainedModel", **fields: Any) -> "Report":
-        from . import apply, from_spec
-
-        return apply(model, from_spec({**fields, "patch": name}, trust_remote_code=True))  # the caller's own words
-
-    function.__name__ = function.__qualname__ = f"patch_{name}"
-    function.__doc__ = f"Apply :class:`{patch}` with these fields."
-    return function
-
-
-patch_alibi = _one_line("alibi", "Alibi")
-patch_attention_sinks = _one_line("attention_sinks", "AttentionSinks")
-patch_dual_chunk = _one_line("dual_chunk", "DualChunk")
-patch_flash = _one_line("flash", "Flash")
-patch_grouped_query = _one_line("grouped_query", "GroupedQuery")
-patch_jet_long = _one_line("jet_long", "JetLong")
-patch_no_position = _one_line("no_position", "NoPosition")
-patch_position_table = _one_line("position_table", "PositionTable")
-patch_re_rope = _one_line("re_rope", "ReRope")
-patch_relative_xl = _one_line("relative_xl", "RelativeXl")
-patch_rope_scaling = _one_line("rope_scaling", "RopeScaling")
-patch_rotary = _one_line("rotary", "Rotary")
-patch_segment_recurrence = _one_line("segment_recurrence", "SegmentRecurrence")
-patch_self_extend = _one_line("self_extend", "SelfExtend")
-patch_sinusoidal = _one_line("sinusoidal", "Sinusoidal")
+register_on_arrival()
 
 __all__ = [
     "Alibi",
-    "Anatomy",
-    "AttentionSinks",
     "AttnPatchError",
-    "CalibrationError",
-    "CheckpointReport",
-    "Comparison",
-    "Diagnosis",
-    "DoctorReport",
-    "DualChunk",
-    "EvaluationError",
     "Flash",
     "GroupedQuery",
-    "JetLong",
-    "LegacyKeys",
-    "MissingExtra",
     "NoPosition",
-    "OwnText",
-    "Patch",
-    "PatchConflict",
-    "Plan",
     "PositionTable",
-    "Published",
-    "ReRope",
-    "RelativeXl",
-    "Report",
     "RopeScaling",
-    "RopeSearch",
     "Rotary",
-    "RotaryModule",
     "SegmentRecurrence",
-    "SelfCheckFailed",
     "SelfExtend",
-    "Sinusoidal",
-    "Site",
-    "Stream",
-    "UnsupportedArchitecture",
-    "UpstreamChanged",
-    "Verification",
     "apply",
     "compare",
     "describe",
     "diagnose",
     "doctor",
-    "doctor_checkpoint",
     "from_spec",
     "load",
     "patch_alibi",
-    "patch_attention_sinks",
-    "patch_dual_chunk",
     "patch_flash",
     "patch_grouped_query",
-    "patch_jet_long",
     "patch_no_position",
     "patch_position_table",
-    "patch_re_rope",
-    "patch_relative_xl",
     "patch_rope_scaling",
     "patch_rotary",
     "patch_segment_recurrence",
     "patch_self_extend",
-    "patch_sinusoidal",
     "patched",
     "plan",
     "push_to_hub",
-    "request",
-    "search_rope",
-    "set_alibi_strength",
-    "stream",
     "verify",
-    "write_legacy_keys",
 ]
 
 # module -> the public names that it defines
 _DEFINES = {
-    "anatomy": ("Anatomy", "RotaryModule", "Site", "describe"),
-    "api": ("apply", "patched"),
+    "anatomy": (
+        "Anatomy",
+        "RotaryModule",
+        "Site",
+        "describe",
+    ),
+    "api": (
+        "apply",
+        "patched",
+    ),
     "checkpoint": ("load",),
+    "compare": (
+        "Comparison",
+        "compare",
+    ),
     "diagnose": ("diagnose",),
     "diagnosing.diagnosis": ("Diagnosis",),
-    "doctor": ("doctor", "doctor_checkpoint", "write_legacy_keys"),
+    "doctor": (
+        "doctor",
+        "doctor_checkpoint",
+        "write_legacy_keys",
+    ),
     "doctoring.legacy": ("LegacyKeys",),
     "doctoring.reading": ("CheckpointReport",),
     "doctoring.result": ("DoctorReport",),
-    "compare": ("Comparison", "compare"),
     "heads.own_text": ("OwnText",),
-    "patch": ("Patch", "from_spec"),
+    "one_liners": (
+        "patch_alibi",
+        "patch_attention_sinks",
+        "patch_dual_chunk",
+        "patch_flash",
+        "patch_grouped_query",
+        "patch_jet_long",
+        "patch_no_position",
+        "patch_position_table",
+        "patch_re_rope",
+        "patch_relative_xl",
+        "patch_rope_scaling",
+        "patch_rotary",
+        "patch_score_temperature",
+        "patch_segment_recurrence",
+        "patch_self_extend",
+        "patch_sinusoidal",
+    ),
+    "patch": (
+        "Patch",
+        "from_spec",
+    ),
     "patches": (
         "Alibi",
         "AttentionSinks",
@@ -192,22 +189,38 @@ _DEFINES = {
         "JetLong",
         "NoPosition",
         "PositionTable",
-        "RelativeXl",
         "ReRope",
+        "RelativeXl",
         "RopeScaling",
         "Rotary",
+        "ScoreTemperature",
         "SegmentRecurrence",
         "SelfExtend",
         "Sinusoidal",
     ),
-    "plan": ("Plan", "plan"),
-    "publish": ("Published", "push_to_hub"),
+    "plan": (
+        "Plan",
+        "plan",
+    ),
+    "positions.strength": ("set_alibi_strength",),
+    "publish": (
+        "Published",
+        "push_to_hub",
+    ),
+    "recurrence.streams": (
+        "Stream",
+        "stream",
+    ),
     "report": ("Report",),
     "rope.request_length": ("request",),
-    "rope.search": ("RopeSearch", "search_rope"),
-    "recurrence.streams": ("Stream", "stream"),
-    "positions.strength": ("set_alibi_strength",),
-    "verify": ("Verification", "verify"),
+    "rope.search": (
+        "RopeSearch",
+        "search_rope",
+    ),
+    "verify": (
+        "Verification",
+        "verify",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _DEFINES.items() for name in names}
 
@@ -224,7 +237,7 @@ if not TYPE_CHECKING:  # to a type checker, it would make every misspelt name a 
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_MODULE_OF})
 
 
 class _Package(ModuleType):

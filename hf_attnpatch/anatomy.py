@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .attention.alibi import AlibiBias, NoBias, bias_left_out
+from .attention.relative import Relative
+from .attention.rotation import Rotation
+from .attention.wrapper import wrappers_of
 from .configs import config_path
 from .errors import UnsupportedArchitecture
 from .homes.layers import unrotated
 from .positions.added import CHILD, LearnedPositions, SinusoidalPositions
-from .positions.modules import alibi_of, bias_left_out, turns_nothing
-from .positions.relative import relative_of
-from .positions.turning import rotation_of
+from .positions.modules import turns_nothing
+from .showing import Shown
 from .sites import Site, bias_tables, in_tower, read_sites
 from .upstream import words
 from .upstream.roles import frequencies, learn, makes_angles, position_tables, roles_of
@@ -42,7 +46,7 @@ class RotaryModule:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class Anatomy(Shown):
     """A model as patches see it.
 
     Attributes:
@@ -54,13 +58,11 @@ class Anatomy:
         rotary: modules computing rotary angles.
         tables: learned or fixed position tables: path and number of rows.
         alibi: whether scores are biased by distance.
-        biased: paths of the modules that this package gave such a bias.
         max_positions: the context length that the config declares, in tokens.
         stilled: modules computing rotary angles that this package made turn nothing, or that no layer uses.
         inner: paths of modules that gather angles from a table of theirs, whose rows limit the length: attention
             modules that rotate so, or the module that makes the angles for them.
-        turned: paths of the modules that this package made rotate.
-        relative: paths of the modules that this package gave Transformer-XL's position terms.
+        wrappers: path of an attention module -> what this package put around it, outermost first, by name.
         added: what this package adds to the embeddings: ``sinusoidal``, ``table`` or, for nothing, an empty string.
         distances: paths of the tables of a learned bias by distance, one number for each head (T5).
         base: path of the language model proper, which gets token ids and holds all attention; None where not found.
@@ -74,21 +76,43 @@ class Anatomy:
     rotary: tuple[RotaryModule, ...]
     tables: Mapping[str, int]
     alibi: bool
-    biased: tuple[str, ...]
     max_positions: int | None
     stilled: tuple[RotaryModule, ...] = ()
     inner: tuple[str, ...] = ()
-    turned: tuple[str, ...] = ()
-    relative: tuple[str, ...] = ()
+    wrappers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     added: str = ""
     base: str | None = None
     distances: tuple[str, ...] = ()
+
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """Paths of the modules that this package gave a bias by distance."""
+        return self.wrapped_by(AlibiBias.name)
+
+    @property
+    def turned(self) -> tuple[str, ...]:
+        """Paths of the modules that this package made rotate."""
+        return self.wrapped_by(Rotation.name)
+
+    @property
+    def relative(self) -> tuple[str, ...]:
+        """Paths of the modules that this package gave Transformer-XL's position terms."""
+        return self.wrapped_by(Relative.name)
+
+    def wrapped_by(self, name: str) -> tuple[str, ...]:
+        """Return the paths of the modules that have a wrapper of this name."""
+        return tuple(path for path, names in self.wrappers.items() if name in names)
 
     @property
     def attending(self) -> tuple[str, ...]:
         """Paths of the modules of the language model that attend to its own tokens; all others where none was read."""
         read = tuple(s.path for s in self.sites if not s.cross and not s.tower)
         return read or tuple(path for path in (*self.other, *self.unread) if not in_tower(path))
+
+    @property
+    def native(self) -> bool:
+        """Whether attention modules compute their scores by themselves, and dispatch to no attention function."""
+        return bool(self.sites) and not any(site.dispatches for site in self.sites)
 
     @property
     def positions(self) -> str:
@@ -103,6 +127,19 @@ class Anatomy:
             ),
         ]
         return " + ".join(name for name, there in found if there) or "none or inside the attention module"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form; a layout is told by its name."""
+        sites = [
+            {**{f.name: getattr(s, f.name) for f in dataclasses.fields(s)}, "layout": s.layout.name} for s in self.sites
+        ]
+        rotary = [dataclasses.asdict(module) for module in self.rotary]
+        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "sites": sites, "rotary": rotary}
+
+    def _in_short(self) -> str:
+        found = len(self.sites) + len(self.other) + len(self.unread)
+        length = "no declared context" if self.max_positions is None else f"context {self.max_positions}"
+        return f"{self.architecture} ({self.model_type}), {found} attention modules, {self.positions}, {length}"
 
     def __str__(self) -> str:
         from .report import render_anatomy
@@ -124,8 +161,9 @@ def describe(model: PreTrainedModel) -> Anatomy:
     learn(model)
     text = model.config.get_text_config(decoder=True)
     sites, other, unread = read_sites(model)
-    biased = tuple(path for path, module in model.named_modules() if alibi_of(module) is not None)
     still = unrotated(model)
+    held = {path: wrappers_of(module) for path, module in model.named_modules() if wrappers_of(module)}
+    wrappers = {path: tuple(w.name for w in each if not isinstance(w, NoBias)) for path, each in held.items()}
     rotary, base = list(_rotary(model)), _base(model, [*(s.path for s in sites if not s.tower), *other, *unread])
     return Anatomy(
         model_type=str(text.model_type),
@@ -135,13 +173,11 @@ def describe(model: PreTrainedModel) -> Anatomy:
         unread=unread,
         rotary=tuple(found for found, turns in rotary if turns and not still),
         tables=dict(_tables(model)),
-        alibi=bool(biased) or _alibi(model),
-        biased=biased,
+        alibi=any(AlibiBias.name in names for names in wrappers.values()) or _alibi(model),
         max_positions=getattr(text, "max_position_embeddings", None),
         stilled=tuple(found for found, turns in rotary if not turns or still),
         inner=tuple(p for p, module in model.named_modules() if angle_table(module) and not turns_nothing(module)),
-        turned=tuple(path for path, module in model.named_modules() if rotation_of(module) is not None),
-        relative=tuple(path for path, module in model.named_modules() if relative_of(module) is not None),
+        wrappers=wrappers,
         added="" if base is None else _added(model.get_submodule(base)),
         base=base,
         distances=bias_tables(model),

@@ -44,6 +44,7 @@ from .probe import (
 )
 from .report import Report
 from .selfcheck import decoding
+from .stacking import own
 from .tested import warn_if_newer
 from .upstream import words
 from .upstream.roles import roles_of
@@ -103,6 +104,8 @@ def _applied(
         _check_finite(model, before)
     findings = {s.patch.name: s.proposal.prepare(model) for s in steps.steps if s.proposal.prepare is not None}
     write_all(model, (*steps.edits, *_bookkeeping(model, steps, findings)), writes)
+    for release in (s.proposal.release for s in steps.steps if s.proposal.release is not None):
+        release()
     if inputs is None or before is None:
         return {"self-check": "not run"}, findings
     after = None if cut is None else _as_expected(model, steps, inputs, before, cut)
@@ -195,7 +198,9 @@ def restore(model: PreTrainedModel) -> None:
     warn_if_newer()
     for patch in found.restore():
         with whole_shapes(model), restoring():
-            for edit in patch.propose(model, describe(model)).edits:
+            edits = patch.propose(model, describe(model)).edits
+            own(patch.name, edits)
+            for edit in edits:
                 edit.run(model)
 
 
@@ -208,10 +213,12 @@ def _bookkeeping(
         return
     config, before = model.config, record.read(model.config)
     stock = all(s.proposal.stock for s in recorded) and (before is None or before.stock)
+    again = {s.patch.name for s in recorded if s.again}
+    kept = tuple(entry for entry in (before.patches if before else ()) if entry["patch"] not in again)
     entries = [{**s.patch.to_record(findings.get(s.patch.name)), "stock": s.proposal.stock} for s in recorded]
     moved = [edit.model_type for edit in steps.edits if isinstance(edit, BecomeModel)]
     after = record.Record(
-        patches=(*(before.patches if before else ()), *entries),
+        patches=(*kept, *entries),
         base_model=before.base_model if before else record.source_of(model),
         base_model_type=moved[-1] if moved else before.base_model_type if before else config.model_type,
         stock=stock,

@@ -1,29 +1,14 @@
-"""Attention backends: which there are, what each needs, and the only writer of transformers' registries."""
+"""Attention backends: which there are, fastest first, and what each needs to run here."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .errors import missing_extra
-from .fused.sight import key_mask, present_key_mask
-from .positions import alibi_attention, alibi_flash, relative, relative_attention, turning
-from .positions.modules import PREFIX
-from .upstream.calls import (
-    attention_registered,
-    eager_mask,
-    flash_attention_mask,
-    flex_attention,
-    flex_attention_mask,
-    mask_registered,
-    sdpa_attention,
-    sdpa_mask,
-)
 
 # backend -> the class flag by which a transformers model says that it dispatches to it
 FLAG = {
@@ -49,85 +34,6 @@ class Candidate:
     dtype: torch.dtype
     head_dim: int
     training: bool
-
-
-def register(key: str, attention: Callable[..., Any], mask: Callable[..., Any]) -> None:
-    """Register an attention function and its mask function under one key; alone, either is silently wrong.
-
-    Args:
-        key: new name; names that contain ``flash``, ``sdpa`` or ``flex_attention`` get transformers' checks for those.
-        attention: as in ``transformers.AttentionInterface``, in the words of :mod:`.upstream.calls`.
-        mask: as in ``transformers.AttentionMaskInterface``, likewise.
-
-    Raises:
-        UpstreamChanged: the installed transformers calls such functions in a way that is not recognised.
-    """
-    AttentionMaskInterface.register(key, mask_registered(mask))  # first: interrupted here, the name is not known
-    AttentionInterface.register(key, attention_registered(attention))
-
-
-FUSED = "fused_by_hf_attnpatch"  # no attention function of this name: the families that get it do not ask for one
-
-
-def register_fused() -> None:
-    """Make masks in linear memory known, for families that compute attention by themselves and only ask for masks.
-
-    There is no attention function beside it on purpose: ``from_pretrained(attn_implementation=...)`` then refuses the
-    name, and nobody gets these masks without the hooks that understand them.
-    """
-    AttentionMaskInterface.register(FUSED, mask_registered(present_key_mask))
-
-
-def register_alibi() -> None:
-    """Make the attention functions that add ALiBi known, each with the masks that it understands."""
-    flash = {name: (alibi_flash.flash(name), flash_attention_mask) for name in _PACKAGE}
-    pairs = {
-        "sdpa": (alibi_attention.sdpa, key_mask),
-        "eager": (alibi_attention.eager, eager_mask),
-        "flex_attention": (alibi_attention.flex, alibi_attention.flex_mask),
-        **flash,
-    }
-    for name, (attention, mask) in pairs.items():
-        register(PREFIX + name, attention, mask)
-
-
-def register_relative() -> None:
-    """Make the attention functions with Transformer-XL's position terms known, each with the masks it understands."""
-    flash = {name: (relative_attention.flash(name), flash_attention_mask) for name in _PACKAGE}
-    pairs: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-        "sdpa": (relative_attention.sdpa, key_mask),
-        "eager": (relative_attention.eager, eager_mask),
-        "flex_attention": (relative_attention.flex, alibi_attention.flex_mask),
-        **flash,
-    }
-    for name, (attention, mask) in pairs.items():
-        register(relative.PREFIX + name, attention, mask)
-
-
-def register_rotary() -> None:
-    """Make the attention functions that rotate known; masks are those of the kernel that each calls."""
-    flash = {name: (alibi_flash.flash(name), flash_attention_mask) for name in _PACKAGE}
-    pairs = {
-        "sdpa": (sdpa_attention, sdpa_mask),
-        "eager": (alibi_attention.eager, eager_mask),
-        "flex_attention": (flex_attention, flex_attention_mask),
-        **flash,
-    }
-    for name, (attention, mask) in pairs.items():
-        register(turning.PREFIX + name, turning.turning(attention), mask)
-
-
-def kernel_of(implementation: str) -> str:
-    """Return the kernel that an attention implementation of this package calls, or the implementation itself."""
-    for prefix in (PREFIX, turning.PREFIX, relative.PREFIX):
-        implementation = implementation.removeprefix(prefix)
-    return implementation
-
-
-def dense(implementation: str) -> str:
-    """Return the implementation that computes every score, with what this package's prefixes add to it."""
-    kernel = next((name for name in (*FLAG, "eager") if implementation.endswith(name)), implementation)
-    return implementation.removesuffix(kernel) + "eager"
 
 
 def ranked(device: torch.device) -> tuple[str, ...]:

@@ -13,28 +13,33 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from . import __version__
 from .commands import compare as cli_compare
 from .commands import diagnose as cli_diagnose
 from .commands import docs as cli_docs
 from .commands import doctor as cli_doctor
 from .commands import evaluate as cli_eval
+from .commands import listing as cli_listing
 from .commands import models as cli_models
 from .commands import publish as cli_publish
 from .commands import search as cli_search
 from .commands import specs as cli_specs
 from .commands import text as cli_text
+from .commands import voice
+from .commands.command import EXIT_CODES, command, how_to_go_on
 from .commands.options import (
+    SHARD,
     Device,
     Dtype,
     Length,
     Model,
     Patches,
     PlanFile,
+    Revision,
     Sequences,
+    ShardSize,
     Text,
     Trust,
-    clear_errors,
-    show,
 )
 from .commands.replacing import ended_by_signals
 from .errors import NoWeights
@@ -44,23 +49,54 @@ from .showing import line, visible
 app = typer.Typer(
     name="attnpatch",
     help="Swap the attention or the positions of a pretrained transformers model, and say what happened.",
+    epilog="\n\n".join(
+        (
+            "Examples:",
+            "attnpatch patches grouped_query",
+            "attnpatch plan embedded --patch grouped_query:num_kv_heads=2",
+            "attnpatch apply embedded out --patch grouped_query:num_kv_heads=2",
+            EXIT_CODES,
+        )
+    ),
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
-@app.command()
-def describe(model: Model, trust_remote_code: Trust = False) -> None:
+def _version(asked: bool) -> None:
+    if asked:
+        found = cli_listing.versions()
+        typer.echo(f"hf_attnpatch {__version__}, transformers {found.get('transformers')}, torch {found.get('torch')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print versions and exit.")
+    ] = False,
+) -> None:
+    """Take what stands before the command."""
+
+
+@command(app, "describe", "attnpatch describe embedded", "attnpatch describe openai-community/gpt2 --json")
+def describe(model: Model, revision: Revision = None, trust_remote_code: Trust = False) -> None:
     """Say where a model attends and how it knows positions. Reads the config only; no weights are loaded."""
-    with clear_errors():
-        import hf_attnpatch as ap
+    import hf_attnpatch as ap
 
-        show(ap.describe(cli_models.Source(name=model, trust_remote_code=trust_remote_code).skeleton()))
+    source = cli_models.Source(name=model, revision=revision, trust_remote_code=trust_remote_code)
+    voice.answer(ap.describe(source.skeleton()))
 
 
-@app.command()
+@command(
+    app,
+    "plan",
+    "attnpatch plan embedded --patch rope_scaling:kind=yarn,factor=4",
+    "attnpatch plan embedded --plan plan.yaml --json",
+)
 def plan(
+    context: typer.Context,
     model: Model,
     patch: Patches = [],  # noqa: B006 - typer copies it
     plan_file: PlanFile = None,
@@ -69,24 +105,33 @@ def plan(
     length: Length = 512,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Say what `apply` would do, and do nothing. Weights are loaded only for what is tried or measured to choose."""
-    with clear_errors():
-        import hf_attnpatch as ap
+    import hf_attnpatch as ap
 
-        patches = cli_specs.patches(plan_file, patch, trusted=trust_remote_code)
-        source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        patches = cli_text.with_text(patches, calibration, source, sequences, length)
-        measured = any(getattr(patch, "num_kv_heads", 0) == "auto" for patch in patches)
-        try:
-            found = ap.plan(source.model() if measured else source.skeleton(), *patches)
-        except NoWeights:
-            found = ap.plan(source.model(), *patches)
-        show(found)
+    kept = voice.kept_patches(context)
+    patches = cli_specs.patches(plan_file, patch, trusted=trust_remote_code, kept=kept)
+    where = {"dtype": dtype, "device": device, "revision": revision, "trust_remote_code": trust_remote_code}
+    source = cli_models.Source(name=model, **where)  # type: ignore[arg-type]  # options by name
+    patches = cli_text.with_text(patches, calibration, source, sequences, length)
+    measured = any(getattr(patch, "num_kv_heads", 0) == "auto" for patch in patches)
+    try:
+        found = ap.plan(source.model() if measured else source.skeleton(), *patches)
+    except NoWeights:
+        found = ap.plan(source.model(), *patches)
+    voice.answer(found)
 
 
-@app.command()
+@command(
+    app,
+    "apply",
+    "attnpatch apply embedded out --patch grouped_query:num_kv_heads=2",
+    "attnpatch apply embedded out -p grouped_query:num_kv_heads=2 --calibration text.txt --damage damage.png",
+    "attnpatch apply --config run.yaml --overwrite",
+    go_on="OUT is what it was; the same command starts anew.",
+)
 def apply(
     context: typer.Context,
     model: Model,
@@ -100,74 +145,90 @@ def apply(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
+    max_shard_size: ShardSize = SHARD,
+    revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Patch a checkpoint and save it to OUT, with its tokenizer; OUT appears whole or not at all."""
-    with clear_errors():
-        import hf_attnpatch as ap
+    import hf_attnpatch as ap
 
-        from .commands.place import check_room
-        from .commands.replacing import replacing
-        from .commands.rewriting import Rewriting, reread
+    from .commands.place import check_room
+    from .commands.replacing import replacing
+    from .commands.rewriting import Rewriting, reread
 
-        patches = cli_specs.patches(plan_file, patch, trusted=trust_remote_code)
+    kept = voice.kept_patches(context)
+    patches = cli_specs.patches(plan_file, patch, trusted=trust_remote_code, kept=kept)
+    if damage is not None:
+        cli_text.check_figure(damage)
+    where = {"dtype": dtype, "device": device, "revision": revision, "trust_remote_code": trust_remote_code}
+    source = cli_models.Source(name=model, **where)  # type: ignore[arg-type]  # options by name
+    patches = cli_text.with_text(patches, calibration, source, sequences, length)
+    inputs = {"MODEL": model, "--plan": plan_file, "--calibration": calibration, "--damage": damage}
+    with replacing(out, overwrite, inputs) as folder:
+        work = Rewriting(source)
+        check_room(out, cli_models.size_of(work.model))
+        report = ap.apply(work.model, *patches)
         if damage is not None:
-            cli_text.check_figure(damage)
-        source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        patches = cli_text.with_text(patches, calibration, source, sequences, length)
-        inputs = {"MODEL": model, "--plan": plan_file, "--calibration": calibration, "--damage": damage}
-        with replacing(out, overwrite, inputs) as folder:
-            work = Rewriting(source)
-            check_room(out, cli_models.size_of(work.model))
-            report = ap.apply(work.model, *patches)
-            if damage is not None:
-                cli_text.draw(report, damage)
-            said = [str(report), *work.save(report, folder, cli_specs.spelled(context))]
-            del report  # which holds what was replaced
-            reread(folder, work.release(), source)
-        show("\n".join(said))
-        show(f"saved {out}{'' if work.tokenizer is not None else ' (no tokenizer in the source)'}")
+            cli_text.draw(report, damage)
+        notes = work.save(report, folder, cli_specs.spelled(context), max_shard_size)
+        found, said = report.to_dict(), [str(report), *notes]
+        del report  # which holds what was replaced
+        reread(folder, work.release(), source)
+    saved = f"saved {out}{'' if work.tokenizer is not None else ' (no tokenizer in the source)'}"
+    voice.note("\n".join([*said, saved]))
+    voice.answer_for_machines({"saved": out, "tokenizer": work.tokenizer is not None, "notes": notes, **found})
 
 
-@app.command()
-def verify(model: Model, dtype: Dtype = "auto", device: Device = "cpu", trust_remote_code: Trust = False) -> None:
+@command(app, "verify", "attnpatch verify out", "attnpatch verify out --json > verification.json")
+def verify(
+    model: Model,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
     """Probe a checkpoint, patched or not, and pass or fail each invariant; exit with 1 if one fails."""
-    with clear_errors():
-        from .verify import verify as probe
+    from .verify import verify as probe
 
-        source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        outcome = probe(source.model())
-    show(outcome)
+    where = {"dtype": dtype, "device": device, "revision": revision, "trust_remote_code": trust_remote_code}
+    outcome = probe(cli_models.Source(name=model, **where).model())  # type: ignore[arg-type]  # options by name
+    voice.answer(outcome)
     raise typer.Exit(0 if outcome.passed else 1)
 
 
-@app.command()
+@command(app, "demo", "attnpatch demo", "attnpatch demo --output /tmp/demo --json")
 def demo(output: Annotated[Path, typer.Option(help="Folder for tables and figures.")] = Path("outputs/demo")) -> None:
     """Patch, uptrain and evaluate the embedded model; prints a table and where the figures are."""
-    with clear_errors():
-        from .demo import run
+    from .demo import run
 
+    with voice.stdout_is_for_machines():
         run(output)
+    voice.answer_for_machines({"output": output})
 
 
-app.command()(cli_compare.compare)
-app.command()(cli_publish.push)
-app.command()(cli_diagnose.diagnose)
-app.command(help=cli_doctor.HELP)(cli_doctor.doctor)
-app.command()(cli_docs.docs)
-app.command("eval")(cli_eval.evaluate)
-app.command("search-rope")(cli_search.search_rope)
+cli_compare.add(app)
+cli_publish.add(app)
+cli_diagnose.add(app)
+cli_doctor.add(app)
+cli_docs.add(app)
+cli_eval.add(app)
+cli_search.add(app)
+cli_listing.add(app)
 
 
 def main() -> None:
     """Run the command line; asked to end, it ends as after an error: nothing half-made stays."""
     try:
         with ended_by_signals():
-            code = app(standalone_mode=False)
+            code = app(prog_name="attnpatch", standalone_mode=False)
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own, of a class that it keeps to itself
             _say_usage(error)
         sys.excepthook = _say_bug  # typer has put its own there
+        raise
+    except SystemExit as end:
+        if isinstance(end.code, int) and end.code > 128:
+            voice.complain(f"attnpatch: stopped; {how_to_go_on() or 'nothing was begun.'}")
         raise
     raise SystemExit(code or 0)
 
@@ -185,7 +246,7 @@ def _say_usage(error: Any) -> NoReturn:
         name = parameter.opts[0] if parameter.param_type_name == "option" else (parameter.metavar or parameter.name)
         said = f"{name.upper() if name == parameter.name else name} is missing: {parameter.help or ''}"
     usage = "" if context is None else f" {' '.join(context.get_usage().split())}"
-    typer.secho(f"attnpatch: {line(said)}{usage}", fg=typer.colors.RED, err=True)
+    voice.complain(f"attnpatch: {line(said)}{usage}")
     raise SystemExit(error.exit_code)
 
 

@@ -63,6 +63,8 @@ def doctor(
 def doctor_checkpoint(folder: str | os.PathLike[str]) -> CheckpointReport:
     """Say which fields of a checkpoint's config transformers 5, readers written for 4, llama.cpp and vLLM read.
 
+    Experimental: its arguments may get other names or defaults between minor versions.
+
     The installed transformers is asked: a model is built from the config, without weights, and what reads which field
     is noted. For the others there is a table of reviewed facts, each with its source. No code of the checkpoint runs.
 
@@ -78,6 +80,8 @@ def doctor_checkpoint(folder: str | os.PathLike[str]) -> CheckpointReport:
 
 def write_legacy_keys(folder: str | os.PathLike[str]) -> LegacyKeys:
     """Write ``rope_theta``, ``rope_scaling`` and ``torch_dtype`` into a checkpoint's config, for readers of version 4.
+
+    Experimental: its arguments may get other names or defaults between minor versions.
 
     What else stands there stays, in its order. Nothing is written unless transformers computes the same from it, bit by
     bit; a second time there is nothing to write.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -35,12 +35,14 @@ class Write:
         stands: whether the edit is in place, that is, whether taking it back would undo it and nothing else.
         do: writes.
         undo: takes it back; nothing is lost if that was done before, or the write was not, or not wholly.
+        place: what is written over; of several writes to one place, the last one has to stand. None: nothing else is.
     """
 
     claim: str
     stands: Callable[[], bool]
     do: Callable[[], None]
     undo: Callable[[], None]
+    place: Hashable = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Edit(ABC):
 
     Attributes:
         path: the module (or the config) it writes to, as in ``named_modules``; empty for the model itself.
-        rung: how deep this cuts: config, attribute, attention, weights, module, hook.
+        rung: how deep this cuts: config, attribute, attention, weights, module, hook, model.
     """
 
     rung: ClassVar[str]
@@ -94,7 +96,7 @@ def swap(store: dict[str, Any], key: str, value: Any, claim: str) -> Write:
             _follow(old, value, kinds)
             store[key] = old
 
-    return Write(claim, lambda: store.get(key, ABSENT) is value, do, undo)
+    return Write(claim, lambda: store.get(key, ABSENT) is value, do, undo, (id(store), key))
 
 
 def write_all(model: PreTrainedModel, edits: Sequence[Edit], writes: list[Write]) -> None:
@@ -103,6 +105,12 @@ def write_all(model: PreTrainedModel, edits: Sequence[Edit], writes: list[Write]
         write = edit.prepare(model)
         writes.append(write)
         write.do()
+
+
+def lost(writes: Sequence[Write]) -> list[str]:
+    """Return the claims of writes over which something else was written since."""
+    last = {id(write) if write.place is None else write.place: write for write in writes}
+    return [write.claim for write in last.values() if not write.stands()]
 
 
 def undo_all(writes: Sequence[Write]) -> None:

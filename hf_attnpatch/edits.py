@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .configs import all_configs, config_at
 from .edit import ABSENT as _ABSENT
-from .edit import Edit, Write, check_hooks, tried, undo_all, write_all
+from .edit import Edit, Write, check_hooks, lost, tried, undo_all, write_all
 from .edit import short as _short
 from .edit import swap as _swap
 from .errors import UnsupportedArchitecture
@@ -26,6 +26,7 @@ __all__ = [
     "BecomeModel",
     "Edit",
     "FirstLayers",
+    "RemoveHook",
     "ReplaceModule",
     "SetAttention",
     "SetAttribute",
@@ -33,6 +34,8 @@ __all__ = [
     "SetConfig",
     "SetConfigClass",
     "Write",
+    "hooks_of",
+    "lost",
     "tried",
     "undo_all",
     "write_all",
@@ -223,6 +226,58 @@ class AddHook(AddPreHook):
 
 
 @dataclass(frozen=True)
+class RemoveHook(Edit):
+    """Take a forward hook or pre-hook off a module; the way back gives it its place in the order again."""
+
+    rung = "hook"
+    hook: Callable[..., Any]
+
+    @property
+    def claim(self) -> str:
+        """The hook's kind at this path."""
+        return f"{self.path}@{type(self.hook).__name__}"
+
+    def preview(self, model: PreTrainedModel) -> tuple[str, str]:
+        """What kind of hook goes."""
+        return type(self.hook).__name__, "-"
+
+    def prepare(self, model: PreTrainedModel) -> Write:
+        """It will be found by its identity."""
+        module = model.get_submodule(self.path)
+        hooks, *marks = next(stores for stores in _hook_stores(module) if self.hook in stores[0].values())
+        key = next(key for key, hook in hooks.items() if hook is self.hook)
+        marked = [(store, store[key]) for store in marks if key in store]
+        orders = [(store, list(store)) for store in (hooks, *marks)]
+
+        def do() -> None:
+            hooks.pop(key, None)  # first: without its marks it would be called with other arguments
+            for store, _ in marked:
+                store.pop(key, None)
+
+        def undo() -> None:
+            for store, mark in marked:
+                store[key] = mark
+            hooks[key] = self.hook
+            for store, order in orders:
+                for other in (*order, *(other for other in list(store) if other not in order)):
+                    if other in store:
+                        store.move_to_end(other)
+
+        return Write(self.claim, lambda: key not in hooks, do, undo)
+
+
+def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
+    """Return the forward pre-hooks and forward hooks of a module."""
+    return [hook for hooks, *_ in _hook_stores(module) for hook in hooks.values()]
+
+
+def _hook_stores(module: nn.Module) -> Iterator[tuple[Any, ...]]:
+    """Yield the ordered dictionaries of hooks, each with those that say how its hooks are called."""
+    yield module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
+    yield module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called
+
+
+@dataclass(frozen=True)
 class SetAttention(Edit):
     """Choose the attention function for the whole model.
 
@@ -273,7 +328,13 @@ class SetAttention(Edit):
                     f"attn_implementation={self.implementation!r} instead of patching it."
                 )
 
-        return Write(self.claim, lambda: model.config._attn_implementation == self.implementation, do, undo)
+        return Write(
+            self.claim,
+            lambda: model.config._attn_implementation == self.implementation,
+            do,
+            undo,
+            (id(model.config), self.claim),
+        )
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def _what(value: Any) -> Any:
     """Plain values count as they are, anything else by its class."""
     plain = isinstance(value, _PLAIN)
     if isinstance(value, (tuple, list)):
-        plain = all(isinstance(item, _PLAIN) for item in value)
+        return [_what(item) for item in value]
     return value if plain else type(value)
 
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import difflib
+import functools
 import importlib
-from abc import ABC, abstractmethod
+import inspect
+from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
 from .errors import AttnPatchError
 from .schema import brief, plain, quoted
+
+P = TypeVar("P", bound="Patch")
+Q = ParamSpec("Q")
+R = TypeVar("R")
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,6 +29,15 @@ if TYPE_CHECKING:
 _LONGEST = 600  # characters of what a patch says of its fields
 _PLAIN = (int, float, str, list, tuple, Mapping)
 REGISTRY: dict[str, type[Patch]] = {}
+# Names that people try first, and names of earlier versions -> the one word that every patch has for the idea. Only
+# what means exactly the same stands here; a name that a patch has itself is that patch's.
+ALIASES = {
+    **{"target": "target_length", "length": "target_length", "max_position_embeddings": "target_length"},
+    **{"trained": "trained_length", "original_max_position_embeddings": "trained_length"},
+    **{"scaling_factor": "factor", "rope_type": "kind", "rope_theta": "theta", "partial_rotary_factor": "partial"},
+    **{"num_key_value_heads": "num_kv_heads", "num_groups": "num_kv_heads", "attn_implementation": "backend"},
+    **{"window_size": "window", "window_length": "window", "group_size": "group", "mem_len": "memory_length"},
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +53,7 @@ class Proposal:
         preserves: whether the logits must stay what they were (up to rounding).
         patch: the patch with its open choices made (a default that depends on the model, "auto"); None if it had none.
         promise: is shown the cache of a text that the patched model has decoded, and says what is not as promised.
+        release: lets go of what ``prepare`` made for the edits, once they are written: a report is kept for long.
         prepare: work that the edits need and a plan must not do (running the model over calibration text); called by
             ``apply`` on the untouched model before the first edit; returns what it found, for the report.
     """
@@ -49,19 +67,60 @@ class Proposal:
     patch: Patch | None = None
     promise: Callable[[Any], str | None] | None = None
     prepare: Callable[[PreTrainedModel], object] | None = None
+    release: Callable[[], None] | None = None
+
+
+class _Kind(ABCMeta):
+    """What a patch's class does when it is called: it takes any name of a field, and says what is wrong with others."""
+
+    if not TYPE_CHECKING:  # to a type checker, a dataclass says more by itself
+
+        def __call__(cls, *unnamed: Any, **fields: Any) -> Any:
+            """Make a patch.
+
+            Raises:
+                AttnPatchError: a field is unknown, missing, given twice or without its name.
+            """
+            found = named(cls, unnamed, fields)
+            try:
+                return super().__call__(**found)
+            except AttnPatchError as error:
+                if not any(value is _MISSING for value in found.values()):
+                    raise
+                problem = str(error).removeprefix(f"{cls.name}: ").rstrip(".")
+                raise AttnPatchError(f"{cls.name}: {problem}; {_choices(cls)}.") from error
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """The fields, for ``help`` and for completion at a prompt."""
+        own = inspect.signature(cls.__init__)  # type: ignore[misc]  # of the dataclass
+        return own.replace(parameters=list(own.parameters.values())[1:], return_annotation=own.empty)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patch(ABC):
+class Patch(metaclass=_Kind):
     """A method. Its fields are the hyper-parameters; ``propose`` says what it would do and touches nothing."""
 
     name: ClassVar[str]
+    experimental: ClassVar[bool] = False  # whether names and defaults of fields may still change between versions
+    hints: ClassVar[Mapping[str, str]] = {}  # a field of other patches -> what to do here in its place
     transient: ClassVar[frozenset[str]] = frozenset()  # fields that a record never holds (data, handles)
+    changes_positions: ClassVar[bool] = False  # whether it changes what the model knows positions by
+    wraps: ClassVar[bool] = False  # whether all it does is around attention, so that another may be put around it
+    height: ClassVar[int] = 0  # 1 where it stands on positions, 2 where it stands on all that is around attention
     recorded: ClassVar[bool] = True  # False where a checkpoint has nothing to remember, as for a kernel choice
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls.__repr__ = Patch.__repr__  # type: ignore[method-assign]  # or a dataclass would write one with every field
         REGISTRY[cls.name] = cls
+
+    def __repr__(self) -> str:
+        """Return how it is written in Python, fields at their default left out."""
+        off = {name: getattr(self, name) for name, field in fields_of(type(self)).items() if field.repr}
+        defaults = {name: field.default for name, field in fields_of(type(self)).items()}
+        said = ", ".join(f"{name}={value!r}" for name, value in off.items() if value != defaults[name])
+        return f"{type(self).__name__}({said})"
 
     @abstractmethod
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
@@ -97,19 +156,89 @@ class _Missing:
 _MISSING = _Missing()
 
 
-def required() -> Any:
-    """Return a field that must be given: ``__post_init__`` finds what reads ``missing`` there, and refuses it."""
-    return dataclasses.field(default=_MISSING)
-
-
-def internal(default: Any = None) -> Any:
-    """Return a field that the package fills in: no plan, no argument and no stranger's record may."""
-    return dataclasses.field(default=default, repr=False, metadata={"internal": True})
-
-
 def internal_fields(cls: type[Patch]) -> dict[str, Any]:
-    """Return the names of such fields, with what stands in them otherwise."""
-    return {f.name: f.default for f in dataclasses.fields(cls) if f.metadata.get("internal")}
+    """Return the fields that only the package fills in, with what stands there otherwise."""
+    return {f.name: f.default for f in dataclasses.fields(cls) if not f.init}
+
+
+def changed(patch: P, **values: Any) -> P:
+    """Return a patch with other values in some fields, which are checked; those that the package fills in may change.
+
+    In the place of ``dataclasses.replace``, which empties them.
+    """
+    inner = internal_fields(type(patch))
+    given = {f.name: getattr(patch, f.name) for f in dataclasses.fields(patch) if f.init}
+    made = type(patch)(**{**given, **{name: value for name, value in values.items() if name not in inner}})
+    return _filled(made, {name: values.get(name, getattr(patch, name)) for name in inner})
+
+
+def decided(patch: Patch, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
+    """Return what a patch would do in which an open choice was just made, so that the choice is remembered."""
+    found = patch.propose(model, anatomy)
+    return dataclasses.replace(found, patch=found.patch or patch)
+
+
+def _filled(patch: P, inner: Mapping[str, Any]) -> P:
+    made = copy.copy(patch)
+    for name, value in inner.items():
+        made._normalise(name, value)
+    return made
+
+
+def fields_of(cls: type[Patch]) -> dict[str, dataclasses.Field[Any]]:
+    """Return the fields that a user chooses, by name and in order."""
+    return {f.name: f for f in dataclasses.fields(cls) if f.init}
+
+
+def named(cls: type[Patch], unnamed: tuple[Any, ...], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of a patch under the names of its fields.
+
+    Raises:
+        AttnPatchError: a field is unknown, given twice, without its name, or filled in by the package alone.
+    """
+    known, found = fields_of(cls), dict[str, Any]()
+    if unnamed:
+        first = next(iter(known), None)
+        form = f", as in {cls.__name__}({first}={brief(unnamed[0], 40)})" if first else ""
+        raise AttnPatchError(f"{cls.name}: {brief(unnamed[0])} stands without a name; give fields by name{form}.")
+    for name, value in fields.items():
+        field = name if name in known else ALIASES.get(name, name)
+        if field in internal_fields(cls):
+            raise AttnPatchError(f"{cls.name}: {field} is found out by this package and never given; leave it out.")
+        if field not in known:
+            raise AttnPatchError(f"{cls.name}: no field {brief(name, 40)}{_nearest(cls, name)}; {_choices(cls)}.")
+        if field in found:
+            raise AttnPatchError(f"{cls.name}: {field} is given twice, once under another name; give it once.")
+        found[field] = value
+    lacking = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in found]
+    return {**found, **dict.fromkeys(lacking, _MISSING)}  # the patch itself says what it wants there
+
+
+def by_any_name(function: Callable[Q, R]) -> Callable[Q, R]:
+    """Let ``patch_x(model, ...)`` take every name that the patch takes, and say what is wrong with others."""
+    cls = REGISTRY[function.__name__.removeprefix("patch_")]
+
+    @functools.wraps(function)
+    def call(*args: Any, **fields: Any) -> R:
+        model = {"model": fields.pop("model")} if "model" in fields else {}
+        calling: Callable[..., R] = function
+        return calling(*args[:1], **model, **named(cls, args[1:], fields))
+
+    return call
+
+
+def _choices(cls: type[Patch]) -> str:
+    return f"its fields are: {', '.join(fields_of(cls)) or 'none'}"
+
+
+def _nearest(cls: type[Patch], name: str) -> str:
+    """Return what somebody may have meant who gave a field that is not there."""
+    said = cls.hints.get(ALIASES.get(name, name))
+    if said is not None:
+        return f" ({said})"
+    words = {**{field: field for field in fields_of(cls)}, **{a: f for a, f in ALIASES.items() if f in fields_of(cls)}}
+    near = difflib.get_close_matches(brief(name, 40).lower(), words, n=1)
+    return f" (did you mean {words[near[0]]}?)" if near else ""
 
 
 def from_spec(spec: Mapping[str, Any], *, recorded: bool = False, trust_remote_code: bool = False) -> Patch:
@@ -123,32 +252,31 @@ def from_spec(spec: Mapping[str, Any], *, recorded: bool = False, trust_remote_c
     Raises:
         AttnPatchError: for an unknown patch or field, with the ones there are, or a field that is not for its giver.
     """
-    known = ", ".join(sorted(_registered()))
+    known = sorted(_registered())
     if not isinstance(spec, Mapping):
         raise AttnPatchError(f"a {type(spec).__name__} is no patch; give a mapping such as {{'patch': 'flash'}}.")
     name = spec.get("patch")
     if not isinstance(name, str) or name not in REGISTRY:
-        raise AttnPatchError(f"patch {quoted(name)} does not exist; choose from: {known}.")
+        near = difflib.get_close_matches(brief(name).lower().replace("-", "_"), known, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise AttnPatchError(f"patch {quoted(name)} does not exist{meant}; choose from: {', '.join(known)}.")
     cls = REGISTRY[name]
-    fields = {f.name for f in dataclasses.fields(cls)}
-    choices = ", ".join(sorted(fields - set(internal_fields(cls))))
     _check_giver(cls, spec, recorded)
     _check_kernel(cls, spec, trust_remote_code)
-    unknown = sorted(brief(key, 40) for key in set(spec) - fields - {"patch"})[:8]
-    if unknown:
-        raise AttnPatchError(f"{name}: no field {', '.join(unknown)}; its fields are: {choices}.")
-    given = {key: value for key, value in spec.items() if key != "patch"}
-    for key in given.keys() - cls.transient:  # those may be tensors and tokenizers
-        if isinstance(given[key], _PLAIN):
-            plain(given[key], f"{name}.{key}", finite=False)
-    lacking = [f.name for f in dataclasses.fields(cls) if f.default is _MISSING and f.name not in given]
+    strange = sorted(brief(key, 40) for key in spec if not isinstance(key, str))[:1]
+    if strange:
+        raise AttnPatchError(f"{name}: no field {strange[0]}; {_choices(cls)}.")
+    given = {key: value for key, value in spec.items() if key != "patch" and key not in internal_fields(cls)}
+    for key in spec.keys() - cls.transient - {"patch"}:  # those may be tensors and tokenizers
+        if isinstance(spec[key], _PLAIN):
+            plain(spec[key], f"{name}.{brief(key, 40)}", finite=False)
     try:
         return cls(**given)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # of ours, or of Python's
-        if isinstance(error, AttnPatchError) and not lacking and len(str(error)) <= _LONGEST:
+        if isinstance(error, AttnPatchError) and len(str(error)) <= _LONGEST:
             raise
         problem = brief(str(error).rstrip("."), _LONGEST)
-        raise AttnPatchError(f"{name}: {problem}; its fields are: {choices}.") from error
+        raise AttnPatchError(f"{name}: {problem}; {_choices(cls)}.") from error
 
 
 def _registered() -> Mapping[str, type[Patch]]:
@@ -174,11 +302,15 @@ def _check_kernel(cls: type[Patch], spec: Mapping[str, Any], trusted: bool) -> N
         )
 
 
-__all__ = ["REGISTRY", "Patch", "Proposal", "from_spec", "internal", "internal_fields", "off_default", "required"]
+__all__ = [
+    *("ALIASES", "REGISTRY", "Patch", "Proposal", "by_any_name", "changed", "decided", "fields_of"),
+    *("from_spec", "internal_fields", "named", "off_default"),
+]
 
 
 def off_default(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a patch in a record that a user may choose and that are not at their default."""
     cls = _registered()[spec["patch"]]
-    defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.name not in internal_fields(cls)}
-    return {key: value for key, value in spec.items() if key in defaults and value != defaults[key]}
+    defaults = {name: field.default for name, field in fields_of(cls).items()}
+    under = {key if key in defaults else ALIASES.get(key, key): value for key, value in spec.items()}
+    return {key: value for key, value in under.items() if key in defaults and value != defaults[key]}

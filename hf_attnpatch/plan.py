@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,28 +11,33 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .anatomy import Anatomy, describe
-from .edits import Edit, SetConfig
+from .edits import Edit, SetConfig, tried
 from .errors import AttnPatchError, NoWeights, PatchConflict
 from .exclusive import alone, lock_of
 from .interruption import all_or_nothing
 from .patch import Patch, Proposal
 from .probe import way_back
-from .recurrence.modules import recalling_of
-from .spans.modules import span_of
+from .showing import Shown
+from .stacking import in_order, lift, own
 from .writable import check_replaced, check_writable
 
 
 @dataclass(frozen=True)
 class Step:
-    """One patch, what it proposes, and a preview (old, new) of each of its edits."""
+    """One patch, what it proposes, and a preview (old, new) of each of its edits.
+
+    Attributes:
+        again: whether it was on the model, and is put on again above one that came beneath it.
+    """
 
     patch: Patch
     proposal: Proposal
     previews: tuple[tuple[str, str], ...]
+    again: bool = False
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Shown):
     """Edits of patches, in order.
 
     Attributes:
@@ -57,9 +63,33 @@ class Plan:
         """The context that the model declares, in tokens, and the longer one that it will; None where it stays."""
         before = self.anatomy.max_positions
         edited = [e.value for e in self.edits if isinstance(e, SetConfig) and e.field == "max_position_embeddings"]
-        reached = [getattr(step.patch, "target", None) for step in self.steps if step.proposal.edits]
+        reached = [getattr(step.patch, "target_length", None) for step in self.steps if step.proposal.edits]
         after = max((n for n in (*edited, *reached) if isinstance(n, int)), default=0)
         return (before, after) if before is not None and after > before else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what would be done, as JSON has it."""
+        patches = [
+            {
+                **(step.proposal.patch or step.patch).to_record(),
+                "stock": step.proposal.stock,
+                "edits": [
+                    {"where": edit.claim, "rung": edit.rung, "before": before, "after": after}
+                    for edit, (before, after) in zip(step.proposal.edits, step.previews, strict=True)
+                ],
+                "notes": list(step.proposal.notes),
+            }
+            for step in self.steps
+        ]
+        context = None if self.context is None else list(self.context)
+        return {"model": self.anatomy.architecture, "stock": self.stock, "context": context, "patches": patches}
+
+    def _in_short(self) -> str:
+        from .report import title
+
+        what = ", ".join(map(title, self.steps))
+        kind = "stock" if self.stock else "hf_attnpatch"
+        return f"{self.anatomy.architecture}, {len(self.edits)} edits, checkpoint for {kind}: {what}"
 
     def __str__(self) -> str:
         from .report import render_plan
@@ -72,7 +102,7 @@ def plan(model: PreTrainedModel, *patches: Patch) -> Plan:
 
     Args:
         model: a transformers model, weights in memory, neither quantized nor parallelised.
-        patches: in the order they are to be applied.
+        patches: in the order they are to be applied; remapped positions stand on others, and a memory on all.
 
     Raises:
         UnsupportedArchitecture: the model has no place for a patch, or is wrapped, quantized, sharded or offloaded.
@@ -97,35 +127,67 @@ def plan(model: PreTrainedModel, *patches: Patch) -> Plan:
 
 
 def _steps(model: PreTrainedModel, anatomy: Anatomy, patches: Sequence[Patch]) -> list[Step]:
-    steps = []
-    for patch in patches:
-        _refuse_beneath_a_memory(model, patch)
-        proposal = patch.propose(model, anatomy)
-        _refuse_stacked(model, patch, proposal)
-        check_replaced(model, proposal.edits)
-        steps.append(Step(proposal.patch or patch, proposal, tuple(edit.preview(model) for edit in proposal.edits)))
-    _refuse_conflicts(model, patches, steps)
-    return steps
+    patches = in_order(patches)
+    proposed = [_step(model, anatomy, patch) for patch in patches]
+    clashes = _clashes(patches, [first for first, *_ in proposed])  # those that are put on again claim what they had
+    for claim, *both in clashes:
+        (first, one), (second, other) = both
+        if first.height == second.height and not (first.wraps and second.wraps and _one_moves(first, second)):
+            advice = _advice(model, *((patch, step.proposal) for patch, step in both))
+            raise PatchConflict(
+                f"{claim}: both {one.patch.name} and {other.patch.name} would write it; keep one{advice}."
+            )
+    if clashes or (len(patches) > 1 and any(again for _, *again in proposed)):
+        return _in_turn(model, patches)
+    return [step for steps in proposed for step in steps]
 
 
-def _refuse_beneath_a_memory(model: PreTrainedModel, patch: Patch) -> None:
-    """Refuse what would change the positions or the attention that a memory was put on top of."""
-    held = next((path for path, module in model.named_modules() if recalling_of(module) is not None), None)
-    if held is not None and patch.name not in ("grouped_query", "segment_recurrence"):
-        raise PatchConflict(
-            f"{held or type(model).__name__}: has a memory (segment_recurrence), made for the positions and the "
-            f"attention below it. Revert it, apply {patch.name}, and then put the memory on top again."
-        )
+def _one_moves(first: Patch, second: Patch) -> bool:
+    """Whether two different patches leave no doubt about positions."""
+    return first.name != second.name and not (first.changes_positions and second.changes_positions)
 
 
-def _refuse_stacked(model: PreTrainedModel, patch: Patch, proposal: Proposal) -> None:
-    """Refuse to change positions beneath attention that was patched to see them at other distances."""
-    held = next((path for path, module in model.named_modules() if span_of(module) is not None), None)
-    if held is not None and "the positions" in proposal.claims:
-        raise PatchConflict(
-            f"{held}: sees distances by an earlier patch, on whose positions it was built; {patch.name} would change "
-            f"those beneath it. Revert that one, apply {patch.name}, and then extend the context again."
-        )
+def _step(model: PreTrainedModel, anatomy: Anatomy, patch: Patch) -> list[Step]:
+    """Propose a patch, and again those that stand on what it changes, each on the model that those before it make."""
+    off = lift(model, patch)
+    if not off.patches:
+        return [_proposed(model, anatomy, patch)]
+    with tried(model, off.edits):
+        first, *above = _in_turn(model, (patch, *off.patches))
+    if not first.proposal.edits:
+        return [first]
+    names = ", ".join(one.name for one in off.patches)
+    note = f"{names}: taken off, and put on again above {patch.name}"
+    proposal = dataclasses.replace(
+        first.proposal, edits=(*off.edits, *first.proposal.edits), notes=(*first.proposal.notes, note)
+    )
+    previews = (*(edit.preview(model) for edit in off.edits), *first.previews)
+    return [Step(first.patch, proposal, previews), *(dataclasses.replace(step, again=True) for step in above)]
+
+
+def _proposed(model: PreTrainedModel, anatomy: Anatomy, patch: Patch) -> Step:
+    proposal = patch.propose(model, anatomy)
+    check_replaced(model, proposal.edits)
+    own(patch.name, proposal.edits)
+    return Step(proposal.patch or patch, proposal, tuple(edit.preview(model) for edit in proposal.edits))
+
+
+def _in_turn(model: PreTrainedModel, patches: Sequence[Patch]) -> list[Step]:
+    """Propose each patch on the model that those before it make, as separate calls would."""
+    if not patches:
+        return []
+    steps = _step(model, describe(model), patches[0])
+    if len(patches) == 1:
+        return steps
+    with tried(model, [edit for step in steps for edit in _structure(model, step)]):
+        return [*steps, *_in_turn(model, patches[1:])]
+
+
+def _structure(model: PreTrainedModel, step: Step) -> Sequence[Edit]:
+    """Return edits that put the modules of a step in place; their weights may have to be worked out by ``apply``."""
+    if step.proposal.prepare is None:
+        return step.proposal.edits
+    return step.patch.structure().propose(model, describe(model)).edits
 
 
 def _not_a_patch(found: object) -> str:
@@ -140,18 +202,19 @@ def _not_a_patch(found: object) -> str:
     return f"{text[:60]}; pass patches, such as hf_attnpatch.GroupedQuery(num_kv_heads=2)"
 
 
-def _refuse_conflicts(model: PreTrainedModel, patches: Sequence[Patch], steps: list[Step]) -> None:
-    owner: dict[str, Step] = {}
-    asked = {id(step): patch for patch, step in zip(patches, steps, strict=True)}
-    for step in steps:
+def _clashes(
+    patches: Sequence[Patch], steps: Sequence[Step]
+) -> list[tuple[str, tuple[Patch, Step], tuple[Patch, Step]]]:
+    """Return each claim that two steps make, and the two, each with the patch that was asked for."""
+    owner: dict[str, tuple[Patch, Step]] = {}
+    found = []
+    for patch, step in zip(patches, steps, strict=True):
         edits = (edit.claim for edit in step.proposal.edits)
-        for claim in (*edits, *step.proposal.claims, f"the patch {step.patch.name}"):
-            first = owner.setdefault(claim, step)
-            if first is not step:
-                raise PatchConflict(
-                    f"{claim}: both {first.patch.name} and {step.patch.name} would write it; keep one"
-                    f"{_advice(model, *((asked[id(s)], s.proposal) for s in (first, step)))}."
-                )
+        for claim in dict.fromkeys((*edits, *step.proposal.claims, f"the patch {step.patch.name}")):
+            first = owner.setdefault(claim, (patch, step))
+            if first[1] is not step:
+                found.append((claim, first, (patch, step)))
+    return found
 
 
 def _advice(model: PreTrainedModel, *calls: tuple[Patch, Proposal]) -> str:

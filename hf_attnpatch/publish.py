@@ -6,7 +6,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,7 +22,7 @@ from .publishing.stale import stale_files
 from .report import Report
 from .rewriting.carrying import carry_read
 from .rewriting.tokenizer import lengthened
-from .showing import line
+from .showing import Shown, line
 
 Reports: TypeAlias = Report | Comparison | str | Path | Sequence[Report | Comparison | str | Path]
 FIGURES = "attnpatch"  # folder of the repository for figures and metrics
@@ -30,7 +30,7 @@ _UNTOUCHED = {".gitattributes"}  # all that a new repository holds
 
 
 @dataclass(frozen=True)
-class Published:
+class Published(Shown):
     """What is on the Hub now.
 
     Attributes:
@@ -46,6 +46,10 @@ class Published:
     commit: str
     files: tuple[str, ...]
     notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return asdict(self)
 
     def __str__(self) -> str:
         head = f"published {self.url} at {self.commit[:12]}: {len(self.files)} files: {', '.join(self.files)}"

@@ -7,25 +7,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 
 from .anatomy import Anatomy
-from .edits import Write, undo_all
+from .edits import Write, lost, undo_all
 from .errors import PatchConflict
 from .exclusive import alone
 from .interruption import complete
 from .patch import off_default
 from .plan import Plan, Step
 from .rewriting.tokenizer import lengthened
+from .showing import Shown, rendered
 
 if TYPE_CHECKING:
     from .heads.damage import DamageReport
 
 
 @dataclass
-class Report:
-    """The outcome of ``apply``.
+class Report(Shown):
+    """The outcome of ``apply``; ``str()`` is a table.
 
     Attributes:
         plan: what was done, with the state before and after of each edit.
@@ -85,10 +86,11 @@ class Report:
         if not self._writes:
             return
         with alone(self._lock):
-            lost = [write.claim for write in self._writes if not write.stands()]
-            if lost and not self._reverting:
+            changed = lost(self._writes)
+            if changed and not self._reverting:
                 raise PatchConflict(
-                    f"{lost[0]} was changed after this patch ({len(lost)} such places); revert the later patch first."
+                    f"{changed[0]} was changed after this patch ({len(changed)} such places); revert the later patch "
+                    "first."
                 )
             self._reverting = True
             complete(self._put_back)
@@ -98,22 +100,34 @@ class Report:
         self._writes.clear()  # forgotten only now that all is back
         self._reverting = False
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was done and found, as JSON has it."""
+        damage = None if self.damage is None else self.damage.to_dict()
+        return {**self.plan.to_dict(), "checks": dict(self.checks), "damage": damage}
+
+    def _in_short(self) -> str:
+        damage = "" if self.damage is None else f", damage of {len(self.damage.layers)} layers measured"
+        return f"{self.plan._in_short()}{damage}{', reverted' if self.changed and not self._writes else ''}"
+
+    def _figures(self) -> Iterable[bytes]:
+        return () if self.damage is None else self.damage._figures()
+
     def __str__(self) -> str:
         checks = Table("self-check", "found", title_justify="left")
         for name, found in self.checks.items():
             checks.add_row(name, found)
         parts = [*_steps(self.plan), *(part for found in self.findings.values() for part in _findings(found))]
-        return _text(*parts, checks) if self.checks else _text(*parts)
+        return rendered(*parts, checks) if self.checks else rendered(*parts)
 
 
 def render_plan(plan: Plan) -> str:
     """Return a plan as tables, one for each patch."""
-    return _text(*_steps(plan))
+    return rendered(*_steps(plan))
 
 
 def render_damage(damage: DamageReport) -> str:
     """Return a damage report as a table, a row for each attention module."""
-    return _text(*_findings(damage))
+    return rendered(*_findings(damage))
 
 
 def _findings(found: object) -> Iterable[RenderableType]:
@@ -151,12 +165,12 @@ def render_anatomy(anatomy: Anatomy) -> str:
     rows += [(p, ("not read", why, "", "", "", "")) for p, why in anatomy.unread.items()]
     for where, what in _folded(rows):
         table.add_row(where, *what)
-    return _text(head, table)
+    return rendered(head, table)
 
 
 def _steps(plan: Plan) -> Iterable[RenderableType]:
     for step in plan.steps:
-        yield _title(step)
+        yield title(step)
         if step.proposal.edits:
             yield _step_table(step)
         yield from (f"  {note}" for note in step.proposal.notes)
@@ -166,7 +180,7 @@ def _steps(plan: Plan) -> Iterable[RenderableType]:
     yield f"stock transformers loads the checkpoint: {'yes' if plan.stock else 'no, it needs hf_attnpatch'}"
 
 
-def _title(step: Step) -> str:
+def title(step: Step) -> str:
     """Return the patch as it would be written, fields at their default left out."""
     chosen = off_default(step.patch.to_record())
     return f"{step.patch.name}({', '.join(f'{k}={v}' for k, v in chosen.items())})"
@@ -187,10 +201,3 @@ def _folded(rows: Sequence[tuple[str, tuple[str, ...]]]) -> Iterable[tuple[str, 
         groups.setdefault((re.sub(r"\.\d+(?=\.|$)", ".*", path), what), []).append(path)
     for (pattern, what), paths in groups.items():
         yield (paths[0] if len(paths) == 1 else f"{pattern}  x{len(paths)}"), what
-
-
-def _text(*parts: RenderableType) -> str:
-    console = Console(width=140, color_system=None, force_terminal=False)
-    with console.capture() as capture:
-        console.print(Group(*parts), markup=False, highlight=False)
-    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())

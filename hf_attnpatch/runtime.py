@@ -86,7 +86,8 @@ class NarrowCache:
             AttnPatchError: the cache was filled, or made, for another number of heads.
         """
         shared = key[:, :: self.groups]
-        layers, number = getattr(storing.cache, "layers", ()), storing.layer
+        passed_by = getattr(storing.cache, "passed_by", False)  # a memory, which the module's own wrapper fills
+        layers, number = () if passed_by else getattr(storing.cache, "layers", ()), storing.layer
         held = getattr(layers[number], "keys", None) if number < len(layers) else None
         if isinstance(held, Tensor) and held.dim() == 4 and held.shape[1] != shared.shape[1]:
             raise AttnPatchError(

@@ -1,4 +1,4 @@
-"""Text from elsewhere, made harmless for where it is shown: a terminal, Markdown, a code block.
+"""Text from elsewhere, made harmless for where it is shown: a terminal, Markdown, a code block, a notebook.
 
 Names, notes and commands come from checkpoints and result files, which strangers make. Nothing of them may move the
 cursor of a terminal, run as HTML, become a link or an image, or end the block that it stands in.
@@ -6,8 +6,22 @@ cursor of a terminal, run as HTML, become a link or an image, or end the block t
 
 from __future__ import annotations
 
+import base64
+import dataclasses
+import html
 import re
 import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+WIDTH = 140  # columns of a table that goes to no terminal
+_LONGEST = 160  # characters of a repr
+_COLUMNS: ContextVar[int] = ContextVar("columns", default=WIDTH)
 
 _UNSEEN = {"Cc", "Cs", "Co", "Cn", "Zl", "Zp"}  # controls, half characters, private and unassigned ones, separators
 _JOINERS = "\u200c\u200d"  # which some scripts and emoji are written with
@@ -42,6 +56,61 @@ def fenced(text: str, language: str = "") -> str:
     """Return a text as a code block of Markdown, behind a fence that nothing in it can close."""
     fence = "`" * max(3, _longest(text) + 1)
     return f"{fence}{language}\n{visible(text)}\n{fence}"
+
+
+@contextmanager
+def columns(width: int) -> Iterator[None]:
+    """Let tables of the block be as wide as this, in characters."""
+    token = _COLUMNS.set(width)
+    try:
+        yield
+    finally:
+        _COLUMNS.reset(token)
+
+
+def rendered(*parts: RenderableType) -> str:
+    """Return text and tables as plain text, :data:`WIDTH` columns wide unless :func:`columns` says otherwise."""
+    from rich.console import Console, Group  # takes a while to import, and not every command shows a table
+
+    console = Console(width=_COLUMNS.get(), color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(Group(*parts), markup=False, highlight=False)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+
+
+class Shown:
+    """Mixin of dataclasses that hold what was found: a short repr, and a page for notebooks made of ``str()``."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__repr__ = Shown.__repr__  # type: ignore[method-assign]  # or a dataclass would write one, with all it holds
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {line(self._in_short(), _LONGEST)}>"
+
+    def _in_short(self) -> str:
+        """Return what it is in a few words; by default its fields, the long ones by their size."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]  # every subclass is a dataclass
+        return ", ".join(f"{f.name}={_in_short(getattr(self, f.name))}" for f in fields if f.repr)
+
+    def _figures(self) -> Iterable[bytes]:
+        """Return PNG pictures; none by default, or where matplotlib is not installed."""
+        return ()
+
+    def _repr_html_(self) -> str:
+        pictures = (base64.b64encode(png).decode("ascii") for png in self._figures())
+        images = (f'<img alt="" style="max-width:100%" src="data:image/png;base64,{each}">' for each in pictures)
+        return "\n".join([f'<pre style="overflow-x:auto">{html.escape(visible(str(self)))}</pre>', *images])
+
+
+def _in_short(value: object) -> str:
+    if isinstance(value, str):
+        return repr(line(value, 40))
+    if value is None or isinstance(value, (bool, int, float)):
+        return f"{value:.6g}" if isinstance(value, float) else str(value)
+    if isinstance(value, (Mapping, Set, list, tuple)):
+        return f"{type(value).__name__} of {len(value)}"
+    return type(value).__name__
 
 
 def _longest(text: str) -> int:

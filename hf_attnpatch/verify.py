@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -17,6 +19,7 @@ from .exclusive import alone, lock_of
 from .interruption import all_or_nothing, ensured
 from .invariants import INVARIANTS, SAVING, WAYS, Answer, Subject
 from .probe import checked_inputs, codebooks, input_device, random_states, reads_tokens, way_back
+from .showing import Shown, rendered
 from .upstream import words
 from .upstream.roles import columns, roles_of
 
@@ -45,7 +48,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Shown):
     """The findings of :func:`verify`; printing it is a table.
 
     Attributes:
@@ -64,15 +67,21 @@ class Verification:
     def __getitem__(self, invariant: str) -> Finding:
         return next(finding for finding in self.findings if finding.invariant == invariant)
 
-    def __str__(self) -> str:
-        from .report import _text
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {"passed": self.passed, **dataclasses.asdict(self)}
 
+    def _in_short(self) -> str:
+        failed = [f.invariant for f in self.findings if f.outcome == FAIL]
+        return f"{self.architecture}, {len(self.findings)} invariants, failed: {', '.join(failed) or 'none'}"
+
+    def __str__(self) -> str:
         table = Table("invariant", "outcome", "measured", "allowed", "note", title_justify="left")
         for f in self.findings:
             table.add_row(f.invariant, f.outcome, _figure(f.measured), _figure(f.tolerance), f.note)
         failed = [f.invariant for f in self.findings if f.outcome == FAIL]
         verdict = f"{len(failed)} failed: {'; '.join(failed)}" if failed else "nothing failed"
-        return _text(f"{self.architecture}: {verdict}", table)
+        return rendered(f"{self.architecture}: {verdict}", table)
 
 
 def verify(

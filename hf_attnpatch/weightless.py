@@ -129,7 +129,7 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own constructor is not typed
+class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
     """Gives every result of numbers and something without data numbers of its own."""
 
     def __init__(self, following: bool) -> None:

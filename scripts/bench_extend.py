@@ -32,7 +32,7 @@ from hf_attnpatch.evaluation.hardware import processor
 from hf_attnpatch.functional import rotary, spanned
 from hf_attnpatch.functional.rerotation import Turning
 from hf_attnpatch.functional.spans import Span
-from hf_attnpatch.spans.modules import Spanned, span_of
+from hf_attnpatch.spans.attention import Spanned, span_of
 from hf_attnpatch.upstream import words
 from hf_attnpatch.upstream.roles import run
 

@@ -21,10 +21,10 @@ from bench_alibi import HEADS, WIDTH, grows, race
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
+from hf_attnpatch.attention.relative import RelativeTerms
 from hf_attnpatch.evaluation.hardware import processor
 from hf_attnpatch.functional.biased import Sight
 from hf_attnpatch.functional.relative import encoding
-from hf_attnpatch.positions.relative import RelativeTerms
 
 OUT = Path(__file__).parents[1] / "recipes" / "results" / "relative"
 SCALE = WIDTH**-0.5
@@ -77,11 +77,26 @@ def peak(way: str, length: int) -> float:
     return float(subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
+def _finding(found: dict[str, Any]) -> list[str]:
+    """The longest forward in fp32, in a sentence."""
+    rows = [row for row in found["rows"] if row["dtype"] == "float32" and not row["backward"]]
+    row = max(rows, key=lambda row: row["length"])
+    cpu = {name: row["seconds"][name]["cpu"] for name in NAMES}
+    peaks = {way: found["peaks"][way][str(row["length"])] for way in ("columns", "shifted")}
+    return [
+        f"**At {row['length']:,} tokens further dimensions take {cpu['columns'] / cpu['plain']:.1f} times plain causal "
+        f"attention. The paper's shifted matrix takes {cpu['shifted'] / cpu['columns']:.1f} times as long as that, and "
+        f"{peaks['shifted'] / peaks['columns']:.0f} times the memory.**",
+        "",
+    ]
+
+
 def page(found: dict[str, Any]) -> str:
     """The tables."""
     lines = [
         "# Transformer-XL's attention at flash speed",
         "",
+        *_finding(found),
         f"`make bench-relative` on {found['machine']}, {found['threads']} threads, torch {torch.__version__}: {HEADS} "
         f"heads of {WIDTH}, R of {WIDTH}, batch 1; ratios of CPU time, medians of {found['rounds']} rounds in turns.",
         "",

@@ -22,13 +22,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    StaticCache,
+)
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import hf_attnpatch as ap
-from hf_attnpatch.backends import register
 from hf_attnpatch.evaluation.cache import cache_bytes_per_token
 from hf_attnpatch.evaluation.memory import weight_bytes
 from hf_attnpatch.upstream import words
@@ -188,7 +196,8 @@ def folded_attention(
 
 def choose_attention(model: PreTrainedModel, attention: str) -> None:
     """Makes the model attend by `sdpa`, `eager` or `folded`."""
-    register(FOLDED, folded_attention, sdpa_mask)
+    AttentionMaskInterface.register(FOLDED, sdpa_mask)
+    AttentionInterface.register(FOLDED, folded_attention)
     model.set_attn_implementation(FOLDED if attention == "folded" else attention)
 
 

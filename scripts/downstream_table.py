@@ -63,6 +63,12 @@ def _quoted(texts: dict[str, str], token: int) -> str:
     return f"`{texts[str(token)]!r}` ({token})".replace("|", "\\|")
 
 
+def _finding(rows: list[Row]) -> str:
+    """How many checkpoints run alike in how many runtimes."""
+    good, names = sum(map(passes, rows)), ", ".join(dict.fromkeys(row["runtime"] for row in rows))
+    return f"**{good} of {len(rows)} pairs of a checkpoint and a runtime write what transformers writes ({names}).**"
+
+
 def markdown(record: dict[str, Any]) -> str:
     """The whole file."""
     rows, settings = record["rows"], record["settings"]
@@ -70,6 +76,7 @@ def markdown(record: dict[str, Any]) -> str:
     departed = departures(rows, record["texts"])
     parts = [
         "# Downstream",
+        _finding(rows),
         "Written by `" + record["command"] + "`.",
         f"{settings['prompts']} prompts of {settings['shortest']} to {settings['longest']} tokens, "
         f"{settings['new_tokens']} greedy tokens each, float32 on CPU ({record['machine']}). The reference is "

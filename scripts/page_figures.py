@@ -69,7 +69,7 @@ def front(file: Path) -> None:
         ("calibrated", peer_excess("8-2", "grouped query, calibrated"), OURS),
         ("refined", peer_excess("8-2", "grouped query, refined"), OURS),
     ]
-    _bars(left, heads, "A cache of a quarter", "nats per token above the original")
+    _bars(left, heads, "A quarter of the cache", "nats per token above the original")
     rows = result("extend_context_smollm2/metrics.jsonl")
     far = {
         name: nats(rows[name]["lengths"]["16384"]["losses"]) for name in ("original", "linear", "yarn", "self_extend")
@@ -189,7 +189,7 @@ def distances(query: Any, key: Any) -> dict[str, Any]:
     kept = np.where(gap < 14, gap, np.where(key < 2, np.minimum(query, 15) - key, np.nan))
     return {
         "unpatched": gap,
-        "SelfExtend": beyond(8, query // 4 - key // 4 + 8 - 8 // 4),
+        "SelfExtend": beyond(8, query // 5 - key // 5 + 8 - 8 // 5),
         "ReRope": beyond(8, 8),
         "DualChunk": np.where(plain, gap, chunks),
         "JetLong": np.where(gap <= 4, gap, query // group - key // group),

@@ -44,6 +44,7 @@ PATCHES = {
     "sinusoidal": About("Sinusoidal", "sinusoidal", "needed", ("attention",)),
     "position_table": About("PositionTable", "position_table", "helps", ("longformer", "hierarchical")),
     "no_position": About("NoPosition", "no_position", "needed", ("nope", "drope")),
+    "score_temperature": About("ScoreTemperature", "score_temperature", "no", ("swan",)),
     "flash": About("Flash", "flash", "no", ("flash2",)),
 }
 # name -> (authors and year, title, identifier on arXiv or an address)
@@ -79,6 +80,11 @@ PAPERS = {
         "2307.08691",
     ),
     "procrustes": ("Jin et al., 2024", "Align Attention Heads Before Merging Them", "2412.20677"),
+    "swan": (
+        "Puvvada et al., 2025",
+        "SWAN-GPT: An Efficient and Scalable Approach for Long-Context Language Modeling",
+        "2504.08719",
+    ),
     "drope": (
         "Gelberg et al., 2025",
         "Extending the Context of Pretrained LLMs by Dropping Their Positional Embeddings",
@@ -139,7 +145,7 @@ def _rivals() -> str:
         "kvpress ExpectedAttention": f"kvpress {version}, ExpectedAttention",
     }
     lines = [
-        "| cache of a quarter (embedded model) | loss above original, nats | cache after 127 new tokens "
+        "| cache of a quarter (embedded model) | loss above original, nats | its cache after 127 new tokens "
         "| in the checkpoint |",
         "| --- | ---: | ---: | --- |",
     ]

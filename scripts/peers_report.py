@@ -89,15 +89,17 @@ def page(written: str) -> str:
     """The README of the results' folder."""
     return f"""# Beside the peers
 
+**Presses that keep the latest tokens lose least on this text, and less than shared heads.** They leave the prefix
+itself read by the whole model, and cost nothing where the next tokens do not ask for what was dropped, as here. Shared
+heads keep every token, go on saving while text is generated (`after targets`), and need nothing beside the model in
+decoding. Both can be had at once.
+
     python scripts/compare_peers.py
 
 {written}
 
-`excess nats`: per token, beyond the same model with its whole cache on the same targets. Dropping tokens leaves the
-prefix itself read by the whole model, and costs nothing where the next tokens do not ask for what was dropped, as here:
-presses that keep the latest tokens lose least on this text, and less than shared heads. Shared heads keep every token,
-go on saving while text is generated (`after targets`), and need nothing beside the model in decoding; both can be had
-at once. One step is one token on one thread, all methods in turns in one process.
+`excess nats`: per token, beyond the same model with its whole cache on the same targets. One step is one token on one
+thread, all methods in turns in one process.
 
 ![Loss of a cache of the same size](peers.png)
 """

@@ -1,7 +1,7 @@
 """What of README and pages a command writes: parts between two markers, and measured figures inside sentences.
 
 A part stands between `<!-- NAME:start -->` and `<!-- NAME:end -->`, a figure between `<!--=NAME-->` and `<!--/-->`,
-where NAME is one of `facts.py`.
+where NAME is one of `facts.py`. No line begins with a figure: to Markdown, that would be a block of HTML.
 """
 
 from __future__ import annotations

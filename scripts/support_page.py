@@ -139,6 +139,7 @@ function explain(event) {{
 }}
 at("all").addEventListener("click", explain);
 at("all").addEventListener("focusin", explain);
+at("words").value = decodeURIComponent(location.hash.slice(1));  // support.html#llama
 show();
 </script>
 </html>

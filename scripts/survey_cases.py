@@ -74,6 +74,7 @@ CASES: Mapping[str, Callable[[PreTrainedModel], Answer]] = {
     "sinusoidal": by(ap.Sinusoidal()),
     "position_table": by(ap.PositionTable(length=200)),
     "no_position": by(ap.NoPosition()),
+    "score_temperature": by(ap.ScoreTemperature(slope=0.3, step=8)),
     "self_extend": by(ap.SelfExtend(window=6, group=3, trained=10)),  # the probe has some 24 tokens
     "segment_recurrence": by(ap.SegmentRecurrence(segment_length=8, memory_length=6)),
 }
@@ -100,6 +101,9 @@ def patched(model: PreTrainedModel, patch: ap.Patch) -> Answer:
     found = {"status": "native" if report.stock else "own type", "broken": broken(model)}
     if found["broken"] and report.stock:
         found["twin"] = broken_by_its_twin(model)
+    home = getattr(plan.steps[0].patch, "home", None)
+    if home is not None:
+        found["detail"] = f"home: {home}"
     if isinstance(patch, ap.Flash):
         found["detail"] = f"{model.config._attn_implementation} on {model.device.type}"
     report.revert()

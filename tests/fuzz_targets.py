@@ -184,6 +184,8 @@ SPECS = [
     {"patch": "rotary", "theta": 10000, "kind": "linear", "factor": 2, "partial": 0.5},
     {"patch": "segment_recurrence", "segment_length": 8, "memory_length": 8, "positions": "bounded"},
     {"patch": "re_rope", "leak": 0.1},
+    {"patch": "score_temperature", "slope": 0.1, "step": 64},
+    {"patch": "no_position", "layers": [0, 2], "home": "smollm3"},
     {"patch": "position_table", "length": 64, "method": "tile"},
     {"patch": "sinusoidal", "embedding_scale": "paper"},
     {"patch": "relative_xl", "size": 4, "init": "recency"},

@@ -9,10 +9,8 @@ from transformers import AttentionInterface, PretrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_attnpatch import backends
-from hf_attnpatch.recurrence import attention as recurrence_attention
-from hf_attnpatch.recurrence import survey as recurrence_survey
-from hf_attnpatch.spans import backends as span_backends
+from hf_attnpatch.attention import registry
+from hf_attnpatch.upstream import dispatching
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
 
@@ -45,12 +43,8 @@ def registries():
     Names of our own are added by the first patch that needs them and stay, since other models may use them; what was
     registered once must not be registered anew.
     """
-    backends.register_alibi()
-    backends.register_rotary()
-    backends.register_fused()
-    span_backends.register_spans()
-    recurrence_attention.register_recurrent()
-    recurrence_survey.register_listening()
+    registry.register()
+    dispatching.register_listening()
     return {
         "attention": dict(AttentionInterface._global_mapping),
         "masks": dict(AttentionMaskInterface._global_mapping),

@@ -63,6 +63,7 @@ class Standing:
     def difference_around(self) -> str | None:
         """Say what of the process, and of transformers' tables, is not as it was, or None."""
         now = process(self.model)
+        now["threads"] |= self.process["threads"]  # those that ended do not count: a fork has but one
         differing = [f"{name} of the process" for name, value in self.process.items() if now[name] != value]
         return next(iter(differing), None) or next(_changed(self.tables), None)
 
@@ -113,7 +114,7 @@ def process(model: nn.Module) -> dict[str, Any]:
         "hooks of all modules": tuple(map(len, (nn.modules.module._global_forward_hooks, _PRE))),
         "random numbers": bytes(torch.get_rng_state().numpy()),
         "signal handlers": [signal.getsignal(getattr(signal, name)) for name in _SIGNALS],
-        "threads": threading.active_count(),
+        "threads": {thread.ident for thread in threading.enumerate()},
         "told requests": (request_length._TOLD.get(), request_length._GENERATING.get()),
         "open requests": {id(k): list(v) for k, v in request_length._OPEN.items() if v},
         "lock": lock_of(model)._is_owned(),

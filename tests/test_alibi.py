@@ -11,13 +11,13 @@ from architectures import tiny_inputs, tiny_model
 from caches import CACHE
 from tolerances import ROUNDING
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
-from transformers.masking_utils import sliding_window_overlay
+from transformers.masking_utils import causal_mask_function, sliding_window_overlay
 
 import hf_attnpatch as ap
-from hf_attnpatch import backends
-from hf_attnpatch.edits import SetAttention
+from hf_attnpatch.attention import flash
+from hf_attnpatch.attention.masks import Unwritten, mask_function, mask_of
+from hf_attnpatch.attention.registry import attention_function, set_kernel
 from hf_attnpatch.functional import alibi, reference
-from hf_attnpatch.positions import alibi_flash
 from hf_attnpatch.probe import default_inputs, largest_difference, trace
 
 FP32 = ROUNDING[torch.float32]
@@ -117,7 +117,7 @@ def test_every_kernel_agrees_with_the_dense_reference(model_type, encoder, dtype
     ap.patch_alibi(model, backend="eager")
     wanted = trace(model, inputs).logits
     for name in ("sdpa", "flex_attention") if model._supports_flex_attn else ("sdpa",):
-        SetAttention("", "alibi_" + name).run(model)
+        set_kernel(name).run(model)
         assert largest_difference(wanted, trace(model, inputs).logits) < ROUNDING[dtype]
 
 
@@ -130,7 +130,7 @@ def test_clipped_distances_agree_with_the_dense_reference(model_type, encoder, n
     ap.patch_alibi(full)
     ap.patch_alibi(model, backend="eager", distance_clip=5)
     wanted = _logits(model, **inputs)
-    SetAttention("", "alibi_" + name).run(model)
+    set_kernel(name).run(model)
     assert largest_difference(wanted, _logits(model, **inputs)) < FP32
     assert largest_difference(wanted, _logits(full, **inputs)) > 1e-3
 
@@ -140,7 +140,7 @@ def test_soft_capped_scores_go_to_the_kernel_that_has_them():
     report = ap.patch_alibi(model)
     assert "flex_attention on cpu" in str(report)
     wanted = _logits(model, **tiny_inputs(model))
-    SetAttention("", "alibi_eager").run(model)
+    set_kernel("eager").run(model)
     assert largest_difference(wanted, _logits(model, **tiny_inputs(model))) < FP32
     with pytest.raises(ap.UnsupportedArchitecture, match="backend='eager' computes it"):
         ap.patch_alibi(_build("gemma2"), training=True)
@@ -191,7 +191,7 @@ def test_gradients_are_those_of_the_dense_reference(model_type, encoder):
     inputs, gradients = tiny_inputs(model), []
     ap.patch_alibi(model, training=True)
     for name in ("sdpa", "eager"):
-        SetAttention("", "alibi_" + name).run(model)
+        set_kernel(name).run(model)
         model.zero_grad()
         model(**inputs).logits.square().mean().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
@@ -324,15 +324,31 @@ def test_families_whose_positions_are_inside_are_refused(model_type):
         ap.patch_alibi(_build(model_type))
 
 
-def test_a_family_that_reads_its_mask_needs_one():
-    """DeepSeek-V3.2 picks keys by the mask itself, which is no tensor where there is no padding."""
-    with pytest.raises(
-        ap.UnsupportedArchitecture, match="sdpa: its forward does not take the masks .* backend='eager'"
-    ):
-        ap.patch_alibi(tiny_model("deepseek_v32"))
+def test_a_family_that_reads_its_mask_reads_who_sees_whom():
+    """DeepSeek-V3.2 picks keys by the mask itself: padding alone, as other modules get it, would let it look ahead."""
     model = tiny_model("deepseek_v32")
-    ap.patch_alibi(model, backend="eager")
-    assert trace(model, {"input_ids": torch.arange(8)[None]}).logits.isfinite().all()
+    ap.patch_alibi(model)
+    ids = torch.randint(5, 99, (1, 60), generator=torch.Generator().manual_seed(0))
+    whole = _logits(model, input_ids=ids)
+    assert largest_difference(whole[:, :40], _logits(model, input_ids=ids[:, :40])) < FP32
+    set_kernel("eager").run(model)
+    assert largest_difference(whole, _logits(model, input_ids=ids)) < FP32
+
+
+def test_a_mask_that_nobody_looks_into_is_not_written():
+    asked = {"batch_size": 2, "q_length": 5, "kv_length": 5, "q_offset": 0, "device": "cpu"}
+    keep = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
+    mask = mask_function("sdpa")(**asked, attention_mask=keep, mask_function=causal_mask_function)
+    assert isinstance(mask, Unwritten)
+    assert mask.made.told.shape == (2, 1, 1, 5)
+    assert (mask.shape, mask.dtype, mask.dim(), mask.device.type) == ((2, 1, 5, 5), torch.bool, 4, "cpu")
+    assert mask.to("cpu") is mask.contiguous() is mask
+    assert mask_of(mask.to("meta")) is mask.made
+    assert "whole" not in mask.made._forms
+    seen = torch.ones(5, 5, dtype=torch.bool).tril() & keep[:, None, None]
+    for found in (mask[:, :, :], mask & True, torch.cat([mask]), mask.clone()):
+        assert type(found) is torch.Tensor
+        assert torch.equal(found[seen.any(-1)], seen[seen.any(-1)])
 
 
 def test_twice_is_refused_and_so_are_two_schemes_at_once():
@@ -346,14 +362,22 @@ def test_twice_is_refused_and_so_are_two_schemes_at_once():
         ap.patch_rope_scaling(model, kind="yarn", factor=2)
 
 
+def test_a_kernel_that_is_chosen_later_keeps_the_bias():
+    model = _build("llama")
+    ap.patch_alibi(model)
+    wanted = _logits(model, **tiny_inputs(model))
+    for kernel in ("eager", "sdpa", "attnpatch_eager"):
+        model.set_attn_implementation(kernel)
+        assert largest_difference(wanted, _logits(model, **tiny_inputs(model))) < FP32
+        assert model.config._attn_implementation == f"attnpatch_{kernel.removeprefix('attnpatch_')}"
+
+
 def test_an_attention_function_that_would_drop_the_bias_is_stopped():
     model = _build("llama")
     ap.patch_alibi(model)
-    model.set_attn_implementation("eager")
-    with pytest.raises(ap.AttnPatchError, match="alibi_eager"):
-        model(**tiny_inputs(model))
-    model.set_attn_implementation("alibi_eager")
-    assert _logits(model, **tiny_inputs(model)).isfinite().all()
+    model.config._attn_implementation = "paged|sdpa"  # of transformers' own, and not one of ours
+    with pytest.raises(ap.AttnPatchError, match="knows nothing of this model's alibi, and would drop it"):
+        model.model.layers[0].self_attn(torch.zeros(1, 3, 64))
 
 
 def test_a_mask_that_looks_ahead_is_refused():
@@ -400,7 +424,7 @@ def test_a_checkpoint_takes_the_kernel_that_is_asked_for(attention, tmp_path):
     ap.patch_alibi(model)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attention)
-    assert again.config._attn_implementation == f"alibi_{attention or 'sdpa'}"
+    assert again.config._attn_implementation == f"attnpatch_{attention or 'sdpa'}"
     assert largest_difference(_logits(model, **tiny_inputs(model)), _logits(again, **tiny_inputs(model))) < FP32
 
 
@@ -442,7 +466,7 @@ def _plain(q, k, v, mask, *, query_length, is_causal, softmax_scale, attn_implem
 def test_flash_attention_gets_slopes_or_columns(version, padded, kv, monkeypatch):
     library = _Library()
     monkeypatch.setitem(sys.modules, "flash_attn", library)
-    monkeypatch.setattr(alibi_flash, "_flash_attention_forward", _plain)
+    monkeypatch.setattr(flash, "_flash_attention_forward", _plain)
     model = _build("llama", num_key_value_heads=kv)
     ap.patch_alibi(model, backend="eager")
     module = model.model.layers[0].self_attn
@@ -451,8 +475,7 @@ def test_flash_attention_gets_slopes_or_columns(version, padded, kv, monkeypatch
     mask = torch.ones(2, 20, dtype=torch.long)
     mask[1, :4] = 0
     mask = mask if padded else None
-    backends.register_alibi()
-    function = alibi_flash.flash(f"flash_attention_{version}")
+    function = attention_function(f"flash_attention_{version}")
     found, _ = function(module, query, key, value, mask, scaling=0.25)
     matrix = alibi.bias(alibi.slopes(4), torch.arange(20), torch.arange(20))
     seen = reference.causal(20, 20)[None, None]
@@ -478,7 +501,7 @@ def test_what_flash_attention_cannot_do_is_said(version, fields, options, words,
     ap.patch_alibi(model, backend="eager", **fields)
     states = [torch.randn(1, 4, 6, 16) for _ in range(3)]
     with pytest.raises(ap.AttnPatchError, match=words):
-        alibi_flash.flash(f"flash_attention_{version}")(model.model.layers[0].self_attn, *states, None, **options)
+        attention_function(f"flash_attention_{version}")(model.model.layers[0].self_attn, *states, None, **options)
 
 
 @pytest.mark.parametrize("window", [1, 5, 19, 20, 21, None])
@@ -494,7 +517,7 @@ def test_flash_attention_2_has_transformers_windows(window, causal, queries, mon
     if window is not None:
         seen = seen & sliding_window_overlay(window)(0, 0, here, keys)
         seen = seen if causal else seen & (keys < here + window)  # as far ahead
-    found, _ = alibi_flash.flash("flash_attention_2")(
+    found, _ = attention_function("flash_attention_2")(
         model.model.layers[0].self_attn, *states, None, scaling=0.25, is_causal=causal, sliding_window=window
     )
     matrix = alibi.bias(alibi.slopes(4), here[:, 0], keys)
@@ -509,7 +532,7 @@ def test_flash_attention_2_looks_both_ways_by_itself(monkeypatch):
     ap.patch_alibi(model, backend="eager")
     module = model.get_submodule(ap.describe(model).biased[0])
     states = [torch.randn(1, 4, 12, 16) for _ in range(3)]
-    found, _ = alibi_flash.flash("flash_attention_2")(module, *states, None, is_causal=False)
+    found, _ = attention_function("flash_attention_2")(module, *states, None, is_causal=False)
     matrix = alibi.bias(alibi.slopes(4), torch.arange(12), torch.arange(12))
     wanted, _ = reference.attention(*states, scale=0.25, bias=matrix)
     torch.testing.assert_close(found.transpose(1, 2).double(), wanted, rtol=0, atol=1e-5)

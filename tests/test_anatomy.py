@@ -1,7 +1,9 @@
 """What is read off a model, against what was built."""
 
 import pytest
+import transformers
 from architectures import tiny_config, tiny_model
+from packaging.version import Version
 from snapshot import snapshot
 from transformers import CONFIG_MAPPING
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -111,6 +113,10 @@ def test_the_registry_is_known():
         assert not any(site.dispatches for site in ap.describe(tiny_model(model_type)).sites), model_type
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.2"),
+    reason="its rotary modules ask for autocast of the device, which torch refuses for a device without data",
+)
 def test_a_registry_behind_something_else_is_found_by_running(monkeypatch):
     plain = LlamaAttention.forward
 

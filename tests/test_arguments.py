@@ -123,7 +123,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     "one-liner, missing": (
         lambda m: ap.patch_rope_scaling(m, kind="yarn"),
         "rope_scaling: factor is missing",
-        "its fields are",
+        "or target_length, in tokens",
     ),
     "load, None": (lambda m: ap.load(None), "name is a NoneType", "a folder or the name of a repository"),
     "spec, text": (lambda m: ap.from_spec("flash"), "a str is no patch", "give a mapping"),

@@ -1,5 +1,7 @@
 """Attention functions with a bias or position terms, called as transformers calls them, against scores written out."""
 
+import functools
+
 import pytest
 import torch
 from pretended_gpu import CUDA, PretendedGpu
@@ -7,11 +9,14 @@ from torch import nn
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from hf_attnpatch import AttnPatchError, UnsupportedArchitecture
+from hf_attnpatch.attention.alibi import AlibiBias, alibi_of
+from hf_attnpatch.attention.call import AttentionCall
+from hf_attnpatch.attention.masks import mask_function
+from hf_attnpatch.attention.registry import attention_function
+from hf_attnpatch.attention.relative import CHILD, Relative, RelativeTerms
+from hf_attnpatch.attention.wrapper import HELD
 from hf_attnpatch.functional import alibi, reference
 from hf_attnpatch.functional import relative as formulas
-from hf_attnpatch.positions import alibi_attention, relative_attention
-from hf_attnpatch.positions.modules import AlibiBias
-from hf_attnpatch.positions.relative import CHILD, RelativeTerms
 from hf_attnpatch.upstream.calls import attention_registered
 
 HEADS, WIDTH, KEYS = 4, 8, 9
@@ -19,7 +24,8 @@ GENERATOR = torch.Generator().manual_seed(0)
 SINKS, BIAS = torch.randn(HEADS, generator=GENERATOR), torch.randn(1, HEADS, 1, KEYS, generator=GENERATOR)
 KEEP = torch.ones(2, KEYS, dtype=torch.bool)
 KEEP[1, :3] = False
-ROOMS = {"alibi": alibi_attention, "relative": relative_attention}
+KERNEL = {name: attention_function(name) for name in ("eager", "sdpa")} | {"flex": attention_function("flex_attention")}
+flex_mask = mask_function("flex_attention")
 
 
 def module(kind="alibi", causal=True, **fields):
@@ -27,12 +33,14 @@ def module(kind="alibi", causal=True, **fields):
     made = nn.Module()
     made.is_causal, made.num_key_value_groups = causal, 2
     if kind == "alibi":
-        made.alibi = AlibiBias(**{"given": None, "clip": None, "exact": True, "strength": 1.0, **fields})
+        given = {"given": None, "clip": None, "exact": True, "strength": 1.0, **fields}
+        setattr(made, HELD, (AlibiBias(**given),))
     if kind == "relative":
         terms = RelativeTerms(HEADS, WIDTH, 6, 100.0, torch.zeros(()))
         for parameter in terms.parameters():
             parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
         made.add_module(CHILD, terms)
+        setattr(made, HELD, (Relative(),))
     return made.eval().requires_grad_(False)
 
 
@@ -61,8 +69,7 @@ def rows(owner, query, key, mask, scale=None, softcap=None, sinks=None, position
     scores = scale * scores
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     scores = scores if position_bias is None else scores + position_bias
-    if hasattr(owner, "alibi"):
-        held = owner.alibi
+    if (held := alibi_of(owner)) is not None:
         slope = alibi.slopes(HEADS) * held.strength
         scores = scores + alibi.bias(slope, here, torch.arange(KEYS), held.clip)
     scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
@@ -93,7 +100,7 @@ def test_the_dense_reference(kind, queries, kv, more, padded):
     owner, (query, key, value) = module(kind), states(queries, kv)
     mask = masked(queries) if padded else causal(queries)
     added = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-    eager = ROOMS.get(kind, alibi_attention).eager
+    eager = KERNEL["eager"]
     found, weights = eager(owner, query, key, value, added, scaling=0.3, **more)
     given = {"softcap": more.get("softcap"), "sinks": more.get("s_aux"), "position_bias": more.get("position_bias")}
     wanted, seen = rows(owner, query, key, mask, 0.3, **given), mask.any(-1)
@@ -111,7 +118,7 @@ def test_who_looks_where_without_a_mask(kind, is_causal, attribute, function):
     owner, (query, key, value) = module(kind, causal=attribute), states()
     if function == "eager" and kind == "relative":
         pytest.skip("the dense one is always given a mask there: transformers writes it")
-    found, _ = getattr(ROOMS[kind], function)(owner, query, key, value, None, is_causal=is_causal)
+    found, _ = KERNEL[function](owner, query, key, value, None, is_causal=is_causal)
     looks_back = attribute if is_causal is None else is_causal
     close(found, rows(owner, query, key, causal(KEYS) if looks_back else None), value)
 
@@ -119,10 +126,11 @@ def test_who_looks_where_without_a_mask(kind, is_causal, attribute, function):
 def test_a_module_that_says_nothing_looks_back():
     owner = module()
     del owner.is_causal
-    assert alibi_attention.causal_of(owner, None) is True
-    assert alibi_attention.causal_of(owner, False) is False
-    assert alibi_attention.scale_of(torch.zeros(1, 1, 1, 16), None) == 0.25
-    assert alibi_attention.scale_of(torch.zeros(1, 1, 1, 16), 3) == 3.0
+    asked = functools.partial(AttentionCall, "sdpa", owner, *[torch.zeros(1, 1, 1, 16)] * 3, None)
+    assert asked({}).causal is True
+    assert asked({"is_causal": False}).causal is False
+    assert asked({}).scale == 0.25
+    assert asked({"scaling": 3}).scale == 3.0
 
 
 @pytest.mark.parametrize("kind", ["alibi", "relative", "plain"])
@@ -134,7 +142,7 @@ def test_torch_s_kernels_with_every_form_of_mask(kind, queries, shape):
         pytest.skip("padding alone says nothing of a chunk on top of a cache")
     whole = masked(queries)
     mask = {"keys": KEEP[:, None, None], "whole": whole, "added": torch.zeros(whole.shape).masked_fill(~whole, -1e30)}
-    sdpa = ROOMS.get(kind, alibi_attention).sdpa
+    sdpa = KERNEL["sdpa"]
     for scaling in (None, 0.3):
         found, weights = sdpa(owner, query, key, value, mask[shape], scaling=scaling)
         assert weights is None
@@ -148,7 +156,7 @@ def test_on_a_gpu_all_of_it_is_there(kind, function):
     """One that is pretended: no tensor of the CPU gets in between."""
     owner, parts, whole = module(kind), states(), masked(KEYS)
     mask = KEEP[:, None, None] if function == "sdpa" else torch.zeros(whole.shape).masked_fill(~whole, -1e30)
-    call = getattr(ROOMS.get(kind, alibi_attention), function)
+    call = KERNEL[function]
     wanted, _ = call(owner, *parts, mask)
     with PretendedGpu():
         for name, parameter in list(owner.named_parameters()):
@@ -170,21 +178,21 @@ def test_queries_stand_where_the_mask_says_in_a_cache_of_fixed_length(kind, func
     mask = {"sdpa": seen, "eager": torch.zeros(seen.shape).masked_fill(~seen, -1e30)}.get(function)
     if function == "flex":
         where = {"q_offset": 2, "mask_function": causal_mask_function, "device": "cpu"}
-        mask = alibi_attention.flex_mask(2, 3, KEYS, **where)
-    found, _ = getattr(ROOMS[kind], function)(owner, query, key, value, mask)
+        mask = flex_mask(2, 3, KEYS, **where)
+    found, _ = KERNEL[function](owner, query, key, value, mask)
     close(found, rows(owner, query, key, seen, here=here), value)
 
 
 def test_without_a_bias_and_without_a_mask_everything_is_seen():
     owner, (query, key, value) = module("plain"), states(3)
-    found, weights = alibi_attention.eager(owner, query, key, value, None)
+    found, weights = KERNEL["eager"](owner, query, key, value, None)
     close(found, rows(owner, query, key, None), value)
     assert weights.shape == (2, HEADS, 3, KEYS)
 
 
 def test_padding_alone_leaves_a_module_that_looks_both_ways_as_it_is():
     owner, (query, key, value) = module("plain", causal=False), states()
-    found, _ = alibi_attention.sdpa(owner, query, key, value, KEEP[:, None, None])
+    found, _ = KERNEL["sdpa"](owner, query, key, value, KEEP[:, None, None])
     close(found, rows(owner, query, key, KEEP[:, None, None]), value)
 
 
@@ -196,15 +204,15 @@ def test_padding_alone_leaves_a_module_that_looks_both_ways_as_it_is():
 def test_flex_attention(kind, queries, kv, both, softcap):
     owner, (query, key, value) = module(kind, causal=not both), states(queries, kv)
     function = bidirectional_mask_function if both else causal_mask_function
-    mask = alibi_attention.flex_mask(
+    mask = flex_mask(
         2, queries, KEYS, q_offset=KEYS - queries, mask_function=function, attention_mask=KEEP, device="cpu"
     )
     assert mask.query_offset == KEYS - queries
-    found, _ = ROOMS.get(kind, alibi_attention).flex(owner, query, key, value, mask, scaling=0.3, softcap=softcap)
+    found, _ = KERNEL["flex"](owner, query, key, value, mask, scaling=0.3, softcap=softcap)
     seen = KEEP[:, None, None].expand(-1, -1, queries, -1) if both else masked(queries)
     close(found, rows(owner, query, key, seen, 0.3, softcap), value, seen.any(-1))
     if both:  # without a mask the queries are the last ones
-        found, _ = ROOMS.get(kind, alibi_attention).flex(owner, query, key, value, None, scaling=0.3, softcap=softcap)
+        found, _ = KERNEL["flex"](owner, query, key, value, None, scaling=0.3, softcap=softcap)
         close(found, rows(owner, query, key, None, 0.3, softcap), value)
 
 
@@ -215,15 +223,15 @@ def test_flex_attention_clips_distances(both):
     for queries in (KEYS, 4):
         query, key, value = states(queries)
         where = {"q_offset": KEYS - queries, "mask_function": function, "device": "cpu"}
-        found, _ = alibi_attention.flex(owner, query, key, value, alibi_attention.flex_mask(2, queries, KEYS, **where))
+        found, _ = KERNEL["flex"](owner, query, key, value, flex_mask(2, queries, KEYS, **where))
         close(found, rows(owner, query, key, None if both else causal(queries)), value)
         if both:  # without a mask the queries are the last ones
-            found, _ = alibi_attention.flex(owner, query, key, value, None)
+            found, _ = KERNEL["flex"](owner, query, key, value, None)
             close(found, rows(owner, query, key, None), value)
 
 
 def test_where_queries_stand_among_keys_that_were_cut_off():
-    made = alibi_attention.flex_mask(1, 2, 6, q_offset=7, kv_offset=3, mask_function=causal_mask_function, device="cpu")
+    made = flex_mask(1, 2, 6, q_offset=7, kv_offset=3, mask_function=causal_mask_function, device="cpu")
     assert made.query_offset == 4
 
 
@@ -243,10 +251,10 @@ def test_where_queries_stand_among_keys_that_were_cut_off():
 )
 def test_what_a_kernel_would_drop_is_refused(kind, function, name, refused):
     owner, parts = module(kind), states()
-    call, given = getattr(ROOMS[kind], function), torch.ones(HEADS) if name == "s_aux" else 0.5
+    call, given = KERNEL[function], torch.ones(HEADS) if name == "s_aux" else 0.5
     mask = None
     if function == "flex":
-        mask = alibi_attention.flex_mask(2, KEYS, KEYS, mask_function=causal_mask_function, device="cpu")
+        mask = flex_mask(2, KEYS, KEYS, mask_function=causal_mask_function, device="cpu")
     nothing = {name: 0.0 if name == "dropout" else None}
     call(owner, *parts, mask, **nothing)
     call(module("plain"), *parts, mask, **nothing)
@@ -260,15 +268,15 @@ def test_what_a_kernel_would_drop_is_refused(kind, function, name, refused):
 @pytest.mark.parametrize("kind", ["alibi", "relative"])
 def test_documents_are_read_from_a_mask_where_there_is_one(kind):
     owner, parts = module(kind), states()
-    found, _ = ROOMS[kind].sdpa(owner, *parts, causal(KEYS), cu_seq_lens_q=torch.tensor([0, KEYS]))
+    found, _ = KERNEL["sdpa"](owner, *parts, causal(KEYS), cu_seq_lens_q=torch.tensor([0, KEYS]))
     close(found, rows(owner, *parts[:2], causal(KEYS)), parts[2])
 
 
 def test_a_rounded_bias_is_not_flex_attention_s():
     with pytest.raises(AttnPatchError, match="flex_attention has the exact bias only; pass exact=True"):
-        alibi_attention.flex(module(exact=False), *states(), None)
+        KERNEL["flex"](module(exact=False), *states(), None)
     with pytest.raises(AttnPatchError, match="passes a mask of its own, which flex_attention does not take"):
-        relative_attention.flex(module("relative"), *states(), causal(KEYS))
+        KERNEL["flex"](module("relative"), *states(), causal(KEYS))
 
 
 @pytest.mark.parametrize("kind", ["alibi", "relative"])
@@ -276,8 +284,8 @@ def test_a_rounded_bias_is_not_flex_attention_s():
 def test_dropout_is_for_training(kind, training):
     owner, parts = module(kind).train(training), states(kv=4)
     mask = torch.zeros(1, 1, KEYS, KEYS).masked_fill(~causal(KEYS), torch.finfo(torch.float32).min)
-    plain, _ = ROOMS[kind].eager(owner, *parts, mask)
-    found, weights = ROOMS[kind].eager(owner, *parts, mask, dropout=0.5)
+    plain, _ = KERNEL["eager"](owner, *parts, mask)
+    found, weights = KERNEL["eager"](owner, *parts, mask, dropout=0.5)
     assert bool((weights == 0)[causal(KEYS).expand_as(weights)].any()) == training
     assert torch.equal(found, plain) != training
 
@@ -287,7 +295,7 @@ def test_dropout_is_for_training(kind, training):
 def test_half_precision_goes_in_and_comes_out(kind, function):
     owner, parts = module(kind), states(kv=2, dtype=torch.bfloat16)
     mask = causal(KEYS) if function == "sdpa" else torch.zeros(1, 1, KEYS, KEYS).masked_fill(~causal(KEYS), -1e30)
-    found, _ = getattr(ROOMS[kind], function)(owner, *parts, mask)
+    found, _ = KERNEL[function](owner, *parts, mask)
     assert found.dtype == torch.bfloat16
     close(found, rows(owner, *parts[:2], causal(KEYS)), parts[2], atol=4e-2)
 

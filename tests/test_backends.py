@@ -11,9 +11,10 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
 from hf_attnpatch import MissingExtra, backends
-from hf_attnpatch.backends import Candidate, dense, kernel_of, obstacle, ranked
-from hf_attnpatch.positions import alibi_attention, alibi_flash, relative_attention, turning
-from hf_attnpatch.upstream.calls import flex_attention, sdpa_attention
+from hf_attnpatch.attention import registry
+from hf_attnpatch.attention.masks import mask_of
+from hf_attnpatch.attention.registry import dense, kernel_of
+from hf_attnpatch.backends import Candidate, obstacle, ranked
 
 HALF = (torch.float16, torch.bfloat16)
 # (oldest compute capability, packages): FlashAttention's README: 2 for Ampere, Ada and Hopper; 3 for Hopper; 4 for
@@ -117,15 +118,11 @@ def test_the_fastest_come_first():
     assert set(ranked(torch.device("cuda"))) == set(backends.FLAG)
 
 
-@pytest.mark.parametrize("prefix", ["alibi_", "rotary_", "relative_xl_", ""])
-@pytest.mark.parametrize("kernel", [*backends.FLAG, "eager"])
-def test_a_name_is_a_prefix_and_a_kernel(prefix, kernel):
-    assert kernel_of(prefix + kernel) == kernel
-    assert dense(prefix + kernel) == prefix + "eager"
-
-
-def _registered(name):
-    return AttentionInterface._global_mapping[name], AttentionMaskInterface._global_mapping[name]
+@pytest.mark.parametrize("kernel", registry.KERNELS)
+def test_a_kernel_has_one_name_here(kernel):
+    assert kernel_of(registry.PREFIX + kernel) == kernel_of(kernel) == kernel
+    assert dense(registry.PREFIX + kernel) == "attnpatch_eager"
+    assert dense(kernel) == "eager"
 
 
 def _forget(monkeypatch, prefix):
@@ -134,32 +131,27 @@ def _forget(monkeypatch, prefix):
             monkeypatch.delitem(table, key)
 
 
-@pytest.mark.parametrize(
-    ("prefix", "register", "room"),
-    [
-        ("alibi_", backends.register_alibi, alibi_attention),
-        ("relative_xl_", backends.register_relative, relative_attention),
-    ],
-)
-def test_each_kernel_gets_its_function_and_the_masks_it_understands(prefix, register, room, monkeypatch):
-    _forget(monkeypatch, prefix)
-    register()
-    assert {k for k in AttentionInterface._global_mapping if k.startswith(prefix)} == {
-        prefix + name for name in (*backends.FLAG, "eager")
-    }
-    flash = (alibi_flash if room is alibi_attention else relative_attention).flash
+def test_each_kernel_gets_one_function_and_the_masks_it_understands(monkeypatch):
+    _forget(monkeypatch, registry.PREFIX)
+    registry.register()
+    for table in (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping):
+        assert {key for key in table if key.startswith(registry.PREFIX)} == {
+            registry.PREFIX + name for name in (*backends.FLAG, "eager")
+        }
     sizes = (2, 6, 6)
     padding = torch.tensor([[1] * 6, [0] * 2 + [1] * 4])
     for name in (*backends.FLAG, "eager"):
-        attention, mask = _registered(prefix + name)
+        attention = AttentionInterface._global_mapping[registry.PREFIX + name]
+        mask = AttentionMaskInterface._global_mapping[registry.PREFIX + name]
+        assert attention.__wrapped__ is registry.attention_function(name)
         if name.startswith("flash"):
-            assert attention.__wrapped__ is flash(name)
             assert torch.equal(mask(*sizes, attention_mask=padding).bool(), padding.bool())
             continue
-        assert attention.__wrapped__ is getattr(room, name.removesuffix("_attention"))
         made = mask(*sizes, mask_function=causal_mask_function, attention_mask=padding.bool(), device="cpu")
+        assert mask_of(made).kernel == name
         if name == "sdpa":  # padding alone, in linear memory
-            assert made.shape == (2, 1, 1, 6)
+            assert mask_of(made).told.shape == (2, 1, 1, 6)
+            assert made.shape == (2, 1, 6, 6)
         elif name == "eager":  # every score, to be added
             assert made.shape == (2, 1, 6, 6)
             assert made.is_floating_point()
@@ -167,20 +159,11 @@ def test_each_kernel_gets_its_function_and_the_masks_it_understands(prefix, regi
             assert type(made).__name__ == "BlockMask" or hasattr(made, "mask_mod")
 
 
-def test_rotating_functions_are_those_of_the_kernels(monkeypatch):
-    _forget(monkeypatch, "rotary_")
-    backends.register_rotary()
-    inner = {"sdpa": sdpa_attention, "flex_attention": flex_attention, "eager": alibi_attention.eager}
-    for name in (*backends.FLAG, "eager"):
-        attention, _ = _registered("rotary_" + name)
-        assert attention.__wrapped__ is turning.turning(inner.get(name) or alibi_flash.flash(name))
-
-
 def test_masks_without_a_function_for_families_that_compute_attention_themselves(monkeypatch):
-    _forget(monkeypatch, backends.FUSED)
-    backends.register_fused()
-    assert backends.FUSED not in AttentionInterface._global_mapping
-    mask = AttentionMaskInterface._global_mapping[backends.FUSED]
+    _forget(monkeypatch, registry.FUSED)
+    registry.register()
+    assert registry.FUSED not in AttentionInterface._global_mapping
+    mask = AttentionMaskInterface._global_mapping[registry.FUSED]
     assert mask(1, 4, 4, mask_function=causal_mask_function, device="cpu").shape == (1, 1, 1, 1)
     with pytest.raises(ValueError, match="attn_implementation"):
-        tiny_model("llama", attn_implementation=backends.FUSED)
+        tiny_model("llama", attn_implementation=registry.FUSED)

@@ -83,9 +83,9 @@ def test_a_hub_that_cannot_be_reached_is_one_line_at_once(tmp_path, command):
     [
         ("GroupedQuery", {}, "num_kv_heads is missing; it must be a whole number"),
         ("SegmentRecurrence", {"segment_length": 8}, "memory_length is missing; it must be a number of tokens"),
-        ("PositionTable", {}, "length is missing; it must be a number of tokens"),
+        ("PositionTable", {}, "target_length is missing; give it, in tokens, or factor"),
         ("RopeScaling", {}, "kind is missing; choose from: linear, ntk"),
-        ("RopeScaling", {"kind": "yarn"}, "factor is missing; it must be a finite number"),
+        ("RopeScaling", {"kind": "yarn"}, "factor is missing; give it, new context over old, or target_length"),
     ],
 )
 def test_a_missing_argument_is_said_with_the_choices(patch, given, words):
@@ -146,7 +146,7 @@ def test_a_damage_figure_that_cannot_be_written_costs_no_work(whole, tmp_path, m
     assert fails(run("apply", whole, tmp_path / "out", *HEADS, "--damage", tmp_path / name), "--damage", words)
 
 
-@pytest.mark.parametrize("command", [("eval", "--out"), ("diagnose", "--json")])
+@pytest.mark.parametrize("command", [("eval", "--out"), ("diagnose", "--out")])
 def test_an_outcome_that_cannot_be_written_costs_no_work(whole, tmp_path, monkeypatch, command):
     for name in ("model", "skeleton"):
         monkeypatch.setattr(cli_models.Source, name, lambda _: pytest.fail("the model was loaded"))

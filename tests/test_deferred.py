@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
 import hf_attnpatch as ap
-from hf_attnpatch.backends import FUSED
+from hf_attnpatch.attention.registry import FUSED
 from hf_attnpatch.probe import largest_difference
 
 FAMILIES = {

@@ -238,12 +238,14 @@ def test_what_cannot_be_diagnosed_is_an_error(box):
 
 def test_the_command_writes_what_it_says(box, tmp_path):
     llama().save_pretrained(tmp_path / "model")
-    words = ["diagnose", tmp_path / "model", "--context", 128, "--batch", 64, "--hardware", box(), "--json"]
+    words = ["diagnose", tmp_path / "model", "--context", 128, "--batch", 64, "--hardware", box(), "--out"]
     done = CliRunner().invoke(app, [str(word) for word in (*words, tmp_path / "found.json")])
     assert done.exit_code == 0, done.output
     found = ap.Diagnosis.from_dict(json.loads((tmp_path / "found.json").read_text()))
     assert str(found) in done.stdout
     assert of(found, "cache").command in done.stdout
+    machine = CliRunner().invoke(app, [*map(str, words[:-1]), "--json"])
+    assert ap.Diagnosis.from_dict(json.loads(machine.stdout)) == found
 
 
 def test_the_command_explains(tmp_path):

@@ -6,15 +6,21 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_modul
 from architectures import tiny_model
 from snapshot import snapshot
 from torch import nn
+from transformers import SmolLM3ForCausalLM
 
 import hf_attnpatch as ap
 from hf_attnpatch import foreign
+from hf_attnpatch.attention.listener import Listener
+from hf_attnpatch.attention.wrapper import HELD, AddWrapper, RemoveWrapper
 from hf_attnpatch.edit import short
 from hf_attnpatch.edits import (
     AddHook,
     AddModule,
     AddPreHook,
+    BecomeModel,
     Edit,
+    FirstLayers,
+    RemoveHook,
     ReplaceModule,
     SetAttention,
     SetAttribute,
@@ -22,6 +28,7 @@ from hf_attnpatch.edits import (
     SetConfig,
     SetConfigClass,
 )
+from hf_attnpatch.homes.fitting import rebuilt
 from hf_attnpatch.rope.request_angles import RequestAngles
 
 
@@ -39,7 +46,25 @@ def _wider(old):
     return nn.Linear(old.in_features, 2 * old.out_features, bias=False)
 
 
+THERE, AROUND = _Hook(), Listener()
+
+
+def subject():
+    """A model with a hook and a wrapper that may be taken off."""
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.register_forward_pre_hook(THERE, with_kwargs=True)
+    model.model.layers[0].mlp.register_forward_pre_hook(_Hook(), with_kwargs=True)
+    setattr(model.model.layers[0].mlp, HELD, (AROUND,))
+    return model
+
+
+def _smollm3(model):
+    fields = {"no_rope_layers": [1, 0], "layer_types": ["full_attention"] * 2, "use_sliding_window": False}
+    return rebuilt(model, SmolLM3ForCausalLM, fields, {})
+
+
 EDITS = {
+    "the class of the model": BecomeModel("", _smollm3, "smollm3", "another class"),
     "a field that is there": SetConfig("", "num_key_value_heads", 2),
     "a field that is not": SetConfig("", "attnpatch", {"version": 1}),
     "a field by its alias": SetConfig("", "n_ctx", 3),
@@ -47,9 +72,13 @@ EDITS = {
     "an attribute that is not": SetAttribute("model.layers.1.mlp", "note", "new"),
     "a module": ReplaceModule("model.layers.0.self_attn.k_proj", _wider, "a wider one"),
     "a child that was not there": AddModule("model", "added", lambda base: nn.Linear(2, 2), "a small one"),
+    "a list of layers": FirstLayers("model.layers", 1),
     "a buffer": SetBuffer("model.rotary_emb", "inv_freq", lambda old: old + 1, "one more"),
     "a hook": AddPreHook("model.layers.0.self_attn", _Hook(), "does nothing"),
     "a hook behind it": AddHook("model.layers.1.self_attn", _Behind(), "does nothing"),
+    "a hook that is there": RemoveHook("model.layers.0.mlp", THERE),
+    "a wrapper": AddWrapper("model.layers.0.self_attn", Listener()),
+    "a wrapper that is there": RemoveWrapper("model.layers.0.mlp", AROUND.name),
     "the attention function": SetAttention("", "eager"),
     "the class of the config": SetConfigClass("", foreign.config_class(type(tiny_model("llama").config))),
 }
@@ -57,7 +86,7 @@ EDITS = {
 
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
 def test_an_edit_stands_until_its_inverse_takes_it_back(edit):
-    model = tiny_model("llama")
+    model = subject()
     before = snapshot(model)
     assert all(isinstance(text, str) and len(text) <= 80 for text in edit.preview(model))
     assert snapshot(model) == before
@@ -78,10 +107,12 @@ def test_every_edit_is_tested_here():
 
 
 def test_what_was_not_there_is_shown_as_nothing():
-    model = tiny_model("llama")
-    new = ("a child that was not there", "a hook", "a hook behind it")
+    model = subject()
+    new = ("a child that was not there", "a hook", "a hook behind it", "a wrapper")
     assert [name for name, edit in EDITS.items() if edit.preview(model)[0] == "-"] == [*new]
-    assert [EDITS[name].preview(model)[1] for name in new] == ["a small one", "does nothing", "does nothing"]
+    assert [EDITS[name].preview(model)[1] for name in new[:3]] == ["a small one", "does nothing", "does nothing"]
+    gone = ("a hook that is there", "a wrapper that is there")
+    assert [name for name, edit in EDITS.items() if edit.preview(model)[1] == "-"] == [*gone]
 
 
 @pytest.mark.parametrize("kind", [AddPreHook, AddHook])

@@ -251,3 +251,18 @@ def test_the_page_is_that_of_the_table_and_no_model_was_damaged():
     assert page(rows) == (RESULTS / "README.md").read_text()
     assert {row["damaged"] for row in rows} == {"0"}
     assert len({row["family"] for row in rows}) == 5
+
+
+def test_a_thread_that_ended_does_not_count_and_one_that_began_does():
+    """A fork has one thread, however many the process had, as pytest's workers and progress bars have."""
+    stop = threading.Event()
+    first, second = threading.Thread(target=stop.wait), threading.Thread(target=stop.wait)
+    first.start()
+    standing = Standing(tiny_model("llama"))
+    assert standing.difference() is None
+    second.start()
+    assert standing.difference() == "threads of the process"
+    stop.set()
+    first.join()
+    second.join()
+    assert standing.difference() is None

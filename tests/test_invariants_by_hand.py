@@ -13,7 +13,7 @@ from torch import nn
 from transformers.utils import logging
 
 import hf_attnpatch as ap
-from hf_attnpatch.backends import FUSED
+from hf_attnpatch.attention.registry import FUSED
 from hf_attnpatch.invariants import Measured, Subject, copies, decoding, forward, kernels, training
 from hf_attnpatch.invariants.noise import rounding
 from hf_attnpatch.invariants.subject import compare, cut, pad, unpadded
@@ -317,11 +317,11 @@ def test_kernels_are_compared_where_there_is_another(monkeypatch):
     asked = []
     monkeypatch.setattr(kernels, "_under", lambda subject, name: asked.append(name) or torch.tensor([1.0, 1.5]))
     assert kernels.eager_agrees(_dispatching("eager")) == "it is the present one"
-    assert kernels.eager_agrees(_dispatching("alibi_eager")) == "it is the present one"
-    assert kernels.eager_agrees(_dispatching(f"recurrent_{FUSED}")) == "its forwards stay, and only ask for masks"
+    assert kernels.eager_agrees(_dispatching("attnpatch_eager")) == "it is the present one"
+    assert kernels.eager_agrees(_dispatching(FUSED)) == "its forwards stay, and only ask for masks"
     assert asked == []
-    assert kernels.eager_agrees(_dispatching("alibi_sdpa")) == Measured(0.5, 1e-5)  # eager sums in fp32
-    assert asked == ["alibi_eager"]
+    assert kernels.eager_agrees(_dispatching("attnpatch_sdpa")) == Measured(0.5, 1e-5)  # eager sums in fp32
+    assert asked == ["attnpatch_eager"]
 
 
 def test_a_kernel_that_cannot_be_had_is_no_failure(monkeypatch):

@@ -421,7 +421,7 @@ def test_the_demo_writes_over_no_file_but_its_own(tmp_path, monkeypatch, name):
 
 
 @pytest.mark.parametrize("content", ["mine", "{}", '{"name": "a package"}', "[" * 100_000, None])
-@pytest.mark.parametrize("command", [("eval", "--out"), ("diagnose", "--json")])
+@pytest.mark.parametrize("command", [("eval", "--out"), ("diagnose", "--out")])
 def test_a_file_that_is_no_earlier_result_stays(source, tmp_path, monkeypatch, command, content):
     for name in ("model", "skeleton"):
         monkeypatch.setattr(cli_models.Source, name, lambda _: pytest.fail("work was done"))

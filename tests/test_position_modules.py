@@ -11,19 +11,13 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 
 from hf_attnpatch import AttnPatchError
+from hf_attnpatch.attention.alibi import AlibiBias, NoBias, alibi_of, bias_left_out
+from hf_attnpatch.attention.registry import Guard, Keeper
+from hf_attnpatch.attention.wrapper import HELD, without, wrapped, wrappers_of
 from hf_attnpatch.functional import alibi
 from hf_attnpatch.positions import lengthening
 from hf_attnpatch.positions.added import LearnedPositions, SinusoidalPositions
-from hf_attnpatch.positions.modules import (
-    AlibiBias,
-    Guard,
-    NoBias,
-    NoPositions,
-    ZeroAngles,
-    alibi_of,
-    bias_left_out,
-    turns_nothing,
-)
+from hf_attnpatch.positions.modules import NoPositions, ZeroAngles, turns_nothing
 from hf_attnpatch.upstream.roles import roles_of
 
 EMBEDDINGS = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
@@ -108,26 +102,38 @@ def test_marks_are_found_where_they_stand():
     assert turns_nothing(module)
     assert alibi_of(module) is None
     assert not bias_left_out(module)
-    module.alibi = AlibiBias(None, None, True, 1.0)
-    assert alibi_of(module) is module.alibi
+    bias = AlibiBias(None, None, True, 1.0)
+    setattr(module, HELD, wrapped(module, bias))
+    assert alibi_of(module) is bias
     assert not bias_left_out(module)
-    module.alibi = NoBias()
+    setattr(module, HELD, wrapped(module, NoBias()))  # in the place of the one of its name
     assert alibi_of(module) is None
     assert bias_left_out(module)
-    assert repr(module.alibi) == "no bias"
+    assert repr(wrappers_of(module)) == "(no bias,)"
+    assert without(module, "alibi") == ()
 
 
 @pytest.mark.parametrize(
-    ("held", "name", "stopped"), [(1, "sdpa", True), (1, "alibi_sdpa", False), (None, "sdpa", False)]
+    ("held", "name", "stopped"), [(1, "paged", True), (1, "attnpatch_sdpa", False), (None, "paged", False)]
 )
 def test_a_guard_stops_what_would_drop_positions(held, name, stopped):
     config = types.SimpleNamespace(_attn_implementation=name)
-    guard, module = Guard(config, lambda module: held, "alibi_", "ALiBi"), nn.Identity()
+    guard, module = Guard(config), nn.Identity()
+    if held:
+        setattr(module, HELD, (AlibiBias(None, None, True, 1.0),))
     if not stopped:
         assert guard(module, (), {}) is None
         return
-    with pytest.raises(AttnPatchError, match=r"Identity: .*'sdpa' knows nothing of this model's ALiBi .*'alibi_sdpa'"):
+    with pytest.raises(AttnPatchError, match=r"Identity: .*'paged' knows nothing of this model's alibi"):
         guard(module, (), {})
+
+
+def test_a_kernel_of_transformers_is_kept_under_our_name_for_it():
+    config = types.SimpleNamespace(_attn_implementation="flex_attention")
+    Keeper([config])(nn.Identity(), (), {})
+    assert config._attn_implementation == "attnpatch_flex_attention"
+    Keeper([config])(nn.Identity(), (), {})
+    assert config._attn_implementation == "attnpatch_flex_attention"
 
 
 def test_slopes_are_the_papers_or_those_that_are_given():

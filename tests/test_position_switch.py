@@ -13,8 +13,8 @@ from snapshot import snapshot
 from tolerances import ROUNDING
 
 import hf_attnpatch as ap
+from hf_attnpatch.attention.relative import relative_of
 from hf_attnpatch.checkpoint import load
-from hf_attnpatch.positions.relative import relative_of
 from hf_attnpatch.probe import largest_difference
 
 FP32 = ROUNDING[torch.float32]

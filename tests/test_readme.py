@@ -19,6 +19,7 @@ from hf_attnpatch import embedded, patches
 from hf_attnpatch.cli import app
 from hf_attnpatch.commands import docs as docs_command
 from hf_attnpatch.commands import specs as cli_specs
+from hf_attnpatch.errors import AttnPatchError
 from hf_attnpatch.functional import spans
 from hf_attnpatch.patch import REGISTRY
 
@@ -47,6 +48,8 @@ def small(tmp_path, monkeypatch):
     """The embedded model is a tiny one, and what is written goes elsewhere."""
     size = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8, "vocab_size": 4096}
     monkeypatch.setattr(embedded, "load_model", lambda: tiny_model("llama", **size))
+    whole = embedded.heldout
+    monkeypatch.setattr(embedded, "heldout", lambda domain=None: [text[:5000] for text in whole(domain)])
     monkeypatch.chdir(tmp_path)
 
 
@@ -100,6 +103,12 @@ def test_every_measured_number_of_a_page_is_rendered_or_known(page):
     text = re.sub(r"\b\d{4}\.\d{4,5}\b", "", text)  # identifiers of papers
     found = set(re.findall(r"(?<![\w.-])\d+\.\d+(?![\w.]*\d)|\d+ %", text))
     assert found <= NUMBERS
+
+
+@pytest.mark.parametrize("page", pages.EVERY, ids=pages.name_of)
+def test_no_line_begins_with_a_figure(page):
+    """It would end the paragraph: to Markdown, a line that begins with a comment is a block of HTML."""
+    assert not re.findall(r"^ *<!--=", page.read_text("utf-8"), re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", sorted(PATCHES))
@@ -269,7 +278,7 @@ def test_the_picture_of_distances_is_that_of_the_code(in_scripts):
     query, key = torch.meshgrid(torch.arange(48), torch.arange(48), indexing="ij")
     drawn = page_figures.distances(query.numpy(), key.numpy())
     kinds = {
-        "SelfExtend": spans.Grouped(8, 4, 16),
+        "SelfExtend": spans.Grouped(8, 5, 16),
         "ReRope": spans.Clipped(8, 0.0, 16),
         "DualChunk": spans.Chunked(12, 4, 16),
         "JetLong": spans.Bifocal(4, 16),
@@ -279,6 +288,24 @@ def test_the_picture_of_distances_is_that_of_the_code(in_scripts):
         looked = (key <= query) & (kind.sees(query, key) if name == "AttentionSinks" else True)
         shown = torch.tensor(drawn[name], dtype=torch.float64)[looked]
         assert torch.equal(shown, kind.distance(query, key)[looked]), name
+
+
+def test_the_support_table_is_searched_in_a_browser(tmp_path, monkeypatch):
+    """A word of a type, and words of a reason; nothing is asked of a network."""
+    monkeypatch.syspath_prepend(str(pages.ROOT / "tests/comparing"))
+    import chromium
+
+    browser = chromium.find()
+    if browser is None:
+        pytest.skip("no Chromium here")
+    shown = {}
+    for words in ("llama4_text", "no%20attention%20module", "nothing-has-this"):
+        address = f"{(pages.DOCS / 'support.html').as_uri()}#{words}"
+        page = chromium.run(browser, tmp_path / "profile", "--virtual-time-budget=2000", "--dump-dom", address).stdout
+        shown[words] = int(re.search(r'<output id="count">(\d+) of \d+ types</output>', page)[1])
+    assert shown["llama4_text"] == 1
+    assert 0 < shown["no%20attention%20module"] < 50
+    assert shown["nothing-has-this"] == 0
 
 
 # -- the pages can be read without a network --------------------------------------------------------------------------
@@ -296,12 +323,11 @@ def test_pages_are_written_as_html(tmp_path):
     assert "def" not in (folder / "reference/functions.html").read_text("utf-8").split("<code")[0]
 
 
-def test_the_command_opens_a_page(tmp_path, monkeypatch, capsys):
+def test_the_command_opens_a_page(tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(docs_command.webbrowser, "open", lambda address: opened.append(address) or True)
     docs_command.docs("guides/longer-context", tmp_path / "pages")
     assert opened == [(tmp_path / "pages/guides/longer-context.html").as_uri()]
-    with pytest.raises(typer.Exit):
+    with pytest.raises(AttnPatchError, match="there is no page"):
         docs_command.docs("../../etc/passwd", tmp_path / "pages")
-    assert "there is no page" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["pages"]

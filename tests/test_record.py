@@ -142,7 +142,7 @@ def test_every_patch_is_tested_here():
         ({"patch": "gqa"}, "'gqa' does not exist; choose from: .*grouped_query"),
         ({}, "None does not exist"),
         ({"patch": ["flash"]}, "does not exist"),
-        ({"patch": "grouped_query", "heads": 2}, "no field heads; its fields are: cache_target, calibration,"),
+        ({"patch": "grouped_query", "heads": 2}, "no field heads; its fields are: num_kv_heads, method,"),
         ({"patch": "grouped_query"}, "num_kv_heads.*its fields are"),
         ({"patch": "grouped_query", "num_kv_heads": "2"}, "must be a whole number"),
         ({"patch": "rope_scaling", "kind": "yarn", "factor": "four"}, "a finite number of at least 1"),

@@ -10,11 +10,13 @@ from recurring import logits_of, random_ids, with_memory
 from transformers import DynamicCache
 
 import hf_attnpatch as ap
+from hf_attnpatch.attention.call import AttentionCall
+from hf_attnpatch.attention.masks import Handed
 from hf_attnpatch.functional.segments import NOBODY, Segments
-from hf_attnpatch.recurrence.attention import _refuse, met
-from hf_attnpatch.recurrence.call import Call, Handed, Tokens
+from hf_attnpatch.recurrence.attention import _known, met
+from hf_attnpatch.recurrence.call import Call, Tokens
 from hf_attnpatch.recurrence.memory import Memory, RecurrentCache
-from hf_attnpatch.recurrence.modules import _check_gaps, _check_packed, _check_shapes
+from hf_attnpatch.recurrence.modules import Recalling, _check_gaps, _check_packed, _check_shapes
 from hf_attnpatch.recurrence.sinks import Sinks
 from hf_attnpatch.recurrence.state import check_state
 from hf_attnpatch.upstream import words
@@ -412,11 +414,15 @@ def test_positions_count_up(place, keep, allowed, fine):
 def test_what_attention_is_handed_beside_the_memory_is_looked_at():
     model = with_memory(tiny_model("llama", num_hidden_layers=1))
     module = model.model.layers[0].self_attn
+    states = [torch.zeros(1, 4, 3, 16)] * 3
+
+    def asked(window, given):
+        return _known(AttentionCall("sdpa", module, *states, None, given), window)
+
     for fine in ({}, {"sliding_window": 7}, {"sliding_window": None}, {"output_attentions": False}):
-        _refuse(module, 7, 3, dict(fine))
+        assert asked(7, fine) == fine
     passed = {"position_ids": torch.arange(3)[None], "cu_seq_lens_q": torch.tensor([0, 3])}
-    _refuse(module, None, 3, passed)
-    assert passed == {}  # flash attention would read documents from them
+    assert asked(None, passed) == {}  # flash attention would read documents from them
     for bad, said in (
         ({"sliding_window": 6}, "asks for a window of 6 tokens, and had one of 7"),
         ({"output_attentions": True}, "attention weights"),
@@ -424,7 +430,7 @@ def test_what_attention_is_handed_beside_the_memory_is_looked_at():
         ({words.SCORE_BIAS: torch.ones(1)}, f"passes {words.SCORE_BIAS} to its attention"),
     ):
         with pytest.raises(ap.AttnPatchError, match=said):
-            _refuse(module, 7, 3, bad)
+            asked(7, bad)
     call = Call(CUT, Tokens(*(torch.ones(1, 2, dtype=torch.int64),) * 3), None, 1)
     assert met(module, Handed(call)).call is call
     for other, mask in ((module, None), (module, torch.ones(1, 1, 2, 2)), (torch.nn.Linear(2, 2), Handed(call))):
@@ -451,6 +457,22 @@ def test_a_thread_opens_one_stream_and_closes_it_whatever_happens():
     with inner:
         logits_of(model, ids)
     assert inner.tokens == [12]
+
+
+def test_a_stream_whose_opening_is_interrupted_is_closed(monkeypatch):
+    model = with_memory(tiny_model("llama", num_hidden_layers=1))
+    plain = Recalling.open
+
+    def interrupted(self, memory):
+        plain(self, memory)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recalling, "open", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ap.stream(model).__enter__()
+    with ap.stream(model):  # or another would be open
+        pass
 
 
 def test_a_thread_without_a_stream_is_refused_while_another_has_one():

@@ -16,22 +16,6 @@ from hf_attnpatch.probe import largest_difference
 FP32 = ROUNDING[torch.float32]
 
 
-@pytest.mark.parametrize(
-    "patch", [ap.RopeScaling(kind="linear", factor=2.0), ap.Alibi(), ap.NoPosition(), ap.Sinusoidal(), ap.Flash()]
-)
-@pytest.mark.parametrize("model_type", ["llama", "bloom"])
-def test_nothing_is_changed_beneath_a_memory(model_type, patch):
-    """Its keys are turned back as the model turned them when it was put in."""
-    model, ids = with_memory(tiny_model(model_type)), random_ids(1, 30)
-    wanted = logits_of(model, ids)
-    with pytest.raises(ap.PatchConflict, match="put the memory on top again"):
-        ap.apply(model, patch)
-    assert torch.equal(wanted, logits_of(model, ids))
-    if patch.name == "rope_scaling" and model_type == "llama":
-        with pytest.raises(ap.PatchConflict, match="in two calls"):
-            ap.apply(tiny_model("llama"), patch, ap.SegmentRecurrence(segment_length=8, memory_length=8))
-
-
 def test_heads_are_shared_above_and_beneath_it():
     above, beneath = with_memory(tiny_model("llama")), tiny_model("llama")
     ap.patch_grouped_query(above, num_kv_heads=2, method="mean")

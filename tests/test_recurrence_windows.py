@@ -10,6 +10,7 @@ from tolerances import ROUNDING
 import hf_attnpatch as ap
 from hf_attnpatch.functional.segments import Segments
 from hf_attnpatch.probe import largest_difference
+from hf_attnpatch.recurrence.attention import recurrent_of
 
 FP32 = ROUNDING[torch.float32]
 MIXED = ["gemma2", "gemma3_text", "cohere2", "olmo3", "gpt_oss", "exaone4"]
@@ -40,7 +41,7 @@ def test_every_layer_sees_its_window_of_the_memory(model_type, window):
     ids = random_ids(2, 60)
     wanted = _dense(model, ids, window)
     patched = with_memory(model)
-    found = {patched.get_submodule(s.path).recurrence.window for s in ap.describe(patched).sites}
+    found = {recurrent_of(patched.get_submodule(s.path)).window for s in ap.describe(patched).sites}
     assert found == ({window} if model_type in ALONE else {None, window})
     assert largest_difference(wanted, logits_of(patched, ids)) < FP32
     with ap.stream(patched):

@@ -14,9 +14,9 @@ from tolerances import ROUNDING
 from transformers import AutoModelForCausalLM, StaticCache
 
 import hf_attnpatch as ap
-from hf_attnpatch.edits import SetAttention
-from hf_attnpatch.positions import alibi_flash, relative_attention
-from hf_attnpatch.positions.relative import relative_of
+from hf_attnpatch.attention import flash
+from hf_attnpatch.attention.registry import attention_function, set_kernel
+from hf_attnpatch.attention.relative import relative_of
 from hf_attnpatch.probe import default_inputs, largest_difference, trace
 
 FP32 = ROUNDING[torch.float32]
@@ -51,7 +51,7 @@ def test_every_kernel_agrees_with_the_dense_reference(model_type, encoder, dtype
     inputs = default_inputs(model)
     wanted = trace(model, inputs).logits
     for name in ("sdpa", "flex_attention") if model._supports_flex_attn else ("sdpa",):
-        SetAttention("", f"relative_xl_{name}").run(model)
+        set_kernel(name).run(model)
         assert largest_difference(wanted, trace(model, inputs).logits) < 2 * ROUNDING[dtype]
 
 
@@ -61,7 +61,7 @@ def test_every_kernel_agrees_with_the_dense_reference(model_type, encoder, dtype
 def test_flash_attention_gets_wider_heads(version, padded, kv, monkeypatch):
     """Against a function that stands in for the library; nothing of it ran on a GPU."""
     monkeypatch.setitem(sys.modules, "flash_attn", _Library())
-    monkeypatch.setattr(alibi_flash, "_flash_attention_forward", _plain)
+    monkeypatch.setattr(flash, "_flash_attention_forward", _plain)
     model = tiny_model("llama", num_key_value_heads=kv)
     ap.patch_relative_xl(model, backend="eager")
     module = _stirred(model).model.layers[0].self_attn
@@ -70,9 +70,9 @@ def test_flash_attention_gets_wider_heads(version, padded, kv, monkeypatch):
     mask = torch.ones(2, 20, dtype=torch.long)
     mask[1, :4] = 0
     mask = mask if padded else None
-    found, _ = relative_attention.flash(f"flash_attention_{version}")(module, query, key, value, mask, scaling=0.25)
+    found, _ = attention_function(f"flash_attention_{version}")(module, query, key, value, mask, scaling=0.25)
     seen = None if mask is None else mask[:, None, None].bool()
-    wanted, _ = relative_attention.sdpa(module, query, key, value, seen, scaling=0.25)
+    wanted, _ = attention_function("sdpa")(module, query, key, value, seen, scaling=0.25)
     assert found.shape == wanted.shape
     rows = slice(4, None) if padded else slice(None)
     torch.testing.assert_close(found[:, rows], wanted[:, rows], rtol=0, atol=1e-5)
@@ -185,11 +185,11 @@ def test_models_without_heads_to_stand_beside_are_refused(model_type, words):
     assert snapshot(model) == before
 
 
-def test_another_attention_function_would_drop_it_and_is_refused():
+def test_a_kernel_that_is_chosen_later_keeps_the_terms():
     model = _patched("llama")
-    model.set_attn_implementation("sdpa")
-    with pytest.raises(ap.AttnPatchError, match="relative_xl and would drop it; .*'relative_xl_sdpa'"):
-        _logits(model, **tiny_inputs(model))
+    wanted = _logits(model, **tiny_inputs(model))
+    model.set_attn_implementation("eager")
+    assert largest_difference(wanted, _logits(model, **tiny_inputs(model))) < 2 * ROUNDING[torch.float32]
 
 
 def test_stock_transformers_says_what_to_install(tmp_path):

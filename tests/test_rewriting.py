@@ -160,8 +160,8 @@ def test_numbers_that_changed_by_nobodys_wish_are_refused(mixed, tmp_path, monke
 def test_what_was_written_is_read_again(mixed, tmp_path, monkeypatch):
     carried = rewriting.Rewriting.save
 
-    def damaging(work, report, folder, command):
-        said = carried(work, report, folder, command)
+    def damaging(work, *arguments):
+        said, folder = carried(work, *arguments), arguments[1]
         tensors = load_file(folder / "model.safetensors")
         tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"] + 1
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})

@@ -5,7 +5,7 @@ import torch
 from architectures import tiny_model
 
 import hf_attnpatch as ap
-from hf_attnpatch.fused.sight import read_sight
+from hf_attnpatch.attention.masks import read_sight
 
 IDS = torch.arange(80).view(2, 40) * 7 % 60 + 1
 MODELS = {"mistral": {"sliding_window": 16}, "gemma3_text": {"sliding_window": 16}, "llama": {}}

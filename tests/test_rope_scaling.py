@@ -229,7 +229,7 @@ def test_factor_one_touches_nothing_but_divisors_of_ones_own_do():
         ({"kind": "yarn", "factor": float("inf")}, "factor is inf"),
         ({"kind": "yarn", "factor": "4"}, "factor is '4'"),
         ({"kind": "yarn", "factor": True}, "factor is True"),
-        ({"kind": "yarn", "factor": None}, "factor is None"),
+        ({"kind": "yarn", "factor": None}, "factor is missing"),
         ({"kind": None, "factor": 2}, "kind None does not exist"),
     ],
 )

@@ -453,9 +453,9 @@ def test_inputs_that_a_memory_cannot_take_are_errors():
     gap[1, 4:6] = 0
     with pytest.raises(ap.AttnPatchError, match="row 1: padding between tokens"):
         logits_of(model, ids, attention_mask=gap)
-    model.set_attn_implementation("sdpa")
-    with pytest.raises(ap.AttnPatchError, match="knows nothing of this model's memory"):
-        logits_of(model, ids)
+    wanted = logits_of(model, ids)
+    model.set_attn_implementation("eager")  # beneath it
+    assert largest_difference(logits_of(model, ids), wanted) < FP32
     table = with_memory(built("gpt2", n_positions=32), "running")
     with pytest.raises(ap.AttnPatchError, match="the model's table has 32"):
         logits_of(table, random_ids(1, 40))

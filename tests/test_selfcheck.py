@@ -11,9 +11,10 @@ from transformers import DynamicCache
 
 import hf_attnpatch as ap
 from hf_attnpatch import api, few, stepwise
+from hf_attnpatch.attention import rotation
 from hf_attnpatch.edits import FirstLayers
 from hf_attnpatch.heads import regroup
-from hf_attnpatch.positions import added, turning
+from hf_attnpatch.positions import added
 from hf_attnpatch.probe import largest_difference, trace
 from hf_attnpatch.spans import modules as spans
 from hf_attnpatch.stepwise import in_pieces
@@ -169,7 +170,7 @@ def test_layers_are_alike_only_if_nothing_but_their_numbers_differs():
 
 
 def test_keys_that_miss_their_rotation_on_the_way_into_the_cache_are_found(monkeypatch):
-    monkeypatch.setattr(turning, "view", lambda cache, update: cache)
+    monkeypatch.setattr(rotation, "view", lambda cache, update: cache)
     _refused(tiny_model("gpt2"), ap.Rotary(theta=500.0), "does not decode what it computes at once")
 
 

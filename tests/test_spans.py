@@ -6,14 +6,17 @@ import pytest
 import torch
 from architectures import tiny_model
 from caches import CACHE
+from snapshot import snapshot
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import hf_attnpatch as ap
 from hf_attnpatch import embedded
+from hf_attnpatch.attention.registry import attention_function
 from hf_attnpatch.functional import reference
 from hf_attnpatch.functional.spans import Bifocal, Chunked, Clipped, Grouped, Sinks
-from hf_attnpatch.spans.modules import SinkLayer, span_of
+from hf_attnpatch.spans.attention import span_of
+from hf_attnpatch.spans.modules import SinkLayer
 
 PATCHES = {
     "self_extend": ap.SelfExtend(window=6, group=3, trained=10),
@@ -143,7 +146,7 @@ def test_gradients_and_weights_are_those_of_the_dense_way(name):
     model, (ids, mask) = build(), inputs()
     ap.apply(model, PATCHES[name])
     gradients, outs = [], []
-    for kernel in ("spans_sdpa", "spans_eager"):
+    for kernel in ("sdpa", "eager"):
         model.set_attn_implementation(kernel)
         model.zero_grad()
         found = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
@@ -307,17 +310,15 @@ def test_layers_with_a_window_are_left_alone():
     assert "left alone, a window of 8 tokens: 1 layers" in " ".join(str(report).split())
 
 
-def test_one_at_a_time_and_nothing_beneath():
+def test_one_at_a_time_and_only_over_rotary_positions():
     model = build()
     ap.apply(model, PATCHES["re_rope"])
     with pytest.raises(ap.UnsupportedArchitecture, match="revert it first"):
         ap.apply(model, PATCHES["self_extend"])
-    with pytest.raises(ap.PatchConflict, match="earlier patch"):
-        ap.apply(model, ap.RopeScaling(kind="yarn", factor=2.0))
-    with pytest.raises(ap.AttnPatchError, match="knows nothing of the distances"):
+    before = snapshot(model)
+    with pytest.raises(ap.UnsupportedArchitecture, match="rotary states"):
         ap.apply(model, ap.Alibi())
-    with pytest.raises(ap.PatchConflict, match="the positions"):
-        ap.plan(build(), PATCHES["re_rope"], ap.RopeScaling(kind="yarn", factor=2.0))
+    assert snapshot(model) == before
 
 
 def test_what_the_mask_cannot_say_is_refused():
@@ -330,9 +331,10 @@ def test_what_the_mask_cannot_say_is_refused():
     for given in ({"attention_mask": holes}, {"position_ids": packed}, {"attention_mask": four}):
         with pytest.raises(ap.AttnPatchError, match=r"between the tokens|one text for each row"):
             model(input_ids=ids[: 1 if "position_ids" in given else 2], use_cache=False, **given)
-    model.set_attn_implementation("sdpa")
-    with pytest.raises(ap.AttnPatchError, match="spans_eager"):
-        model(input_ids=ids)
+    with pytest.raises(ap.AttnPatchError, match="does not say which keys are padding"):
+        attention_function("flash_attention_2")(
+            model.model.layers[0].self_attn, *[torch.zeros(1, 4, 3, 16)] * 3, None, scaling=0.25
+        )
 
 
 def test_right_padding_is_not_seen():

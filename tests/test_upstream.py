@@ -29,7 +29,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.auto import modeling_auto
 from transformers.utils import hub
 
-from hf_attnpatch import backends
+from hf_attnpatch.attention import registry
 from hf_attnpatch.probe import default_inputs, trace
 from hf_attnpatch.upstream import words
 from hf_attnpatch.upstream.roles import roles_of
@@ -48,6 +48,9 @@ PRIVATE = {
     "_supports_flex_attn": lambda: isinstance(PreTrainedModel._supports_flex_attn, bool),
     "_supports_flash_attn": lambda: isinstance(PreTrainedModel._supports_flash_attn, bool),
     "_model_mapping": lambda: LlamaConfig in AutoModelForCausalLM._model_mapping,
+    "_schema": lambda: (
+        torch.ops.aten.copy_.default._schema.is_mutable and not torch.ops.aten.add.Tensor._schema.is_mutable
+    ),
     "_modules": lambda: isinstance(nn.Linear(1, 1)._modules, dict),
     "_buffers": lambda: isinstance(nn.Linear(1, 1)._buffers, dict),
     "_forward_hooks": lambda: isinstance(nn.Linear(1, 1)._forward_hooks, dict),
@@ -206,12 +209,14 @@ def _padding_error(key):
 
 
 def test_an_attention_function_without_its_mask_is_silently_wrong(key):
-    """The trap that ``backends.register`` closes: it takes both or neither."""
-    sdpa = AttentionInterface._global_mapping["sdpa"]
-    AttentionInterface.register(key, sdpa)
+    """The trap that ``registry.register`` closes: each kernel has a name in both tables."""
+    AttentionInterface.register(key, AttentionInterface._global_mapping["sdpa"])
     assert _padding_error(key) > 1e-2
-    backends.register(key, sdpa, AttentionMaskInterface._global_mapping["sdpa"])
-    assert _padding_error(key) == 0
+    registry.register()
+    for kernel in registry.KERNELS:
+        assert registry.PREFIX + kernel in AttentionMaskInterface._global_mapping
+        assert registry.PREFIX + kernel in AttentionInterface._global_mapping
+    assert _padding_error(registry.PREFIX + "sdpa") == 0
 
 
 # -- vocabulary -------------------------------------------------------------------------------------------------------
@@ -250,18 +255,15 @@ def test_no_other_room_spells_what_transformers_calls_an_argument(name):
 
 # this package's own uses of a word that transformers has, too
 OWN_WORDS = {
-    ("__init__.py", "alibi"): "a module of this package",
     ("doctoring/expected.py", "alibi"): "the patch of that name",
     ("api.py", "logits"): "a line of the report",
     ("anatomy.py", "alibi"): "the position scheme of that name",
     ("anatomy.py", "position_embeddings"): "what some families call their table, a module",
     ("patches/rotary.py", "alibi"): "a field of the anatomy",
-    ("patches/alibi.py", "alibi"): "the patch of that name, and what modules hold of it",
-    ("positions/modules.py", "alibi"): "likewise",
-    ("positions/removal.py", "alibi"): "likewise",
+    ("patches/alibi.py", "alibi"): "the patch of that name",
+    ("attention/alibi.py", "alibi"): "the wrapper of that name",
     ("positions/rotating.py", "alibi"): "a field of Falcon's config",
-    ("positions/strength.py", "alibi"): "likewise",
-    ("fused/deferring.py", "alibi"): "likewise",
+    ("positions/strength.py", "alibi"): "the patch of that name",
 }
 
 

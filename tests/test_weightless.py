@@ -29,6 +29,7 @@ CHOSEN = {
     "rotary": ("gpt_neo", ap.Rotary(theta=500.0)),
     "sinusoidal": ("gpt2", ap.Sinusoidal(amplitude=0.5)),
     "no_position": ("gpt2", ap.NoPosition()),
+    "score_temperature": ("llama", ap.ScoreTemperature(slope=0.3, step=8)),
     "position_table": ("llama", ap.PositionTable(length=256)),
     "self_extend": ("llama", ap.SelfExtend(window=16, group=4, **SPAN)),
     "dual_chunk": ("gpt_neox", ap.DualChunk(chunk=32, **SPAN)),

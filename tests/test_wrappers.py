@@ -25,9 +25,10 @@ from transformers import AutoModelForCausalLM
 
 import hf_attnpatch as ap
 from hf_attnpatch import record
-from hf_attnpatch.positions import alibi_attention, relative_attention
-from hf_attnpatch.positions.modules import AlibiBias
-from hf_attnpatch.positions.relative import CHILD, RelativeTerms
+from hf_attnpatch.attention.alibi import AlibiBias
+from hf_attnpatch.attention.registry import attention_function
+from hf_attnpatch.attention.relative import CHILD, Relative, RelativeTerms
+from hf_attnpatch.attention.wrapper import HELD
 
 IDS = torch.arange(5, 53).view(2, 24)
 PATCHES = list({case.kind: case.patch for case in reversed(CASES)}.values())  # the first of each kind
@@ -174,9 +175,10 @@ def attention_module(rank, whole):
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 def test_a_rank_biases_its_heads_by_their_own_slopes(kernel, given, rank):
     query, key, value = torch.randn(3, 1, 4, 12, 8).unbind(0)
-    attend, mine = getattr(alibi_attention, kernel), slice(2 * rank, 2 * rank + 2)
+    attend, mine = attention_function(kernel), slice(2 * rank, 2 * rank + 2)
     module, shard = attention_module(rank, True), attention_module(rank, False)
-    module.alibi = shard.alibi = AlibiBias(given, None, True, 1.0, 4)
+    for each in (module, shard):
+        setattr(each, HELD, (AlibiBias(given, None, True, 1.0, 4),))
     wanted, _ = attend(module, query, key, value, None)
     found, _ = attend(shard, query[:, mine], key[:, mine], value[:, mine], None)
     torch.testing.assert_close(found, wanted[:, :, mine], rtol=0, atol=1e-6)
@@ -185,12 +187,14 @@ def test_a_rank_biases_its_heads_by_their_own_slopes(kernel, given, rank):
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 def test_a_rank_takes_its_heads_terms_and_does_not_train_them(kernel, rank):
     query, key, value = torch.randn(3, 1, 4, 12, 8).unbind(0)
-    attend, mine = getattr(relative_attention, kernel), slice(2 * rank, 2 * rank + 2)
+    attend, mine = attention_function(kernel), slice(2 * rank, 2 * rank + 2)
     module, shard = attention_module(rank, True), attention_module(rank, False)
     terms = RelativeTerms(4, 8, 8, 10000.0, query)
     for parameter in terms.parameters():
         nn.init.normal_(parameter)
-    module.relative_xl = shard.relative_xl = terms
+    for each in (module, shard):
+        each.add_module(CHILD, terms)
+        setattr(each, HELD, (Relative(),))
     with torch.no_grad():
         wanted, _ = attend(module, query, key, value, None)
         found, _ = attend(shard, query[:, mine], key[:, mine], value[:, mine], None)

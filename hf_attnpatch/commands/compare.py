@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from ..showing import visible
 from . import specs as cli_specs
-from .options import Device, Dtype, Trust, clear_errors, show
+from . import voice
+from .command import command
+from .options import Device, Dtype, Trust
 
 Numbers = Annotated[str | None, typer.Option(metavar="N,N,...", help="Context lengths, in tokens.")]
 
@@ -34,33 +35,45 @@ def compare(
     samples: Annotated[int | None, typer.Option(min=1, help="Prompts for each length and depth of retrieval.")] = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    original_revision: Annotated[str | None, typer.Option(metavar="NAME", help="Of ORIGINAL on the Hub.")] = None,
+    patched_revision: Annotated[str | None, typer.Option(metavar="NAME", help="Of PATCHED on the Hub.")] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Measure two checkpoints: report.md, report.html, figures, metrics.json. The same command goes on after a stop."""
-    with clear_errors():
-        import hf_attnpatch as ap
+    import hf_attnpatch as ap
 
-        from .models import Source
-        from .text import read
+    from .models import Source
+    from .text import read
 
-        sources = [
-            Source(name=n, dtype=dtype, device=device, trust_remote_code=trust_remote_code) for n in (original, patched)
-        ]
-        result = ap.compare(
-            sources[0].model(),
-            sources[1].model(),
-            out,
-            parts=_words(parts),
-            text=None if text is None else read(text, "--text"),
-            text_name=None if text is None else text.name,
-            command=cli_specs.spelled(context),
-            say=lambda line: typer.echo(visible(line), err=True),
-            lengths=None if lengths is None else [_number(word) for word in _words(lengths) or ()],
-            documents=documents,
-            retrieval_task=task,
-            retrieval_samples=samples,
-        )
-    show(result)
+    where = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    named = ((original, original_revision), (patched, patched_revision))
+    one, other = (Source(name=n, revision=r, **where).model() for n, r in named)  # type: ignore[arg-type]  # by name
+    result = ap.compare(
+        one,
+        other,
+        out,
+        parts=_words(parts),
+        text=None if text is None else read(text, "--text"),
+        text_name=None if text is None else text.name,
+        command=cli_specs.spelled(context),
+        say=voice.aside,
+        lengths=None if lengths is None else [_number(word) for word in _words(lengths) or ()],
+        documents=documents,
+        retrieval_task=task,
+        retrieval_samples=samples,
+    )
+    voice.answer(result, {"folder": result.folder, **result.metrics})
+
+
+def add(app: typer.Typer) -> None:
+    """Add the command to an app."""
+    command(
+        app,
+        "compare",
+        "attnpatch compare embedded out",
+        "attnpatch compare embedded out --parts loss,decoding --lengths 256,512 --out outputs/compare",
+        go_on="the same command goes on with what OUT lacks.",
+    )(compare)
 
 
 def _words(text: str | None) -> list[str] | None:

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import clear_errors, show
+from . import voice
+from .command import command
 
 PAGES = Path(__file__).resolve().parents[1] / "docs"
 _NAVIGATION = (
@@ -55,17 +56,21 @@ def docs(
     open_it: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
 ) -> None:
     """Open the documentation that ships with the package; it needs no network."""
-    with clear_errors():
-        from ..errors import AttnPatchError
+    from ..errors import AttnPatchError
 
-        source = PAGES / f"{page.removesuffix('.html').removesuffix('.md')}.md"
-        if not source.is_file() or PAGES not in source.resolve().parents:
-            known = ", ".join(sorted(path.relative_to(PAGES).with_suffix("").as_posix() for path in _sources()))
-            raise AttnPatchError(f"docs: there is no page {page!r}; choose from: {known}.")
-        folder = write(out or _cache())
-        target = (folder / source.relative_to(PAGES)).with_suffix(".html")
-        opened = open_it and webbrowser.open(target.as_uri())
-        show(f"{'opened' if opened else 'written'} {target}")
+    source = PAGES / f"{page.removesuffix('.html').removesuffix('.md')}.md"
+    if not source.is_file() or PAGES not in source.resolve().parents:
+        known = ", ".join(sorted(path.relative_to(PAGES).with_suffix("").as_posix() for path in _sources()))
+        raise AttnPatchError(f"docs: there is no page {page!r}; choose from: {known}.")
+    folder = write(out or _cache())
+    target = (folder / source.relative_to(PAGES)).with_suffix(".html")
+    opened = open_it and webbrowser.open(target.as_uri())
+    voice.answer(f"{'opened' if opened else 'written'} {target}", {"page": target, "opened": bool(opened)})
+
+
+def add(app: typer.Typer) -> None:
+    """Add the command to an app."""
+    command(app, "docs", "attnpatch docs", "attnpatch docs guides/longer-context --no-open --out site")(docs)
 
 
 def _cache() -> Path:
@@ -151,5 +156,5 @@ def _signature(node: ast.ClassDef | ast.FunctionDef) -> str:
         returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
         return f"{node.name}({ast.unparse(node.args)}){returns}"
     fields = [ast.unparse(line) for line in node.body if isinstance(line, ast.AnnAssign)]
-    shown = [field for field in fields if "ClassVar" not in field and "internal(" not in field]
+    shown = [field for field in fields if "ClassVar" not in field and "init=False" not in field]
     return "\n".join([f"class {node.name}", *(f"    {field}" for field in shown)])

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..writing import write
+from . import voice
+from .command import command
 from .models import Source
-from .options import Device, Dtype, Model, Trust, check_file, clear_errors, show
+from .options import Device, Dtype, Model, Revision, Trust, check_file
 
 if TYPE_CHECKING:
     from ..evaluation import Result
@@ -86,29 +88,43 @@ def evaluate(
     out: Out = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Measure a checkpoint: perplexity by context, retrieval, fidelity, decoding, tasks of lm-eval."""
-    with clear_errors():
-        check_file(out, "--out", {"model", "results"})
-        names = _names(suite, tasks)
-        options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-        source = Source(name=model, **options)  # type: ignore[arg-type]  # three options by name
-        loaded, tokenizer = source.model(), _tokenizer(source)
-        work = Work(
-            lengths=_numbers(lengths, int, "--lengths", least=2) or _usual(loaded),
-            depths=_numbers(depths, float, "--depths"),
-            tasks=tuple(_words(tasks)),
-            **{"targets": targets, "documents": documents, "text": text, "original": original},  # type: ignore[arg-type]
-            **{"samples": samples, "chat": chat, "max_length": max_length, "limit": limit},  # type: ignore[arg-type]
-        )
-        found: dict[str, Any] = {}
-        for name in names:
-            result = _measured(name, loaded, tokenizer, work, options)
-            show(f"{result}\n")
-            found[name] = result.to_dict()
-            if out is not None:  # after each: a later one that fails takes nothing away
-                write(out, json.dumps({"model": model, "results": found}, indent=1) + "\n")
+    check_file(out, "--out", {"model", "results"})
+    names = _names(suite, tasks)
+    options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    source = Source(name=model, revision=revision, **options)  # type: ignore[arg-type]  # three options by name
+    loaded, tokenizer = source.model(), _tokenizer(source)
+    work = Work(
+        lengths=_numbers(lengths, int, "--lengths", least=2) or _usual(loaded),
+        depths=_numbers(depths, float, "--depths"),
+        tasks=tuple(_words(tasks)),
+        **{"targets": targets, "documents": documents, "text": text, "original": original},  # type: ignore[arg-type]
+        **{"samples": samples, "chat": chat, "max_length": max_length, "limit": limit},  # type: ignore[arg-type]
+    )
+    found: dict[str, Any] = {}
+    for name in names:
+        result = _measured(name, loaded, tokenizer, work, options)
+        found[name] = result.to_dict()
+        if not voice.is_json():  # each when it is there
+            voice.answer(f"{result}\n")
+        if out is not None:  # after each: a later one that fails takes nothing away
+            write(out, json.dumps({"model": model, "results": found}, indent=1) + "\n")
+    voice.answer_for_machines({"model": model, "results": found})
+
+
+def add(app: typer.Typer) -> None:
+    """Add the command to an app."""
+    command(
+        app,
+        "eval",
+        "attnpatch eval embedded",
+        "attnpatch eval out --suite perplexity,passkey --lengths 256,512 --out figures.json",
+        "attnpatch eval out --tasks hellaswag --limit 100",
+        go_on="what is finished stands in --out; ask for the rest.",
+    )(evaluate)
 
 
 def _measured(name: str, model: Any, tokenizer: Any, work: Work, options: dict[str, Any]) -> Result:

@@ -24,12 +24,14 @@ class Source:
         dtype: a torch dtype by name, or ``auto`` for the checkpoint's own.
         device: a torch device.
         trust_remote_code: whether code in the checkpoint may run.
+        revision: branch, tag or commit of a repository of the Hub; None for its newest.
     """
 
     name: str
     dtype: str = "auto"
     device: str = "cpu"
     trust_remote_code: bool = False
+    revision: str | None = None
 
     @property
     def location(self) -> str:
@@ -54,7 +56,23 @@ class Source:
         from ..publishing.hub import is_reachable
 
         here = Path(self.location).exists() or is_reachable()
-        return {"trust_remote_code": self.trust_remote_code, **({} if here else {"local_files_only": True})}
+        offline = {} if here else {"local_files_only": True}
+        return {"trust_remote_code": self.trust_remote_code, **self.where, **offline}
+
+    @property
+    def where(self) -> dict[str, str]:
+        """Which state of a repository is asked for.
+
+        Raises:
+            AttnPatchError: a folder has no revisions.
+        """
+        from ..errors import AttnPatchError
+
+        if self.revision is None:
+            return {}
+        if Path(self.location).exists():
+            raise AttnPatchError(f"--revision {self.revision}: {self.name} is a folder; only the Hub has revisions.")
+        return {"revision": self.revision}
 
     def config(self) -> PretrainedConfig:
         """Return the config alone."""
@@ -154,7 +172,7 @@ def check_numbers(model: PreTrainedModel, name: str) -> None:
         raise AttnPatchError(f"{name}: {wrong} holds numbers that are not finite; get the checkpoint anew.")
 
 
-def save(model: PreTrainedModel, tokenizer: Any | None, folder: Path, command: str) -> None:
+def save(model: PreTrainedModel, tokenizer: Any | None, folder: Path, command: str, max_shard_size: str) -> None:
     """Write a patched model with its tokenizer and the command line that made it.
 
     Args:
@@ -162,6 +180,7 @@ def save(model: PreTrainedModel, tokenizer: Any | None, folder: Path, command: s
         tokenizer: None where there is none.
         folder: where to, empty.
         command: as a reader would type it.
+        max_shard_size: of a file of weights, such as ``5GB``.
 
     Raises:
         AttnPatchError: it cannot be written.
@@ -169,7 +188,7 @@ def save(model: PreTrainedModel, tokenizer: Any | None, folder: Path, command: s
     from .. import record
 
     with writing():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
         record.note_command(folder, command)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

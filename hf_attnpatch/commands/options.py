@@ -13,11 +13,26 @@ from typing import Annotated
 import typer
 
 from ..showing import line, visible
+from . import catalogue
+from .voice import complain
 
-Model = Annotated[str, typer.Argument(help="A checkpoint folder, a hub name, or `embedded`.", show_default=False)]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A checkpoint folder, a hub name, or `embedded`.",
+        show_default=False,
+        autocompletion=catalogue.completed_models,
+    ),
+]
 Patches = Annotated[
     list[str],
-    typer.Option("--patch", "-p", metavar="NAME:FIELD=VALUE,...", help="Repeat it to apply several, in order."),
+    typer.Option(
+        "--patch",
+        "-p",
+        metavar="NAME:FIELD=VALUE,...",
+        help="Repeat it to apply several, in order; `attnpatch patches` lists names and fields.",
+        autocompletion=catalogue.completed_patches,
+    ),
 ]
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", metavar="FILE", help="A YAML list of patches; they come before --patch.")
@@ -32,7 +47,29 @@ Text = Annotated[
 ]
 Sequences = Annotated[int, typer.Option(min=1, help="Windows of calibration text, spread evenly over the file.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto (the checkpoint's own), float32, bfloat16 or float16.",
+        autocompletion=lambda: ["auto", "float32", "bfloat16", "float16"],
+    ),
+]
+Revision = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of MODEL on the Hub.", show_default=False)
+]
+
+
+def _shard_size(size: str) -> str:
+    """Refuse what is no size, before the work whose outcome it is for."""
+    if not re.fullmatch(r"[1-9]\d*[KMGT]?B", size):
+        raise typer.BadParameter(f"{size!r} is no size; wanted bytes such as 500MB or 5GB.")
+    return size
+
+
+ShardSize = Annotated[
+    str, typer.Option("--max-shard-size", metavar="SIZE", help="Of a file of weights.", callback=_shard_size)
+]
+SHARD = "50GB"  # as transformers has it
 Device = Annotated[str, typer.Option(help="Where the model is loaded: cpu, cuda, cuda:1 ...")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let code run that the checkpoint, or a task file, carries.")
@@ -76,7 +113,7 @@ def clear_errors() -> Iterator[None]:
     except (AttnPatchError, OSError) as error:
         from ..publishing.hub import Hub
 
-        typer.secho(f"attnpatch: {line(Hub().hide(_said(error)), _LONGEST)}", fg=typer.colors.RED, err=True)
+        complain(f"attnpatch: {line(Hub().hide(_said(error)), _LONGEST)}")
         raise typer.Exit(1) from error
 
 
@@ -102,8 +139,3 @@ def _harmless_logs() -> Iterator[None]:
         yield
     finally:
         logging.setLogRecordFactory(before)
-
-
-def show(said: object) -> None:
-    """Print what was found; names and notes in it come from checkpoints, and nothing in them acts on the terminal."""
-    typer.echo(visible(str(said)))

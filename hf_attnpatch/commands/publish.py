@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from . import models as cli_models
-from .options import Device, Dtype, Model, Trust, clear_errors, show
+from . import voice
+from .command import command
+from .options import Device, Dtype, Model, Revision, ShardSize, Trust
 
 
 def push(
@@ -29,22 +31,36 @@ def push(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in a repository.")] = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    max_shard_size: ShardSize = "5GB",
+    revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Publish a patched checkpoint: weights, tokenizer and a card, all or nothing. The token is HF_TOKEN or a login."""
-    with clear_errors():
-        import hf_attnpatch as ap
+    import hf_attnpatch as ap
 
-        source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        published = ap.push_to_hub(
-            source.model(),
-            repo_id,
-            report=report,
-            tokenizer=source.tokenizer(),
-            base_model=base_model,
-            license=license,
-            license_files=license_file,
-            private=private,
-            overwrite=overwrite,
-        )
-    show(published)
+    where = {"dtype": dtype, "device": device, "revision": revision, "trust_remote_code": trust_remote_code}
+    source = cli_models.Source(name=model, **where)  # type: ignore[arg-type]  # options by name
+    published = ap.push_to_hub(
+        source.model(),
+        repo_id,
+        report=report,
+        tokenizer=source.tokenizer(),
+        base_model=base_model,
+        license=license,
+        license_files=license_file,
+        private=private,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+    )
+    voice.answer(published)
+
+
+def add(app: typer.Typer) -> None:
+    """Add the command to an app."""
+    command(
+        app,
+        "push",
+        "attnpatch push out me/gpt2-grouped --report outputs/compare",
+        "attnpatch push out me/gpt2-grouped --private --json",
+        go_on="the repository is what it was, or whole; the same command starts anew.",
+    )(push)

@@ -32,16 +32,17 @@ class Rewriting:
         self.model, info = source.model_with_info()
         self.tokenizer = source.tokenizer()
         cli_models.check_numbers(self.model, source.name)
-        self.weights, self.kept = weights_of(source.location, local_files_only=True), Kept(self.model)
+        self.weights, self.kept = weights_of(source.location, local_files_only=True, **source.where), Kept(self.model)
         self.strange = strange_in(self.model, self.weights, info["unexpected_keys"])
 
-    def save(self, report: Report, folder: Path, command: str) -> tuple[str, ...]:
+    def save(self, report: Report, folder: Path, command: str, max_shard_size: str) -> tuple[str, ...]:
         """Write the model as it is now, with its tokenizer and the tensors that no patch has touched.
 
         Args:
             report: of the patch.
             folder: where to, empty.
             command: as a reader would type it.
+            max_shard_size: of a file of weights, such as ``5GB``.
 
         Returns:
             Sentences on what is otherwise than it was.
@@ -52,7 +53,7 @@ class Rewriting:
         from ..rewriting.carrying import carry
 
         fitted = report.lengthen(self.tokenizer) if self.tokenizer is not None else None
-        cli_models.save(self.model, self.tokenizer, folder, command)
+        cli_models.save(self.model, self.tokenizer, folder, command, max_shard_size)
         replaced = self.kept.replaced(self.model)
         with cli_models.writing():
             asked = self.source.dtype

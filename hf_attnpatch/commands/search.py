@@ -12,7 +12,9 @@ import typer
 from . import models as cli_models
 from . import specs as cli_specs
 from . import text as cli_text
-from .options import Device, Dtype, Model, Trust, clear_errors, show
+from . import voice
+from .command import command
+from .options import SHARD, Device, Dtype, Model, Revision, ShardSize, Trust
 from .place import check_room
 from .replacing import replacing
 from .rewriting import Rewriting, reread
@@ -20,7 +22,9 @@ from .rewriting import Rewriting, reread
 if TYPE_CHECKING:
     from torch import Tensor
 
-Target = Annotated[int, typer.Option(min=2, help="Tokens of context that the model is to read.")]
+Target = Annotated[
+    int, typer.Option("--target-length", "--target", min=2, help="Tokens of context that the model is to read.")
+]
 Data = Annotated[Path, typer.Option(metavar="FILE", help="Text, or JSON lines with a field text.")]
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Save the model with what was found here.")]
 Count = Annotated[int, typer.Option(min=1, help="Windows of text that are searched on, spread evenly over the file.")]
@@ -55,6 +59,8 @@ def search_rope(
     state: Kept = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    max_shard_size: ShardSize = SHARD,
+    revision: Revision = None,
     trust_remote_code: Trust = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it is there.")] = False,
 ) -> None:
@@ -62,30 +68,44 @@ def search_rope(
 
     An interrupted search goes on where --state was written.
     """
-    with clear_errors():
-        import hf_attnpatch as ap
+    import hf_attnpatch as ap
 
-        source = cli_models.Source(name=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        effort = {"population": population, "iterations": iterations, "minutes": minutes, "step": step, "seed": seed}
-        options = {"targets": targets, "attention_factor": attention_factor, "state": state, **effort}
-        with _place(out, overwrite, {"MODEL": model, "--data": data, "--state": state}) as folder:
-            searched, kept = _parted(read_windows(data, source, windows + held_out, target), windows)
-            work = None if folder is None else Rewriting(source)
-            loaded = source.model() if work is None else work.model
-            if out is not None:
-                check_room(out, cli_models.size_of(loaded))  # before hours of work
-            found = ap.search_rope(loaded, target=target, documents=searched, **options)  # type: ignore[arg-type]
-            show(found)
-            if kept:
-                show(_judged(loaded, found, kept, target, targets or target // 2))
-            show(f"as --patch: {_spec(found.patch)}")
-            if folder is not None and work is not None:
-                for said in work.save(ap.apply(loaded, found.patch), folder, cli_specs.spelled(context)):
-                    show(said)
-                del loaded
-                reread(folder, work.release(), source)
+    where = {"dtype": dtype, "device": device, "revision": revision, "trust_remote_code": trust_remote_code}
+    source = cli_models.Source(name=model, **where)  # type: ignore[arg-type]  # options by name
+    effort = {"population": population, "iterations": iterations, "minutes": minutes, "step": step, "seed": seed}
+    options = {"targets": targets, "attention_factor": attention_factor, "state": state, **effort}
+    with _place(out, overwrite, {"MODEL": model, "--data": data, "--state": state}) as folder:
+        searched, kept = _parted(read_windows(data, source, windows + held_out, target), windows)
+        work = None if folder is None else Rewriting(source)
+        loaded = source.model() if work is None else work.model
         if out is not None:
-            show(f"saved {out}")
+            check_room(out, cli_models.size_of(loaded))  # before hours of work
+        found = ap.search_rope(loaded, target=target, documents=searched, **options)  # type: ignore[arg-type]
+        voice.note(found)
+        judged = _judged(loaded, found, kept, target, targets or target // 2) if kept else {}
+        if judged:
+            voice.note(_told(judged, len(kept)))
+        spec = _spec(found.patch)
+        voice.note(f"as --patch: {spec}")
+        if folder is not None and work is not None:
+            for said in work.save(ap.apply(loaded, found.patch), folder, cli_specs.spelled(context), max_shard_size):
+                voice.note(said)
+            del loaded
+            reread(folder, work.release(), source)
+    if out is not None:
+        voice.note(f"saved {out}")
+    voice.answer_for_machines({"search": found, "patch": spec, "held_out": judged, "saved": out})
+
+
+def add(app: typer.Typer) -> None:
+    """Add the command to an app."""
+    command(
+        app,
+        "search-rope",
+        "attnpatch search-rope embedded --target-length 2048 --data text.txt --minutes 10 --state search.json",
+        "attnpatch search-rope embedded --target-length 2048 --data text.txt --out out",
+        go_on="with --state FILE the same command goes on where it was; without, it starts anew.",
+    )(search_rope)
 
 
 def _place(
@@ -127,20 +147,27 @@ def _parted(texts: list[Tensor], windows: int) -> tuple[list[Tensor], list[Tenso
     return [t for i, t in enumerate(texts) if i in chosen], [t for i, t in enumerate(texts) if i not in chosen]
 
 
-def _judged(model: Any, found: Any, texts: list[Tensor], target: int, targets: int) -> str:
+def _judged(model: Any, found: Any, texts: list[Tensor], target: int, targets: int) -> dict[str, Any]:
     """Return the losses of what was found and of the known kinds on text that was not searched on."""
     import hf_attnpatch as ap
 
     from ..evaluation import perplexity
 
-    lines = [f"on {len(texts)} windows that were not searched on:"]
+    scores = {}
     others = [ap.RopeScaling(kind=kind, factor=found.patch.factor) for kind in ("linear", "ntk", "yarn")]
     for patch in (*others, found.patch):
         with ap.patched(model, patch):
             score = perplexity(model, texts, lengths=[target], targets=targets, stride=targets, window=target)[target]
-        name = "found" if patch is found.patch else patch.kind
-        lines.append(f"{name:>10}  {score.nats:.4f} [{score.low:.4f}, {score.high:.4f}] nats per token")
-    return "\n".join(lines)
+        scores["found" if patch is found.patch else patch.kind] = score
+    return scores
+
+
+def _told(judged: Mapping[str, Any], windows: int) -> str:
+    lines = (
+        f"{name:>10}  {score.nats:.4f} [{score.low:.4f}, {score.high:.4f}] nats per token"
+        for name, score in judged.items()
+    )
+    return "\n".join([f"on {windows} windows that were not searched on:", *lines])
 
 
 def _spec(patch: Any) -> str:

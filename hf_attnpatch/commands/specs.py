@@ -18,13 +18,16 @@ if TYPE_CHECKING:
 _COMMA = re.compile(r",(?![^\[]*\])")  # a comma that stands in no list
 
 
-def patches(plan: Path | None, texts: Sequence[str], *, trusted: bool = False) -> list[Patch]:
-    """Build the patches of ``--plan`` and then those of ``--patch``, in order.
+def patches(
+    plan: Path | None, texts: Sequence[str], *, trusted: bool = False, kept: Sequence[Mapping[str, Any]] = ()
+) -> list[Patch]:
+    """Build the patches of ``--plan``, those of a ``--config`` file and then those of ``--patch``, in order.
 
     Args:
         plan: a file, which somebody else may have written.
         texts: what the user typed, which may name a repository of kernels.
-        trusted: whether the file may, too.
+        trusted: whether the files may, too.
+        kept: specs of a ``--config`` file.
 
     Raises:
         AttnPatchError: nothing given, a spec that cannot be read, an unknown patch or field.
@@ -33,7 +36,8 @@ def patches(plan: Path | None, texts: Sequence[str], *, trusted: bool = False) -
     from ..errors import AttnPatchError
     from ..patch import from_spec
 
-    specs = [*((spec, trusted) for spec in (read_plan(plan) if plan else ())), *((parse(text), True) for text in texts)]
+    written = [*(read_plan(plan) if plan else ()), *kept]
+    specs = [*((spec, trusted) for spec in written), *((parse(text), True) for text in texts)]
     if not specs:
         raise AttnPatchError("no patch given; add --patch grouped_query:num_kv_heads=2, or --plan plan.yaml.")
     frozen = (({key: _frozen(value) for key, value in spec.items()}, trust) for spec, trust in specs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ..errors import AttnPatchError
 from ..publishing.card import Evaluation
 from ..publishing.confidential import cleaned, shortened
 from ..schema import from_json, text_of
-from ..showing import line, prose
+from ..showing import Shown, line, prose
 from ..writing import write
 from . import figures, page, tables, text
 from .digest import model_digest
@@ -27,7 +27,7 @@ FILES = {METRICS, "report.md", "report.html", *(figure[1] for figure in figures.
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown):
     """A finished comparison of two models; ``str()`` is its summary.
 
     Attributes:
@@ -125,6 +125,14 @@ class Comparison:
             for length, score in zip(patched.lengths, patched.scores, strict=True)
             if math.isfinite(score.perplexity)  # the Hub reads numbers only
         ]
+
+    def _in_short(self) -> str:
+        names = (self.metrics[which].get("name", which) for which in ("original", "patched"))
+        return f"{' and '.join(map(str, names))}, in {self.folder}"
+
+    def _figures(self) -> Iterable[bytes]:
+        files = (self.folder / figure[1] for figure in figures.FIGURES)
+        return [file.read_bytes() for file in files if file.is_file()]
 
     def __str__(self) -> str:
         return f"{tables.summary(self.metrics)}\n\nreport: {self.folder / 'report.html'}"

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from rich.console import Console, Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 
 from ..evaluation.listener import PARTS
 from ..evaluation.result import Result
 from ..evaluation.roofline import Phase
+from ..showing import rendered
 
 PHASES = {"prefill": "prefill, whole batch", "decode": "decoding, one token each", "train": "training step"}
 
@@ -128,6 +129,11 @@ class Diagnosis(Result):
     declined: tuple[str, ...]
     notes: tuple[str, ...]
 
+    def _in_short(self) -> str:
+        lacks = ", ".join(dict.fromkeys(lack.kind for lack in self.lacks)) or "nothing"
+        work = f"{self.batch} x {self.context} tokens on {self.hardware}"
+        return f"{self.model}, {work}, lacks: {lacks}; {len(self.prescriptions)} prescriptions"
+
     def __str__(self) -> str:
         head = f"{self.model}, {self.dtype}: {self.batch} x {self.context} tokens on {self.hardware} ({self.source})"
         lines: list[RenderableType] = [head, _table(self.work)]
@@ -136,7 +142,7 @@ class Diagnosis(Result):
             lines += ["", *_prescribed(each)]
         lines += [f"no patch here: {reason}" for reason in self.declined]
         lines += [f"note: {note}" for note in self.notes]
-        return _text(lines)
+        return rendered(*lines)
 
 
 def _table(work: Work) -> Table:
@@ -184,13 +190,6 @@ def size(value: float) -> str:
         if value >= factor:
             return f"{value / factor:.3g} {unit}" if value / factor < 1000 else f"{value / factor:.0f} {unit}"
     return f"{value:.0f} B"
-
-
-def _text(parts: Sequence[RenderableType]) -> str:
-    console = Console(width=140, color_system=None, force_terminal=False)
-    with console.capture() as capture:
-        console.print(Group(*parts), markup=False, highlight=False)
-    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
 
 
 __all__ = ["PHASES", "Diagnosis", "Lack", "Memory", "Prescription", "Setting", "Work"]

@@ -98,6 +98,7 @@ KERNEL_MODEL = EMBEDDED
 EXTRAS: Mapping[str, Mapping[str, str]] = {
     "recipes": {"datasets": "datasets", "peft": "peft", "matplotlib": "matplotlib"},
     "plot": {"matplotlib": "matplotlib"},
+    "docs": {"mkdocs-material": "material"},
     "eval": {"lm-eval": "lm_eval"},
     "kernels": {"kernels": "kernels"},
     "flash": {"flash-attn": "flash_attn"},

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import AttnPatchError
 from ..foreign import MODEL_TYPE
+from ..showing import Shown
 from ..writing import write
 from .asking import ask, computed, fields, first_difference, without
 from .files import CONFIG, Files
@@ -45,7 +46,7 @@ _ABSENT = object()
 
 
 @dataclass(frozen=True)
-class LegacyKeys:
+class LegacyKeys(Shown):
     """What was written into a config; printing it says so.
 
     Attributes:

@@ -11,6 +11,7 @@ import transformers
 
 from ..foreign import MODEL_TYPE
 from ..record import FIELD
+from ..showing import Shown
 from .asking import Answer, ask
 from .facts import CONDITIONS, Fact, facts, kind_of
 from .files import CONFIG, Files
@@ -74,7 +75,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class CheckpointReport:
+class CheckpointReport(Shown):
     """Who reads what of a checkpoint; ``str()`` names what is lost silently.
 
     Attributes:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ..showing import Shown
 from .environment import Extra, Package
 from .kernels import Kernel
 from .trial import Trial
@@ -15,7 +16,7 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class DoctorReport:
+class DoctorReport(Shown):
     """What works in this installation; ``str()`` says it in a few lines.
 
     Attributes:
@@ -43,6 +44,9 @@ class DoctorReport:
     def failures(self) -> tuple[str, ...]:
         """A line for each thing that should work here and does not."""
         return tuple(self._failures())
+
+    def _in_short(self) -> str:
+        return f"{len(self.trials)} trials, {len(self.kernels)} kernels, {len(self.failures)} fail that should not"
 
     def _failures(self) -> Iterator[str]:
         for t in self.trials:

@@ -10,9 +10,10 @@ from typing_extensions import Self
 
 from ..errors import AttnPatchError, EvaluationError
 from ..schema import fields_of
+from ..showing import Shown
 
 
-class Result:
+class Result(Shown):
     """A frozen dataclass of numbers, strings, tuples, dicts and other results."""
 
     def to_dict(self) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
+
+from ..progress import track
 
 WARM_UP = 3  # rounds that are not counted
 
@@ -42,7 +42,7 @@ def in_turns(work: Mapping[Any, Work], rounds: int, *, warm_up: int = WARM_UP) -
     """Return the milliseconds of every piece of work in every round; each round begins with another one."""
     times: Times = {key: [] for key in work}
     keys = list(work)
-    for index in track(range(rounds + warm_up), "  rounds".ljust(20), console=Console(stderr=True), transient=True):
+    for index in track(range(rounds + warm_up), "  rounds".ljust(20), transient=True):
         start = index % len(keys)
         for key in keys[start:] + keys[:start]:
             work[key].before()

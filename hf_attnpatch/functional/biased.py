@@ -6,8 +6,9 @@ Three ways, all of the same result: columns (linear memory, flash speed: causal,
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -61,16 +62,33 @@ class Sight:
         causal: whether only what is before it.
         keep: (batch, k), bool: keys that are no padding; None if all are.
         mask: (batch or 1, heads or 1, q, k), bool, or float that is added; all of the truth where it is given.
+        made: the mask of the whole forward that says the same, where another form of it is wanted; None if unknown.
     """
 
     causal: bool
     keep: Tensor | None = None
     mask: Tensor | None = None
+    made: Any = None
+
+
+Made = TypeVar("Made")
+Once = Callable[[Hashable, Callable[[], Made]], Made]
+
+
+def _each_time(_: Hashable, make: Callable[[], Made]) -> Made:
+    return make()
 
 
 @outside_autocast
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, distance: Distance, sight: Sight, scale: float, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    distance: Distance,
+    sight: Sight,
+    scale: float,
+    dropout: float = 0.0,
+    once: Once[Any] = _each_time,
 ) -> Tensor:
     """Attention biased by distance.
 
@@ -83,6 +101,7 @@ def attend(
             into a cache of fixed length, the rest of which is empty).
         scale: on the inner products.
         dropout: probability of dropping an attention weight.
+        once: makes what layers of one forward share, and keeps it under a key; by default it is made each time.
 
     Returns:
         (batch, heads, q, d_v).
@@ -90,9 +109,9 @@ def attend(
     key, value, sight = _filled(query, key, value, sight)
     args = (query, key, value, distance, sight, scale)
     if distance.clip is not None or few(query.shape[2]):
-        return _rows(*args, dropout)
+        return _rows(*args, dropout, once)
     if sight.causal:
-        return _columns(*args, dropout)
+        return _columns(*args, dropout, once)
     if dropout > 0 or sight.mask is not None or distance.rounded is not None or query.device.type != "cpu":
         return _rows(*args, dropout)
     key, value = _repeated(key, query.shape[1]), _repeated(value, query.shape[1])
@@ -153,12 +172,22 @@ def _filled(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> tuple[Te
 
 
 def _columns(
-    query: Tensor, key: Tensor, value: Tensor, distance: Distance, sight: Sight, scale: float, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    distance: Distance,
+    sight: Sight,
+    scale: float,
+    dropout: float,
+    once: Once[Any] = _each_time,
 ) -> Tensor:
     here, keep = positions(query, key, sight), sight.keep
     if distance.rounded is None:
-        slope = distance.slope.to(query.device)
-        added = columns(slope, scale, here, key.shape[2], query.dtype, keep)
+        slope, keys = distance.slope, key.shape[2]
+        added = once(
+            ("columns", scale, query.shape[1:3], keys, query.dtype, query.device),
+            lambda: columns(slope.to(query.device), scale, here, keys, query.dtype, keep),
+        )
     else:
         key, value = _repeated(key, query.shape[1]), _repeated(value, query.shape[1])
         added = bias_columns(_products(distance, key, keep), scale, here, query.dtype, keep)
@@ -184,7 +213,7 @@ def _on_columns(
         query,
         key,
         value,
-        attn_mask=sight.mask,
+        attn_mask=None if sight.mask is None else _fitting(sight.mask, query),
         dropout_p=dropout,
         is_causal=sight.causal and sight.mask is None and query.shape[2] > 1,
         scale=scale,
@@ -194,9 +223,22 @@ def _on_columns(
 
 
 def _rows(
-    query: Tensor, key: Tensor, value: Tensor, distance: Distance, sight: Sight, scale: float, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    distance: Distance,
+    sight: Sight,
+    scale: float,
+    dropout: float,
+    once: Once[Any] = _each_time,
 ) -> Tensor:
     """Some queries at a time, so that memory stays linear."""
+    if few(query.shape[2]):
+        biases = once(
+            ("rows", query.shape[1:3], key.shape[2], query.dtype, query.device),
+            lambda: bias_rows(distance, positions(query, key, sight), key, sight).to(_exact(query)),
+        )
+        return _dense(query, key, value, biases, scale, dropout)
     here, pieces = positions(query, key, sight), []
     step = max(1, _CHUNK // (query.shape[1] * key.shape[2] * here.shape[0]))
     for start in range(0, query.shape[2], step):
@@ -250,9 +292,27 @@ def _seen(biases: Tensor, here: Tensor, sight: Sight, part: slice) -> Tensor:
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, biases: Tensor, scale: float, dropout: float) -> Tensor:
     grouped = query.shape[1] != key.shape[1]
+    if biases.dtype != query.dtype and query.device.type != "cpu":  # refused there, or silently wrong
+        return _written_out(query, key, value, biases, scale, dropout)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=biases, dropout_p=dropout, scale=scale, enable_gqa=grouped
     )
+
+
+def _fitting(mask: Tensor, query: Tensor) -> Tensor:
+    """Give a mask that is added the dtype of the queries, which kernels ask for that are not the CPU's."""
+    if mask.dtype in (torch.bool, query.dtype) or query.device.type == "cpu":
+        return mask
+    return mask.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
+
+
+def _written_out(query: Tensor, key: Tensor, value: Tensor, biases: Tensor, scale: float, dropout: float) -> Tensor:
+    """The same for a kernel that wants a bias in the dtype of the queries: scores in fp32, one by one."""
+    batch, heads, rows, _ = query.shape
+    folded = query.reshape(batch, key.shape[1], -1, query.shape[-1])  # heads that share a key go through one product
+    scores = (folded.to(biases) @ key.to(biases).transpose(-1, -2)).view(batch, heads, rows, -1)
+    weights = F.dropout((scale * scores + biases).softmax(-1), dropout).to(value.dtype)
+    return (weights.view(batch, key.shape[1], -1, key.shape[2]) @ value).view(batch, heads, rows, -1)
 
 
 def positions(query: Tensor, key: Tensor, sight: Sight) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from .pieces import Step, scores, whole
 from .pieces import attend as attend_pieces
-from .rerotation import Turning
+from .rerotation import Table, Turning
 from .spans import Span
 
 FEW = 4  # queries that are cheaper one by one, each with the keys turned towards it
@@ -37,23 +37,37 @@ class Row:
     gap: tuple[int, int]
 
 
+@dataclass(frozen=True)
+class Towards:
+    """How one query sees its keys.
+
+    Attributes:
+        end: keys up to the query itself.
+        table: by which the first of them are turned; None where they are seen as they are.
+        seen: which of them are seen, (batch or 1, 1, 1, k), bool; None for all.
+    """
+
+    end: int
+    table: Table | None
+    seen: Tensor | None
+
+
 def read_rows(places: Tensor, queries: int) -> list[Row]:
     """Read positions of keys, (batch, k), -1 for padding and for what is not filled yet; the queries are the last."""
-    end = int((places >= 0).any(0).nonzero().max()) + 1
-    found = []
-    for row in places[:, :end].tolist():
-        lead = sum(place < 0 for place in row)
-        first = row[max(lead, end - queries)] if lead < end else 0
-        found.append(Row(lead, end, first, row[-1] + 1, _gap(row, lead)))
-    return found
-
-
-def _gap(row: list[int], lead: int) -> tuple[int, int]:
-    """Return the positions that are missing after the first ones."""
-    if row[-1] in (-1, len(row) - 1 - lead):
-        return 0, 0
-    jump = next(n for n in range(lead, len(row)) if row[n] != n - lead)
-    return jump - lead, row[jump]
+    there, index = places >= 0, torch.arange(places.shape[1], device=places.device)
+    ends = torch.where(there, index + 1, 0).amax(1)  # behind the last token of each row
+    end = ends.max()
+    lead = torch.where(there.any(1), there.to(torch.uint8).argmax(1), end)
+    first = places.gather(1, torch.maximum(lead, end - queries).clamp(max=places.shape[1] - 1)[:, None])[:, 0]
+    last = places.gather(1, (end - 1).expand(len(places))[:, None])[:, 0]
+    strays = there & (places != index - lead[:, None])  # behind a gap
+    jump = strays.to(torch.uint8).argmax(1)
+    gap = (
+        torch.where(strays.any(1), jump - lead, 0),
+        torch.where(strays.any(1), places.gather(1, jump[:, None])[:, 0], 0),
+    )
+    columns = (lead, end.expand_as(lead), torch.where(lead < end, first, 0), last + 1, *gap)
+    return [Row(a, b, c, d, (e, f)) for a, b, c, d, e, f in torch.stack(columns, 1).tolist()]
 
 
 def all_plain(places: Tensor, span: Span) -> bool:
@@ -62,7 +76,14 @@ def all_plain(places: Tensor, span: Span) -> bool:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, places: Tensor, span: Span, turning: Turning, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    places: Tensor,
+    span: Span,
+    turning: Turning,
+    scale: float,
+    steps: Sequence[Towards] | None = None,
 ) -> Tensor:
     """Attend.
 
@@ -74,12 +95,14 @@ def attend(
         span: distances.
         turning: how states turn.
         scale: on the inner products.
+        steps: for few queries, what :func:`towards` returns: the same for layers that turn alike.
 
     Returns:
         (batch, heads, q, d_v); zeros for queries that are padding.
     """
     if query.shape[2] <= FEW:
-        return _one_by_one(query, key, value, places, span, turning, scale)
+        steps = towards(places, query.shape[2], span, turning, key.dtype) if steps is None else steps
+        return _one_by_one(query, key, value, steps, turning, scale)
 
     def run(row: Row, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return attend_pieces(query, key, value, _steps(row, span), turning, scale, row.gap)
@@ -137,31 +160,38 @@ def _steps(row: Row, span: Span) -> list[Step]:
     return steps + list(span.steps(first, row.last)) if first < row.last else steps
 
 
+def towards(places: Tensor, queries: int, span: Span, turning: Turning, dtype: torch.dtype) -> list[Towards]:
+    """Return for each of few queries how the keys are turned to where it sees them; see :func:`attend`."""
+    last, padded = (places >= 0).any(0).nonzero().max(), bool((places[:, 0] < 0).any())
+    end = int(last) + 1
+    found = []
+    for stop in range(end - queries + 1, end + 1):
+        here, there = places[:, stop - 1 : stop].clamp(min=0), places[:, :stop]
+        rows = here.flatten().tolist()
+        moved, table = max(0, stop - min(map(span.still, rows))), None
+        if moved and max(rows) >= span.plain:
+            by = here - span.distance(here, there[:, :moved]) - there[:, :moved]
+            table = turning.table(by[0] if len(by) == 1 else by, dtype)
+        seen = span.sees(here, there)
+        if padded:
+            seen = (there >= 0) if seen is None else seen & (there >= 0)
+        found.append(Towards(stop, table, None if seen is None else seen[:, None, None]))
+    return found
+
+
 def _one_by_one(
-    query: Tensor, key: Tensor, value: Tensor, places: Tensor, span: Span, turning: Turning, scale: float
+    query: Tensor, key: Tensor, value: Tensor, steps: Sequence[Towards], turning: Turning, scale: float
 ) -> Tensor:
     """Turn the keys to where each query sees them, and call torch's kernel: no merge, and rows need no sorting out."""
-    rows = read_rows(places, query.shape[2])
     outs = []
-    for n in range(query.shape[2]):
-        end = rows[0].end - query.shape[2] + n + 1
-        here, there = places[:, end - 1 : end].clamp(min=0), places[:, :end]
-        moved = max(0, end - min(span.still(int(p)) for p in here.flatten().tolist()))
-        if moved and bool((here >= span.plain).any()):
-            by = here - span.distance(here, there[:, :moved]) - there[:, :moved]
-            table = turning.table(by[0] if len(by) == 1 else by, key.dtype)
-            keys = turning.turn_first(key[:, :, :end], table)
-        else:
-            keys = key[:, :, :end]
-        seen = span.sees(here, there)
-        if any(row.lead for row in rows):
-            seen = (there >= 0) if seen is None else seen & (there >= 0)
+    for n, step in enumerate(steps):
+        keys = key[:, :, : step.end]
         outs.append(
             F.scaled_dot_product_attention(
                 query[:, :, n : n + 1],
-                keys,
-                value[:, :, :end],
-                attn_mask=None if seen is None else seen[:, None, None],
+                keys if step.table is None else turning.turn_first(keys, step.table),
+                value[:, :, : step.end],
+                attn_mask=step.seen,
                 scale=scale,
                 enable_gqa=query.shape[1] != key.shape[1],
             )

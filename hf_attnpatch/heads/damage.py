@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from ..errors import MissingExtra
 from ..plotting import import_pyplot
+from ..showing import Shown
 from .refine import Gap
 
 
@@ -40,7 +43,7 @@ class LayerDamage:
 
 
 @dataclass(frozen=True)
-class DamageReport:
+class DamageReport(Shown):
     """What sharing key-value heads costs, layer by layer; ``str()`` is a table, ``save_figure`` draws it.
 
     Attributes:
@@ -85,8 +88,22 @@ class DamageReport:
 
         return render_damage(self)
 
-    def save_figure(self, path: str | Path) -> None:
+    def _in_short(self) -> str:
+        return f"{self.method}, {len(self.layers)} layers, stages: {', '.join(self.stages) or 'none measured'}"
+
+    def _figures(self) -> Iterable[bytes]:
+        drawn = io.BytesIO()
+        try:
+            self.save_figure(drawn)
+        except MissingExtra:  # the table says it all
+            return ()
+        return (drawn.getvalue(),)
+
+    def save_figure(self, path: str | Path | IO[bytes]) -> None:
         """Draw retained energy, attention divergence and output error by layer.
+
+        Args:
+            path: of a file in any format of matplotlib, or a file that is open for writing, which gets a PNG.
 
         Raises:
             MissingExtra: matplotlib is not installed.

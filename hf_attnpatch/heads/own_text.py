@@ -25,6 +25,8 @@ ROWS = 32  # sequences that are written at once
 class OwnText:
     """A text for ``calibration`` that the model writes before it is patched; takes generation's time, and no file.
 
+    Experimental: its arguments may get other names or defaults between minor versions.
+
     Args:
         sequences: how many.
         length: tokens of each, the first one (the one that begins a text) included; cut to the trained window.

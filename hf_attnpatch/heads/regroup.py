@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..anatomy import Anatomy, Site
 from ..configs import config_at
 from ..edits import AddPreHook, Edit, ReplaceModule, SetAttribute, SetConfig
-from ..errors import UnsupportedArchitecture
+from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.grouping import resize_heads
 from ..layouts import is_transposed, weight_rows
 from ..runtime import GroupedProjection, NarrowCache
@@ -48,9 +48,15 @@ class Source:
     num_kv_heads: int
     method: str
     conversion: Conversion | None = field(default=None, repr=False)
+    released: bool = False
+
+    def release(self) -> None:
+        """Let go of the converted weights, which are in the model by now."""
+        self.conversion, self.released = None, True
 
     def weights(self, site: Site) -> HeadWeights | None:
         """Return what was converted for a module, its groups made of neighbours; None where heads are just resized."""
+        assert not self.released, "the converted weights were written, and are not kept"
         found = self.conversion.weights.get(site.path) if self.conversion else None
         return None if found is None else found.adjacent()
 
@@ -198,6 +204,7 @@ class _Fill:
         with align_module_device(old):
             tensors = self.tensors(old)
             assert tensors is not None
+            _check_finite(self.path, tensors)
             return _filled(copy.deepcopy(self.twin), tensors, old)
 
 
@@ -214,6 +221,7 @@ class _Share:
         resize = self.source.rows(self.site)
         with align_module_device(old):
             tensors, index = heads.shared(self.site, self.child, old, self.source.num_kv_heads, resize)
+            _check_finite(f"{self.site.path}.{self.child}", tensors)
         parameters = {
             name: nn.Parameter(tensor, requires_grad=trains.get(name, True)) for name, tensor in tensors.items()
         }
@@ -252,6 +260,20 @@ class _Output:
             if found.output_bias is not None:
                 tensors["bias"] = found.output_bias.to(kept["bias"])
             return _filled(_hollow(old), tensors, old)
+
+
+def _check_finite(path: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse to make heads of weights that hold NaN or infinity, which torch's kernels on a CPU may not show.
+
+    Raises:
+        AttnPatchError: so.
+    """
+    wrong = next((name for name, t in tensors.items() if not t.is_meta and not bool(t.isfinite().all())), None)
+    if wrong is not None:
+        raise AttnPatchError(
+            f"{path}.{wrong}: the new heads are not finite: the weights that they are made of hold NaN or infinity, or "
+            "overflow; look at the checkpoint."
+        )
 
 
 def _hollow(old: nn.Module) -> nn.Module:

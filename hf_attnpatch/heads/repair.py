@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..backends import dense
+from ..attention.registry import dense
 from ..edits import SetAttention, Write, undo_all, write_all
 from ..errors import AttnPatchError
 from ..functional.merging import refit

@@ -238,7 +238,7 @@ def _config(
     config._attn_implementation = attention or model.config._attn_implementation
     config.architectures = [cls.__name__]  # saving writes it, and revert is to take it back
     config._name_or_path = getattr(model.config, "_name_or_path", "")
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def _fill(other: PreTrainedModel, model: PreTrainedModel, fills: Mapping[str, float]) -> None:

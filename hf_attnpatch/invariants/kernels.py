@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import FLAG, FUSED, Candidate, obstacle
+from ..attention.registry import FUSED
+from ..backends import FLAG, Candidate, obstacle
 from ..edits import SetAttention, tried
 from ..probe import TOLERANCE
 from .subject import Answer, Subject, compare

@@ -47,14 +47,14 @@ def beams(subject: Subject) -> Answer:
     """Beams, which move rows of the cache, end at the same likelihood as without a cache."""
     if (why := _cannot_write(subject)) is not None:
         return why
-    ways = ({}, {subject.roles.names.get(words.USE_CACHE, words.USE_CACHE): False})
+    ways: tuple[dict[str, Any], ...] = ({}, {subject.roles.names.get(words.USE_CACHE, words.USE_CACHE): False})
     inputs = _shortened(subject, subject.inputs)
     found = [_written(subject, inputs, lambda out: out.sequences_scores, num_beams=2, **way) for way in ways]
-    refused = next((each for each in found if isinstance(each, str)), None)
-    if refused is not None:
-        return refused
+    cached, plain = found
+    if isinstance(cached, str) or isinstance(plain, str):
+        return cached if isinstance(cached, str) else str(plain)
     largest = 2 * subject.logits().abs().max()  # the most that a log-likelihood moves by for what a logit moves by
-    figure = float((found[0] - found[1]).abs().max() / largest)
+    figure = float((cached - plain).abs().max() / largest)
     return Measured(figure, subject.rounding, "mean log-likelihood, relative to twice the largest logit")
 
 
@@ -79,7 +79,7 @@ def learned_prefix(subject: Subject) -> Answer:
 def with_media(subject: Subject) -> Answer:
     """Images, sound, types of tokens and positions of several axes: the same twice, and read before decoding."""
     asked = probes(subject.model)
-    more = {what: inputs for what, inputs in asked.more.items() if what != PLAIN}
+    more: dict[str, Mapping[str, Tensor]] = {what: i for what, i in asked.more.items() if what != PLAIN}
     text = {subject.roles.names.get(role) for role in (words.TOKENS, words.MASK, words.DECODER_TOKENS)}
     more |= {} if set(asked.main) <= text else {", ".join(asked.main): asked.main}
     if not more:
@@ -151,10 +151,11 @@ def _written(subject: Subject, inputs: Mapping[str, Tensor], take: Callable[[Any
     """Return what ``generate`` gives, or why it will not begin."""
     model = subject.model
     start = getattr(model.generation_config, "decoder_start_token_id", None)
+    scored = {"return_dict_in_generate": True, "output_scores": True}
     plain = GenerationConfig(
-        max_new_tokens=_WRITTEN, do_sample=False, pad_token_id=0, eos_token_id=None, decoder_start_token_id=start, **how
+        **{"max_new_tokens": _WRITTEN, "do_sample": False, "pad_token_id": 0, "eos_token_id": None},
+        **{"decoder_start_token_id": start, **scored, **how},
     )
-    plain.return_dict_in_generate = plain.output_scores = True
     with tried(model, [SetAttribute("", "generation_config", plain)]), _counting(model, ("",)) as calls:
         try:
             return take(model.generate(**inputs))
@@ -197,7 +198,7 @@ def _prefix(subject: Subject) -> Any:
         except AttnPatchError as error:
             return _refusal(error)
     layers = getattr(caches[-1], "layers", None) or ()
-    pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
+    pairs: list[tuple[Any, Any]] = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
     if type(caches[-1]) is not DynamicCache or not all(_alike(pair) for pair in pairs):
         return "its cache holds something else than keys and values of every token"
     text = subject.model.config.get_text_config(decoder=True)

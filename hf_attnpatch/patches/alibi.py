@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..backends import Candidate, kernel_of, register_alibi
-from ..configs import config_at
-from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
+from ..attention.alibi import AlibiBias, alibi_of
+from ..attention.registry import guarded, kernel_of, set_kernel
+from ..attention.wrapper import AddWrapper
+from ..backends import Candidate
+from ..edits import Edit
 from ..errors import AttnPatchError, UnsupportedArchitecture
-from ..fused.deferring import rebiased
-from ..patch import Patch, Proposal, internal
+from ..patch import Patch, Proposal, changed
 from ..positions.choice import BACKENDS, choose
 from ..positions.counting import counted
-from ..positions.modules import PREFIX, AlibiBias, Guard, alibi_of
+from ..positions.fusing import rebiased
 from ..positions.removal import BIAS, check_blind, check_followed, removal, removed
 from ..sites import Place, dispatching
 
 
 @dataclass(frozen=True, kw_only=True)
 class Alibi(Patch):
-    """Bias scores by -slope times distance (ALiBi, 2108.12409, section 3), and forget what told positions before.
+    """Attention with linear biases (ALiBi, 2108.12409, 3): scores lose slope times distance; old positions go.
 
     Rotary modules are asked for position 0 only, position tables are taken out, and with them the length they ended
     at. The bias goes through a fused kernel as a few more dimensions of queries and keys (or as ``alibi_slopes``, or as
@@ -51,15 +51,20 @@ class Alibi(Patch):
     """
 
     name: ClassVar[str] = "alibi"
+    changes_positions: ClassVar[bool] = True
+    wraps: ClassVar[bool] = True
     transient: ClassVar[frozenset[str]] = frozenset({"training"})
 
-    slopes: str | tuple[float, ...] = "paper"
-    backend: str = "auto"
+    slopes: Literal["paper"] | Sequence[float] = "paper"
+    backend: Literal[
+        "auto", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4", "eager"
+    ] = "auto"
     exact: bool = True
     distance_clip: int | None = None
     strength: float = 1.0
     training: bool | None = None
-    proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded
+    # a checkpoint's own structure, which is not tried again while it is being loaded
+    proved: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.slopes, Tensor):
@@ -78,24 +83,25 @@ class Alibi(Patch):
 
     def structure(self) -> Patch:
         """Return the patch without a probe: a model that is being loaded cannot run yet."""
-        return dataclasses.replace(self, proved=True)
+        return changed(self, proved=True)
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Say what would be taken out and which kernel would add the bias; see :meth:`Patch.propose`."""
-        given = None if isinstance(self.slopes, str) else self.slopes
+        given = None if isinstance(self.slopes, str) else tuple(self.slopes)
         bias = AlibiBias(given, self.distance_clip, self.exact, float(self.strength))
         if anatomy.biased:
             raise UnsupportedArchitecture(
                 f"{anatomy.biased[0]}: has this package's ALiBi already; revert it first, or use set_alibi_strength."
             )
-        if anatomy.sites and not any(site.dispatches for site in anatomy.sites):
+        if anatomy.native:
             return self._of_a_native(model, anatomy, bias)
         places = dispatching(model, anatomy.sites, anatomy.other, anatomy.unread)
         self._check_heads(places)
-        common = [*removal(model, anatomy, own=BIAS), *_biased(model, places, bias)]
+        common = [*removal(model, anatomy, own=BIAS), *_biased(places, bias)]
         name, notes = self._kernel(model, anatomy, common)
         paths = tuple(p.path for p in places)
-        edits = (*common, *counted(model, paths, alibi_of), _attention(name))
+        guards = guarded(model, anatomy.base, [(p.path, p.config) for p in places])
+        edits = (*common, *guards, *counted(model, paths, alibi_of), set_kernel(name))
         return Proposal(edits, paths, (*removed(anatomy), *notes), stock=False, claims=("the positions",))
 
     def _of_a_native(self, model: PreTrainedModel, anatomy: Anatomy, bias: AlibiBias) -> Proposal:
@@ -133,7 +139,7 @@ class Alibi(Patch):
         training = model.training if self.training is None else self.training
         head_dim = max((s.head_dim for s in anatomy.sites), default=0)
         request = Candidate(model, model.dtype, head_dim, training)
-        name, said = choose(anatomy, request, self.backend, common, _attention, "ALiBi")
+        name, said = choose(anatomy, request, self.backend, common, "ALiBi")
         return name, [f"{self._what()}; {said}"]
 
     def _what(self) -> str:
@@ -152,16 +158,10 @@ def _numbers(values: Any) -> tuple[float, ...]:
     return found
 
 
-def _attention(name: str) -> SetAttention:
-    return SetAttention("", PREFIX + name, register_alibi)
-
-
-def _biased(model: PreTrainedModel, places: list[Place], bias: AlibiBias) -> Iterator[Edit]:
+def _biased(places: list[Place], bias: AlibiBias) -> Iterator[Edit]:
     held = {  # one for each number of heads, so that a rank of tensor parallelism knows which of them it has
         heads: AlibiBias(bias.given, bias.clip, bias.exact, bias.strength, heads)
         for heads in dict.fromkeys(place.num_heads for place in places)
     }
     for place in places:
-        yield SetAttribute(place.path, "alibi", held[place.num_heads])
-        config = config_at(model, place.config)
-        yield AddPreHook(place.path, Guard(config, alibi_of, PREFIX, "ALiBi"), "refuses to run without its bias")
+        yield AddWrapper(place.path, held[place.num_heads])

@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..backends import FLAG, FUSED, Candidate, obstacle, ranked
+from ..attention.registry import FUSED, chosen, kernel_of
+from ..backends import FLAG, Candidate, obstacle, ranked
 from ..configs import config_at
-from ..edits import Edit, SetAttention
+from ..edits import Edit
 from ..errors import AttnPatchError, UnsupportedArchitecture
-from ..fused.deferring import variants
 from ..media import probes
 from ..patch import Patch, Proposal
+from ..positions.fusing import variants
 from ..probe import Inputs, default_inputs, input_device, largest_difference, logits_under, trace, trial
 from ..upstream import words
 from ..upstream.roles import roles_of
@@ -38,7 +39,7 @@ _HOOKED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Flash(Patch):
-    """Use a fused kernel that this machine, dtype and model allow, after proving that the logits stay.
+    """Fused attention kernel (FlashAttention, SDPA, flex attention) that runs here, after proving that logits stay.
 
     ``auto`` takes the first backend, in the order of :func:`hf_attnpatch.backends.ranked`, that runs here and agrees
     with the model's present attention on a probe; the report says which and why the others were passed over. A backend
@@ -58,6 +59,7 @@ class Flash(Patch):
     """
 
     name: ClassVar[str] = "flash"
+    wraps: ClassVar[bool] = True
     recorded: ClassVar[bool] = False
 
     backend: str = "auto"
@@ -120,7 +122,7 @@ class Flash(Patch):
         passed = f"; passed over {'; '.join(reasons)}" if reasons else ""
         note = f"{name} on {model.device.type} in {dtype}, {kernel} proved on a probe{passed}"
         used = {config_at(model, s.config)._attn_implementation for s in anatomy.sites if s.dispatches}
-        if len(edits) == 1 and used | {model.config._attn_implementation} == {name}:
+        if len(edits) == 1 and {*map(kernel_of, used), kernel_of(model.config._attn_implementation)} == {name}:
             return Proposal((), (), (f"already in use: {note}",), preserves=True)
         hooked = tuple(edit.path for edit in edits if edit.path)
         sites = hooked or tuple(s.path for s in anatomy.sites if s.dispatches) or anatomy.attending
@@ -147,8 +149,8 @@ def _ways(request: Candidate, anatomy: Anatomy, name: str) -> list[tuple[Edit, .
     why = obstacle(name, request)
     if name == "sdpa" and not any(site.dispatches for site in anatomy.sites):
         ways = variants(request.model, anatomy)
-        return ways if not isinstance(ways, str) or why is not None else [(SetAttention("", name),)]
-    return [(SetAttention("", name),)] if why is None else why
+        return ways if not isinstance(ways, str) or why is not None else [(chosen(request.model, name),)]
+    return [(chosen(request.model, name),)] if why is None else why
 
 
 def _nearest_first(model: PreTrainedModel, ways: list[tuple[Edit, ...]]) -> list[tuple[Edit, ...]]:

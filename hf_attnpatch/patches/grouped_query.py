@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from ..heads.conversion import Recipe, convert, unaligned
 from ..heads.damage import DamageReport
 from ..heads.group_size import choose
 from ..heads.regroup import Source, foreign, native
-from ..patch import Patch, Proposal, required
+from ..patch import Patch, Proposal, changed
 
 ALIGNED = ("procrustes", "principal")  # need nothing but the weights and a look at what rotates
 CALIBRATED = ("calibrated", "refined")  # need text
@@ -29,13 +29,14 @@ GROUPINGS = ("adjacent", "similar")
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedQuery(Patch):
-    """Share key-value heads between query heads, so that the cache holds ``num_kv_heads`` of them.
+    """Grouped-query or multi-query attention (2305.13245, 1911.02150): query heads share key-value heads.
 
-    Key and value heads are merged (or, going up, replicated, which leaves the logits what they were). Every method
-    beyond the first three also turns the queries and the output projection to fit what is shared: see
-    :mod:`hf_attnpatch.functional.merging`. Where the family's config has a field for the count, the result is a stock
-    model and a stock checkpoint. Elsewhere (GPT-2, GPT-NeoX, OPT, GPT-J, BLOOM, MPT, BERT ...) the projections are
-    replaced by shared ones and the cache is narrowed; such a checkpoint loads once this package is imported.
+    The cache then holds ``num_kv_heads`` heads. They are merged (or, going up, replicated, which leaves the logits what
+    they were). Every method beyond the first three also turns the queries and the output projection to fit what is
+    shared: see :mod:`hf_attnpatch.functional.merging`. Where the family's config has a field for the count, the result
+    is a stock model and a stock checkpoint. Elsewhere (GPT-2, GPT-NeoX, OPT, GPT-J, BLOOM, MPT, BERT ...) the
+    projections are replaced by shared ones and the cache is narrowed; such a checkpoint loads once this package is
+    imported.
 
     Args:
         num_kv_heads: key-value heads afterwards; divides the query heads, and divides or is a multiple of the present
@@ -70,15 +71,17 @@ class GroupedQuery(Patch):
     name: ClassVar[str] = "grouped_query"
     transient: ClassVar[frozenset[str]] = frozenset({"calibration", "tokenizer", "refine_seconds", "cache_target"})
 
-    num_kv_heads: int | Literal["auto"] = required()
-    method: str | None = None
-    grouping: str | None = None
+    hints: ClassVar[Mapping[str, str]] = {"factor": "num_kv_heads says how many heads are left, cache_target a share"}
+
+    num_kv_heads: int | Literal["auto"]
+    method: Literal["first", "mean", "mean_rescaled", "procrustes", "principal", "calibrated", "refined"] | None = None
+    grouping: Literal["adjacent", "similar"] | None = None
     calibration: Any = field(default=None, compare=False, repr=False)
     tokenizer: Any = field(default=None, compare=False, repr=False)
     seed: int = 0
     refine_steps: int = 150
     refine_seconds: float | None = None
-    fallback: str | None = None
+    fallback: Literal["first", "mean", "mean_rescaled", "procrustes", "principal"] | None = None
     cache_target: float | int | None = None
 
     def __post_init__(self) -> None:
@@ -107,7 +110,7 @@ class GroupedQuery(Patch):
 
     def structure(self) -> GroupedQuery:
         """Return the same shapes from the cheapest method."""
-        return replace(self, method="first", grouping=None, calibration=None)
+        return changed(self, method="first", grouping=None, calibration=None)
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Say which projections would change; see :meth:`Patch.propose`. ``"auto"`` runs the model to find out."""
@@ -132,14 +135,14 @@ class GroupedQuery(Patch):
         """Make the open choices: the default method and grouping, the automatic count."""
         method, notes = self._method(model, sites)
         grouping = _grouping(self.grouping, method)
-        made = replace(self, method=method, grouping=grouping)
+        made = changed(self, method=method, grouping=grouping)
         if self.num_kv_heads == "auto":
             text = self.text(model)
             if text is not None:
                 calibration_text.check_amount(text, sites)
             count, why = choose(model, sites, self.cache_target, grouping, text)
             kept = None if text is None else tuple(text)  # read, or written, once
-            made, notes = replace(made, num_kv_heads=count, cache_target=None, calibration=kept), [*notes, why]
+            made, notes = changed(made, num_kv_heads=count, cache_target=None, calibration=kept), [*notes, why]
         return made, notes
 
     def _method(self, model: PreTrainedModel, sites: list[Site]) -> tuple[str, list[str]]:
@@ -169,7 +172,14 @@ class GroupedQuery(Patch):
         notes += [f"left alone: {why}" for why in dict.fromkeys(anatomy.other.values())]
         paths, prepare = tuple(s.path for s in todo), _Prepare(self, merged, source) if converts else None
         return Proposal(
-            tuple(edits), paths, tuple(notes), stock=stock, preserves=not merged, patch=self, prepare=prepare
+            tuple(edits),
+            paths,
+            tuple(notes),
+            stock=stock,
+            preserves=not merged,
+            patch=self,
+            prepare=prepare,
+            release=source.release,
         )
 
     @property

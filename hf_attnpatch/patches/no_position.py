@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from transformers import PreTrainedModel
@@ -12,13 +12,13 @@ from ..anatomy import Anatomy
 from ..errors import UnsupportedArchitecture
 from ..homes.checks import checked_layers, named, rotary_alone
 from ..homes.fitting import current, find
-from ..patch import Patch, Proposal, internal
+from ..patch import Patch, Proposal, changed
 from ..positions.removal import check_blind, none_there, removal, removed
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoPosition(Patch):
-    """Take out whatever told positions, and put nothing in its place (NoPE, 2305.19466; DroPE, 2512.12167).
+    """No position encoding (NoPE, 2305.19466; DroPE, 2512.12167): whatever told positions is taken out.
 
     A Llama-like model becomes a stock type whose layers may go without rotation (``smollm3``, ``granite_swa``), if one
     holds it bit for bit: its checkpoints load without this package. Elsewhere rotary modules are asked for position 0
@@ -38,10 +38,12 @@ class NoPosition(Patch):
     """
 
     name: ClassVar[str] = "no_position"
+    changes_positions: ClassVar[bool] = True
 
-    layers: tuple[int, ...] | None = None
+    layers: Sequence[int] | None = None
     home: str | None = "auto"
-    proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded
+    # a checkpoint's own structure, which is not tried again while it is being loaded
+    proved: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._normalise("layers", checked_layers(self.layers))
@@ -49,7 +51,7 @@ class NoPosition(Patch):
 
     def structure(self) -> Patch:
         """Return the patch without a probe: a model that is being loaded cannot run yet."""
-        return dataclasses.replace(self, proved=True)
+        return changed(self, proved=True)
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Say what would be taken out; see :meth:`Patch.propose`."""
@@ -79,7 +81,7 @@ class NoPosition(Patch):
         said = f"rotation taken out of {len(which)} of {len(now.bases)} layers"
         scale = {float(getattr(model.get_submodule(r.path), "attention_scaling", 1.0)) for r in anatomy.rotary} - {1.0}
         gone = tuple(f"the factor {each:.4g} on cos and sin goes with them" for each in scale)
-        chosen = dataclasses.replace(self, home=found.home.model_type)
+        chosen = changed(self, home=found.home.model_type)
         notes = (said, *gone, *found.notes)
         return Proposal((found.edit,), anatomy.attending, notes, claims=("the positions",), patch=chosen)
 
@@ -92,5 +94,5 @@ class NoPosition(Patch):
         both = any(site.causal is False and not site.cross and not site.tower for site in anatomy.sites)
         bag = ("attention looks both ways: without positions it sees a bag of tokens",) if both else ()
         said = (*removed(anatomy), *bag, *notes)
-        chosen = dataclasses.replace(self, home=None)
+        chosen = changed(self, home=None)
         return Proposal(edits, anatomy.attending, said, stock=False, claims=("the positions",), patch=chosen)

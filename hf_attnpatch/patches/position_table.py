@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -12,24 +11,25 @@ from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..edits import ReplaceModule
-from ..errors import AttnPatchError
+from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.tables import METHODS, lengthened
 from ..functional.turning import sinusoid
-from ..patch import Patch, Proposal, internal, required
+from ..patch import Patch, Proposal, changed, decided
 from ..positions.added import CHILD, LearnedPositions
 from ..positions.adding import adding, check_adding
 from ..positions.lengthening import learned, longer, positions
 from ..positions.removal import ADDED, check_blind, removal, removed
 from ..probe import check_loaded
+from ..rope.fields import check_reach
 
 INITS = ("zeros", "sinusoidal")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PositionTable(Patch):
-    """Give a model a learned position table of ``length`` tokens.
+    """Learned absolute position embeddings of ``target_length`` tokens: a longer table, or a new one.
 
-    Where it has one, its rows are kept and more are made from them, the config's maximum and the buffers beside the
+    Where there is one, its rows are kept and more are made from them, the config's maximum and the buffers beside the
     table (BERT's position and segment ids, GPT-Neo's masks) grow with it, rows before position 0 (OPT, RoBERTa) stay,
     and stock transformers loads the result. Where it has none (rotary, ALiBi, fixed sinusoid, nothing), whatever it
     knew positions by is taken out, and a new trainable table is added to the token embeddings; positions are
@@ -37,7 +37,8 @@ class PositionTable(Patch):
     table and are of this package's model type.
 
     Args:
-        length: positions, in tokens; not below what the table has.
+        target_length: positions, in tokens; not below what the table has.
+        factor: the same as a multiple of the positions that the model has; give one of the two.
         method: for a table that is there: ``tile`` (Longformer, 2004.05150), ``interpolate`` (trained positions at
             equal distances, ends on ends: every row changes) or ``hierarchical`` (Su, 2020, alpha 0.4: up to the square
             of the old length). None takes ``hierarchical``; it and ``tile`` change nothing within the old length.
@@ -50,15 +51,21 @@ class PositionTable(Patch):
     """
 
     name: ClassVar[str] = "position_table"
+    changes_positions: ClassVar[bool] = True
 
-    length: int = required()
-    method: str | None = None
-    init: str | None = None
-    proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded
+    target_length: int | None = None
+    factor: float | None = None
+    method: Literal["tile", "interpolate", "hierarchical"] | None = None
+    init: Literal["zeros", "sinusoidal"] | None = None
+    # a checkpoint's own structure, which is not tried again while it is being loaded
+    proved: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.length, int) or isinstance(self.length, bool) or self.length < 1:
-            raise AttnPatchError(f"length is {self.length!r}; it must be a number of tokens, at least 1.")
+        check_reach(self.factor, self.target_length)
+        if self.factor is None and self.target_length is None:
+            raise AttnPatchError(
+                "position_table: target_length is missing; give it, in tokens, or factor, new context over old."
+            )
         if self.method not in (None, *METHODS):
             raise AttnPatchError(f"method {self.method!r} does not exist; choose from: {', '.join(METHODS)}.")
         if self.init not in (None, *INITS):
@@ -66,10 +73,13 @@ class PositionTable(Patch):
 
     def structure(self) -> Patch:
         """Return the patch without a probe: a model that is being loaded cannot run yet."""
-        return dataclasses.replace(self, proved=True)
+        return changed(self, proved=True)
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Say which table would be made; see :meth:`Patch.propose`."""
+        if self.factor is not None:
+            length = round(self.factor * _declared(anatomy))
+            return decided(changed(self, target_length=length, factor=None), model, anatomy)
         tables = learned(model, anatomy)
         own = [f"{anatomy.base}.{CHILD}".lstrip(".")] if anatomy.added == "table" else []
         for path in tables or own or [_embedding(model, anatomy.base)]:
@@ -82,13 +92,13 @@ class PositionTable(Patch):
                 f"{anatomy.positions}); leave method out for a new one."
             )
         away = removal(model, anatomy, own=ADDED)
-        edits = (*away, *adding(model, anatomy, self._make, f"a table of {self.length} positions, {self._init}"))
+        edits = (*away, *adding(model, anatomy, self._make, f"a table of {self._length} positions, {self._init}"))
         if not self.proved:
             blind = removal(model, anatomy)
             check_blind(model, anatomy, blind)
             check_adding(model, anatomy, away, blind, edits)
         sites = anatomy.attending
-        notes = (*removed(anatomy), f"a new trainable table of {self.length} positions, {self._init}")
+        notes = (*removed(anatomy), f"a new trainable table of {self._length} positions, {self._init}")
         return Proposal(edits, sites, notes, stock=False, claims=("the positions",))
 
     def _longer(self, model: PreTrainedModel, anatomy: Anatomy, tables: list[str]) -> Proposal:
@@ -97,24 +107,29 @@ class PositionTable(Patch):
         method = self.method or "hierarchical"
         if self.init is not None:
             raise AttnPatchError(f"{anatomy.architecture}: init is for a new table, and it has one; choose a method.")
-        if self.length < trained:
+        if self._length < trained:
             raise AttnPatchError(
-                f"length {self.length} is below the {trained} positions that {(tables or [own])[0]} has."
+                f"target_length {self._length} is below the {trained} positions that {(tables or [own])[0]} has."
             )
-        if self.length == trained:
+        if self._length == trained:
             return Proposal((), (), (f"the table has {trained} positions already",), preserves=True)
-        if method == "hierarchical" and self.length > trained**2:
+        if method == "hierarchical" and self._length > trained**2:
             raise AttnPatchError(
-                f"length {self.length} is beyond {trained**2}, the square of {trained}; tile the table."
+                f"target_length {self._length} is beyond {trained**2}, the square of {trained}; tile the table."
             )
         new = ReplaceModule(
-            own, lambda old: _lengthened(old, self.length, method), f"{self.length} positions, {method}"
+            own, lambda old: _lengthened(old, self._length, method), f"{self._length} positions, {method}"
         )
-        edits = longer(model, anatomy, tables, self.length, method) if tables else (new,)
+        edits = longer(model, anatomy, tables, self._length, method) if tables else (new,)
         sites = anatomy.attending
-        note = f"{trained} positions become {self.length}, {method}"
+        note = f"{trained} positions become {self._length}, {method}"
         kept, claims = method != "interpolate", ("the positions",)
         return Proposal(edits, sites, (note,), stock=bool(tables), preserves=kept, claims=claims)
+
+    @property
+    def _length(self) -> int:
+        assert self.target_length is not None
+        return self.target_length
 
     @property
     def _init(self) -> str:
@@ -122,11 +137,17 @@ class PositionTable(Patch):
 
     def _make(self, base: nn.Module) -> nn.Module:
         embeddings = base.get_input_embeddings().weight  # type: ignore[operator]  # a model of transformers
-        rows = embeddings.new_zeros(self.length, embeddings.shape[1])
+        rows = embeddings.new_zeros(self._length, embeddings.shape[1])
         if self._init == "sinusoidal":
-            places = torch.arange(self.length, device=embeddings.device)
+            places = torch.arange(self._length, device=embeddings.device)
             rows = sinusoid(places, embeddings.shape[1]).to(embeddings.dtype)
         return LearnedPositions(rows)
+
+
+def _declared(anatomy: Anatomy) -> int:
+    if anatomy.max_positions is None:
+        raise UnsupportedArchitecture(f"{anatomy.architecture}: declares no context to multiply; give target_length.")
+    return anatomy.max_positions
 
 
 def _embedding(model: PreTrainedModel, base: str | None) -> str:

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections import UserDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..backends import Candidate, kernel_of, register_relative
-from ..configs import config_at
-from ..edits import AddModule, AddPreHook, Edit, ReplaceModule, SetAttention
+from ..attention.registry import guarded, kernel_of, set_kernel
+from ..attention.relative import CHILD, Relative, RelativeTerm, RelativeTerms, default_size, relative_of
+from ..attention.wrapper import AddWrapper
+from ..backends import Candidate
+from ..edits import AddModule, Edit, ReplaceModule
 from ..errors import AttnPatchError, UnsupportedArchitecture
-from ..fused.deferring import deferred
-from ..patch import Patch, Proposal, internal
+from ..patch import Patch, Proposal, changed
 from ..positions.choice import BACKENDS, choose
 from ..positions.counting import counted
-from ..positions.modules import Guard
-from ..positions.relative import CHILD, PREFIX, RelativeTerms, Term, default_size, relative_of
+from ..positions.fusing import deferred
 from ..positions.removal import RELATIVE, check_blind, check_followed, removal, removed
 from ..probe import check_loaded
 from ..rope.fields import check_number
@@ -38,14 +37,16 @@ REACH = 4096  # tokens over which recency is fitted at most
 
 @dataclass(frozen=True, kw_only=True)
 class RelativeXl(Patch):
-    """Score (q + u) k + (q + v) W R(i - j), R the sinusoid of the distance (Transformer-XL, 1901.02860, section 3.3).
+    """Relative positions of Transformer-XL (1901.02860, 3.3): scores are (q + u) k + (q + v) W R(i - j).
 
-    What told positions before is taken out. u, v and W are new trainable parameters, for each query head of each layer.
-    The position term goes through a fused kernel as further dimensions of queries and keys, in linear memory, where the
-    paper shifts a matrix of scores; backend ``eager`` is dense. Distances have no longest one. A model that was not
-    trained so has to be (under LoRA, with ``modules_to_save=["relative_xl"]``). Stock transformers cannot express the
-    result, so its checkpoints are of this package's model type. Together with :class:`SegmentRecurrence` this is
-    Transformer-XL.
+    R is the sinusoid of the distance; u, v and W are new trainable parameters, for each query head of each layer. What
+    told positions before is taken out. The position term goes through a fused kernel as further dimensions of queries
+    and keys, in linear memory, where the paper shifts a matrix of scores; backend ``eager`` is dense. Distances have no
+    longest one. A model that was not trained so has to be (under LoRA, with ``modules_to_save=["relative_xl"]``). Stock
+    transformers cannot express the result, so its checkpoints are of this package's model type. Together with
+    :class:`SegmentRecurrence` this is Transformer-XL.
+
+    Experimental: its fields may get other names or defaults between minor versions.
 
     Args:
         size: dimensions of R, even; the kernel's heads become so much wider (FlashAttention takes 256 in all). None
@@ -63,14 +64,20 @@ class RelativeXl(Patch):
     """
 
     name: ClassVar[str] = "relative_xl"
+    changes_positions: ClassVar[bool] = True
+    wraps: ClassVar[bool] = True
+    experimental: ClassVar[bool] = True
     transient: ClassVar[frozenset[str]] = frozenset({"training"})
 
     size: int | None = None
     theta: float = 10000.0
-    init: str = "recency"
-    backend: str = "auto"
+    init: Literal["recency", "zero"] = "recency"
+    backend: Literal[
+        "auto", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4", "eager"
+    ] = "auto"
     training: bool | None = None
-    proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded
+    # a checkpoint's own structure, which is not tried again while it is being loaded
+    proved: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_number("theta", self.theta, at_least=1)
@@ -84,7 +91,7 @@ class RelativeXl(Patch):
 
     def structure(self) -> Patch:
         """Return the patch without a probe: a model that is being loaded cannot run yet."""
-        return dataclasses.replace(self, proved=True)
+        return changed(self, proved=True)
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Say what would be taken out, what put in, and which kernel computes it; see :meth:`Patch.propose`."""
@@ -118,19 +125,16 @@ class RelativeXl(Patch):
             raise UnsupportedArchitecture(
                 f"{strange}: {why}; the terms need heads of queries and keys to stand beside."
             )
-        guards = [
-            AddPreHook(s.path, Guard(config_at(model, s.config), relative_of, PREFIX, CHILD), "refuses to run without")
-            for s in sites
-        ]
+        guards = guarded(model, anatomy.base, [(site.path, site.config) for site in sites])
         if self.proved:
             asked = kernel_of(model.config._attn_implementation)
             name = self.backend if self.backend != "auto" else asked if asked in BACKENDS else "sdpa"
-            return (*guards, _attention(name)), name
+            return (*guards, set_kernel(name)), name
         training = model.training if self.training is None else self.training
         wide = max(s.head_dim + self._size(s) for s in sites)
         request = Candidate(model, model.dtype, wide, training)
-        name, said = choose(anatomy, request, self.backend, loud, _attention, "Transformer-XL's terms")
-        return (*guards, _attention(name)), said
+        name, said = choose(anatomy, request, self.backend, loud, "Transformer-XL's terms")
+        return (*guards, set_kernel(name)), said
 
     def _of_a_native(
         self, model: PreTrainedModel, anatomy: Anatomy, sites: list[Site], loud: Edits
@@ -181,7 +185,7 @@ class _Ear(RelativeTerms):
             for parameter in self.parameters():
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
-    def of(self, query: torch.Tensor, scale: float, module: nn.Module | None = None) -> Term:
+    def of(self, query: torch.Tensor, scale: float, module: nn.Module | None = None) -> RelativeTerm:
         """Listen."""
         self.heard["scale"] = scale
         return super().of(query, scale, module)
@@ -199,6 +203,7 @@ def _put(model: PreTrainedModel, sites: list[Site], make: Maker) -> Edits:
             found.append(ReplaceModule(f"{site.path}.{CHILD}", made, after))
         else:
             found.append(AddModule(site.path, CHILD, made, after))
+        found.append(AddWrapper(site.path, Relative()))
     return tuple(found)
 
 
@@ -213,7 +218,3 @@ def _sites(anatomy: Anatomy) -> list[Site]:
         path, why = next(iter({**anatomy.unread, **anatomy.other}.items()), nothing)
         raise UnsupportedArchitecture(f"{path}: {why}; the terms need heads of queries and keys to stand beside.")
     return sites
-
-
-def _attention(name: str) -> SetAttention:
-    return SetAttention("", PREFIX + name, register_relative)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,9 +14,18 @@ from ..anatomy import Anatomy
 from ..configs import config_at
 from ..edits import Edit, ReplaceModule, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
-from ..patch import Patch, Proposal, internal, required
+from ..patch import Patch, Proposal, changed, decided
 from ..rope.config import declared_window, head_dim, scaled_fields
-from ..rope.fields import KINDS, STATIC, changes_something, check_belonging, check_number, checked_factors
+from ..rope.fields import (
+    KINDS,
+    STATIC,
+    changes_something,
+    check_belonging,
+    check_number,
+    check_reach,
+    checked_factors,
+    factor_to,
+)
 from ..rope.request_angles import RequestAngles
 from ..rope.requests import request_proposal
 from ..twin import Change, Difference, difference
@@ -25,7 +33,7 @@ from ..twin import Change, Difference, difference
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling(Patch):
-    """Stretch the context of a rotary model by ``factor``.
+    """Rotary scaling (position interpolation, NTK, YaRN, LongRoPE ...): a longer context by slower rotary frequencies.
 
     ``rope_theta`` and partial rotation are kept, and a scaling that is already there is multiplied, not replaced: one
     of the same kind gets the product of the factors, one of another (static) kind is composed frequency by frequency
@@ -40,6 +48,7 @@ class RopeScaling(Patch):
             (``yarn`` with ``per_request``). Resonance and clipping stretch nothing by themselves: put them on top of
             another kind.
         factor: new context over old, at least 1; 1 changes nothing, ``resonance`` and ``clipped`` excepted.
+        target_length: the same as a context in tokens, of which the config declares the old one; give one of the two.
         beta_fast: for ``yarn``: turns within the old window above which a frequency is kept.
         beta_slow: for ``yarn``: turns below which it is interpolated.
         low_freq_factor: for ``llama3``: wavelengths above old / low are divided.
@@ -64,28 +73,37 @@ class RopeScaling(Patch):
     """
 
     name: ClassVar[str] = "rope_scaling"
+    changes_positions: ClassVar[bool] = True
 
-    kind: str = required()
-    factor: float = required()
+    kind: Literal[
+        "linear", "ntk", "ntk_by_parts", "yarn", "llama3", "resonance", "clipped", "longrope", "dynamic", "dynamic_yarn"
+    ]
+    factor: float | None = None
+    target_length: int | None = None
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    long_factor: tuple[float, ...] | None = None
-    short_factor: tuple[float, ...] | None = None
+    long_factor: Sequence[float] | None = None
+    short_factor: Sequence[float] | None = None
     attention_factor: float | None = None
     truncate: bool = True
     clip_frequencies: int | None = None
-    layer_types: tuple[str, ...] | None = None
+    layer_types: Sequence[str] | None = None
     per_request: bool = False
     trained_length: int | None = None
-    restored: bool = internal(False)  # a checkpoint's own structure, whose config has been edited already
+    # a checkpoint's own structure, whose config has been edited already
+    restored: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.kind, str) or self.kind not in KINDS:
-            found = f"{self.kind!r} does not exist" if isinstance(self.kind, str) else f"is {self.kind!r}"
+        if self.kind not in KINDS:
+            found = "is missing" if repr(self.kind) == "missing" else f"{self.kind!r} does not exist"
             raise AttnPatchError(f"kind {found}; choose from: {', '.join(KINDS)}.")
-        check_number("factor", self.factor, at_least=1)
+        check_reach(self.factor, self.target_length)
+        if self.factor is None and self.target_length is None:
+            raise AttnPatchError(
+                "rope_scaling: factor is missing; give it, new context over old, or target_length, in tokens."
+            )
         if self.kind == "dynamic_yarn":  # there is no other
             self._normalise("per_request", True)
         for name in ("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"):
@@ -106,11 +124,14 @@ class RopeScaling(Patch):
 
     def structure(self) -> Patch:
         """Return the patch for a model that is built from a config with the fields of this patch."""
-        return dataclasses.replace(self, restored=True)
+        return changed(self, restored=True)
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Say which rotary modules would be rebuilt; see :meth:`Patch.propose`."""
         owners = self._owners(model, anatomy)
+        if self.target_length is not None:
+            factor = factor_to(self.target_length, declared_window(config_at(model, next(iter(owners)))))
+            return decided(changed(self, factor=factor, target_length=None), model, anatomy)
         if self.per_request and (self.restored or changes_something(self) or _switches(model, owners)):
             return request_proposal(self, model, anatomy, owners)
         if not changes_something(self):
@@ -170,9 +191,10 @@ class RopeScaling(Patch):
                 )
             owners.setdefault(rotary.config, []).append(rotary.path)
         if not owners:
+            advice = "; Rotary(kind=..., factor=...) scales what Rotary put there" if anatomy.turned else ""
             raise UnsupportedArchitecture(
                 f"{anatomy.architecture}: rope scaling needs a rotary module built from config.rope_parameters; "
-                f"positions here are: {anatomy.positions}."
+                f"positions here are: {anatomy.positions}{advice}."
             )
         return owners
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy, angle_table
+from ..attention.rotation import KINDS, Rotation
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..homes.checks import checked_layers, named, rotary_alone
 from ..homes.fitting import current, find
 from ..homes.layers import unrotated
-from ..patch import Patch, Proposal, internal
+from ..patch import Patch, Proposal, changed, decided
 from ..positions.removal import check_blind, check_effect, removal, removed
 from ..positions.rotating import attention_rotated, ignores_positions, rebased
-from ..positions.turning import KINDS, Rotation
-from ..rope.fields import check_number
+from ..rope.fields import check_number, check_reach, factor_to
 from ..weightless import runnable
 
 _TRAINED = "original_max_position_embeddings"  # other parameters of a family (Ministral's) may refer to it
@@ -30,7 +30,7 @@ _SCHEME = frozenset(  # what describes a base and a scaling
 
 @dataclass(frozen=True, kw_only=True)
 class Rotary(Patch):
-    """Rotate queries and keys by their positions (RoFormer, 2104.09864), and forget what told positions before.
+    """Rotary position embedding (RoPE, 2104.09864): queries and keys turn with position; old positions go.
 
     Where the model has rotary modules built from its config they get another base and kind, config and modules
     together, and stock transformers loads the result. Elsewhere keys are rotated on their way into the cache, once, at
@@ -45,7 +45,8 @@ class Rotary(Patch):
         theta: base of the frequencies.
         kind: ``default``, ``linear``, ``yarn`` or ``llama3`` with its usual numbers; replaces a scaling that is there.
             For other kinds, or to multiply a scaling, use ``patch_rope_scaling`` on top (rotary models only).
-        factor: of the kind, new context over old, at least 1.
+        factor: of the kind, new context over old, at least 1; None for 1.
+        target_length: the same as a context in tokens, of which the config declares the old one; give one of the two.
         partial: share of each head that is rotated; None for what the model does, or all.
         interleaved: whether neighbouring dimensions are rotated together; None for what the model does, or halves, as
             in Llama.
@@ -62,24 +63,29 @@ class Rotary(Patch):
     """
 
     name: ClassVar[str] = "rotary"
+    changes_positions: ClassVar[bool] = True
+    wraps: ClassVar[bool] = True
 
     theta: float = 10000.0
-    kind: str = "default"
-    factor: float = 1.0
+    kind: Literal["default", "linear", "yarn", "llama3"] = "default"
+    factor: float | None = None
+    target_length: int | None = None
     partial: float | None = None
     interleaved: bool | None = None
-    layer_types: tuple[str, ...] | None = None
-    layers: tuple[int, ...] | None = None
+    layer_types: Sequence[str] | None = None
+    layers: Sequence[int] | None = None
     home: str | None = "auto"
-    proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded
+    # a checkpoint's own structure, which is not tried again while it is being loaded
+    proved: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_number("theta", self.theta, at_least=1)
-        check_number("factor", self.factor, at_least=1)
+        check_reach(self.factor, self.target_length)
         if self.kind not in KINDS:
             raise AttnPatchError(f"kind {self.kind!r} does not exist; choose from: {', '.join(KINDS)}.")
-        if self.kind == "default" and self.factor != 1:
-            raise AttnPatchError(f"factor {self.factor:g} belongs to kind='linear', 'yarn' or 'llama3'.")
+        if self.kind == "default" and (self._factor != 1 or self.target_length is not None):
+            given = "factor" if self.target_length is None else "target_length"
+            raise AttnPatchError(f"{given} {getattr(self, given):g} belongs to kind='linear', 'yarn' or 'llama3'.")
         if self.partial is not None:
             check_number("partial", self.partial)
             if self.partial > 1:
@@ -95,12 +101,15 @@ class Rotary(Patch):
 
     def structure(self) -> Patch:
         """Return the patch without a probe: a model that is being loaded cannot run yet."""
-        return dataclasses.replace(self, proved=True)
+        return changed(self, proved=True)
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Say what would be taken out and what would rotate; see :meth:`Patch.propose`."""
         if self.layers is not None or self.home not in (None, "auto") or unrotated(model):
             return self._moved(model, anatomy)
+        if self.target_length is not None and anatomy.max_positions:
+            factor = factor_to(self.target_length, anatomy.max_positions)
+            return decided(changed(self, factor=factor, target_length=None), model, anatomy)
         if anatomy.rotary or anatomy.stilled:
             return self._native(model, anatomy)
         if self.layer_types is not None:
@@ -130,7 +139,8 @@ class Rotary(Patch):
         own_alibi = anatomy.alibi and not anatomy.biased  # Falcon's, which the config switches off
         others = dataclasses.replace(anatomy, rotary=(), alibi=anatomy.alibi and not own_alibi)
         away = removal(model, others)
-        edits, notes = rebased(model, anatomy, self._parameters, self.layer_types, self.partial)
+        layer_types = None if self.layer_types is None else tuple(self.layer_types)
+        edits, notes = rebased(model, anatomy, self._parameters, layer_types, self.partial)
         if not edits and not away:
             return Proposal((), (), ("the model rotates so already",), preserves=True)
         stock = not away and not anatomy.stilled
@@ -156,9 +166,9 @@ class Rotary(Patch):
         if wanted == now:
             return Proposal((), (), ("the model rotates so already",), preserves=True)
         found = find(model, wanted, self.home)
-        changed = sum(a != b for a, b in zip(now.bases, wanted.bases, strict=True))
-        said = (f"theta {self.theta:g} in {changed} of {len(now.bases)} layers", *found.notes)
-        chosen = dataclasses.replace(self, home=found.home.model_type)
+        moved = sum(a != b for a, b in zip(now.bases, wanted.bases, strict=True))
+        said = (f"theta {self.theta:g} in {moved} of {len(now.bases)} layers", *found.notes)
+        chosen = changed(self, home=found.home.model_type)
         return Proposal((found.edit,), anatomy.attending, said, claims=("the positions",), patch=chosen)
 
     def _parameters(self, old: Mapping[str, Any], trained: int | None) -> dict[str, Any]:
@@ -180,7 +190,7 @@ class Rotary(Patch):
                 _TRAINED: trained,
             },
         }
-        return {**new, "factor": float(self.factor), **numbers[self.kind]}
+        return {**new, "factor": self._factor, **numbers[self.kind]}
 
     def _rotation(self, model: PreTrainedModel, anatomy: Anatomy) -> Rotation:
         """Return how the heads would be rotated."""
@@ -212,8 +222,12 @@ class Rotary(Patch):
                 f"kind={self.kind!r} needs a context length to multiply, and the config declares none."
             )
         pairs = bool(inner) if self.interleaved is None else self.interleaved
-        scaling = (self.kind, float(self.factor), anatomy.max_positions or 0)
+        scaling = (self.kind, self._factor, anatomy.max_positions or 0)
         return Rotation(float(self.theta), rotary_dim, pairs, *scaling)
 
+    @property
+    def _factor(self) -> float:
+        return 1.0 if self.factor is None else float(self.factor)
+
     def _kind(self) -> str:
-        return self.kind if self.kind == "default" else f"{self.kind} by {self.factor:g}"
+        return self.kind if self.kind == "default" else f"{self.kind} by {self._factor:g}"

@@ -13,7 +13,7 @@ from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..homes.checks import named, rotary_alone
 from ..homes.fitting import current, find
 from ..homes.layers import STEP, Temperature
-from ..patch import Patch, Proposal
+from ..patch import Patch, Proposal, changed
 from ..rope.fields import check_number
 
 
@@ -24,6 +24,8 @@ class ScoreTemperature(Patch):
     Attention over more tokens than a model was trained on spreads out; a larger scale of the scores gathers it again
     (SWAN-GPT, 2504.08719; Llama 4). Queries before ``step`` keep their bits. A Llama-like model becomes a stock type
     that computes this (``ministral3``), if it holds the model bit for bit, alone or on top of YaRN.
+
+    Experimental: its fields may get other names or defaults between minor versions.
 
     Args:
         slope: beta of the paper, at least 0; 0.1 in Llama 4. 0 changes no number.
@@ -36,6 +38,7 @@ class ScoreTemperature(Patch):
     """
 
     name: ClassVar[str] = "score_temperature"
+    experimental: ClassVar[bool] = True
 
     slope: float
     step: int | None = None
@@ -64,7 +67,7 @@ class ScoreTemperature(Patch):
             return Proposal((), (), ("the model has this temperature already",), preserves=True)
         found = find(model, wanted, self.home)
         said = f"queries from position {step} on are multiplied by 1 + {self.slope:g} log(1 + floor(t / {step}))"
-        chosen = dataclasses.replace(self, step=step, home=found.home.model_type)
+        chosen = changed(self, step=step, home=found.home.model_type)
         return Proposal(
             (found.edit,), anatomy.attending, (said, *found.notes), claims=("the score temperature",), patch=chosen
         )

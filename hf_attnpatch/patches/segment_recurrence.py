@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..backends import FLAG, FUSED, kernel_of
+from ..attention.registry import FUSED, kernel_of, register, set_kernel
+from ..attention.wrapper import AddWrapper
+from ..backends import FLAG
 from ..configs import config_at
-from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
+from ..edits import AddPreHook, Edit, SetAttention
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.segments import Segments
-from ..fused.deferring import variants
-from ..patch import Patch, Proposal, required
-from ..recurrence.attention import BELOW, base, key, register_recurrent
-from ..recurrence.modules import Recalling, Recurrent, recalling_of
-from ..recurrence.native import Remembering, window_of
-from ..recurrence.survey import STATIC, Way, check_agrees, ways
+from ..patch import Patch, Proposal, changed
+from ..positions.fusing import deferred, variants
+from ..positions.keys import STATIC, Way
+from ..recurrence.attention import Recurrent
+from ..recurrence.modules import Recalling, recalling_of
+from ..recurrence.native import MASKS_UNDER_EAGER, Remembering, window_of
+from ..recurrence.survey import check_agrees, ways
 from ..sites import Place, dispatching
+from ..spans.attention import span_of
 from ..upstream import words
 from ..upstream.roles import roles_of
 from ..weightless import is_restoring, runnable
@@ -32,7 +35,7 @@ _OVER_THE_PROBE = Segments(4, 32)  # longer than what it reads
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentRecurrence(Patch):
-    """Read in segments, each with the keys and values of the last tokens before it, detached (1901.02860, section 3.2).
+    """Segment-level recurrence (Transformer-XL, 1901.02860, 3.2): a segment sees keys and values before it, detached.
 
     A token sees its own segment up to itself and ``memory_length`` tokens before the segment, in every layer, so that
     what reaches it lies up to depth times memory back; the cost of a token and the memory are constant at any length.
@@ -64,10 +67,12 @@ class SegmentRecurrence(Patch):
     """
 
     name: ClassVar[str] = "segment_recurrence"
+    wraps: ClassVar[bool] = True
+    height: ClassVar[int] = 2
 
-    segment_length: int = required()
-    memory_length: int = required()
-    positions: str = "bounded"
+    segment_length: int
+    memory_length: int
+    positions: Literal["bounded", "running"] = "bounded"
     num_sinks: int = 0
 
     def __post_init__(self) -> None:
@@ -93,6 +98,12 @@ class SegmentRecurrence(Patch):
             raise UnsupportedArchitecture(
                 f"{anatomy.architecture}: its scores depend on distance, which a sink has no fixed one of; num_sinks=0."
             )
+        far = next((path for path in anatomy.attending if span_of(model.get_submodule(path)) is not None), None)
+        if far is not None:
+            raise UnsupportedArchitecture(
+                f"{far}: sees distances otherwise than they are, for texts longer than it was trained on; with a "
+                "memory no distance is longer than a segment and the memory, so that there is nothing left to change."
+            )
         both = next((site.path for site in anatomy.sites if site.causal is False), None)
         if both is not None:
             raise UnsupportedArchitecture(f"{both}: looks both ways, so that no token is before another.")
@@ -101,14 +112,13 @@ class SegmentRecurrence(Patch):
         self._check(model, anatomy, places, decoder)
         kernel = _native_kernel(model) if native else _kernel(model)
         turning = self._turning(model, anatomy, places)
-        hooks = tuple(_remembering(model, places, kernel)) if native else ()
-        attention = SetAttention("", key(kernel), register_recurrent, native)
-        common = (*self._edits(model, places, turning), *hooks, attention)
+        attention = tuple(_itself(model, anatomy, places, kernel)) if native else (set_kernel(kernel),)
+        common = (*self._edits(model, places, turning), *attention)
         segments = Segments(self.segment_length, self.memory_length, self.num_sinks)
         edits = (*common, self._recalling(model, anatomy, places, decoder, segments))
         if not is_restoring():
-            turns = bool(anatomy.rotary or anatomy.inner)
-            probed = self if turns else dataclasses.replace(self, positions="running")
+            turns = bool(anatomy.rotary or anatomy.inner or anatomy.turned)
+            probed = self if turns else changed(self, positions="running")
             probing = probed._recalling(model, anatomy, places, decoder, _OVER_THE_PROBE)
             check_agrees(model, anatomy, (*common, probing), padded=turns)
         return Proposal(
@@ -128,7 +138,7 @@ class SegmentRecurrence(Patch):
         for number, place in enumerate(places):
             way = turning.get(place.path)
             rotary = (None,) if way is None else (model.get_submodule(way[0]), *way[1:])
-            yield SetAttribute(place.path, "recurrence", Recurrent(number, *rotary, window=_window(model, place)))
+            yield AddWrapper(place.path, Recurrent(number, *rotary, window=_window(model, place)))
 
     def _recalling(
         self, model: PreTrainedModel, anatomy: Anatomy, places: list[Place], decoder: str, segments: Segments
@@ -140,11 +150,12 @@ class SegmentRecurrence(Patch):
             self.positions == "bounded",
             len(places),
             anatomy.max_positions if anatomy.tables or anatomy.inner or anatomy.added == "table" else None,
+            native=anatomy.native,
         )
         return AddPreHook(decoder, hook, "hands its attention modules their memory", first=True)
 
     def _check(self, model: PreTrainedModel, anatomy: Anatomy, places: list[Place], decoder: str) -> None:
-        placed = anatomy.rotary or anatomy.inner or anatomy.tables
+        placed = anatomy.rotary or anatomy.inner or anatomy.tables or (anatomy.turned and not anatomy.native)
         wanted, roles = (
             (words.POSITIONS, words.CACHE) if placed else (words.CACHE,),
             roles_of(model.get_submodule(decoder)),
@@ -199,13 +210,8 @@ def _places(model: PreTrainedModel, anatomy: Anatomy) -> tuple[list[Place], bool
     Raises:
         UnsupportedArchitecture: some of them do, or all and in a way that cannot be followed.
     """
-    if not anatomy.sites or any(site.dispatches for site in anatomy.sites):
+    if not anatomy.native:
         return dispatching(model, anatomy.sites, {}, {}), False
-    if anatomy.turned:
-        raise UnsupportedArchitecture(
-            f"{anatomy.turned[0]}: {anatomy.sites[0].kind} computes its scores by itself and was given rotary "
-            "positions, which a memory does not turn back there."
-        )
     ways = variants(model, anatomy)
     if isinstance(ways, str):
         raise UnsupportedArchitecture(f"{ways}, and no memory can be handed to it.")
@@ -229,10 +235,17 @@ def _window(model: PreTrainedModel, place: Place) -> int | None:
     return int(found) if found else None
 
 
-def _remembering(model: PreTrainedModel, places: list[Place], kernel: str) -> Iterator[Edit]:
+def _itself(model: PreTrainedModel, anatomy: Anatomy, places: list[Place], kernel: str) -> Iterator[Edit]:
+    """Yield the hooks of modules that compute their scores by themselves, and how they ask for masks."""
+    if kernel != "eager":
+        found = deferred(model, anatomy)
+        assert not isinstance(found, str)  # or there would be no places
+        yield from found
+        return
     for place in places:
-        hook = Remembering(roles_of(model.get_submodule(place.path)), config_at(model, place.config), kernel)
+        hook = Remembering(roles_of(model.get_submodule(place.path)), config_at(model, place.config))
         yield AddPreHook(place.path, hook, "its cache hands it the memory")
+    yield SetAttention("", MASKS_UNDER_EAGER, register, True)
 
 
 def _check_free(model: PreTrainedModel) -> None:
@@ -245,17 +258,16 @@ def _native_kernel(model: PreTrainedModel) -> str:
     """``eager`` where the forwards compute scores so at present, torch's kernel through this package's notes if not."""
     _check_free(model)
     found = str(model.config._attn_implementation)
-    return "eager" if (base(found) or found) == "eager" else FUSED
+    return "eager" if kernel_of(found) == "eager" else FUSED
 
 
 def _kernel(model: PreTrainedModel) -> str:
     _check_free(model)
-    found = str(model.config._attn_implementation)
-    found = base(found) or found  # asked for under its new name, where a checkpoint is loaded
-    if kernel_of(found) not in KERNELS or found.removesuffix(kernel_of(found)) not in ("", *BELOW):
+    found = kernel_of(str(model.config._attn_implementation))
+    if found not in KERNELS:
         raise UnsupportedArchitecture(
-            f"{type(model).__name__}: attention {found!r} is of another patch or kernel; a memory goes on top of "
-            f"{', '.join(KERNELS)}, and of these with this package's ALiBi or relative_xl."
+            f"{type(model).__name__}: attention {found!r} is of another kernel; a memory goes on top of "
+            f"{', '.join(KERNELS)}."
         )
     return found
 

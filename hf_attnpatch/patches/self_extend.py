@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..errors import AttnPatchError
 from ..functional.spans import Grouped
-from ..patch import Patch, Proposal
+from ..patch import Patch, Proposal, changed
+from ..rope.fields import check_reach
 from ..spans.proposal import check_fields, spanned, target_length, trained_length, within
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelfExtend(Patch):
-    """Read longer texts without training: beyond a window, ``group`` tokens share a position (2401.01325, section 3).
+    """Self-Extend (2401.01325, 3): longer texts without training; beyond a window, ``group`` tokens share a position.
 
     A token sees the ``window`` tokens before it at their distance, and those further back at i // G - j // G + w -
     w // G, so that no distance is one that the model has not seen. Flash calls over disjoint pieces are merged by
@@ -28,10 +28,11 @@ class SelfExtend(Patch):
 
     Args:
         window: tokens that are seen at their distance; None for half of the trained length.
-        group: tokens that share a position beyond it; None for as few as reach ``target``.
-        target: length to reach, in tokens; None for four times the trained length.
+        group: tokens that share a position beyond it; None for as few as reach ``target_length``.
+        target_length: length to reach, in tokens; None for four times the trained length.
+        factor: the same as a multiple of the trained length; give one of the two.
         start: first query that is treated so; None for the trained length.
-        trained: tokens that the model handles by itself; None reads the config.
+        trained_length: tokens that the model handles by itself; None reads the config.
         backend: ``sdpa``, merged flash calls; ``eager``, dense, with attention weights; ``auto`` is the former.
 
     Raises:
@@ -40,33 +41,39 @@ class SelfExtend(Patch):
     """
 
     name: ClassVar[str] = "self_extend"
+    wraps: ClassVar[bool] = True
+    height: ClassVar[int] = 1
 
     window: int | None = None
     group: int | None = None
-    target: int | None = None
+    target_length: int | None = None
+    factor: float | None = None
     start: int | None = None
-    trained: int | None = None
-    backend: str = "auto"
+    trained_length: int | None = None
+    backend: Literal["auto", "sdpa", "eager"] = "auto"
 
     def __post_init__(self) -> None:
-        lengths = {"window": self.window, "group": self.group, "target": self.target, "start": self.start}
-        check_fields(self, self.backend, trained=self.trained, **lengths)
+        lengths = {"window": self.window, "group": self.group, "start": self.start}
+        check_fields(self, self.backend, trained_length=self.trained_length, **lengths)
+        check_reach(self.factor, self.target_length)
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Say which modules would see which distances; see :meth:`Patch.propose`."""
         trained = trained_length(self, anatomy)
-        target = target_length(self, self.target, trained)
+        given = target_length(self, trained)
+        target = 4 * trained if given is None else given
         window = trained // 2 if self.window is None else self.window
         within(self, trained, window=window)
         group = _reaching(target, window, trained) if self.group is None else self.group
         reach = _most(target, window, group)
-        if self.target is not None and reach >= trained:
+        if given is not None and reach >= trained:
             raise AttnPatchError(
                 f"self_extend: at {target} tokens, window {window} and group {group} make distances up to {reach}, and "
                 f"the model knows {trained}; take a larger group or a smaller window."
             )
         start = trained if self.start is None else self.start
-        chosen = dataclasses.replace(self, window=window, group=group, target=self.target, start=start, trained=trained)
+        lengths = {"target_length": given, "factor": None, "start": start, "trained_length": trained}
+        chosen = changed(self, window=window, group=group, **lengths)
         span = Grouped(window, group, max(window, start))
         note = f"beyond {window} tokens, {group} share a position: distances below {trained} up to "
         longest = (trained - window - 1 + window // group) * group

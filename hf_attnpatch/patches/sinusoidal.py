@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..errors import AttnPatchError
-from ..patch import Patch, Proposal, internal
+from ..patch import Patch, Proposal, changed
 from ..positions.added import SinusoidalPositions
 from ..positions.adding import adding, check_adding
 from ..positions.removal import ADDED, check_blind, removal, removed
@@ -20,7 +19,7 @@ from ..rope.fields import check_number
 
 @dataclass(frozen=True, kw_only=True)
 class Sinusoidal(Patch):
-    """Add the sinusoid of Attention Is All You Need (1706.03762, section 3.5) to the token embeddings.
+    """Sinusoidal absolute positions (Attention Is All You Need, 1706.03762, 3.5), added to the token embeddings.
 
     PE(p, 2i) = sin(p / theta^(2i/d)) and PE(p, 2i+1) the cosine, sines and cosines alternating as in the paper,
     computed for whatever positions come: no table, no longest length. Positions are ``position_ids`` where they are
@@ -30,6 +29,8 @@ class Sinusoidal(Patch):
     embeddings, which are scaled by the root of the width, and most models' are far smaller; ``amplitude`` starts it
     small, ``embedding_scale="paper"`` does as the paper does. Stock transformers cannot express the result, so its
     checkpoints are of this package's model type.
+
+    Experimental: its fields may get other names or defaults between minor versions.
 
     Args:
         theta: base of the wavelengths.
@@ -42,11 +43,14 @@ class Sinusoidal(Patch):
     """
 
     name: ClassVar[str] = "sinusoidal"
+    changes_positions: ClassVar[bool] = True
+    experimental: ClassVar[bool] = True
 
     theta: float = 10000.0
     amplitude: float = 1.0
-    embedding_scale: float | str = 1.0
-    proved: bool = internal(False)  # a checkpoint's own structure, which is not tried again while it is being loaded
+    embedding_scale: float | Literal["paper"] = 1.0
+    # a checkpoint's own structure, which is not tried again while it is being loaded
+    proved: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_number("theta", self.theta)
@@ -59,7 +63,7 @@ class Sinusoidal(Patch):
 
     def structure(self) -> Patch:
         """Return the patch without a probe: a model that is being loaded cannot run yet."""
-        return dataclasses.replace(self, proved=True)
+        return changed(self, proved=True)
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Say what would be taken out and added; see :meth:`Patch.propose`."""

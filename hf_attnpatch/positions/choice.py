@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
+from ..attention.registry import set_kernel
 from ..backends import FLAG, Candidate, obstacle, ranked
-from ..edits import Edit, SetAttention
+from ..edits import Edit
 from ..errors import UnsupportedArchitecture
 from ..few import on_few_layers
 from ..probe import default_inputs, logits_under, trial
@@ -24,7 +25,6 @@ def choose(
     request: Candidate,
     backend: str,
     common: Sequence[Edit],
-    attention: Callable[[str], SetAttention],
     what: str,
 ) -> tuple[str, str]:
     """Try kernels, fastest first, and return one that gives what the dense reference gives, with what to say of it.
@@ -34,20 +34,17 @@ def choose(
         request: what the kernel is to serve.
         backend: the one that was asked for, ``auto`` for the fastest.
         common: edits that put the positions in, but for the attention function.
-        attention: the edit that puts in the function of a backend, ``eager`` among them.
         what: the positions are called.
 
     Raises:
         UnsupportedArchitecture: none does, or the model tells positions by something else as well.
     """
     model: PreTrainedModel = request.model
-    reference = [*common, attention("eager")]
+    reference = [*common, set_kernel("eager")]
     check_blind(model, anatomy, reference)
     if backend == "eager":
         return "eager", "dense, with every score in memory"
-    return on_few_layers(
-        model, anatomy.attending, lambda cut: _fastest(anatomy, request, backend, common, attention, what, cut)
-    )
+    return on_few_layers(model, anatomy.attending, lambda cut: _fastest(anatomy, request, backend, common, what, cut))
 
 
 def _fastest(
@@ -55,13 +52,12 @@ def _fastest(
     request: Candidate,
     backend: str,
     common: Sequence[Edit],
-    attention: Callable[[str], SetAttention],
     what: str,
     cut: tuple[Edit, ...],
 ) -> tuple[str, str]:
     """Do so on a model that ``cut`` may have made short; the other arguments are those of :func:`choose`."""
     model: PreTrainedModel = request.model
-    reference = [*common, attention("eager"), *cut]
+    reference = [*common, set_kernel("eager"), *cut]
     inputs = default_inputs(model)
     bare = {
         name: tensor for name, tensor in inputs.items() if name != roles_of(model).names.get(words.MASK)
@@ -72,7 +68,7 @@ def _fastest(
         why = obstacle(name, request)
         runs = why is None
         for given, wanted in probes:
-            why = why or trial(model, [*common, attention(name), *cut], given, wanted, request.training)
+            why = why or trial(model, [*common, set_kernel(name), *cut], given, wanted, request.training)
         if why is None:
             passed = f"; passed over {'; '.join(reasons)}" if reasons else ""
             return name, f"{name} on {model.device.type}, equal to the reference on a probe{passed}"

@@ -9,21 +9,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..backends import kernel_of
-from ..edits import AddPreHook, Edit, ReplaceModule, SetAttention, SetAttribute
+from ..attention.alibi import AlibiBias, NoBias
+from ..attention.relative import CHILD as TERMS
+from ..attention.relative import Relative
+from ..attention.rotation import Rotation
+from ..attention.wrapper import AddWrapper, RemoveWrapper
+from ..edits import AddPreHook, Edit, ReplaceModule
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..few import on_few_layers
-from ..fused.deferring import StillAngles, unbiased
 from ..probe import Inputs, codebooks, default_inputs, disagreement, logits_under, tokens_of
 from ..sites import in_tower
 from ..upstream import words
 from ..upstream.roles import roles_of
 from .added import CHILD, AnyLength, CountedOnly
-from .modules import NoBias, NoPositions, ZeroAngles
-from .relative import CHILD as TERMS
+from .fusing import unbiased
+from .modules import NoPositions, StillAngles, ZeroAngles
 
 # what a patch may put in the place of the old by itself
-BIAS, ROTATION, ADDED, RELATIVE = "alibi", "rotation", "added", "relative"
+BIAS, ROTATION, ADDED, RELATIVE = AlibiBias.name, Rotation.name, "added", Relative.name
 
 
 def removal(model: PreTrainedModel, anatomy: Anatomy, own: str = "") -> tuple[Edit, ...]:
@@ -32,8 +35,7 @@ def removal(model: PreTrainedModel, anatomy: Anatomy, own: str = "") -> tuple[Ed
     Args:
         model: any model.
         anatomy: its.
-        own: what the patch that asks writes itself, ``BIAS``, ``ROTATION``, ``RELATIVE`` or ``ADDED``; the attention
-            function goes with all but the last.
+        own: what the patch that asks writes itself, ``BIAS``, ``ROTATION``, ``RELATIVE`` or ``ADDED``.
 
     Raises:
         UnsupportedArchitecture: something is there that cannot be taken out.
@@ -42,16 +44,14 @@ def removal(model: PreTrainedModel, anatomy: Anatomy, own: str = "") -> tuple[Ed
     if anatomy.alibi and not anatomy.biased and own != BIAS:
         edits += _unbiased(model, anatomy)
     if own != BIAS:
-        edits += [SetAttribute(path, "alibi", NoBias()) for path in anatomy.biased]
+        edits += [AddWrapper(path, NoBias()) for path in anatomy.biased]
     if own != ROTATION:
-        edits += [SetAttribute(path, "rotation", None) for path in anatomy.turned]
+        edits += [RemoveWrapper(path, ROTATION) for path in anatomy.turned]
     if own != RELATIVE:
         edits += [ReplaceModule(f"{path}.{TERMS}", _nothing, "no position terms") for path in anatomy.relative]
+        edits += [RemoveWrapper(path, RELATIVE) for path in anatomy.relative]
     if anatomy.added and own != ADDED:
         edits.append(ReplaceModule(f"{anatomy.base}.{CHILD}".lstrip("."), _nothing, "no positions"))
-    kernel = kernel_of(model.config._attn_implementation)
-    if own not in (BIAS, ROTATION, RELATIVE) and kernel != model.config._attn_implementation:
-        edits.append(SetAttention("", kernel))
     return tuple(edits)
 
 

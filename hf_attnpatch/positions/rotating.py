@@ -11,20 +11,22 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..backends import FLAG, kernel_of, register_rotary
+from ..attention.registry import guarded, kernel_of, set_kernel
+from ..attention.rotation import HandPlaces, Rotation, Turning
+from ..attention.wrapper import AddWrapper
+from ..backends import FLAG
 from ..configs import config_at
-from ..edits import AddPreHook, Edit, ReplaceModule, SetAttention, SetAttribute
+from ..edits import AddPreHook, Edit, ReplaceModule, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..few import on_few_layers
-from ..fused.deferring import rotated
 from ..probe import default_inputs, logits_under, tokens_of
 from ..sites import Place, dispatching, in_tower
 from ..twin import Change, difference
 from ..upstream import words
 from ..upstream.roles import frequencies, roles_of
 from .added import CountedOnly
+from .fusing import rotated
 from .removal import ROTATION, check_followed, removal
-from .turning import PREFIX, HandPlaces, Rotation, Turning
 
 _LOCAL = ("sliding", "local", "chunked")
 Parameters = Callable[[Mapping[str, Any], int | None], dict[str, Any]]
@@ -47,7 +49,7 @@ def attention_rotated(model: PreTrainedModel, anatomy: Anatomy, rotation: Rotati
             f"{anatomy.architecture}: reads two sequences; which is to be rotated is not known."
         )
     away = removal(model, anatomy, own=ROTATION)
-    if anatomy.sites and not any(site.dispatches for site in anatomy.sites):
+    if anatomy.native:
         found = rotated(model, anatomy, rotation)
         if isinstance(found, str):
             raise UnsupportedArchitecture(
@@ -65,18 +67,18 @@ def attention_rotated(model: PreTrainedModel, anatomy: Anatomy, rotation: Rotati
 def _asked(model: PreTrainedModel, anatomy: Anatomy, places: list[Place], rotation: Rotation) -> Iterator[Edit]:
     """Yield the hooks, the rotation and the attention function of modules that ask for it."""
     for place in places:
-        yield SetAttribute(place.path, "rotation", rotation)
+        yield AddWrapper(place.path, rotation)
         module = model.get_submodule(place.path)
         if not _has(module, Turning):
-            hook = Turning(roles_of(module), config_at(model, place.config))
-            yield AddPreHook(place.path, hook, "rotates keys on their way into the cache")
+            yield AddPreHook(place.path, Turning(roles_of(module)), "rotates keys on their way into the cache")
     kernel = kernel_of(model.config._attn_implementation)
     if kernel not in ("eager", *FLAG):
         raise UnsupportedArchitecture(
             f"{anatomy.architecture}: attends by {kernel!r}, before which nothing can be rotated; "
             "model.set_attn_implementation('sdpa') first."
         )
-    yield SetAttention("", PREFIX + kernel, register_rotary)
+    yield from guarded(model, anatomy.base, [(place.path, place.config) for place in places])
+    yield set_kernel(kernel)
 
 
 def _told(model: PreTrainedModel, anatomy: Anatomy, counted: bool) -> Iterator[Edit]:

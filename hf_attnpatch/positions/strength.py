@@ -6,12 +6,14 @@ from transformers import PreTrainedModel
 
 from .. import record
 from ..anatomy import describe
+from ..attention.alibi import alibi_of
 from ..errors import AttnPatchError
-from .modules import alibi_of
 
 
 def set_alibi_strength(model: PreTrainedModel, strength: float) -> None:
     """Scale the slopes of a model that :class:`Alibi` gave them, in place, from the next forward on.
+
+    Experimental: its arguments may get other names or defaults between minor versions.
 
     A model that learned without distances meets full slopes as a shock; published practice has no answer to it. Start
     at 0, or little, and raise: ``set_alibi_strength(model, min(1.0, step / warmup_steps))`` before each step. The

@@ -1,4 +1,4 @@
-"""Attention with segment recurrence, on top of whatever kernel a model uses: one function and one mask for each.
+"""The wrapper that gives an attention module a memory of earlier segments.
 
 A long call is attended segment by segment inside each layer, each segment with the last keys before it, detached. That
 is what running the whole model once for each segment gives, since nothing else in a decoder mixes tokens.
@@ -6,118 +6,106 @@ is what running the whole model once for each segment gives, since nothing else 
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 
-from ..backends import FLAG, FUSED, kernel_of, register, register_alibi, register_fused, register_relative
+from ..attention.call import AttentionCall, Output
+from ..attention.masks import Handed
+from ..attention.rotation import frequencies_of
+from ..attention.wrapper import Wrapper, term_of, wrapper_of
 from ..errors import AttnPatchError
+from ..functional.rerotation import Turning
 from ..functional.segments import Piece
-from ..positions.modules import PREFIX as ALIBI
-from ..positions.relative import PREFIX as RELATIVE
 from ..upstream import words
-from ..upstream.calls import call_mask, mask_registered, several_documents
+from ..upstream.calls import several_documents
 from ..upstream.roles import roles_of
-from .call import CALL, Call, Handed, no_weights
-from .modules import PREFIX, Recurrent, recurrent_of
+from .call import Call, no_weights
 
-BELOW = (ALIBI, RELATIVE)  # what a kernel under a memory may add by itself
-Output = tuple[Tensor, Tensor | None]
 _UNKNOWN = (words.SCORE_BIAS, words.PACKED, words.PACKED_KEYS, words.CACHE)
 
 
-def register_recurrent() -> None:
-    """Make the attention functions with recurrence known, those over positions of this package too."""
-    register_alibi()
-    register_relative()
-    register_fused()
-    AttentionMaskInterface.register(key(FUSED), mask_registered(mask(FUSED)))  # no function, as in register_fused
-    for name in ("eager", *FLAG):
-        for prefix in ("", *BELOW):
-            register(key(prefix + name), attention(prefix + name), mask(prefix + name))
+class Recurrent(Wrapper):
+    """One attention module's memory.
 
+    Args:
+        number: in the memory.
+        rotary: the module that made the angles; None where keys need not be turned.
+        buffer: under which name it keeps its frequencies.
+        interleaved: see :class:`Turning`.
+        first: see :class:`Turning`.
+        window: tokens that a token sees at most, itself included; None for all that it is given.
+    """
 
-def key(kernel: str) -> str:
-    """Return the name under which a kernel with recurrence is registered; positions that it adds are said first."""
-    plain = kernel_of(kernel)
-    return kernel.removesuffix(plain) + PREFIX + plain
+    name, order = "memory", 1
 
+    def __init__(
+        self,
+        number: int,
+        rotary: nn.Module | None,
+        buffer: str = "",
+        interleaved: bool = False,
+        first: int = 0,
+        *,
+        window: int | None = None,
+    ):
+        self.number, self.rotary, self.buffer, self.window = number, rotary, buffer, window
+        self.interleaved, self.first = interleaved, first
+        self._turning: Turning | None = None
+        self._of: Any = None
 
-def base(implementation: str) -> str | None:
-    """Return the kernel under a name that :func:`key` gave, or None."""
-    prefix = next((p for p in BELOW if implementation.startswith(p)), "")
-    rest = implementation.removeprefix(prefix)
-    return prefix + rest.removeprefix(PREFIX) if rest.startswith(PREFIX) else None
+    def __repr__(self) -> str:
+        return f"memory {self.number}"
 
+    @property
+    def turning(self) -> Any:
+        """How keys are turned; None where they are not."""
+        return None if self.rotary is None else self._made
 
-@functools.cache
-def mask(kernel: str) -> Callable[..., Handed]:
-    """Return the mask function of a kernel: always the same."""
+    def _made(self) -> Turning:
+        found = getattr(self.rotary, self.buffer)
+        if self._turning is None or self._of is not found:
+            self._of, self._turning = found, Turning(frequencies_of(found), self.interleaved, self.first)
+        return self._turning
 
-    def mask_of(batch_size: int, q_length: int, *args: Any, **kwargs: Any) -> Handed:
-        call = CALL.get()
-        if call is None or tuple(call.tokens.keep.shape) != (batch_size, q_length):
-            raise AttnPatchError(
-                f"a mask of {batch_size} rows and {q_length} columns was asked for outside of the decoder that this "
-                "model's memory belongs to; call the model itself, not a part of it, and let generate make its own "
-                "cache (no cache_implementation)."
-            )
-        if not call.plain:
-            return Handed(call)
-        return Handed(call, call_mask(kernel, (batch_size, q_length), kwargs))
-
-    return mask_of
-
-
-@functools.cache
-def attention(kernel: str) -> Callable[..., Output]:
-    """Return the attention function of a kernel: always the same."""
-
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any
-    ) -> Output:
-        inner, found = _inner(module, kernel), recurrent_of(module)
-        assert found is not None
-        call = met(module, mask).call
-        if call.plain:
-            out = inner(module, query, key, value, mask.own, *args, **kwargs)
+    def around(self, call: AttentionCall, inner: Callable[[AttentionCall], Output]) -> Output:
+        """Attend piece by piece, and hand over what is to be remembered."""
+        handed = met(call.module, call.mask)
+        if handed.call.plain:
+            out = inner(call.masked(handed.own))
         else:
-            _refuse(module, found.window, query.shape[2], kwargs)
-            out = (
-                torch.cat(
-                    [_piece(inner, kernel, module, found, call, p, query, key, value, kwargs) for p in call.pieces()], 1
-                ),
-                None,
-            )
-        call.write(found.number, key, value)
+            given = _known(call, self.window)
+            pieces = [self._piece(call, given, handed.call, piece, inner) for piece in handed.call.pieces()]
+            out = (torch.cat(pieces, 1), None)
+        handed.call.write(self.number, call.key, call.value)
         return out
 
-    return attend
+    def _piece(
+        self,
+        call: AttentionCall,
+        given: Mapping[str, Any],
+        memory: Call,
+        piece: Piece,
+        inner: Callable[[AttentionCall], Output],
+    ) -> Tensor:
+        """Attend from one piece, (batch, q, heads, d_v)."""
+        queries = call.query[:, :, piece.start : piece.stop]
+        keys, values = (
+            joined(memory, piece, self.number, side, new) for side, new in enumerate((call.key, call.value))
+        )
+        queries, keys = turned(memory, piece, self, queries, keys)
+        term = term_of(call)
+        biased = term is not None and term.by_distance
+        mask = memory.mask(piece, call.kernel, biased, call.query, self.window)
+        out, _ = inner(call.but(queries, keys, values, given).masked(mask))
+        return out
 
 
-def _piece(
-    inner: Callable[..., Output],
-    kernel: str,
-    module: nn.Module,
-    found: Recurrent,
-    call: Call,
-    piece: Piece,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kwargs: dict[str, Any],
-) -> Tensor:
-    """Attend from one piece, (batch, q, heads, d_v)."""
-    queries = query[:, :, piece.start : piece.stop]
-    keys, values = (joined(call, piece, found.number, side, new) for side, new in enumerate((key, value)))
-    queries, keys = turned(call, piece, found, queries, keys)
-    out, _ = inner(module, queries, keys, values, call.mask(piece, kernel, query, found.window), **kwargs)
-    return out
+def recurrent_of(module: nn.Module) -> Recurrent | None:
+    """Return an attention module's memory, or None."""
+    return wrapper_of(module, Recurrent)
 
 
 def turned(call: Call, piece: Piece, found: Recurrent, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,17 +133,6 @@ def joined(call: Call, piece: Piece, layer: int, side: int, new: Tensor) -> Tens
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def _inner(module: nn.Module, kernel: str) -> Callable[..., Output]:
-    if kernel == "eager":  # every modeling file has its own
-        function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    else:
-        function = AttentionInterface()[kernel]
-    if function is None:
-        raise AttnPatchError(f"{type(module).__name__}: its file has no eager_attention_forward; use backend='sdpa'.")
-    found: Callable[..., Output] = function
-    return found
-
-
 def met(module: nn.Module, mask: Any) -> Handed:
     """Return what an attention module was handed in the place of a mask.
 
@@ -165,24 +142,30 @@ def met(module: nn.Module, mask: Any) -> Handed:
     if not isinstance(mask, Handed) or recurrent_of(module) is None:
         raise AttnPatchError(
             f"{type(module).__name__}: got a mask of type {type(mask).__name__} in the place of the "
-            "memory; masks of four dimensions are not taken together with segment recurrence."
+            "memory; masks of four dimensions are not taken together with segment recurrence. Call the model itself, "
+            "not a part of it, and let generate make its own cache (no cache_implementation)."
         )
     return mask
 
 
-def _refuse(module: nn.Module, window: int | None, queries: int, kwargs: dict[str, Any]) -> None:
-    names = roles_of(module).names
-    kwargs.pop(names.get(words.POSITIONS, ""), None)  # flash attention would read packed documents from them
-    if not several_documents(kwargs, queries):
-        for border in (words.PACKED, words.PACKED_KEYS):
-            kwargs.pop(border, None)
-    name = next((name for name in _UNKNOWN if kwargs.get(name) is not None), None)
+def _known(call: AttentionCall, window: int | None) -> dict[str, Any]:
+    """Return the keywords of a call that its pieces get.
+
+    Raises:
+        AttnPatchError: one of them is something that a memory knows nothing of.
+    """
+    names, module = roles_of(call.module).names, call.module
+    given = {n: v for n, v in call.given.items() if n != names.get(words.POSITIONS)}  # flash would read documents there
+    if not several_documents(given, call.query.shape[2]):
+        given = {n: v for n, v in given.items() if n not in (words.PACKED, words.PACKED_KEYS)}
+    name = next((name for name in _UNKNOWN if given.get(name) is not None), None)
     if name is not None:
         raise AttnPatchError(
             f"{type(module).__name__} passes {name} to its attention, of which a memory knows nothing."
         )
-    asked = kwargs.get(words.WINDOW)
+    asked = given.get(words.WINDOW)
     if asked is not None and asked != window:
         raise AttnPatchError(f"{type(module).__name__} asks for a window of {asked} tokens, and had one of {window}.")
-    if kwargs.get(names.get(words.WEIGHTS, "")):
+    if given.get(names.get(words.WEIGHTS, "")):
         raise no_weights(module)
+    return given

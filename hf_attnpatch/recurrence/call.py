@@ -7,7 +7,7 @@ layers hand it for the next call is added, and ends in the memory when the last 
 
 from __future__ import annotations
 
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
-from ..backends import kernel_of
+from ..attention.masks import INSTEAD, AttentionMask, Handed
 from ..errors import AttnPatchError
 from ..functional.rerotation import Table, Turning
 from ..functional.segments import NOBODY, Piece, Segments, pieces
 from .forms import corner, formed
 from .memory import Memory
 from .sinks import Layers, Sinking, Sinks
-
-CALL: ContextVar[Call | None] = ContextVar("hf_attnpatch_recurrence", default=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +47,18 @@ class Call:
         tokens: the new columns.
         memory: what was read before; None where nothing was and nothing is to be kept.
         layers: attention modules that will run.
+        asked_by: whether masks that are asked for with this config are asked for by the decoder of this call.
     """
 
-    def __init__(self, segments: Segments, tokens: Tokens, memory: Memory | None, layers: int):
-        self.segments, self.tokens, self.layers = segments, tokens, layers
+    def __init__(
+        self,
+        segments: Segments,
+        tokens: Tokens,
+        memory: Memory | None,
+        layers: int,
+        asked_by: Callable[[Any], bool] = bool,
+    ):
+        self.segments, self.tokens, self.layers, self.asked_by = segments, tokens, layers, asked_by
         self._memory, self._written, self._cache = memory, {}, {}  # type: tuple[Memory | None, Layers, dict[Any, Any]]
         none = tokens.number[:, :0]
         self.before: Layers = {} if memory is None else memory.layers
@@ -69,6 +75,25 @@ class Call:
         held = Sinks() if memory is None else memory.sinks
         self._sinks = Sinking(held, segments.sinks, tokens.number, tokens.place) if segments.sinks else None
         self._sunk: Layers = {}
+
+    def handed(self, mask: AttentionMask, written: bool) -> Handed:
+        """Return what attention modules are handed in the place of a mask.
+
+        Raises:
+            AttnPatchError: the mask is not of the tokens of this call.
+        """
+        batch, columns = mask.asked["batch_size"], mask.asked["q_length"]
+        if tuple(self.tokens.keep.shape) != (batch, columns):
+            raise AttnPatchError(
+                f"a mask of {batch} rows and {columns} columns was asked for outside of the decoder that this "
+                "model's memory belongs to; call the model itself, not a part of it, and let generate make its own "
+                "cache (no cache_implementation)."
+            )
+        return Handed(self, mask.handed(written) if self.plain else None)
+
+    def places(self, like: Tensor) -> Tensor:
+        """Return the positions of the new columns, (batch, columns), on the device of a tensor."""
+        return self.tokens.place.clamp(min=0).to(like.device)
 
     def forget(self) -> None:
         """Keep nothing for another call."""
@@ -109,26 +134,27 @@ class Call:
         live = torch.arange(max(piece.low, self.held), end)
         return torch.cat([every, live]), len(live)
 
-    def mask(self, piece: Piece, kernel: str, like: Tensor, window: int | None = None) -> Any:
+    def mask(self, piece: Piece, kernel: str, biased: bool, like: Tensor, window: int | None = None) -> Any:
         """Return the mask of a piece in the form that a kernel takes; None where it is plainly causal.
 
         Args:
             piece: of this call.
-            kernel: name in transformers, ``sdpa`` say, or this package's with ALiBi or Transformer-XL's terms.
+            kernel: name in transformers, ``sdpa`` say.
+            biased: whether a term by distance is added to the scores.
             like: queries, for device and dtype.
             window: tokens that a token of the layer sees at most, itself included; None for all of these.
 
         Raises:
             AttnPatchError: the kernel cannot express it.
         """
-        key = (piece, kernel, like.device, like.dtype, window)
+        key = (piece, kernel, biased, like.device, like.dtype, window)
         if key not in self._cache:
-            self._cache[key] = self._mask(piece, kernel, like, window)
+            self._cache[key] = self._mask(piece, kernel, biased, like, window)
         return self._cache[key]
 
-    def _mask(self, piece: Piece, kernel: str, like: Tensor, window: int | None) -> Any:
-        name, sinks = kernel_of(kernel), self.sinks(piece)
-        if name.startswith("flash") and window is not None:
+    def _mask(self, piece: Piece, kernel: str, biased: bool, like: Tensor, window: int | None) -> Any:
+        sinks = self.sinks(piece)
+        if kernel.startswith("flash") and window is not None:
             if sinks is not None:
                 raise AttnPatchError(
                     f"{kernel}: sinks before the window of a layer; use backend='sdpa', or num_sinks=0."
@@ -139,12 +165,12 @@ class Call:
             recalled = self.segments.recalled(number, sinks.number)
             recalled = recalled if window is None else recalled & _near(number, sinks.number, window)
             seen = torch.cat([recalled, seen.expand(len(recalled), -1, -1)], 2)
-        if self.doubled and (name != kernel or name.startswith("flash")):
+        if self.doubled and (biased or kernel.startswith("flash")):
             raise AttnPatchError(
                 f"{kernel}: gradients of rows that stand differently in their segments. Where none are wanted, call "
                 "under torch.no_grad(); otherwise pad on the right and read whole segments."
             )
-        return formed(seen, name, self.tokens.keep[:, piece.start : piece.stop], like)
+        return formed(seen, kernel, self.tokens.keep[:, piece.start : piece.stop], like)
 
     def _seen(self, piece: Piece, window: int | None) -> Tensor:
         """Who sees whom, (batch, q, k), bool; padding sees itself, so that it is a number."""
@@ -233,24 +259,7 @@ class Call:
         sinks = Sinks() if self._sinks is None else self._sinks.kept(self._sunk)
         self._memory.put(self._written, sinks, number, turned, count, shift, self.tokens.keep)
         self._memory, self._written = None, {}
-        CALL.set(None)
-
-
-@dataclass(frozen=True, eq=False)
-class Handed:
-    """What attention modules get in the place of a mask; a model may ask for several, one for each kind of layer.
-
-    Attributes:
-        call: the forward.
-        own: the kernel's own mask, which holds where the call is one plain segment.
-    """
-
-    call: Call
-    own: Any = None
-
-    def to(self, *args: Any, **kwargs: Any) -> Handed:
-        """As the kernel's own mask is cast; MPT wants it to be bool."""
-        return Handed(self.call, None if self.own is None else self.own.to(*args, **kwargs))
+        INSTEAD.set(None)
 
 
 def _columns(states: Tensor, width: int) -> Tensor:

@@ -155,6 +155,8 @@ class RecurrentCache(Cache):  # type: ignore[misc]  # transformers is not follow
         segments: how its rows are cut.
     """
 
+    passed_by = True
+
     def __init__(self, memory: Memory, segments: Segments):
         self.memory, self.segments, self.begun = memory, segments, memory.columns
         self.offloading, self.layer_class_to_replicate = False, None

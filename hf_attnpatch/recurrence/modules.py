@@ -1,9 +1,11 @@
-"""What stays inside a model with segment recurrence: a hook on its decoder, and a number on each attention module."""
+"""What stays on the decoder of a model with segment recurrence: a hook."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import threading
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,59 +13,17 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
+from ..attention.masks import INSTEAD
+from ..attention.registry import FUSED, PREFIX, keep_wrappers
 from ..errors import AttnPatchError
-from ..functional import rotary
-from ..functional.rerotation import Turning
 from ..functional.segments import NOBODY, Segments
 from ..upstream import words
 from ..upstream.caches import length as cached
 from ..upstream.roles import Arguments, Roles
-from .call import CALL, Call, Tokens, no_weights
+from .call import Call, Tokens, no_weights
 from .memory import Memory, RecurrentCache
 
-PREFIX = "recurrent_"  # of the attention functions with memory, before the name of the kernel they call
-
-
-class Recurrent:
-    """One attention module's part; the module holds it as ``recurrence``.
-
-    Args:
-        number: in the memory.
-        rotary: the module that made the angles; None where keys need not be turned.
-        buffer: under which name it keeps its frequencies.
-        interleaved: see :class:`Turning`.
-        first: see :class:`Turning`.
-        window: tokens that a token sees at most, itself included; None for all that it is given.
-    """
-
-    def __init__(
-        self,
-        number: int,
-        rotary: nn.Module | None,
-        buffer: str = "",
-        interleaved: bool = False,
-        first: int = 0,
-        *,
-        window: int | None = None,
-    ):
-        self.number, self.rotary, self.buffer, self.window = number, rotary, buffer, window
-        self.interleaved, self.first = interleaved, first
-        self._turning: Turning | None = None
-        self._of: Any = None
-
-    def __repr__(self) -> str:
-        return f"memory {self.number}"
-
-    @property
-    def turning(self) -> Any:
-        """How keys are turned; None where they are not."""
-        return None if self.rotary is None else self._made
-
-    def _made(self) -> Turning:
-        found = getattr(self.rotary, self.buffer)
-        if self._turning is None or self._of is not found:
-            self._of, self._turning = found, Turning(frequencies_of(found), self.interleaved, self.first)
-        return self._turning
+OURS = (PREFIX, FUSED)  # what implementations under which masks are asked of this package begin with
 
 
 class Recalling:
@@ -76,10 +36,20 @@ class Recalling:
         bounded: whether positions begin anew with each segment; otherwise they run on.
         layers: attention modules that run in a forward.
         rows: of the position table, None where there is none.
+        native: whether attention modules compute their scores by themselves, so that no other kernel can be chosen.
     """
 
-    def __init__(self, roles: Roles, config: Any, segments: Segments, bounded: bool, layers: int, rows: int | None):
-        self.roles, self.config, self.segments = roles, config, segments
+    def __init__(
+        self,
+        roles: Roles,
+        config: Any,
+        segments: Segments,
+        bounded: bool,
+        layers: int,
+        rows: int | None,
+        native: bool = False,
+    ):
+        self.roles, self.config, self.segments, self.native = roles, config, segments, native
         self.bounded, self.layers, self.rows = bounded, layers, rows
         self._open: dict[int, Memory] = {}  # by the thread that opened it
 
@@ -87,6 +57,11 @@ class Recalling:
     def stream(self) -> Memory | None:
         """The memory that calls of this thread carry on; None for nothing."""
         return self._open.get(threading.get_ident())
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a thread has a stream open on the model."""
+        return bool(self._open)
 
     def open(self, memory: Memory) -> None:
         """Carry this memory across the calls of this thread from now on."""
@@ -104,8 +79,8 @@ class Recalling:
     @property
     def gave_positions(self) -> bool:
         """Whether the positions of the forward in progress may be this hook's and not the caller's."""
-        call = CALL.get()
-        return call is not None and not call.plain
+        call = INSTEAD.get()
+        return isinstance(call, Call) and not call.plain
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recalling:
         """A copy of the model has no stream open."""
@@ -117,7 +92,7 @@ class Recalling:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Look at what is new, and say what it meets."""
-        CALL.set(None)
+        INSTEAD.set(None)
         self._check(module)
         named = self.roles.bind(args, kwargs)
         given = named.get(words.TOKENS)
@@ -129,7 +104,7 @@ class Recalling:
         memory = Memory() if memory is None else memory
         memory.begin(given.shape[0])
         tokens, same = self._tokens(named, given.shape[0], given.shape[1], memory)
-        call = Call(self.segments, tokens, memory, self.layers)
+        call = Call(self.segments, tokens, memory, self.layers, functools.partial(self._asks, weakref.ref(module)))
         if named.get(words.WEIGHTS) and not call.plain:
             raise no_weights(module)
         if not kept:
@@ -138,12 +113,19 @@ class Recalling:
             self._check_rows(tokens)
             if self.roles.takes(words.POSITIONS):
                 named.put(words.POSITIONS, tokens.place.clamp(min=0).to(given.device))
-        CALL.set(call)
+        INSTEAD.set(call)
         return named.back()
 
+    def _asks(self, decoder: weakref.ref[nn.Module], config: Any) -> bool:
+        """Whether a config that comes with a request for a mask is that of a decoder which still has this hook."""
+        module = decoder()
+        return (config is None or config is self.config) and module is not None and recalling_of(module) is self
+
     def _check(self, module: nn.Module) -> None:
+        if not self.native:
+            keep_wrappers(self.config)
         found = self.config._attn_implementation
-        if PREFIX not in found:
+        if not found.startswith(OURS):
             raise AttnPatchError(
                 f"{type(module).__name__}: attention implementation {found!r} knows nothing of this model's memory; "
                 f"model.set_attn_implementation('{PREFIX}{found}') keeps it."
@@ -252,17 +234,6 @@ def _check_packed(place: Tensor, keep: Tensor, allowed: bool) -> None:
             "position_ids that do not count up (packed documents, images): a memory takes one document a row; give "
             "each its row, and reset(rows) where another begins."
         )
-
-
-def frequencies_of(buffer: Tensor) -> Tensor:
-    """Return the frequencies in radians per position: a buffer of them, or those of GPT-J's and CodeGen's tables."""
-    return buffer if buffer.dim() == 1 else rotary.default(10_000.0, buffer.shape[-1])
-
-
-def recurrent_of(module: nn.Module) -> Recurrent | None:
-    """Return an attention module's part in a recurrence, or None."""
-    found = vars(module).get("recurrence")
-    return found if isinstance(found, Recurrent) else None
 
 
 def recalling_of(module: nn.Module) -> Recalling | None:

@@ -84,6 +84,8 @@ class Stream(contextlib.ExitStack):
 def stream(model: nn.Module) -> Stream:
     """Carry the memory of a model with segment recurrence across calls.
 
+    Experimental: its arguments may get other names or defaults between minor versions.
+
     ``with ap.stream(model) as stream:`` every call goes on where the last one stopped, row by row, whatever its length;
     ``stream.reset([2])`` lets row 2 begin another document. Padding stands behind a document. Within the block the
     memory may be left and entered again. A stream belongs to the thread that opens it: others may have theirs, and are

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from ..errors import AttnPatchError
 
@@ -24,6 +25,34 @@ def check_number(name: str, value: object, at_least: float | None = None) -> Non
     if not number or (value <= 0 if at_least is None else value < at_least):  # type: ignore[operator]  # a number by now
         wanted = "above 0" if at_least is None else f"of at least {at_least:g}"
         raise AttnPatchError(f"{name} is {value!r}; it must be a finite number {wanted}.")
+
+
+def check_reach(factor: object, target_length: object) -> None:
+    """Refuse how far to reach where it is said twice, or is no multiple (of at least 1) and no number of tokens.
+
+    Raises:
+        AttnPatchError: says the field, what was found and what was wanted.
+    """
+    if factor is not None:
+        check_number("factor", factor, at_least=1)
+    tokens = isinstance(target_length, int) and not isinstance(target_length, bool) and target_length > 0
+    if target_length is not None and not tokens:
+        raise AttnPatchError(f"target_length is {target_length!r}; it must be a number of tokens, at least 1, or None.")
+    if factor is not None and target_length is not None:
+        raise AttnPatchError(
+            f"target_length {target_length} and factor {factor:g} both say how far to reach; give one of them."
+        )
+
+
+def factor_to(target_length: int, trained_length: int) -> float:
+    """Return the factor from a trained length to one to reach, both in tokens.
+
+    Raises:
+        AttnPatchError: it is shorter.
+    """
+    if target_length < trained_length:
+        raise AttnPatchError(f"target_length {target_length} is below the {trained_length} tokens of the model.")
+    return target_length / trained_length
 
 
 def checked_factors(name: str, value: object, kind: str) -> tuple[float, ...] | None:
@@ -49,7 +78,7 @@ class Scaling(Protocol):
     @property
     def kind(self) -> str: ...  # noqa: D102 - see RopeScaling
     @property
-    def factor(self) -> float: ...  # noqa: D102 - see RopeScaling
+    def factor(self) -> Any: ...  # noqa: D102 - a number by the time that angles are computed
     @property
     def beta_fast(self) -> float: ...  # noqa: D102 - see RopeScaling
     @property
@@ -59,13 +88,13 @@ class Scaling(Protocol):
     @property
     def high_freq_factor(self) -> float: ...  # noqa: D102 - see RopeScaling
     @property
-    def long_factor(self) -> tuple[float, ...] | None: ...  # noqa: D102 - see RopeScaling
+    def long_factor(self) -> Sequence[float] | None: ...  # noqa: D102 - see RopeScaling
     @property
-    def short_factor(self) -> tuple[float, ...] | None: ...  # noqa: D102 - see RopeScaling
+    def short_factor(self) -> Sequence[float] | None: ...  # noqa: D102 - see RopeScaling
     @property
     def attention_factor(self) -> float | None: ...  # noqa: D102 - see RopeScaling
     @property
-    def layer_types(self) -> tuple[str, ...] | None: ...  # noqa: D102 - see RopeScaling
+    def layer_types(self) -> Sequence[str] | None: ...  # noqa: D102 - see RopeScaling
     @property
     def per_request(self) -> bool: ...  # noqa: D102 - see RopeScaling
     @property

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from ..twin import Change
 from ..upstream import words
+from ..upstream.parts import made_like, parts_of
 from ..upstream.roles import Roles
 from .config import scaled_fields
 from .request_length import Requests, chosen
@@ -104,7 +105,9 @@ class RequestAngles:
         back = torch.tensor(order, device=positions.device).argsort()
         if isinstance(parts[0], Tensor):
             return torch.cat(parts, -3).index_select(-3, back)
-        return type(parts[0])(torch.cat(each, -3).index_select(-3, back) for each in zip(*parts, strict=True))
+        each = zip(*(parts_of(part) or () for part in parts), strict=True)
+        rows_in_order = [torch.cat(tensors, -3).index_select(-3, back) for tensors in each]
+        return made_like(parts[0], rows_in_order, "a factor for each request")
 
     def _module(self, module: nn.Module, length: int, device: torch.device) -> nn.Module:
         key = (length, str(device))

@@ -83,6 +83,8 @@ _OPEN: weakref.WeakKeyDictionary[Requests, dict[object, tuple[int, Lengths]]] = 
 def request(model: nn.Module, length: int | Sequence[int]) -> Iterator[None]:
     """Say how long the requests of the forwards in this block will become, for a model scaled ``per_request``.
 
+    Experimental: its arguments may get other names or defaults between minor versions.
+
     Not needed for ``generate`` (prompt and ``max_new_tokens`` tell it) nor for a forward over whole texts. Needed where
     a text grows through a cache by one's own forwards, or by several calls of ``generate``, beyond the trained window.
     It holds for this thread (and for what runs in a copy of its context, as ``asyncio.to_thread`` does); one that is

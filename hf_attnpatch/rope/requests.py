@@ -16,7 +16,7 @@ from ..anatomy import Anatomy
 from ..configs import config_at
 from ..edits import AddHook, AddPreHook, Edit, ReplaceModule, SetAttribute
 from ..errors import UnsupportedArchitecture
-from ..patch import Proposal
+from ..patch import Proposal, changed
 from ..twin import Change, difference
 from ..upstream import words
 from ..upstream.roles import roles_of
@@ -68,7 +68,7 @@ def request_proposal(patch: Any, model: PreTrainedModel, anatomy: Anatomy, owner
         edits.append(SetAttribute("", "generate", Generate(model, requests)))
         edits.append(SetAttribute("", "_prepare_cache_for_generation", PrepareCache(model, requests)))
     said = f"one factor for each request and row: 1 up to {trained} tokens, then by prompt and max_new_tokens"
-    kept = dataclasses.replace(patch, trained_length=trained)
+    kept = changed(patch, trained_length=trained)
     notes = (said, *([note] if note else ()))
     return Proposal(tuple(edits), tuple(rotary), notes, stock=False, claims=("the positions",), patch=kept)
 

@@ -22,6 +22,7 @@ from ..evaluation.losses import check_finite
 from ..evaluation.mode import device_of, measuring
 from ..evaluation.windows import Documents, read_documents
 from ..patches import RopeScaling
+from ..showing import Shown
 from ..upstream import words
 from .evolution import Divisors, rounded, seeds
 from .search_course import Course
@@ -29,7 +30,7 @@ from .search_state import opened
 
 
 @dataclass(frozen=True)
-class RopeSearch:
+class RopeSearch(Shown):
     """What a search found.
 
     Attributes:
@@ -96,6 +97,8 @@ def search_rope(
     **effort: Any,
 ) -> RopeSearch:
     """Search the divisors of rotary frequencies with which a model reads longer text best; it is left as it was.
+
+    Experimental: its arguments may get other names or defaults between minor versions.
 
     Seeded with position interpolation, NTK, YaRN and transformers' own YaRN (which counts frequencies, where the paper
     counts turns); children are mutations and crossovers that divide no frequency by

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
+from ..progress import bar
 from .evolution import TRIES, Divisors, crossed, mutated
 from .search_state import State
 
@@ -53,7 +53,7 @@ class Course:
         rounds = range(state.iteration, state.settings["iterations"] + 1)
         total = size + state.settings["iterations"] * 2 * (size // 4)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, disable=not Console().is_terminal) as progress:
+        with bar(*columns) as progress:
             task = progress.add_task("search-rope", total=total, completed=min(total, len(state.losses)))
             for _ in rounds:
                 for child in self._children(size):

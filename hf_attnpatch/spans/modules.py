@@ -1,4 +1,4 @@
-"""What stays inside a model whose attention sees distances otherwise: plain objects, hooks, and a cache layer."""
+"""What attention sinks leave in a model: a hook on each module, and a cache layer that lets go of tokens."""
 
 from __future__ import annotations
 
@@ -9,67 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ..attention.masks import mask_of
 from ..errors import AttnPatchError
-from ..functional.rerotation import Turning
-from ..functional.spans import Sinks, Span
+from ..functional.spans import Sinks
 from ..upstream import words
 from ..upstream.caches import DynamicLayer, Storing, length, overriding, queries, view
 from ..upstream.roles import Roles
-
-PREFIX = "spans_"  # of the attention functions that know of spans, before the name of the kernel they call
-
-
-class Spanned:
-    """How one attention module sees distances; the module holds it as ``span``.
-
-    Not a module and no buffer: everything follows from the config, and the frequencies are read where the model keeps
-    them, so that they follow it to another device and are there when it was built on the meta device.
-
-    Args:
-        span: distances.
-        rotary: the module that made the angles.
-        buffer: under which name it keeps its frequencies.
-        interleaved: see :class:`Turning`.
-        first: see :class:`Turning`.
-    """
-
-    def __init__(self, span: Span, rotary: nn.Module, buffer: str, interleaved: bool, first: int):
-        self.span, self.rotary, self.buffer, self.interleaved, self.first = span, rotary, buffer, interleaved, first
-
-    def __repr__(self) -> str:
-        return str(self.span)
-
-    def turning(self) -> Turning:
-        """Return how the module's states turn."""
-        return Turning(getattr(self.rotary, self.buffer), self.interleaved, self.first)
-
-
-class Listener:
-    """In the place of :class:`Spanned` while a model is being read: notes what attention is called with."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Tensor, Tensor, Tensor | None, Mapping[str, Any]]] = []
-
-
-class SpanGuard:
-    """Forward pre-hook: stops a model whose attention function was exchanged for one that knows nothing of its span.
-
-    Args:
-        config: whose attention implementation the module asks for.
-    """
-
-    def __init__(self, config: Any):
-        self.config = config
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Look, and change nothing."""
-        found = self.config._attn_implementation
-        if not found.startswith(PREFIX):
-            raise AttnPatchError(
-                f"{type(module).__name__}: attention implementation {found!r} knows nothing of the distances that this "
-                f"model was patched to see; model.set_attn_implementation('{PREFIX}sdpa') keeps them, or "
-                f"'{PREFIX}eager', which is dense."
-            )
 
 
 class ShiftedAngles:
@@ -213,13 +158,7 @@ class Evicts:
 
 
 def _padding(mask: Any) -> int:
-    """Return the length of the longest padding before a row, from the mask of :mod:`hf_attnpatch.spans.attention`."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.int64:
-        return 0
-    return int((mask[:, 0, 0] < 0).sum(-1).max())
-
-
-def span_of(module: nn.Module) -> Spanned | Listener | None:
-    """Return what this package gave an attention module, or None."""
-    found = vars(module).get("span")
-    return found if isinstance(found, (Spanned, Listener)) else None
+    """Return the length of the longest padding before a row."""
+    made = mask_of(mask)
+    places = None if made is None else made.positions()
+    return 0 if places is None else int((places < 0).sum(-1).max())

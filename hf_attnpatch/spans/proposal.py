@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, cast
 
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..configs import config_at
-from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
+from ..attention.registry import guarded, kernel_of, set_kernel
+from ..attention.wrapper import AddWrapper
+from ..configs import config_path
+from ..edits import AddPreHook, Edit
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.spans import Sinks, Span
 from ..patch import Patch, Proposal
@@ -18,9 +20,11 @@ from ..probe import default_inputs, logits_under, trial
 from ..sites import Site
 from ..upstream.roles import roles_of
 from ..weightless import is_restoring, runnable
-from .backends import BACKENDS, register_spans
-from .modules import PREFIX, Evicting, Evicts, SpanGuard, Spanned, span_of
-from .survey import Found, survey
+from .attention import Spanned, span_of
+from .modules import Evicting, Evicts
+from .survey import Found, by_itself, survey
+
+BACKENDS = ("auto", "sdpa", "eager")
 
 
 class Spanning(Protocol):
@@ -29,12 +33,23 @@ class Spanning(Protocol):
     @property
     def name(self) -> str: ...  # noqa: D102 - see Patch
     @property
-    def trained(self) -> int | None: ...  # noqa: D102 - tokens that the model handles by itself
+    def trained_length(self) -> int | None: ...  # noqa: D102 - tokens that the model handles by itself
     @property
     def backend(self) -> str: ...  # noqa: D102 - auto, sdpa or eager
 
 
-def check_fields(patch: Patch, backend: str, **lengths: int | None) -> None:
+class Reaching(Protocol):
+    """The fields of patches that are told how far to reach."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102 - see Patch
+    @property
+    def target_length(self) -> int | None: ...  # noqa: D102 - in tokens
+    @property
+    def factor(self) -> float | None: ...  # noqa: D102 - the same as a multiple of the trained length
+
+
+def check_fields(patch: Reaching | Spanning, backend: str, **lengths: int | None) -> None:
     """Refuse what is no length, and backends that do not exist.
 
     Raises:
@@ -54,27 +69,28 @@ def trained_length(patch: Spanning, anatomy: Anatomy) -> int:
     Raises:
         UnsupportedArchitecture: neither the patch nor the config says.
     """
-    length = patch.trained or anatomy.max_positions
+    length = patch.trained_length or anatomy.max_positions
     if not isinstance(length, int) or length < 8:
         raise UnsupportedArchitecture(
-            f"{anatomy.architecture}: its config declares a context of {length!r} tokens; pass trained=, the length it "
-            "was trained at."
+            f"{anatomy.architecture}: its config declares a context of {length!r} tokens; pass trained_length=, the "
+            "length it was trained at."
         )
     return length
 
 
-def target_length(patch: Patch, target: int | None, trained: int) -> int:
-    """Return the length to reach, four times the trained one unless given.
+def target_length(patch: Reaching, trained: int) -> int | None:
+    """Return the length to reach in tokens; None where none was given.
 
     Raises:
         AttnPatchError: it is not above the trained length.
     """
+    target = patch.target_length if patch.factor is None else round(patch.factor * trained)
     if target is not None and target <= trained:
         raise AttnPatchError(
-            f"{patch.name}: target {target} is not above the {trained} tokens that the model handles by itself; there "
-            "is nothing to extend."
+            f"{patch.name}: target_length {target} is not above the {trained} tokens that the model handles by itself; "
+            "there is nothing to extend."
         )
-    return 4 * trained if target is None else target
+    return target
 
 
 def within(patch: Patch, trained: int, **lengths: int) -> None:
@@ -117,9 +133,9 @@ def spanned(
         *_caches(model, found, span),
         *counted(model, tuple(found), span_of, turned=True),
     ]
-    kernel, said = _kernel(patch, model, [*_edits(model, anatomy, found, small)])
+    kernel, said = _kernel(patch, model, anatomy, lambda dense: _edits(model, anatomy, found, small, dense))
     return Proposal(
-        (*edits, _attention(kernel)),
+        (*edits, *kernel),
         tuple(found),
         (*notes, *left, *said),
         stock=False,
@@ -129,13 +145,18 @@ def spanned(
     )
 
 
-def _edits(model: PreTrainedModel, anatomy: Anatomy, found: Found, span: Span) -> Iterator[Edit]:
+def _edits(model: PreTrainedModel, anatomy: Anatomy, found: Found, span: Span, dense: bool = False) -> Iterator[Edit]:
     sites: dict[str, Site] = {site.path: site for site in anatomy.sites}
     for path, (rotary, buffer, interleaved, first) in found.items():
-        held = Spanned(span, model.get_submodule(rotary), buffer, interleaved, first)
-        yield SetAttribute(path, "span", held)
-        config = config_at(model, sites[path].config) if path in sites else model.get_submodule(path).config
-        yield AddPreHook(path, SpanGuard(config), "refuses to run with other distances")
+        held = Spanned(span, model.get_submodule(rotary), buffer, interleaved, first, dense=dense)
+        yield AddWrapper(path, held)
+    if anatomy.native:
+        return  # its notes are taken under any implementation
+    places = [
+        (path, sites[path].config if path in sites else config_path(model, model.get_submodule(path).config) or "")
+        for path in found
+    ]
+    yield from guarded(model, anatomy.base, places)
 
 
 def _caches(model: PreTrainedModel, found: Found, span: Span) -> Iterator[Edit]:
@@ -143,25 +164,31 @@ def _caches(model: PreTrainedModel, found: Found, span: Span) -> Iterator[Edit]:
         return
     for path in found:
         hook = Evicting(roles_of(model.get_submodule(path)), span)
-        yield AddPreHook(path, hook, "an empty cache becomes one that lets go")
+        yield AddPreHook(path, hook, "an empty cache becomes one that lets go", first=True)
 
 
-def _attention(kernel: str) -> SetAttention:
-    return SetAttention("", PREFIX + kernel, register_spans)
-
-
-def _kernel(patch: Spanning, model: PreTrainedModel, edits: list[Edit]) -> tuple[str, list[str]]:
-    """Return the kernel and what to say about it; flash calls are compared with the dense way on a few tokens."""
+def _kernel(
+    patch: Spanning, model: PreTrainedModel, anatomy: Anatomy, trying: Callable[[bool], Iterator[Edit]]
+) -> tuple[Sequence[Edit], list[str]]:
+    """Return the edits that choose a kernel, and what to say; flash calls are held to the dense way on a few tokens."""
+    if anatomy.native and patch.backend == "eager":
+        raise UnsupportedArchitecture(
+            f"{anatomy.sites[0].path}: {anatomy.sites[0].kind} computes its scores by itself, and only a fused "
+            "kernel can take its place; leave backend='auto'."
+        )
+    through = by_itself(model, anatomy)
     if is_restoring():  # kernels are compared with weights
-        asked = model.config._attn_implementation.removeprefix(PREFIX)
-        return (patch.backend if patch.backend != "auto" else asked if asked in BACKENDS[1:] else "sdpa"), []
+        asked = kernel_of(model.config._attn_implementation)
+        kernel = patch.backend if patch.backend != "auto" else asked if asked in BACKENDS[1:] else "sdpa"
+        return through if anatomy.native else (set_kernel(kernel),), []
     inputs = default_inputs(model)
-    reference = logits_under(model, [*edits, _attention("eager")], inputs)
+    reference = logits_under(model, [*trying(True), *through], inputs)
     if patch.backend == "eager":
-        return "eager", ["dense, with every score in memory"]
-    why = trial(model, [*edits, _attention("sdpa")], inputs, reference, backward=False)
+        return through, ["dense, with every score in memory"]
+    fused = through if anatomy.native else (set_kernel("sdpa"),)
+    why = trial(model, [*trying(False), *fused], inputs, reference, backward=False)
     if why is not None:
         raise UnsupportedArchitecture(
             f"{type(model).__name__}: flash calls cannot be merged here: {why}. backend='eager' computes it densely."
         )
-    return "sdpa", ["flash calls merged by log-sum-exp, equal to the dense way on a few tokens"]
+    return fused, ["flash calls merged by log-sum-exp, equal to the dense way on a few tokens"]

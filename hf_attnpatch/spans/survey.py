@@ -7,27 +7,28 @@ compared with each way of turning that there is, so that no table of families is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import record
 from ..anatomy import Anatomy
-from ..edits import AddPreHook, Edit, SetAttention, SetAttribute
+from ..attention.listener import Listener
+from ..attention.masks import mask_of
+from ..attention.registry import set_kernel
+from ..attention.rotation import rotation_of
+from ..attention.wrapper import HELD, AddWrapper
+from ..edits import AddPreHook, Edit
 from ..errors import UnsupportedArchitecture
-from ..functional.rerotation import Turning
-from ..probe import TOLERANCE, default_inputs, largest_difference, logits_under
+from ..positions.fusing import deferred
+from ..positions.keys import BY, STATIC, Way, tables, way_of
+from ..probe import default_inputs, largest_difference, logits_under
 from ..sites import dispatching, in_tower
 from ..upstream import words
-from ..upstream.roles import frequencies, roles_of
-from .backends import register_spans
-from .modules import PREFIX, Listener, ShiftedAngles
+from ..upstream.roles import roles_of
+from .modules import ShiftedAngles
 
-STATIC = ("default", "linear", "yarn", "llama3", "proportional")  # the same angles at every length
-_BY = 7  # positions between the two runs
-Found = dict[str, tuple[str, str, bool, int]]  # module -> rotary module, its buffer, interleaved, first dimension
+Found = dict[str, Way]  # by module
 
 
 def survey(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Found, list[str]]:
@@ -36,16 +37,23 @@ def survey(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Found, list[str]]:
     Raises:
         UnsupportedArchitecture: there are none, or one that looks back at everything turns keys in an unknown way.
     """
+    through = by_itself(model, anatomy)
     anatomy = dataclasses.replace(anatomy, rotary=tuple(r for r in anatomy.rotary if not in_tower(r.path)))
-    _check_rotary(model, anatomy)
-    places = dispatching(model, anatomy.sites, anatomy.other, anatomy.unread)
-    paths = [place.path for place in places]
-    before, after = _listen(model, anatomy, paths, 0), _listen(model, anatomy, paths, _BY)
+    places = [] if anatomy.native else dispatching(model, anatomy.sites, anatomy.other, anatomy.unread)
+    paths = [place.path for place in places or anatomy.sites]
+    if anatomy.turned and not anatomy.rotary:  # by this package, which knows how
+        before = after = _listen(model, anatomy, through, paths, 0)
+    else:
+        _check_rotary(model, anatomy)
+        before, after = _listen(model, anatomy, through, paths, 0), _listen(model, anatomy, through, paths, BY)
     found: Found = {}
     notes: dict[str, list[str]] = {}
     for path in paths:
-        why = _other(before[path])
-        if why is None and largest_difference(before[path].calls[0][1], after[path].calls[0][1]) < 1e-3:
+        why, rotation = _other(before[path]), rotation_of(model.get_submodule(path))
+        if why is None and rotation is not None:
+            found[path] = (path, HELD, rotation.interleaved, 0)
+            continue
+        if why is None and largest_difference(before[path].calls[0].key, after[path].calls[0].key) < 1e-3:
             why = "no rotation"
         if why is None:
             found[path] = _way(model, anatomy, path, before[path], after[path])
@@ -55,6 +63,23 @@ def survey(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Found, list[str]]:
         reasons = "; ".join(f"{where[0]}: {why}" for why, where in notes.items())
         raise UnsupportedArchitecture(f"{anatomy.architecture}: no layer looks back at everything ({reasons}).")
     return found, [f"left alone, {why}: {len(where)} layers ({where[0]} ...)" for why, where in notes.items()]
+
+
+def by_itself(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Edit, ...]:
+    """Return the edits by which attention runs through wrappers; densely, where it dispatches.
+
+    Raises:
+        UnsupportedArchitecture: modules compute their scores by themselves, and cannot be followed.
+    """
+    if not anatomy.native:
+        return (set_kernel("eager"),)
+    found = deferred(model, anatomy)
+    if isinstance(found, str):
+        raise UnsupportedArchitecture(
+            f"{anatomy.sites[0].path}: {anatomy.sites[0].kind} computes its scores by itself and dispatches to no "
+            f"attention function, and cannot be followed: {found}."
+        )
+    return found
 
 
 def _check_rotary(model: PreTrainedModel, anatomy: Anatomy) -> None:
@@ -84,15 +109,17 @@ def _check_rotary(model: PreTrainedModel, anatomy: Anatomy) -> None:
             )
 
 
-def _listen(model: PreTrainedModel, anatomy: Anatomy, paths: list[str], place: int) -> dict[str, Listener]:
+def _listen(
+    model: PreTrainedModel, anatomy: Anatomy, through: Sequence[Edit], paths: list[str], place: int
+) -> dict[str, Listener]:
     listeners = {path: Listener() for path in paths}
-    edits: list[Edit] = [SetAttribute(path, "span", listener) for path, listener in listeners.items()]
+    edits: list[Edit] = [AddWrapper(path, listener) for path, listener in listeners.items()]
     for rotary in anatomy.rotary:
         roles = roles_of(model.get_submodule(rotary.path))
         if not roles.takes(words.POSITIONS):
             raise UnsupportedArchitecture(f"{rotary.path}: {rotary.kind} takes no positions to try other ones with.")
         edits.append(AddPreHook(rotary.path, ShiftedAngles(roles, place), "another position"))
-    logits_under(model, [*edits, SetAttention("", PREFIX + "eager", register_spans)], default_inputs(model))
+    logits_under(model, [*edits, *through], default_inputs(model))
     silent = next((path for path, listener in listeners.items() if not listener.calls), None)
     if silent is not None:
         raise UnsupportedArchitecture(f"{silent}: was not run on a few tokens, so that nothing is known of it.")
@@ -101,43 +128,25 @@ def _listen(model: PreTrainedModel, anatomy: Anatomy, paths: list[str], place: i
 
 def _other(listener: Listener) -> str | None:
     """Say why a module is not one that looks back at everything, or None."""
-    _, _, mask, kwargs = listener.calls[0]
-    if kwargs.get(words.WINDOW) is not None:
-        return f"a window of {kwargs[words.WINDOW]} tokens"
-    if mask is None or mask.dtype != torch.int64:
+    call = listener.calls[0]
+    if call.given.get(words.WINDOW) is not None:
+        return f"a window of {call.given[words.WINDOW]} tokens"
+    made = mask_of(call.mask)
+    if made is None or made.positions() is None:
         return "a mask of their own"
     return None
 
 
-def _way(
-    model: PreTrainedModel, anatomy: Anatomy, path: str, before: Listener, after: Listener
-) -> tuple[str, str, bool, int]:
-    query, key, *_ = before.calls[0]
-    allowed = 5 * max(TOLERANCE.get(key.dtype, 1e-2), TOLERANCE[torch.float32])
-    for rotary, buffer, turning in _ways(model, anatomy, key.shape[-1]):
-        turned = [turning.turn(t, turning.table(torch.full((t.shape[2],), _BY), t.dtype)) for t in (query, key)]
-        if all(largest_difference(now, then) <= allowed for now, then in zip(after.calls[0][:2], turned, strict=True)):
-            return rotary, buffer, turning.interleaved, turning.first
-    raise UnsupportedArchitecture(
-        f"{path}: its keys turn with position in none of the ways that are known, by the frequencies found in "
-        f"{', '.join(sorted(_read(model, anatomy))) or 'no buffer'} (halves or neighbours, all of a head, "
-        "its first or its last dimensions), so that they cannot be turned further."
-    )
+def _way(model: PreTrainedModel, anatomy: Anatomy, path: str, before: Listener, after: Listener) -> Way:
+    then, now = before.calls[0], after.calls[0]
+    found = way_of(model, anatomy, [(then.query, now.query), (then.key, now.key)])
+    if found is None:
+        raise UnsupportedArchitecture(
+            f"{path}: its keys turn with position in none of the ways that are known, by the frequencies found in "
+            f"{', '.join(tables(model, anatomy)) or 'no buffer'} (halves or neighbours, all of a head, "
+            "its first or its last dimensions), so that they cannot be turned further."
+        )
+    return found
 
 
-def _read(model: PreTrainedModel, anatomy: Anatomy) -> set[str]:
-    return {f"{r.path}.{name}" for r in anatomy.rotary for name in frequencies(model.get_submodule(r.path))}
-
-
-def _ways(model: PreTrainedModel, anatomy: Anatomy, width: int) -> Iterator[tuple[str, str, Turning]]:
-    for rotary in anatomy.rotary:
-        module: nn.Module = model.get_submodule(rotary.path)
-        for name, buffer in frequencies(module).items():
-            if "original" in name or 2 * len(buffer) > width:
-                continue
-            for first in dict.fromkeys((0, width - 2 * len(buffer))):
-                for interleaved in (False, True):
-                    yield rotary.path, name, Turning(buffer, interleaved, first)
-
-
-__all__ = ["Found", "Tensor", "survey"]
+__all__ = ["Found", "by_itself", "survey"]

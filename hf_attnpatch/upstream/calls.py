@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,7 @@ class _Heard:
 
     attention: tuple[tuple[Any, ...], dict[str, Any]] = field(default_factory=lambda: ((), {}))
     mask: dict[str, Any] = field(default_factory=dict)
+    first: tuple[Any, ...] = ()
     sentinel: Tensor | None = None
 
 
@@ -62,6 +63,8 @@ class Interface:
         masks: the same for mask functions.
         by_position: whether mask functions tell queries by a tensor of positions (releases before 5.3).
         causal: attribute by which a module says that it looks back only.
+        first: what mask functions get in front of all that is known, by position; empty in the releases that are.
+        others: what attention functions get by position that is none of ``_STATES``, by place; likewise empty.
     """
 
     places: tuple[int | str, ...]
@@ -69,6 +72,8 @@ class Interface:
     masks: Mapping[str, str]
     by_position: bool
     causal: str
+    first: tuple[Any, ...] = ()
+    others: Mapping[int, Any] = field(default_factory=dict)
 
     @property
     def usual(self) -> bool:
@@ -88,7 +93,13 @@ def interface() -> Interface:
     global _KNOWN
     if _KNOWN is None:
         with torch.device("cpu"):  # a model that asks may be in the middle of being built without data
-            _KNOWN = _learned()
+            try:
+                _KNOWN = _learned()
+            except (TypeError, AttributeError, LookupError, RuntimeError) as error:
+                cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                raise changed(
+                    f"attention or mask functions that are called in another way ({cause})", _NEEDS
+                ) from error
     return _KNOWN
 
 
@@ -99,7 +110,10 @@ def _learned() -> Interface:
         (words.DROPOUT, words.SCALING), kwargs, {words.DROPOUT: _DROPOUT, words.SCALING: _HEAD_DIM**-0.5}
     )
     by_position = "cache_position" in heard.mask
-    return Interface(_places(args, kwargs, heard.sentinel), keywords, _masks(heard.mask), by_position, _causal())
+    places, masks = _places(args, kwargs, heard.sentinel), _masks(heard.mask)
+    last = max((place for place in places if isinstance(place, int)), default=-1)
+    others = {place: value for place, value in enumerate(args[:last]) if place not in places}
+    return Interface(places, keywords, masks, by_position, _causal(places, others), heard.first, others)
 
 
 @functools.cache
@@ -137,31 +151,40 @@ def _for_each_head(value: Tensor, heads: int) -> bool:
     return at is not None and value.is_floating_point() and value.shape[at] == heads
 
 
-def _call_attention(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    found, function = interface(), AttentionInterface()[name]
+def call_attention(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call an attention function of transformers, given this package's places and words, as the release wants it."""
+    found = interface()
     if found.usual:
         return function(*args, **kwargs)
     named = {found.keywords.get(word, word): value for word, value in kwargs.items()}
-    placed = sorted((p, n) for n, p in enumerate(found.places) if isinstance(p, int))
-    by_name = {p: args[n] for n, p in enumerate(found.places) if isinstance(p, str)}
-    return function(*(args[n] for _, n in placed), **by_name, **named)
+    placed, by_name = _arranged(found.places, found.others, args)
+    return function(*placed, **by_name, **named)
+
+
+def _arranged(
+    places: Sequence[int | str], others: Mapping[int, Any], states: Sequence[Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """Return ``_STATES`` as an attention function wants them: by position, beside what else it gets, and by name."""
+    pairs = list(zip(places, states, strict=True))
+    placed = {**others, **{place: value for place, value in pairs if isinstance(place, int)}}
+    return [placed[at] for at in sorted(placed)], {place: value for place, value in pairs if isinstance(place, str)}
 
 
 def sdpa_attention(*args: Any, **kwargs: Any) -> Any:
     """Transformers' attention function of torch's kernels, in this package's words."""
-    return _call_attention("sdpa", args, kwargs)
+    return call_attention(AttentionInterface()["sdpa"], args, kwargs)
 
 
 def flex_attention(*args: Any, **kwargs: Any) -> Any:
     """Transformers' attention function of flex attention, in this package's words."""
-    return _call_attention("flex_attention", args, kwargs)
+    return call_attention(AttentionInterface()["flex_attention"], args, kwargs)
 
 
 @functools.cache
 def mask_registered(mask: Function) -> Function:
     """Return what to register for a mask function that takes ``q_length`` and ``q_offset``: always the same."""
     found = interface()
-    if not found.by_position and not found.masks:
+    if not found.by_position and not found.masks and not found.first:
         return mask
     ours = {theirs: word for word, theirs in found.masks.items()}
 
@@ -171,7 +194,7 @@ def mask_registered(mask: Function) -> Function:
         if position is not None:
             where = {"q_length": len(position), "q_offset": int(position[0])}
             kwargs = {**kwargs, **where, "device": position.device}
-        return mask(*args, **kwargs)
+        return mask(*args[len(found.first) :], **kwargs)
 
     return spoken
 
@@ -183,7 +206,7 @@ def call_mask(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> An
     if found.by_position:
         here = torch.arange(given.pop("q_length"), device=given.pop("device", "cpu"))
         given["cache_position"] = here + given.pop("q_offset", 0)
-    return mask(**{found.masks.get(word, word): value for word, value in given.items()})
+    return mask(*found.first, **{found.masks.get(word, word): value for word, value in given.items()})
 
 
 def sdpa_mask(*args: Any, **kwargs: Any) -> Any:
@@ -222,7 +245,9 @@ def _listen() -> _Heard:
     heard = _Heard()
 
     def mask(*args: Any, **kwargs: Any) -> Tensor:
-        heard.mask = {**dict(zip(words.MASKS, args, strict=False)), **kwargs}
+        extra = len(args) if words.MASKS[0] in kwargs else 0  # before all that is known
+        heard.first = args[:extra]
+        heard.mask = {**dict(zip(words.MASKS, args[extra:], strict=False)), **kwargs}
         heard.sentinel = torch.ones(_ROWS, 1, _NEW, _CACHED + _NEW, dtype=torch.bool)
         return heard.sentinel
 
@@ -318,7 +343,7 @@ def _skips() -> dict[str, str]:
     return found
 
 
-def _causal() -> str:
+def _causal(places: Sequence[int | str], others: Mapping[int, Any]) -> str:
     """Return the attribute by which a module tells transformers' own kernel that it looks back only."""
     asked: list[str] = []
 
@@ -327,14 +352,18 @@ def _causal() -> str:
             asked.append(name)
             return super().__getattr__(name)
 
-    sdpa = AttentionInterface()["sdpa"]
     states = torch.arange(12.0).view(1, 1, 3, 4) / 12
-    plain = Module()
-    wanted = sdpa(plain, states, states, states, None)[0]
+
+    def attend(module: nn.Module) -> Tensor:
+        args, kwargs = _arranged(places, others, (module, states, states, states, None))
+        attended: Tensor = AttentionInterface()["sdpa"](*args, **kwargs)[0]
+        return attended
+
+    wanted = attend(Module())
     for name in dict.fromkeys([words.IS_CAUSAL, *asked]):
         module = nn.Module()
         setattr(module, name, False)
-        if name in asked and not torch.equal(sdpa(module, states, states, states, None)[0], wanted):
+        if name in asked and not torch.equal(attend(module), wanted):
             return name
     raise changed("no attribute by which an attention module says that it looks both ways", _NEEDS)
 

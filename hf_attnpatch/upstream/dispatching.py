@@ -44,9 +44,14 @@ def _names_registry(kind: type[nn.Module]) -> bool:
     return any(isinstance(forward.__globals__.get(name), AttentionInterface) for name in forward.__code__.co_names)
 
 
-def _listen(model: PreTrainedModel) -> None:
+def register_listening() -> None:
+    """Make the listening function known; the name stays, as all names of this package do."""
     AttentionMaskInterface.register(_LISTENING, _no_mask)
     AttentionInterface.register(_LISTENING, _heard)
+
+
+def _listen(model: PreTrainedModel) -> None:
+    register_listening()
     try:
         twin = skeleton(model, attention=_LISTENING).eval()
     except (*FAILURES, ImportError, StrictDataclassError):

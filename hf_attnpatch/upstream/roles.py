@@ -24,6 +24,7 @@ from ..interruption import removing
 from . import words
 from .caches import first, output_fields, returned
 from .find import changed
+from .parts import parts_of
 
 _ROWS, _LENGTH = 3, 11  # of the probe: sizes that no model has by chance
 FAILURES = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ArithmeticError, AssertionError)
@@ -398,8 +399,9 @@ class _Probe:
             whole = value.dim() == 3 and value.shape[:2] == (_ROWS, _LENGTH) and value.is_floating_point()
             square = value.dim() == 4 and value.shape[1] == 1 and value.shape[-2:] == (_LENGTH, _LENGTH)
             return words.STATES if whole else words.MASK if square else ""
-        pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, Tensor) for v in value)
-        return words.ANGLES if pair and value[0].shape == value[1].shape and value[0].shape[-2] == _LENGTH else ""
+        pair = parts_of(value) or ()
+        both = len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)
+        return words.ANGLES if both and pair[0].shape == pair[1].shape and pair[0].shape[-2] == _LENGTH else ""
 
 
 def _key(module: nn.Module) -> Any:

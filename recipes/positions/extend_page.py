@@ -33,8 +33,8 @@ def write(study: Study, store: Store, out: Path) -> None:
         out / "README.md",
         [
             f"# {study.title}\n",
-            "\n".join(f"* {line}" for line in _about(study, store)),
             found(study, store),
+            "\n".join(f"* {line}" for line in _about(study, store)),
             _pictures(out, longest),
             f"## Without training, best at {longest:,} first\n\n" + _table(study, store, order),
             _trained(study, store, trained),

@@ -11,6 +11,7 @@ from recipes.positions import draw, heat, page
 from recipes.positions.study import STRENGTH, Study
 
 ORIGINAL = "original"
+LEFT_OUT = "The drawings leave out other seeds, rates, starts and warm-ups; the tables have them."
 
 
 def write(study: Study, store: Store, out: Path) -> None:
@@ -18,10 +19,11 @@ def write(study: Study, store: Store, out: Path) -> None:
     groups: dict[str, list[str]] = {}
     for cell in study.cells:
         groups.setdefault(cell.name.partition("/")[0], []).append(cell.name)
-    draw.by_length(store, groups, study.lengths, out / "length.png", "Loss by context, the same targets")
+    drawn = {group: [name for name in names if _main(name)] for group, names in groups.items()}
+    draw.by_length(store, drawn, study.lengths, out / "length.png", "Loss by context, the same targets")
     block = next((cell.spec["data"]["block"] for cell in study.cells if cell.kind == "train"), study.lengths[0])
-    draw.by_position(store, groups, (block, "blocks of the training"), out / "position.png", "Loss by position")
-    draw.curves(store, groups, out / "training.png", "After the switch")
+    draw.by_position(store, drawn, (block, "blocks of the training"), out / "position.png", "Loss by position")
+    draw.curves(store, drawn, out / "training.png", "After the switch")
     reference = f"{next(iter(groups))}/{ORIGINAL}"
     heat.passkeys(store, page.by_passkey(study, store, reference), study.lengths, out / "passkey.png")
     figures = [f"![{name}]({name}.png)" for name in ("length", "position", "training")]
@@ -30,14 +32,36 @@ def write(study: Study, store: Store, out: Path) -> None:
         out / "README.md",
         [
             f"# {study.title}\n",
+            "\n".join(_finding(study, store, group, names) for group, names in groups.items()),
             "\n".join(f"* {line}" for line in _about(study, store)),
             *(_group(study, store, group, names) for group, names in groups.items()),
-            "\n\n".join(there),
+            "\n\n".join([*there, LEFT_OUT] if there else []),
             page.passkeys(study, store, reference),
             page.refusals(store, [cell.name for cell in study.cells]),
             page.closing(store),
         ],
     )
+
+
+def _main(name: str) -> bool:
+    """Whether a cell is no variant of another: another seed, rate, start or warm-up."""
+    return "," not in name and " from " not in name
+
+
+def _finding(study: Study, store: Store, group: str, names: list[str]) -> str:
+    """What the switches of one model cost after the training, each at the best of what was tried, in a sentence."""
+    length = study.lengths[0]
+    before = page.score(store, f"{group}/{ORIGINAL}", length)
+    tried: dict[str, list[float]] = {}
+    for name in names:
+        found = page.score(store, name, length)
+        if page.TRAINED in name and found is not None:
+            tried.setdefault(name.partition("/")[2].partition(page.TRAINED)[0], []).append(found.nats)
+    if before is None or not tried:
+        return ""
+    costs = sorted((min(losses) - before.nats, name) for name, losses in tried.items())
+    said = ", ".join(f"`{name}` {cost:+.2f}" for cost, name in costs)
+    return f"**From {group}, after the training, nats above the original before it, at {length:,} tokens: {said}.**\n"
 
 
 def _about(study: Study, store: Store) -> list[str]:

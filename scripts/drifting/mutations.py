@@ -60,6 +60,7 @@ _MASKS = r"^create_\w*mask(s_for_generate)?$"
 _MASK_FUNCTIONS = r"(sdpa|eager|flash_attention|flex_attention)_mask"
 _FUNCTIONS = ("name", "parameter", "keyword")
 _MODELS = "^models/"
+_IN_SOURCES = "^modeling_utils.py$"  # which looks into sources for who asks the registry
 _TRACED = """from functools import wraps
 
 
@@ -140,7 +141,11 @@ MUTATIONS = (
     _named("inv_freq", Rename("inv_freq", "frequencies")),
     _named("rotary_emb", Rename("rotary_emb", "turner")),
     _named("num_key_value_groups", Rename("num_key_value_groups", "shared_by")),
-    _named("ALL_ATTENTION_FUNCTIONS", Rename("ALL_ATTENTION_FUNCTIONS", "ATTENTION_KERNELS")),
+    _named(
+        "ALL_ATTENTION_FUNCTIONS",
+        Rename("ALL_ATTENTION_FUNCTIONS", "ATTENTION_KERNELS"),
+        Rewrite(r'"ALL_ATTENTION_FUNCTIONS\.', '"ATTENTION_KERNELS.', (), files=_IN_SOURCES),
+    ),
     # methods of the cache
     _named("get_seq_length", Rename("get_seq_length", "seen_tokens")),
     _named(
@@ -212,9 +217,7 @@ MUTATIONS = (
             "attention_function",
             _MODELS,
         ),
-        Rewrite(  # where transformers looks for it in sources
-            r'"ALL_ATTENTION_FUNCTIONS\.get_interface\("', '"attention_function("', (), files="^modeling_utils.py$"
-        ),
+        Rewrite(r'"ALL_ATTENTION_FUNCTIONS\.get_interface\("', '"attention_function("', (), files=_IN_SOURCES),
     ),
     _named("projections fused", *_FUSED),
     _named("projections split", *_SPLIT),

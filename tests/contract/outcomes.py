@@ -23,6 +23,7 @@ WORDS = (
     "stands inside a layer, where the length of a request is not known",
     "cannot be built from the changed config",
     "heads of no known dimensions",
+    "no attention module was read whose heads could be rotated",
     "reads two sequences",
     "has no inner model that takes inputs_embeds",
     "decodes from a state that does not say how many tokens it has seen",

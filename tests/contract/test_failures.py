@@ -116,7 +116,14 @@ def test_a_patch_that_makes_numbers_that_are_not_finite_is_undone(monkeypatch):
 
     model = build("llama", False, _BY_NAME["grouped_2_mean"])
     before = snapshot(model)
-    monkeypatch.setattr(regroup, "resize_heads", lambda rows, n, method: rows[:n] * float("nan"))
+    with monkeypatch.context() as planted:  # while heads are made
+        planted.setattr(regroup, "resize_heads", lambda rows, n, method: rows[:n] * float("nan"))
+        with pytest.raises(ap.AttnPatchError, match="the new heads are not finite"):
+            ap.patch_grouped_query(model, num_kv_heads=2, method="mean")
+    assert snapshot(model) == before
+    filled = regroup._filled
+    spoilt = lambda new, tensors, old: filled(new, {k: t * float("nan") for k, t in tensors.items()}, old)  # noqa: E731
+    monkeypatch.setattr(regroup, "_filled", spoilt)  # after that
     with pytest.raises(ap.SelfCheckFailed, match="not finite"):
         ap.patch_grouped_query(model, num_kv_heads=2, method="mean")
     assert snapshot(model) == before

@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_attnpatch as ap
-from hf_attnpatch.backends import FUSED
+from hf_attnpatch.attention.registry import FUSED
 from hf_attnpatch.edits import SetAttention
 from hf_attnpatch.probe import default_inputs, trace
 

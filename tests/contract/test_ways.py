@@ -23,6 +23,8 @@ ASKED = [way for way in WAYS if not way.startswith("images")]  # tests/test_veri
 UPSTREAM = {
     "rope_dynamic": {"static cache, chunked prefill", "beams"},
     "rope_longrope": {"static cache, chunked prefill"},
+    # flex attention of transformers on CPU, without any patch: off by the very same figure (0.0155)
+    "llama+flash_flex": {"static cache, chunked prefill"},
 }
 
 
@@ -47,7 +49,7 @@ def test_every_way_that_held_still_holds(model_type, encoder, case):
     ap.apply(model, case.patch)
     after = _asked(model)
     failed = {way for way in ASKED if after[way].outcome == FAIL and before[way].outcome != FAIL}
-    assert failed == UPSTREAM.get(case.name, set()), after
+    assert failed == UPSTREAM.get(case.name, UPSTREAM.get(f"{model_type}+{case.name}", set())), after
     lost = {
         way: after[way].note for way in ASKED if after[way].outcome == NOT_APPLICABLE and before[way].outcome == PASS
     }

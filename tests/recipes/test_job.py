@@ -36,10 +36,13 @@ def test_missing_and_empty_text_are_errors_before_a_model_is_loaded(folder, monk
         ({"lora": {"r": 4}}, "belong together"),
         ({"trainable": "lora", "lora": {"rank": 4}}, "lora: unknown rank; choose from .*target_modules"),
         ({"patches": []}, r"expected a list such as \[\{patch: grouped_query"),
-        ({"patches": [{"patch": "grouped"}]}, "patch 'grouped' does not exist; choose from: .*grouped_query"),
+        (
+            {"patches": [{"patch": "grouped"}]},
+            "patch 'grouped' does not exist .did you mean grouped_query.*; choose from: .*grouped_query",
+        ),
         (
             {"patches": [{"patch": "grouped_query", "heads": 2}]},
-            "no field heads; its fields are: .*method, num_kv_heads",
+            "no field heads; its fields are: num_kv_heads, method",
         ),
         ({"patches": [REFINED]}, "method 'refined' is fitted on text; add a section `calibration"),
         ({"patches": [{**REFINED, "calibration": "x"}]}, "grouped_query.calibration: name the text in a section"),

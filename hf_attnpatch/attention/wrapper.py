@@ -1,0 +1,140 @@
+"""Wrappers: what this package puts around the attention of a module, which holds its own in one list, in order."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from ..edit import Edit, Write, short, swap
+from ..errors import AttnPatchError
+from ..functional.biased import Sight
+from .call import AttentionCall, Output
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+HELD = "attention_wrappers"  # attribute of an attention module: a tuple of wrappers, outermost first
+W = TypeVar("W", bound="Wrapper")
+
+
+class Wrapper:
+    """Something around attention; no module and no buffer, so that it adds nothing to a checkpoint.
+
+    Attributes:
+        name: of its kind, of which a module has one at most.
+        order: the smaller, the farther out.
+    """
+
+    name: ClassVar[str]
+    order: ClassVar[int]
+
+    def around(self, call: AttentionCall, inner: Callable[[AttentionCall], Output]) -> Output:
+        """Attend; by default, as what is inside does."""
+        return inner(call)
+
+
+class Term(Wrapper, ABC):
+    """A wrapper that adds a term to the scores, which every kernel has its own best way to compute."""
+
+    order = 3
+    what: ClassVar[str]  # it is called, in errors
+    by_distance: bool = True  # so that a key which is there twice would count twice
+
+    @abstractmethod
+    def attend(self, call: AttentionCall, sight: Sight) -> Tensor:
+        """Return the output of torch's kernels, (batch, heads, q, d_v)."""
+
+    def dense(self, call: AttentionCall, sight: Sight) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return queries and keys in fp32, and rows that are added to scores and hide what is not seen, or None."""
+        raise self._not_by(call)
+
+    def flex(self, call: AttentionCall) -> Output:
+        """Attend by flex attention."""
+        raise self._not_by(call)
+
+    def flash(self, call: AttentionCall, packed: bool) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Return what FlashAttention computed, (batch, q, heads, d_v), or further dimensions of all three states."""
+        raise self._not_by(call)
+
+    def _not_by(self, call: AttentionCall) -> AttnPatchError:
+        return AttnPatchError(f"{type(call.module).__name__}: {call.kernel} does not compute {self.what}; use 'sdpa'.")
+
+
+def wrappers_of(module: nn.Module) -> tuple[Wrapper, ...]:
+    """Return the wrappers of a module, outermost first."""
+    found: tuple[Wrapper, ...] = vars(module).get(HELD, ())
+    return found
+
+
+def wrapper_of(module: nn.Module, kind: type[W]) -> W | None:
+    """Return the wrapper of a kind that a module has, or None."""
+    for wrapper in wrappers_of(module):
+        if isinstance(wrapper, kind):
+            return wrapper
+    return None
+
+
+def term_of(call: AttentionCall) -> Term | None:
+    """Return what is added to the scores of a call, or None."""
+    found: Term | None = wrapper_of(call.module, Term) or call.term  # type: ignore[type-abstract]  # of any kind
+    return found
+
+
+def wrapped(module: nn.Module, wrapper: Wrapper) -> tuple[Wrapper, ...]:
+    """Return a module's wrappers with one more, in the place of the one of its name if there is such."""
+    return tuple(sorted((*without(module, wrapper.name), wrapper), key=lambda each: each.order))
+
+
+def without(module: nn.Module, name: str) -> tuple[Wrapper, ...]:
+    """Return a module's wrappers but for the one of a name."""
+    return tuple(each for each in wrappers_of(module) if each.name != name)
+
+
+@dataclass(frozen=True)
+class AddWrapper(Edit):
+    """Put a wrapper around the attention of a module."""
+
+    rung = "attention"
+    wrapper: Wrapper
+
+    @property
+    def claim(self) -> str:
+        """The kind of wrapper at this path."""
+        return f"attention wrapper {self.wrapper.name} at {self.path}"
+
+    def preview(self, model: PreTrainedModel) -> tuple[str, str]:
+        """The wrapper of this kind that is there, and the new one."""
+        held = (each for each in wrappers_of(model.get_submodule(self.path)) if each.name == self.wrapper.name)
+        return short(next(held, "-")), short(self.wrapper)
+
+    def prepare(self, model: PreTrainedModel) -> Write:
+        """Make the new list."""
+        module = model.get_submodule(self.path)
+        return swap(vars(module), HELD, wrapped(module, self.wrapper), self.claim)
+
+
+@dataclass(frozen=True)
+class RemoveWrapper(Edit):
+    """Take a kind of wrapper from around the attention of a module."""
+
+    rung = "attention"
+    name: str
+
+    @property
+    def claim(self) -> str:
+        """The kind of wrapper at this path."""
+        return f"attention wrapper {self.name} at {self.path}"
+
+    def preview(self, model: PreTrainedModel) -> tuple[str, str]:
+        """The wrapper that is there."""
+        held = (each for each in wrappers_of(model.get_submodule(self.path)) if each.name == self.name)
+        return short(next(held, "-")), "-"
+
+    def prepare(self, model: PreTrainedModel) -> Write:
+        """Make the shorter list."""
+        module = model.get_submodule(self.path)
+        return swap(vars(module), HELD, without(module, self.name), self.claim)

@@ -1,1 +1,0 @@
-"""Fused kernels inside forwards that compute their scores by themselves."""

@@ -1,0 +1,86 @@
+"""The edits by which modules that compute their scores by themselves come to attend by a fused kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from transformers import PreTrainedModel
+
+from ..anatomy import Anatomy
+from ..attention.alibi import AlibiBias, NoBias
+from ..attention.deferring import Deferring
+from ..attention.registry import FUSED, register
+from ..attention.rotation import Rotation
+from ..attention.wrapper import AddWrapper, Wrapper
+from ..configs import config_at
+from ..edits import AddPreHook, Edit, SetAttention
+from ..sites import Site
+from ..upstream import words
+from ..upstream.roles import roles_of
+
+
+def variants(model: PreTrainedModel, anatomy: Anatomy) -> list[tuple[Edit, ...]] | str:
+    """Return ways to try, best first, of giving a model that does not dispatch a fused kernel; or why there is none.
+
+    They differ in whether the bias that a module is given counts, or is in the mask already.
+    """
+    sites = _own(anatomy)
+    if not sites or anatomy.unread or anatomy.other:
+        left = next(iter({**anatomy.other, **anatomy.unread}.items()), ("", "no attention module was read"))
+        return f"{left[0] or anatomy.architecture}: {left[1]}"
+    for site in sites:
+        roles = roles_of(model.get_submodule(site.path))
+        if site.dispatches or site.cross or not roles.takes(words.STATES, words.CACHE):
+            return f"{site.path}: {site.kind} is no self-attention with a cache that computes its scores by itself"
+    biased = (False, True) if roles_of(model.get_submodule(sites[0].path)).takes(words.BIAS) else (False,)
+    return [(*_hooks(model, anatomy, bias), SetAttention("", FUSED, register, True)) for bias in biased]
+
+
+def rebiased(model: PreTrainedModel, anatomy: Anatomy, bias: AlibiBias) -> tuple[Edit, ...] | str:
+    """Return the edits that give such a model another bias by distance than its own, or why that cannot be."""
+    ways = variants(model, anatomy)
+    if isinstance(ways, str):
+        return ways
+    return (*_held(anatomy, bias), *_deferred(model, anatomy))
+
+
+def unbiased(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Edit, ...] | str:
+    """Return the edits that leave such a model's own bias by distance out, or why that cannot be."""
+    ways = variants(model, anatomy)
+    return ways if isinstance(ways, str) else (*_held(anatomy, NoBias()), *_deferred(model, anatomy))
+
+
+def deferred(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Edit, ...] | str:
+    """Return the edits that make such a model attend by a fused kernel, none if it does; or why that cannot be."""
+    ways = variants(model, anatomy)
+    return ways if isinstance(ways, str) else tuple(_deferred(model, anatomy))
+
+
+def rotated(model: PreTrainedModel, anatomy: Anatomy, rotation: Rotation) -> tuple[Edit, ...] | str:
+    """Return the edits that make such a model rotate queries and keys, or why that cannot be."""
+    ways = variants(model, anatomy)
+    return ways if isinstance(ways, str) else (*_held(anatomy, rotation), *_deferred(model, anatomy))
+
+
+def _own(anatomy: Anatomy) -> list[Site]:
+    """The language model's attention modules; not those of an image or audio tower."""
+    return [site for site in anatomy.sites if not site.tower]
+
+
+def _held(anatomy: Anatomy, wrapper: Wrapper) -> Iterator[Edit]:
+    return (AddWrapper(site.path, wrapper) for site in _own(anatomy))
+
+
+def _deferred(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Edit]:
+    """Make attention go through a fused kernel, where it does not already."""
+    first = model.get_submodule(_own(anatomy)[0].path)
+    if not any(isinstance(hook, Deferring) for hook in first._forward_pre_hooks.values()):
+        yield from _hooks(model, anatomy, False)
+        yield SetAttention("", FUSED, register, True)
+
+
+def _hooks(model: PreTrainedModel, anatomy: Anatomy, unbiased: bool) -> Iterator[Edit]:
+    config = config_at(model, _own(anatomy)[0].config)
+    for site in _own(anatomy):
+        hook = Deferring(roles_of(model.get_submodule(site.path)), config, FUSED, unbiased)
+        yield AddPreHook(site.path, hook, "scores go to a fused kernel")
