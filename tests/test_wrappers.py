@@ -32,7 +32,15 @@ from hf_attnpatch.attention.wrapper import HELD
 
 IDS = torch.arange(5, 53).view(2, 24)
 PATCHES = list({case.kind: case.patch for case in reversed(CASES)}.values())  # the first of each kind
-NEED_ROTATION = (ap.RopeScaling, ap.SelfExtend, ap.DualChunk, ap.ReRope, ap.JetLong, ap.AttentionSinks)
+NEED_ROTATION = (
+    ap.RopeScaling,
+    ap.ScoreTemperature,
+    ap.SelfExtend,
+    ap.DualChunk,
+    ap.ReRope,
+    ap.JetLong,
+    ap.AttentionSinks,
+)
 NEW_TENSORS = [ap.GroupedQuery(num_kv_heads=2), ap.RelativeXl(), ap.PositionTable(length=64), ap.Alibi()]
 
 
@@ -311,7 +319,7 @@ def test_patching_an_offloaded_model_gives_the_same_or_says_that_it_is_offloaded
     model, plain = tiny_model(model_type).eval(), tiny_model(model_type).eval()
     cpu_offload(model, execution_device=torch.device("cpu"))
     ap.apply(plain, patch)
-    if isinstance(patch, (ap.RelativeXl, ap.PositionTable)):
+    if isinstance(patch, (ap.RelativeXl, ap.PositionTable, ap.ScoreTemperature)):
         with pytest.raises(ap.UnsupportedArchitecture, match="are offloaded by Accelerate"):
             ap.apply(model, patch)
         return

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import has_offloaded_params
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -61,6 +62,12 @@ def current(model: PreTrainedModel) -> Layers:
     Raises:
         UnsupportedArchitecture: no home could.
     """
+    away = next((path for path, module in model.named_modules() if has_offloaded_params(module)), None)
+    if away is not None:
+        raise UnsupportedArchitecture(
+            f"{away}: its parameters are offloaded by Accelerate, and a model of another type cannot be built around "
+            "them; load the model without offloading, patch and save it, and load the result as you please"
+        )
     found = record.read(model.config)
     if foreign.is_patched(model.config) or (found is not None and not found.stock):
         raise UnsupportedArchitecture(f"{type(model).__name__}: is no stock model any more; a home holds stock ones")

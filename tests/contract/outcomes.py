@@ -23,6 +23,10 @@ WORDS = (
     "stands inside a layer, where the length of a request is not known",
     "cannot be built from the changed config",
     "heads of no known dimensions",
+    "has no rotary base that all layers share",
+    "layers are told apart by a stock type that can say so",
+    "no stock type can say this",
+    "is no stock model any more",
     "no attention module was read whose heads could be rotated",
     "reads two sequences",
     "has no inner model that takes inputs_embeds",
@@ -88,6 +92,7 @@ WORDS = (
     "reads a row of ids for each codebook",
     "already shares",
     "2 key-value heads under 2 query heads do not become 4",
+    "positions here are: ",
 )
 # Invariants that transformers' own scalings break on every model where the text outgrows the original window: dynamic
 # recomputes its angles from the length so far, longrope switches them; cached keys and shorter rows keep others.
@@ -103,6 +108,7 @@ UPSTREAM_OF_A_KIND = {
 _KERNELS = {"eager attention agrees", "sdpa agrees", "flex attention agrees"}
 MAY_STOP_APPLYING = {
     **dict.fromkeys(("self_extend", "dual_chunk", "re_rope", "jet_long", "attention_sinks"), _KERNELS),
+    **dict.fromkeys(("rotary_some", "no_position_some"), _KERNELS),  # homes with sinks run eagerly
     **dict.fromkeys(("alibi", "relative_xl"), {*_KERNELS, "gradients reach the attention", "gradient checkpointing"}),
     "flash": {
         *("eager attention agrees", "sdpa agrees", "flex attention agrees"),  # one of them is the present one now
