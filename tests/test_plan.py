@@ -8,6 +8,7 @@ from torch import nn
 
 import hf_attnpatch as ap
 from hf_attnpatch.patch import Proposal
+from hf_attnpatch.probe import default_inputs, trace
 
 
 def _text(printable):
@@ -72,13 +73,9 @@ ROPE, LINEAR, SPANS = (
         ("llama", ROPE, LINEAR, True),
         ("llama", ROPE, ap.Alibi(), True),
         ("llama", ap.Alibi(), ROPE, False),
-        ("llama", ap.NoPosition(), SPANS, False),
-        ("llama", ROPE, SPANS, True),
-        ("llama", SPANS, ROPE, False),
         ("llama", ap.GroupedQuery(num_kv_heads=2), ap.GroupedQuery(num_kv_heads=1), True),
         ("gpt2", ap.GroupedQuery(num_kv_heads=2), ap.GroupedQuery(num_kv_heads=1), False),
         ("gpt2", ap.Rotary(), ap.Sinusoidal(), True),
-        ("llama", ap.SegmentRecurrence(segment_length=8, memory_length=6), ROPE, False),
     ],
 )
 def test_two_calls_are_advised_where_they_work(model_type, first, second, works):
@@ -94,6 +91,34 @@ def test_two_calls_are_advised_where_they_work(model_type, first, second, works)
     else:
         with pytest.raises(ap.AttnPatchError):
             ap.apply(model, second)
+
+
+@pytest.mark.parametrize(
+    "patches",
+    [
+        (ROPE, SPANS),
+        (SPANS, ROPE),
+        (ap.SegmentRecurrence(segment_length=8, memory_length=6), ROPE),
+        (ap.SegmentRecurrence(segment_length=8, memory_length=6), ap.GroupedQuery(num_kv_heads=2, method="mean"), ROPE),
+    ],
+)
+def test_one_call_does_what_the_calls_one_by_one_do(patches):
+    """Where one stands on the other, whatever the order in which they are given."""
+    once, each = tiny_model("llama"), tiny_model("llama")
+    planned = ap.plan(once, *patches)
+    report = ap.apply(once, *patches)
+    for patch in patches:
+        ap.apply(each, patch)
+    inputs = default_inputs(once)
+    assert torch.equal(trace(once, inputs).logits, trace(each, inputs).logits)
+    assert [step.patch.name for step in planned.steps] == [step.patch.name for step in report.plan.steps]
+    assert sorted(map(str, once.config.attnpatch["patches"])) == sorted(map(str, each.config.attnpatch["patches"]))
+
+
+def test_one_call_that_cannot_be_is_refused_for_the_reason_of_two():
+    model = tiny_model("llama")
+    with pytest.raises(ap.UnsupportedArchitecture, match="rotary states further"):
+        ap.plan(model, ap.NoPosition(), SPANS)
 
 
 def test_two_kernels_are_a_conflict():
