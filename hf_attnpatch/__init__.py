@@ -88,8 +88,8 @@ if TYPE_CHECKING:
     from .recurrence.streams import stream as stream
     from .report import Report as Report
     from .rope.request_length import request as request
-    from .rope.search import RopeSearch as RopeSearch
-    from .rope.search import search_rope as search_rope
+    from .rope_search.search import RopeSearch as RopeSearch
+    from .rope_search.search import search_rope as search_rope
     from .verify import Verification as Verification
     from .verify import verify
 
@@ -213,7 +213,7 @@ _DEFINES = {
     ),
     "report": ("Report",),
     "rope.request_length": ("request",),
-    "rope.search": (
+    "rope_search.search": (
         "RopeSearch",
         "search_rope",
     ),

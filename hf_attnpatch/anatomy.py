@@ -17,9 +17,9 @@ from .attention.rotation import Rotation
 from .attention.wrapper import wrappers_of
 from .configs import config_path
 from .errors import UnsupportedArchitecture
-from .homes.layers import unrotated
-from .positions.added import CHILD, LearnedPositions, SinusoidalPositions
-from .positions.modules import turns_nothing
+from .layers import unrotated
+from .modules.added import CHILD, LearnedPositions, SinusoidalPositions
+from .modules.still import turns_nothing
 from .showing import Shown
 from .sites import Site, bias_tables, in_tower, read_sites
 from .upstream import words
@@ -142,7 +142,7 @@ class Anatomy(Shown):
         return f"{self.architecture} ({self.model_type}), {found} attention modules, {self.positions}, {length}"
 
     def __str__(self) -> str:
-        from .report import render_anatomy
+        from .tables import render_anatomy  # takes a while to import
 
         return render_anatomy(self)
 

@@ -11,7 +11,6 @@ import transformers
 from transformers import PreTrainedModel
 
 from . import foreign, record
-from .anatomy import describe
 from .beside import Before, beside_text, remember
 from .edits import (
     BecomeModel,
@@ -22,7 +21,6 @@ from .edits import (
     Write,
     tried,
     undo_all,
-    whole_shapes,
     write_all,
 )
 from .errors import AttnPatchError, SelfCheckFailed, UnsupportedArchitecture
@@ -44,11 +42,9 @@ from .probe import (
 )
 from .report import Report
 from .selfcheck import decoding
-from .stacking import own
 from .tested import warn_if_newer
 from .upstream import words
 from .upstream.roles import roles_of
-from .weightless import restoring
 
 
 @torch.inference_mode(False)  # tensors made within it could never be trained
@@ -185,23 +181,6 @@ def patched(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None
     with ensured(put_back):
         reports.append(apply(model, *patches, probe=probe))
         yield reports[0]
-
-
-def restore(model: PreTrainedModel) -> None:
-    """Give a freshly built model the structure its config records; the weights come from the checkpoint.
-
-    Called by the constructors of :mod:`hf_attnpatch.foreign`; steps that the config alone expresses are there already.
-    """
-    found = record.read(model.config)
-    if found is None:
-        return
-    warn_if_newer()
-    for patch in found.restore():
-        with whole_shapes(model), restoring():
-            edits = patch.propose(model, describe(model)).edits
-            own(patch.name, edits)
-            for edit in edits:
-                edit.run(model)
 
 
 def _bookkeeping(

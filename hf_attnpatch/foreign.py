@@ -162,7 +162,7 @@ class _Model:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # mixed into PreTrainedModel
         if inner:
             return
-        from .api import restore  # the edits need models, which must not need the edits to be imported
+        from .restoring import restore  # the edits need models, which must not need the edits to be imported
 
         restore(self)
 

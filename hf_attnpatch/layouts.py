@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .runtime import GroupedProjection
+from .modules.heads import GroupedProjection
 
 
 class Rows(NamedTuple):

@@ -85,14 +85,14 @@ class Plan(Shown):
         return {"model": self.anatomy.architecture, "stock": self.stock, "context": context, "patches": patches}
 
     def _in_short(self) -> str:
-        from .report import title
+        from .tables import title  # takes a while to import
 
         what = ", ".join(map(title, self.steps))
         kind = "stock" if self.stock else "hf_attnpatch"
         return f"{self.anatomy.architecture}, {len(self.edits)} edits, checkpoint for {kind}: {what}"
 
     def __str__(self) -> str:
-        from .report import render_plan
+        from .tables import render_plan
 
         return render_plan(self)
 
@@ -133,7 +133,7 @@ def _steps(model: PreTrainedModel, anatomy: Anatomy, patches: Sequence[Patch]) -
     for claim, *both in clashes:
         (first, one), (second, other) = both
         if first.height == second.height and not (first.wraps and second.wraps and _one_moves(first, second)):
-            advice = _advice(model, *((patch, step.proposal) for patch, step in both))
+            advice = _advice(model, first, second)
             raise PatchConflict(
                 f"{claim}: both {one.patch.name} and {other.patch.name} would write it; keep one{advice}."
             )
@@ -217,19 +217,15 @@ def _clashes(
     return found
 
 
-def _advice(model: PreTrainedModel, *calls: tuple[Patch, Proposal]) -> str:
+def _advice(model: PreTrainedModel, *patches: Patch) -> str:
     """Say that two calls would do, if they do: on a copy of the modules around the same parameters.
 
     Raises:
         NoWeights: they cannot be tried.
     """
-    from .api import apply
-
     shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    trial = copy.deepcopy(model, shared)
     try:
-        for patch, proposal in calls:  # edits replace parameters, and write into none
-            apply(trial, patch if proposal.prepare is None else patch.structure())
+        _in_turn(copy.deepcopy(model, shared), patches)  # edits replace parameters, and write into none
     except NoWeights:
         raise
     except AttnPatchError:

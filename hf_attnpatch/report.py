@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rich.console import RenderableType
 from rich.table import Table
 
-from .anatomy import Anatomy
 from .edits import Write, lost, undo_all
 from .errors import PatchConflict
 from .exclusive import alone
 from .interruption import complete
-from .patch import off_default
-from .plan import Plan, Step
+from .plan import Plan
 from .rewriting.tokenizer import lengthened
 from .showing import Shown, rendered
+from .tables import steps_of
 
 if TYPE_CHECKING:
     from .heads.damage import DamageReport
@@ -116,88 +113,6 @@ class Report(Shown):
         checks = Table("self-check", "found", title_justify="left")
         for name, found in self.checks.items():
             checks.add_row(name, found)
-        parts = [*_steps(self.plan), *(part for found in self.findings.values() for part in _findings(found))]
+        shown = (each for each in self.findings.values() if isinstance(each, Shown))
+        parts = [*steps_of(self.plan), *(part for each in shown for part in each._tables())]
         return rendered(*parts, checks) if self.checks else rendered(*parts)
-
-
-def render_plan(plan: Plan) -> str:
-    """Return a plan as tables, one for each patch."""
-    return rendered(*_steps(plan))
-
-
-def render_damage(damage: DamageReport) -> str:
-    """Return a damage report as a table, a row for each attention module."""
-    return rendered(*_findings(damage))
-
-
-def _findings(found: object) -> Iterable[RenderableType]:
-    from .heads.damage import DamageReport
-
-    if not isinstance(found, DamageReport):
-        return
-    table = Table("damage", "groups", "energy kept: keys, values", *(f"{stage}: error, KL" for stage in found.stages))
-    for layer in found.layers:
-        groups = "adjacent" if layer.adjacent else " ".join("+".join(map(str, g)) for g in layer.groups)
-        gaps = (layer.gaps[stage] for stage in found.stages)
-        cells = [f"{g.output:.4f}  {'-' if g.attention is None else f'{g.attention:.4f}'}" for g in gaps]
-        table.add_row(layer.path, groups, f"{layer.key_energy:.3f}  {layer.value_energy:.3f}", *cells)
-    yield table
-    if found.stages:
-        yield "  error: squared, of the attention output, over its variance; KL: of the attention weights, in nats"
-    yield from (f"  {note}" for note in found.notes)
-
-
-def render_anatomy(anatomy: Anatomy) -> str:
-    """Return an anatomy as a table, equal places on one line."""
-    head = (
-        f"{anatomy.architecture} ({anatomy.model_type}): positions {anatomy.positions}, "
-        f"context {anatomy.max_positions or 'not declared'}"
-    )
-    table = Table("where", "what", "layout", "heads", "kv heads", "head dim", "registry")
-    rows = []
-    for s in anatomy.sites:
-        kind = s.kind + (" (cross)" if s.cross else "")
-        shape = [str(n) for n in (s.num_heads, s.num_kv_heads, s.head_dim)]
-        rows.append((s.path, (kind, s.layout.name, *shape, "yes" if s.dispatches else "no")))
-    rows += [(r.path, (r.kind, f"rope: {r.rope_type}", "", "", "", "")) for r in anatomy.rotary]
-    rows += [(p, ("position table", f"{n} rows", "", "", "", "")) for p, n in anatomy.tables.items()]
-    rows += [(p, ("left alone", why, "", "", "", "")) for p, why in anatomy.other.items()]
-    rows += [(p, ("not read", why, "", "", "", "")) for p, why in anatomy.unread.items()]
-    for where, what in _folded(rows):
-        table.add_row(where, *what)
-    return rendered(head, table)
-
-
-def _steps(plan: Plan) -> Iterable[RenderableType]:
-    for step in plan.steps:
-        yield title(step)
-        if step.proposal.edits:
-            yield _step_table(step)
-        yield from (f"  {note}" for note in step.proposal.notes)
-    if plan.context is not None:
-        before, after = plan.context
-        yield f"context: {before} -> {after} tokens; report.lengthen(tokenizer) raises a tokenizer that truncates there"
-    yield f"stock transformers loads the checkpoint: {'yes' if plan.stock else 'no, it needs hf_attnpatch'}"
-
-
-def title(step: Step) -> str:
-    """Return the patch as it would be written, fields at their default left out."""
-    chosen = off_default(step.patch.to_record())
-    return f"{step.patch.name}({', '.join(f'{k}={v}' for k, v in chosen.items())})"
-
-
-def _step_table(step: Step) -> Table:
-    table = Table("where", "rung", "before", "after")
-    rows = [(edit.claim, (edit.rung, *texts)) for edit, texts in zip(step.proposal.edits, step.previews, strict=True)]
-    for where, what in _folded(rows):
-        table.add_row(where, *what)
-    return table
-
-
-def _folded(rows: Sequence[tuple[str, tuple[str, ...]]]) -> Iterable[tuple[str, tuple[str, ...]]]:
-    """Join places that differ in a layer number only and say the same."""
-    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for path, what in rows:
-        groups.setdefault((re.sub(r"\.\d+(?=\.|$)", ".*", path), what), []).append(path)
-    for (pattern, what), paths in groups.items():
-        yield (paths[0] if len(paths) == 1 else f"{pattern}  x{len(paths)}"), what

@@ -93,6 +93,10 @@ class Shown:
         fields = dataclasses.fields(self)  # type: ignore[arg-type]  # every subclass is a dataclass
         return ", ".join(f"{f.name}={_in_short(getattr(self, f.name))}" for f in fields if f.repr)
 
+    def _tables(self) -> Iterable[RenderableType]:
+        """Return the tables and lines that a report shows of it; none by default."""
+        return ()
+
     def _figures(self) -> Iterable[bytes]:
         """Return PNG pictures; none by default, or where matplotlib is not installed."""
         return ()

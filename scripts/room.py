@@ -35,9 +35,14 @@ def sizes() -> dict[str, Any]:
 
 
 def imported(path: Path) -> set[str]:
-    """Return the first names, relative to the package, of what a file imports from it, also within functions."""
-    depth, found = len(path.relative_to(PACKAGE).parts), set[str]()
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Return the first names, relative to the package, of what a file imports from it, also within functions.
+
+    What a type checker alone reads is left out.
+    """
+    depth, found, tree = len(path.relative_to(PACKAGE).parts), set[str](), ast.parse(path.read_text())
+    typing = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
+    unread = {id(inner) for node in typing for part in node.body for inner in ast.walk(part)}
+    for node in (node for node in ast.walk(tree) if id(node) not in unread):
         if isinstance(node, ast.ImportFrom) and node.level == depth:
             found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
     return found

@@ -29,7 +29,7 @@ from hf_attnpatch.patches.self_extend import _reaching
 from hf_attnpatch.publishing import origin
 from hf_attnpatch.record import parse
 from hf_attnpatch.recurrence.state import check_state
-from hf_attnpatch.rope.search_state import opened
+from hf_attnpatch.rope_search.state import opened
 from hf_attnpatch.schema import from_json, from_yaml
 from recipes import data, settings
 

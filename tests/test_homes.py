@@ -9,8 +9,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import hf_attnpatch as ap
 from hf_attnpatch.homes.fitting import current, find
-from hf_attnpatch.homes.layers import Layers, Temperature
 from hf_attnpatch.homes.rows import HOMES
+from hf_attnpatch.layers import Layers, Temperature
 
 SIZE = {
     **{"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4},

@@ -15,9 +15,9 @@ from hf_attnpatch.attention.alibi import AlibiBias, NoBias, alibi_of, bias_left_
 from hf_attnpatch.attention.registry import Guard, Keeper
 from hf_attnpatch.attention.wrapper import HELD, without, wrapped, wrappers_of
 from hf_attnpatch.functional import alibi
+from hf_attnpatch.modules.added import LearnedPositions, SinusoidalPositions
+from hf_attnpatch.modules.still import NoPositions, ZeroAngles, turns_nothing
 from hf_attnpatch.positions import lengthening
-from hf_attnpatch.positions.added import LearnedPositions, SinusoidalPositions
-from hf_attnpatch.positions.modules import NoPositions, ZeroAngles, turns_nothing
 from hf_attnpatch.upstream.roles import roles_of
 
 EMBEDDINGS = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))

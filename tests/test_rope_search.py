@@ -18,9 +18,9 @@ from hf_attnpatch.cli import app
 from hf_attnpatch.commands.specs import parse
 from hf_attnpatch.functional import rotary
 from hf_attnpatch.patch import from_spec
-from hf_attnpatch.rope import search as rope_search
-from hf_attnpatch.rope import search_course as rope_search_course
-from hf_attnpatch.rope.evolution import crossed, monotone, mutated, seeds
+from hf_attnpatch.rope_search import course as rope_search_course
+from hf_attnpatch.rope_search import search as rope_search
+from hf_attnpatch.rope_search.evolution import crossed, monotone, mutated, seeds
 
 WINDOW, TARGET = 16, 48
 TEXTS = list(torch.randint(5, 99, (3, TARGET + 5), generator=torch.Generator().manual_seed(2)))

@@ -12,8 +12,8 @@ from snapshot import snapshot
 import hf_attnpatch as ap
 from hf_attnpatch import patches
 from hf_attnpatch.anatomy import describe
+from hf_attnpatch.modules.added import CountedOnly
 from hf_attnpatch.patch import internal_fields
-from hf_attnpatch.positions.added import CountedOnly
 from hf_attnpatch.recurrence.survey import ways
 from hf_attnpatch.spans.survey import survey
 from hf_attnpatch.weightless import weightless

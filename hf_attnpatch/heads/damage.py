@@ -6,12 +6,15 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ..errors import MissingExtra
 from ..plotting import import_pyplot
-from ..showing import Shown
+from ..showing import Shown, rendered
 from .refine import Gap
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,22 @@ class DamageReport(Shown):
         return {"method": self.method, "notes": list(self.notes), "seconds": dict(self.seconds), "layers": layers}
 
     def __str__(self) -> str:
-        from ..report import render_damage
+        return rendered(*self._tables())
 
-        return render_damage(self)
+    def _tables(self) -> Iterable[RenderableType]:
+        from rich.table import Table  # takes a while to import
+
+        columns = (f"{stage}: error, KL" for stage in self.stages)
+        table = Table("damage", "groups", "energy kept: keys, values", *columns)
+        for layer in self.layers:
+            groups = "adjacent" if layer.adjacent else " ".join("+".join(map(str, g)) for g in layer.groups)
+            gaps = (layer.gaps[stage] for stage in self.stages)
+            cells = [f"{g.output:.4f}  {'-' if g.attention is None else f'{g.attention:.4f}'}" for g in gaps]
+            table.add_row(layer.path, groups, f"{layer.key_energy:.3f}  {layer.value_energy:.3f}", *cells)
+        yield table
+        if self.stages:
+            yield "  error: squared, of the attention output, over its variance; KL: of the attention weights, in nats"
+        yield from (f"  {note}" for note in self.notes)
 
     def _in_short(self) -> str:
         return f"{self.method}, {len(self.layers)} layers, stages: {', '.join(self.stages) or 'none measured'}"

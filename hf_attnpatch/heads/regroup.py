@@ -17,7 +17,7 @@ from ..edits import AddPreHook, Edit, ReplaceModule, SetAttribute, SetConfig
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.grouping import resize_heads
 from ..layouts import is_transposed, weight_rows
-from ..runtime import GroupedProjection, NarrowCache
+from ..modules.heads import GroupedProjection, NarrowCache
 from ..twin import Change, Difference, converted, difference
 from . import projections as heads
 from .outcome import Conversion

@@ -20,8 +20,8 @@ from ..configs import building
 from ..edits import BecomeModel
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..interruption import inside
+from ..layers import Layers, read_layers
 from ..probe import Inputs, default_inputs, quiet, valid
-from .layers import Layers, read_layers
 from .rows import HOMES, Home
 
 _EAGER = "eager"

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from .layers import SLOPE, STEP, Layers
+from ..layers import SLOPE, STEP, Layers
 
 Fields = dict[str, Any]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..positions.added import LearnedPositions
+from ..modules.added import LearnedPositions
 from ..upstream import words
 from .subject import Answer, Subject, compare, cut, pad, unpadded
 

@@ -14,8 +14,8 @@ from ..edits import ReplaceModule
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.tables import METHODS, lengthened
 from ..functional.turning import sinusoid
+from ..modules.added import CHILD, LearnedPositions
 from ..patch import Patch, Proposal, changed, decided
-from ..positions.added import CHILD, LearnedPositions
 from ..positions.adding import adding, check_adding
 from ..positions.lengthening import learned, longer, positions
 from ..positions.removal import ADDED, check_blind, removal, removed

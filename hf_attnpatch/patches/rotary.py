@@ -14,7 +14,7 @@ from ..attention.rotation import KINDS, Rotation
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..homes.checks import checked_layers, named, rotary_alone
 from ..homes.fitting import current, find
-from ..homes.layers import unrotated
+from ..layers import unrotated
 from ..patch import Patch, Proposal, changed, decided
 from ..positions.removal import check_blind, check_effect, removal, removed
 from ..positions.rotating import attention_rotated, ignores_positions, rebased

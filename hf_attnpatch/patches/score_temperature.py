@@ -12,7 +12,7 @@ from ..anatomy import Anatomy
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..homes.checks import named, rotary_alone
 from ..homes.fitting import current, find
-from ..homes.layers import STEP, Temperature
+from ..layers import STEP, Temperature
 from ..patch import Patch, Proposal, changed
 from ..rope.fields import check_number
 

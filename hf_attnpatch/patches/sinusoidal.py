@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..errors import AttnPatchError
+from ..modules.added import SinusoidalPositions
 from ..patch import Patch, Proposal, changed
-from ..positions.added import SinusoidalPositions
 from ..positions.adding import adding, check_adding
 from ..positions.removal import ADDED, check_blind, removal, removed
 from ..rope.fields import check_number

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from ..anatomy import Anatomy
 from ..edits import AddModule, AddPreHook, Edit, ReplaceModule, tried
 from ..errors import AttnPatchError, UnsupportedArchitecture
+from ..modules.added import CHILD, AddPositions, SinusoidalPositions
 from ..probe import Inputs, default_inputs, disagreement, logits_under, quiet, tokens_of
 from ..upstream import words
 from ..upstream.roles import resumed, roles_of
-from .added import CHILD, AddPositions, SinusoidalPositions
 
 
 def adding(

@@ -17,13 +17,13 @@ from ..attention.wrapper import AddWrapper, RemoveWrapper
 from ..edits import AddPreHook, Edit, ReplaceModule
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..few import on_few_layers
+from ..modules.added import CHILD, AnyLength, CountedOnly
+from ..modules.still import NoPositions, StillAngles, ZeroAngles
 from ..probe import Inputs, codebooks, default_inputs, disagreement, logits_under, tokens_of
 from ..sites import in_tower
 from ..upstream import words
 from ..upstream.roles import roles_of
-from .added import CHILD, AnyLength, CountedOnly
 from .fusing import unbiased
-from .modules import NoPositions, StillAngles, ZeroAngles
 
 # what a patch may put in the place of the old by itself
 BIAS, ROTATION, ADDED, RELATIVE = AlibiBias.name, Rotation.name, "added", Relative.name

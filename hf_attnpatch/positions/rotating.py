@@ -19,12 +19,12 @@ from ..configs import config_at
 from ..edits import AddPreHook, Edit, ReplaceModule, SetAttribute
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..few import on_few_layers
+from ..modules.added import CountedOnly
 from ..probe import default_inputs, logits_under, tokens_of
 from ..sites import Place, dispatching, in_tower
 from ..twin import Change, difference
 from ..upstream import words
 from ..upstream.roles import frequencies, roles_of
-from .added import CountedOnly
 from .fusing import rotated
 from .removal import ROTATION, check_followed, removal
 

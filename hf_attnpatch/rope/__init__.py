@@ -1,1 +1,1 @@
-"""Scaling rotary frequencies: natively, for each request, and searched on one's own text."""
+"""Scaling rotary frequencies: natively, and for each request."""

@@ -16,7 +16,7 @@ from ..upstream import words
 from ..upstream.caches import length as cached
 from ..upstream.partitioned import shape_of
 from ..upstream.roles import Arguments, Roles
-from .modules import NoPositions
+from .still import NoPositions
 
 CHILD = "added_positions"  # of the language model; what a trainable table's key in a checkpoint ends with
 

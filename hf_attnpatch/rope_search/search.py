@@ -24,9 +24,9 @@ from ..evaluation.windows import Documents, read_documents
 from ..patches import RopeScaling
 from ..showing import Shown
 from ..upstream import words
+from .course import Course
 from .evolution import Divisors, rounded, seeds
-from .search_course import Course
-from .search_state import opened
+from .state import opened
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from transformers.cache_utils import Cache
 
 import hf_attnpatch as ap
 from hf_attnpatch.edits import SetAttention, SetConfig
+from hf_attnpatch.modules.heads import GroupedProjection, NarrowCache
 from hf_attnpatch.probe import default_inputs, disagreement, largest_difference, trace, trial
-from hf_attnpatch.runtime import GroupedProjection, NarrowCache
 
 
 def _projection(bias=True):

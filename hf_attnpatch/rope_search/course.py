@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 
 from ..progress import bar
 from .evolution import TRIES, Divisors, crossed, mutated
-from .search_state import State
+from .state import State
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..errors import AttnPatchError, UnsupportedArchitecture
+from .errors import AttnPatchError, UnsupportedArchitecture
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 SLOPE, STEP = "llama_4_scaling_beta", "original_max_position_embeddings"  # of rope_parameters

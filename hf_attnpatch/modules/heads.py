@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from transformers import Cache
 
-from .errors import AttnPatchError
-from .upstream.caches import Storing, view
-from .upstream.partitioned import shape_of
+from ..errors import AttnPatchError
+from ..upstream.caches import Storing, view
+from ..upstream.partitioned import shape_of
 
 
 class GroupedProjection(nn.Module):

@@ -1,0 +1,1 @@
+"""Modules and hooks that stay inside a patched model: shared heads, added positions, angles that stand still."""
