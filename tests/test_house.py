@@ -147,7 +147,8 @@ MAY_WRITE = {
         "register _attn_implementation",
         "the only writer of transformers' attention tables; a kernel that a user chose, under our name for it",
     ),
-    "attention/masks.py": ("setattr query_offset made", "of the masks that it has just made"),
+    "attention/masks.py": ("setattr query_offset made attnpatch_mask", "of the masks that it has just made"),
+    "spans/opaque.py": ("settings requires_grad_", "of autograd's context; of copies of states, for their gradients"),
     "stacking.py": ("vars", "the name of a patch on the hooks and wrappers of its own edits"),
     "recurrence/streams.py": ("load_state_dict", "of its own memory"),
     "recurrence/memory.py": (

@@ -44,6 +44,8 @@ PRIVATE = {
     "_experts_implementation": lambda: isinstance(PretrainedConfig._experts_implementation, property),
     "_attn_implementation_internal": lambda: "_attn_implementation_internal" in vars(LlamaConfig()),
     "_name_or_path": lambda: hasattr(LlamaConfig(), "_name_or_path"),
+    "_non_persistent_buffers_set": lambda: isinstance(nn.Linear(1, 1)._non_persistent_buffers_set, set),
+    "_gradient_checkpointing_func": lambda: _checkpointing_is_set_so(),
     "_supports_sdpa": lambda: isinstance(PreTrainedModel._supports_sdpa, bool),
     "_supports_flex_attn": lambda: isinstance(PreTrainedModel._supports_flex_attn, bool),
     "_supports_flash_attn": lambda: isinstance(PreTrainedModel._supports_flash_attn, bool),
@@ -117,6 +119,12 @@ def _own_names():
             elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 own.add(node.target.id)
     return own
+
+
+def _checkpointing_is_set_so():
+    model = tiny_model("llama")
+    model.gradient_checkpointing_enable()
+    return any(hasattr(module, "_gradient_checkpointing_func") for module in model.modules())
 
 
 def _used():

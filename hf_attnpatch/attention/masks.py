@@ -8,6 +8,7 @@ out, by transformers' own function.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Hashable, Mapping
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -23,9 +24,20 @@ from ..upstream.calls import BIDIRECTIONAL, CAUSAL, call_mask, sdpa_mask
 from .call import AttentionCall
 
 INSTEAD: ContextVar[Any] = ContextVar("hf_attnpatch_instead_of_masks", default=None)  # of a memory: hands its own out
+_MEMORIES = {"alive": 0}  # hooks that may set it; torch.compile cannot read a context variable, and asks their number
 _MADE_BY = "attnpatch_mask"  # attribute of what attention modules are handed: the mask that made it
 _NEVER_NONE = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 Form = TypeVar("Form")
+
+
+def count_memory(hook: object) -> None:
+    """Ask whether a memory hands out masks of its own for as long as this hook lives."""
+
+    def gone() -> None:
+        _MEMORIES["alive"] -= 1
+
+    _MEMORIES["alive"] += 1
+    weakref.finalize(hook, gone)
 
 
 class AttentionMask:
@@ -65,7 +77,11 @@ class AttentionMask:
             written: whether it is a plain tensor, also where that holds padding alone.
         """
         made = _FORMS.get(self.kernel, _by_transformers)(self)
-        if made is None or torch.compiler.is_compiling():
+        if made is None:
+            return made
+        if torch.compiler.is_compiling():
+            if isinstance(made, Tensor):
+                made.attnpatch_mask = self
             return made
         made = made.contiguous() if isinstance(made, Tensor) else made  # as generate asks for: a copy would not know
         if self.kernel == "sdpa":
@@ -121,6 +137,8 @@ class AttentionMask:
     def _positions(self) -> Tensor | None:
         if self.asked.get("mask_function", CAUSAL) is not CAUSAL:
             return None
+        if torch.compiler.is_compiling():
+            return self._positions_in_a_graph()
         mask, device = self.asked.get(words.ATTENTION_MASK), self.asked.get("device", "cpu")
         keys, offset = self.asked["kv_length"], self.asked.get("kv_offset", 0)
         end, index = int(self.asked.get("q_offset", 0)) + self.asked["q_length"], torch.arange(keys, device=device)
@@ -129,6 +147,19 @@ class AttentionMask:
         lead = torch.zeros(1, 1, dtype=torch.int64, device=device)
         if mask is not None and not mask[:, :end].all():
             lead = _leads(mask[:, :end])
+        places = index - lead
+        return places.masked_fill((places < 0) | (index >= end), -1)
+
+    def _positions_in_a_graph(self) -> Tensor:
+        """As :meth:`positions`, by operations on tensors alone: padding between tokens is not looked for."""
+        mask, device = self.asked.get(words.ATTENTION_MASK), self.asked.get("device", "cpu")
+        keys, offset = self.asked["kv_length"], self.asked.get("kv_offset", 0)
+        end, index = self.asked.get("q_offset", 0) + self.asked["q_length"], torch.arange(keys, device=device)
+        index = torch.where(index < offset, index, index + end - keys) if offset else index
+        lead = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        if mask is not None:
+            keep = mask.to(torch.bool) & (torch.arange(mask.shape[-1], device=device) < end)
+            lead = torch.where(keep.any(-1, keepdim=True), keep.to(torch.uint8).argmax(-1, keepdim=True), end)
         places = index - lead
         return places.masked_fill((places < 0) | (index >= end), -1)
 
@@ -224,7 +255,7 @@ def mask_function(kernel: str, written: bool = False) -> Callable[..., Any]:
 
     def mask(*args: Any, **kwargs: Any) -> Any:
         made = AttentionMask(kernel, {**dict(zip(words.MASKS, args, strict=False)), **kwargs})
-        memory = INSTEAD.get()
+        memory = INSTEAD.get() if _MEMORIES["alive"] else None
         if memory is not None and memory.asked_by(kwargs.get("config")):
             return memory.handed(made, written)
         return made.handed(written)

@@ -76,8 +76,8 @@ class LearnedPositions(nn.Module):
 
 
 def _beyond(places: Tensor, rows: int) -> bool:
-    """Whether a position is in no row; a program that is exported has no positions yet."""
-    return not torch.compiler.is_exporting() and int(places.max()) >= rows
+    """Whether a position is in no row; a program that is compiled or exported has no positions yet."""
+    return not torch.compiler.is_compiling() and int(places.max()) >= rows
 
 
 class AddPositions:

@@ -195,7 +195,8 @@ class Call:
 
         What counts is the distance in tokens. Both are brought to positions that go on from the first query's.
         """
-        key = (piece, id(turning), like.device, like.dtype)
+        alike = (id(turning.frequencies), turning.interleaved, turning.first)  # of layers that share a rotary module
+        key = (piece, alike, like.device, like.dtype)
         if key not in self._cache:
             number, place = (t[:, piece.start : piece.stop] for t in (self.tokens.number, self.tokens.place))
             first = (number != NOBODY).to(torch.uint8).argmax(1, keepdim=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-from ..attention.masks import INSTEAD
+from ..attention.masks import INSTEAD, count_memory
 from ..attention.registry import FUSED, PREFIX, keep_wrappers
 from ..errors import AttnPatchError
 from ..functional.segments import NOBODY, Segments
@@ -52,6 +52,7 @@ class Recalling:
         self.roles, self.config, self.segments, self.native = roles, config, segments, native
         self.bounded, self.layers, self.rows = bounded, layers, rows
         self._open: dict[int, Memory] = {}  # by the thread that opened it
+        count_memory(self)
 
     @property
     def stream(self) -> Memory | None:
@@ -85,8 +86,13 @@ class Recalling:
     def __deepcopy__(self, memo: dict[int, Any]) -> Recalling:
         """A copy of the model has no stream open."""
         copied = memo[id(self)] = object.__new__(type(self))
-        vars(copied).update(copy.deepcopy(self.__getstate__(), memo))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a state."""
+        vars(self).update(state)
+        count_memory(self)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]

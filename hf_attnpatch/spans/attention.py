@@ -20,6 +20,7 @@ from ..functional import spanned
 from ..functional.rerotation import Turning
 from ..functional.spans import Span
 from ..upstream import words
+from . import opaque
 
 
 class Spanned(Wrapper):
@@ -43,7 +44,7 @@ class Spanned(Wrapper):
         self, span: Span, rotary: nn.Module, buffer: str, interleaved: bool, first: int, *, dense: bool = False
     ):
         self.span, self.rotary, self.buffer, self.interleaved, self.first = span, rotary, buffer, interleaved, first
-        self.dense = dense
+        self.dense, self.number = dense, opaque.number_of(span)
 
     def __repr__(self) -> str:
         return str(self.span)
@@ -55,6 +56,8 @@ class Spanned(Wrapper):
     def around(self, call: AttentionCall, inner: Callable[[AttentionCall], Output]) -> Output:
         """Attend as the kernel does within the trained length; beyond it, by merged flash calls."""
         mask, places = _placed(call)
+        if torch.compiler.is_compiling():
+            return self._in_a_graph(call, places, inner)
         if self.dense or call.kernel == "eager":
             return self._dense(call, places)
         if mask.once("last", lambda: int(places.max())) < self.span.plain:
@@ -77,6 +80,16 @@ class Spanned(Wrapper):
                 0
             ]
         out = spanned.attend(*states, places, self.span, turning, call.scale, steps)
+        return out.transpose(1, 2).contiguous(), None
+
+    def _in_a_graph(self, call: AttentionCall, places: Tensor, inner: Callable[[AttentionCall], Output]) -> Output:
+        """Attend by an operation that a graph does not look into; how far texts reach, it knows by their columns."""
+        if call.key.shape[2] <= self.span.plain:
+            return inner(call)
+        _refuse(call, words.SCORE_BIAS, words.CACHE, words.SOFTCAP, words.SINKS, words.DROPOUT)
+        turning = self.turning()
+        settings = (turning.frequencies, self.number, turning.interleaved, turning.first, call.scale)
+        out: Tensor = opaque.attend(call.query, call.key, call.value, places, *settings)
         return out.transpose(1, 2).contiguous(), None
 
     def _dense(self, call: AttentionCall, places: Tensor) -> Output:
@@ -118,7 +131,8 @@ def _placed(call: AttentionCall) -> tuple[AttentionMask, Tensor]:
         raise AttnPatchError(
             f"{type(call.module).__name__}: attention here is causal over one text for each row, left-padded or not; "
             "found a mask of four dimensions, packed documents, or image blocks. Pass a mask of two dimensions and no "
-            "position_ids, or revert the patch."
+            "position_ids (in torch.compile, too, where transformers cannot see that a text without a mask is one "
+            "document), or revert the patch."
         )
     return made, places
 

@@ -161,4 +161,6 @@ def _padding(mask: Any) -> int:
     """Return the length of the longest padding before a row."""
     made = mask_of(mask)
     places = None if made is None else made.positions()
-    return 0 if places is None else int((places < 0).sum(-1).max())
+    if made is None or places is None:
+        return 0
+    return made.once("padding before a row", lambda: int((places < 0).sum(-1).max()))

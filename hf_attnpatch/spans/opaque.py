@@ -1,0 +1,100 @@
+"""Attention at changed distances as one operation of torch, into which ``torch.compile`` does not look.
+
+Which flash calls are made depends on where the rows begin, which is in no graph. As an operation of its own it stands
+in any graph, ``fullgraph=True`` included, and computes what it does elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..functional import spanned
+from ..functional.rerotation import Turning
+from ..functional.spans import Span
+
+_SPANS: list[Span] = []  # by the number under which a graph knows them
+
+
+def number_of(span: Span) -> int:
+    """Return the number under which a graph knows a kind of distance; equal ones have one number."""
+    if span not in _SPANS:
+        _SPANS.append(span)
+    return _SPANS.index(span)
+
+
+@torch.library.custom_op("hf_attnpatch::attend_at_distances", mutates_args=())
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    places: Tensor,
+    frequencies: Tensor,
+    span: int,
+    interleaved: bool,
+    first: int,
+    scale: float,
+) -> Tensor:
+    """Attend; see :func:`hf_attnpatch.functional.spanned.attend`.
+
+    Args:
+        query: (batch, heads, q, d), as the model turned them.
+        key: (batch, kv heads, k, d), likewise.
+        value: (batch, kv heads, k, d_v).
+        places: position of each key, (batch or 1, k), -1 where there is none.
+        frequencies: (planes,), radians per position.
+        span: what :func:`number_of` returned.
+        interleaved: see :class:`Turning`.
+        first: see :class:`Turning`.
+        scale: on the inner products.
+
+    Returns:
+        (batch, heads, q, d_v).
+    """
+    turning = Turning(frequencies, interleaved, first)
+    return spanned.attend(query, key, value, places, _SPANS[span], turning, scale).contiguous()
+
+
+@attend.register_fake
+def _shape(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return query.new_empty((*query.shape[:3], value.shape[-1]))
+
+
+@torch.library.custom_op("hf_attnpatch::attend_at_distances_backward", mutates_args=())
+def _gradients(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    places: Tensor,
+    frequencies: Tensor,
+    span: int,
+    interleaved: bool,
+    first: int,
+    scale: float,
+) -> list[Tensor]:
+    """Return the gradients of queries, keys and values; attention is computed once more."""
+    states = [t.detach().requires_grad_() for t in (query, key, value)]
+    turning = Turning(frequencies, interleaved, first)
+    with torch.enable_grad():
+        out = spanned.attend(*states, places, _SPANS[span], turning, scale)
+        return [each.contiguous() for each in torch.autograd.grad(out, states, grad)]
+
+
+@_gradients.register_fake
+def _shapes(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in (query, key, value)]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.settings = inputs[5:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_gradients(grad, *ctx.saved_tensors, *ctx.settings), *(None,) * 6)
+
+
+attend.register_autograd(_backward, setup_context=_keep)
