@@ -81,7 +81,7 @@ class AttentionMask:
             return made
         if torch.compiler.is_compiling():
             if isinstance(made, Tensor):
-                made.attnpatch_mask = self
+                made.attnpatch_mask = self  # type: ignore[attr-defined]  # setattr is not followed in a graph
             return made
         made = made.contiguous() if isinstance(made, Tensor) else made  # as generate asks for: a copy would not know
         if self.kernel == "sdpa":

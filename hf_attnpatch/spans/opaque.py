@@ -79,7 +79,7 @@ def _gradients(
     states = [t.detach().requires_grad_() for t in (query, key, value)]
     turning = Turning(frequencies, interleaved, first)
     with torch.enable_grad():
-        out = spanned.attend(*states, places, _SPANS[span], turning, scale)
+        out = spanned.attend(states[0], states[1], states[2], places, _SPANS[span], turning, scale)
         return [each.contiguous() for each in torch.autograd.grad(out, states, grad)]
 
 
