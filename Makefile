@@ -40,7 +40,7 @@ FAST := -n $(WORKERS) -m "not full and not slow"
 # the workers already fill the cores; a thread pool in each would only get in their way
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-all test-lowest test-newest check-releases mutation interrupt fuzz fuzz-atheris lock newest lint format survey drift \
+.PHONY: demo test test-all test-lowest test-newest check-releases mutation interrupt fuzz fuzz-atheris lock newest lint format survey pairs drift \
 	bench bench-alibi bench-relative \
 	bench-decode bench-extend check-diagnose \
 	downstream peers results-grouped-query results-extend-context results-passkey results-recurrence \
@@ -133,6 +133,10 @@ format: $(INSTALLED)
 
 survey: $(INSTALLED)
 	$(BIN)/python scripts/survey_architectures.py --workers $(WORKERS)
+
+# two patches on one model, in both orders, each pair held to an oracle
+pairs: $(INSTALLED)
+	$(QUIET) $(BIN)/python -W ignore scripts/pairs.py llama gpt2 bloom > recipes/results/pairs/README.md
 
 # every patch on copies of transformers with a change each; the same command goes on where it was stopped
 drift: $(INSTALLED)
