@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
-from .errors import AttnPatchError, SelfCheckFailed
+from .errors import AttnPatchError, SelfCheckFailed, UnsupportedArchitecture
 from .media import AXES, Probes
 from .probe import Inputs, Trace, disagreement, largest_difference, trace
 from .selfcheck import decoded_with
@@ -89,7 +89,8 @@ def _after(model: PreTrainedModel, what: str, inputs: Inputs, before: Trace) -> 
     except AttnPatchError as error:
         cause = error.__cause__ or error
         hint = "several axes of positions (images)" if what == AXES else what
-        raise SelfCheckFailed(
+        refused = isinstance(cause, AttnPatchError)  # with a reason: this cannot be, and nothing went wrong
+        raise (UnsupportedArchitecture if refused else SelfCheckFailed)(
             f"{type(model).__name__} runs with {hint} before the patch, and does not after it "
             f"({type(cause).__name__}: {' '.join(str(cause).split())[:240]}). The model is unchanged. Pass "
             "probe={...} of tokens alone to patch it for text alone."

@@ -285,12 +285,14 @@ class SetAttention(Edit):
         implementation: transformers' name for it.
         register: makes the name known, where it is ours.
         only_masks: for models that compute attention by themselves and ask for masks under this name.
+        configs: with ``only_masks``, paths of the configs that say so; None for all. An image tower may dispatch.
     """
 
     rung = "attention"
     implementation: str
     register: Callable[[], None] | None = None
     only_masks: bool = False
+    configs: tuple[str, ...] | None = None
 
     @property
     def claim(self) -> str:
@@ -305,6 +307,7 @@ class SetAttention(Edit):
         """Find everything where transformers keeps it; the way back restores each config's own value."""
         key = "_attn_implementation_internal"
         stores = [vars(config) for config in all_configs(model)]
+        asking = stores if self.configs is None else [vars(config_at(model, path)) for path in self.configs]
         before = [store.get(key, _ABSENT) for store in stores]
 
         def undo() -> None:
@@ -318,7 +321,7 @@ class SetAttention(Edit):
             if self.register is not None:
                 self.register()
             if self.only_masks:
-                for store in stores:
+                for store in asking:
                     store[key] = self.implementation
             else:
                 model.set_attn_implementation(self.implementation)

@@ -164,6 +164,8 @@ def trace(
             logits = _forward(model, inputs, use_cache)
         except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError) as error:
             names = ", ".join(inputs)
+            if isinstance(error, UnsupportedArchitecture):
+                raise
             raise AttnPatchError(
                 f"{type(model).__name__} does not run on the probe ({names}): {type(error).__name__}: {error}. "
                 "Pass probe={...} with inputs it takes."

@@ -102,7 +102,7 @@ def patched(model: PreTrainedModel, patch: ap.Patch) -> Answer:
     if found["broken"] and report.stock:
         found["twin"] = broken_by_its_twin(model)
     home = getattr(plan.steps[0].patch, "home", None)
-    if home is not None:
+    if home not in (None, "auto"):  # the one that was found
         found["detail"] = f"home: {home}"
     if isinstance(patch, ap.Flash):
         found["detail"] = f"{model.config._attn_implementation} on {model.device.type}"

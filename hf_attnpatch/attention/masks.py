@@ -293,6 +293,8 @@ def own_mask(call: AttentionCall) -> Any:
     if made is not None:
         own = made.own()
         return own if own is None else own.to(call.query.device)
+    if mask.dtype != torch.bool:  # ours are bool: this one is added, as the module or its caller wrote it
+        return mask
     if mask.numel() == 1:
         mask = None
     if not call.causal or call.query.shape[2] == 1 or (mask is not None and mask.shape[-2] != 1):

@@ -126,7 +126,8 @@ def foreign(
     if model.can_generate() and not any(site.cross or site.tower for site in anatomy.sites):
         # no module reads it, but whoever makes a cache before the first token does: static ones, PEFT's learned prefix
         for config in dict.fromkeys(site.config for site in sites):
-            yield SetConfig(config, KV_FIELDS[0][1], source.num_kv_heads)
+            if not hasattr(config_at(model, config), KV_FIELDS[0][1]):  # or other modules are built by it (Doge)
+                yield SetConfig(config, KV_FIELDS[0][1], source.num_kv_heads)
     if rewritten:
         yield from _rewritten(sites, source, "the same module")
 

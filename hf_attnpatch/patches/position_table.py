@@ -121,7 +121,7 @@ class PositionTable(Patch):
             own, lambda old: _lengthened(old, self._length, method), f"{self._length} positions, {method}"
         )
         edits = longer(model, anatomy, tables, self._length, method) if tables else (new,)
-        sites = anatomy.attending
+        sites = tuple(tables) or anatomy.attending  # FNet has no attention, and BigBird replaces its own as it runs
         note = f"{trained} positions become {self._length}, {method}"
         kept, claims = method != "interpolate", ("the positions",)
         return Proposal(edits, sites, (note,), stock=bool(tables), preserves=kept, claims=claims)

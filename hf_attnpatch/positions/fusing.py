@@ -33,7 +33,7 @@ def variants(model: PreTrainedModel, anatomy: Anatomy) -> list[tuple[Edit, ...]]
         if site.dispatches or site.cross or not roles.takes(words.STATES, words.CACHE):
             return f"{site.path}: {site.kind} is no self-attention with a cache that computes its scores by itself"
     biased = (False, True) if roles_of(model.get_submodule(sites[0].path)).takes(words.BIAS) else (False,)
-    return [(*_hooks(model, anatomy, bias), SetAttention("", FUSED, register, True)) for bias in biased]
+    return [(*_hooks(model, anatomy, bias), _masks(anatomy)) for bias in biased]
 
 
 def rebiased(model: PreTrainedModel, anatomy: Anatomy, bias: AlibiBias) -> tuple[Edit, ...] | str:
@@ -76,7 +76,13 @@ def _deferred(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Edit]:
     first = model.get_submodule(_own(anatomy)[0].path)
     if not any(isinstance(hook, Deferring) for hook in first._forward_pre_hooks.values()):
         yield from _hooks(model, anatomy, False)
-        yield SetAttention("", FUSED, register, True)
+        yield _masks(anatomy)
+
+
+def _masks(anatomy: Anatomy) -> Edit:
+    """Ask for masks of this package, in the language model's configs and the model's own, which says what is in use."""
+    paths = ("", *(site.config for site in _own(anatomy)))
+    return SetAttention("", FUSED, register, True, tuple(dict.fromkeys(paths)))
 
 
 def _hooks(model: PreTrainedModel, anatomy: Anatomy, unbiased: bool) -> Iterator[Edit]:
