@@ -14,7 +14,7 @@ from hf_attnpatch import api, few, stepwise
 from hf_attnpatch.attention import rotation
 from hf_attnpatch.edits import FirstLayers
 from hf_attnpatch.heads import regroup
-from hf_attnpatch.positions import added
+from hf_attnpatch.modules import added
 from hf_attnpatch.probe import largest_difference, trace
 from hf_attnpatch.spans import modules as spans
 from hf_attnpatch.stepwise import in_pieces

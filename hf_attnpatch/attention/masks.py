@@ -60,7 +60,9 @@ class AttentionMask:
         self._forms: dict[Hashable, Any] = {}
 
     def once(self, form: Hashable, make: Callable[[], Form]) -> Form:
-        """Return a form that is made once."""
+        """Return a form that is made once; in a graph each time, as its sizes may be symbols."""
+        if torch.compiler.is_compiling():
+            return make()
         if form not in self._forms:
             self._forms[form] = make()
         found: Form = self._forms[form]

@@ -162,7 +162,10 @@ def _class(model: PreTrainedModel, home: Home) -> type[PreTrainedModel]:
     for auto in modeling_auto.__all__:
         mapping = getattr(getattr(modeling_auto, auto), "_model_mapping", None)
         if auto.startswith("AutoModel") and mapping is not None and type(model.config) in mapping and config in mapping:
-            mine, theirs = mapping[type(model.config)], mapping[config]
+            try:
+                mine, theirs = mapping[type(model.config)], mapping[config]
+            except ImportError as error:  # found only when its module is asked for
+                raise Unfit(f"cannot be imported: {' '.join(str(error).split())[:120]}") from error
             if own in (mine if isinstance(mine, tuple) else (mine,)):
                 return theirs[0] if isinstance(theirs, tuple) else theirs  # type: ignore[no-any-return]
     raise Unfit(f"has no counterpart of {own.__name__}")
