@@ -51,7 +51,7 @@ def same(one, other):
 def test_a_head_on_a_patched_trunk_loads_with_the_same_outputs(patch, auto, tmp_path):
     model = built("llama", auto)
     plain = outputs(model)
-    if isinstance(patch, ap.ScoreTemperature) and auto == "AutoModelForQuestionAnswering":  # ministral3 has no such class
+    if isinstance(patch, ap.ScoreTemperature) and auto == "AutoModelForQuestionAnswering":  # ministral3 has none
         with pytest.raises(ap.UnsupportedArchitecture, match="no stock type can say this"):
             ap.apply(model, patch)
         return
