@@ -119,6 +119,7 @@ def test_two_rows_of_eight_tokens_are_enough_and_a_mask_of_ones_hides_nothing(mo
     model, ids = tiny_model("llama", num_hidden_layers=1), torch.arange(5, 21).view(2, 8)
     for inputs in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}):
         assert ap.verify(model, inputs=inputs)["names"].note == "input_ids"
+    assert ap.verify(model)["names"].note == "input_ids"
     for few in (ids[:, :7], ids[:1]):
         with pytest.raises(ap.AttnPatchError, match="at least 2 rows of 8"):
             ap.verify(model, inputs={"input_ids": few})
