@@ -15,6 +15,7 @@ MUTMUT := mutmut==3.8.1
 ATHERIS := $(VENV)/atheris
 NEW := $(VENV)/newest
 LOCKING := $(VENV)/locking
+WRITING := $(VENV)/notebooks
 DOCUMENTING := $(VENV)/docs
 # the extra `docs` of pyproject.toml, without the package and its torch, and what checks a release
 DOCS_TOOLS := $(shell sed -n 's/^docs = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d ,) build twine
@@ -46,7 +47,7 @@ QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 	bench bench-alibi bench-relative \
 	bench-decode bench-extend check-diagnose \
 	downstream peers results-grouped-query results-extend-context results-passkey results-recurrence \
-	results-switch-positions docs pages dist clean
+	results-switch-positions docs notebooks pages dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/attnpatch demo --output outputs/demo
@@ -118,6 +119,12 @@ lint: $(INSTALLED)
 docs: $(DOCUMENTING)/.installed
 	$(DOCUMENTING)/bin/python scripts/pages.py --check
 	NO_MKDOCS_2_WARNING=1 $(DOCUMENTING)/bin/python -m mkdocs build --strict
+
+# every notebook from its first cell to its last, beside the script that it is a pair of
+notebooks: $(WRITING)/.installed
+	for each in notebooks/*.py; do $(QUIET) MPLBACKEND=module://matplotlib_inline.backend_inline \
+		$(WRITING)/bin/python -m jupytext --quiet --to ipynb --execute --run-path . $$each || exit 1; done
+	$(WRITING)/bin/python scripts/tidy_notebooks.py
 
 # what README, pages and drawings take from recipes/results
 pages: $(INSTALLED)
@@ -258,6 +265,11 @@ $(MUTATE)/.installed: $(INSTALLED)
 $(DOCUMENTING)/.installed: Makefile pyproject.toml
 	$(PYTHON) -m venv $(DOCUMENTING)
 	$(DOCUMENTING)/bin/python -m pip install --quiet $(DOCS_TOOLS)
+	@touch $@
+
+$(WRITING)/.installed: $(INSTALLED)
+	$(call layered,$(WRITING))
+	$(WRITING)/bin/python -m pip install --quiet jupytext==1.19.6 nbclient ipykernel
 	@touch $@
 
 $(ATHERIS)/.installed: $(INSTALLED)

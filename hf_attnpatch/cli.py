@@ -197,13 +197,12 @@ def verify(
 
 
 @command(app, "demo", "attnpatch demo", "attnpatch demo --output /tmp/demo --json")
-def demo(output: Annotated[Path, typer.Option(help="Folder for tables and figures.")] = Path("outputs/demo")) -> None:
-    """Patch, uptrain and evaluate the embedded model; prints a table and where the figures are."""
+def demo(output: Annotated[Path, typer.Option(help="Folder for the page.")] = Path("outputs/demo")) -> None:
+    """Diagnose, convert, compare, stretch and train the model that ships here, in minutes; ends with one HTML page."""
     from .demo import run
 
-    with voice.stdout_is_for_machines():
-        run(output)
-    voice.answer_for_machines({"output": output})
+    said = run(output)
+    voice.answer(said, {"output": output, "page": output / "demo.html", "metrics": output / "metrics.json"})
 
 
 cli_compare.add(app)

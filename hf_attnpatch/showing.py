@@ -98,13 +98,17 @@ class Shown:
         return ()
 
     def _figures(self) -> Iterable[bytes]:
-        """Return PNG pictures; none by default, or where matplotlib is not installed."""
+        """Return pictures, PNG or SVG; none by default, or where matplotlib is not installed."""
         return ()
 
     def _repr_html_(self) -> str:
-        pictures = (base64.b64encode(png).decode("ascii") for png in self._figures())
-        images = (f'<img alt="" style="max-width:100%" src="data:image/png;base64,{each}">' for each in pictures)
+        images = (f'<img alt="" style="max-width:100%" src="{_data(picture)}">' for picture in self._figures())
         return "\n".join([f'<pre style="overflow-x:auto">{html.escape(visible(str(self)))}</pre>', *images])
+
+
+def _data(picture: bytes) -> str:
+    kind = "svg+xml" if picture.startswith(b"<svg") else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode('ascii')}"
 
 
 def _in_short(value: object) -> str:

@@ -115,7 +115,9 @@ MAY_IMPORT = {
         "twin",
         "weightless",
     },
+    "charts.py": set(),
     "evaluation/": {
+        "charts",
         "embedded",
         "errors",
         "evaluation",

@@ -412,9 +412,9 @@ def test_compare_writes_over_no_file_but_its_own(tmp_path, monkeypatch, name):
     assert (tmp_path / name).read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["report.txt", "metrics.json", "model"])
+@pytest.mark.parametrize("name", ["report.txt", "metrics.json", "model", "demo.html"])
 def test_the_demo_writes_over_no_file_but_its_own(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("work was done"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("work was done"))
     (tmp_path / name).write_text("mine")
     assert fails(run("demo", "--output", tmp_path), f"holds {name}, which is no earlier result")
     assert (tmp_path / name).read_text() == "mine"
