@@ -122,9 +122,7 @@ docs: $(DOCUMENTING)/.installed
 
 # every notebook from its first cell to its last, beside the script that it is a pair of
 notebooks: $(WRITING)/.installed
-	for each in notebooks/*.py; do $(QUIET) MPLBACKEND=module://matplotlib_inline.backend_inline \
-		$(WRITING)/bin/python -m jupytext --quiet --to ipynb --execute --run-path . $$each || exit 1; done
-	$(WRITING)/bin/python scripts/tidy_notebooks.py
+	$(QUIET) $(WRITING)/bin/python scripts/notebooks.py
 
 # what README, pages and drawings take from recipes/results
 pages: $(INSTALLED)

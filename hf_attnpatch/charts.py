@@ -9,7 +9,7 @@ from html import escape
 from itertools import pairwise
 
 WIDTH = 520  # of a chart, in units of which a letter is 16 high
-LETTER = 8.6  # width of one, about
+LETTER = 9.2  # width of one, about
 COLOURS = {  # Okabe and Ito's: name -> on light, on dark
     "ground": ("#ffffff", "#0d1117"),
     "text": ("#1f2328", "#e6edf3"),
@@ -171,7 +171,8 @@ def lines(
     if mark is not None:
         x = at(mark[0], low)[0]
         parts.append(f'<line class="rule" x1="{x:.1f}" x2="{x:.1f}" y1="{top:g}" y2="{top + height:g}"/>')
-        parts.append(_text(x + 6, top + 14, mark[1], "small"))
+        right_of = x < WIDTH / 2
+        parts.append(_text(x + (6 if right_of else -6), top + 14, mark[1], "small", "start" if right_of else "end"))
     if level is not None:
         y = at(first, level[0])[1]
         parts.append(f'<line class="rule" x1="{left:g}" x2="{WIDTH - right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')

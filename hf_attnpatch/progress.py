@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import threading
 import time
@@ -34,11 +35,13 @@ def is_silent() -> bool:
 
 
 def bar(*columns: Any, **options: Any) -> Any:
-    """Return rich's progress display on stderr, off where nobody looks."""
+    """Return rich's progress display on stderr, off where nobody looks, or where a notebook cannot show it."""
     from rich.console import Console  # they take a while to import, which --help need not wait for
     from rich.progress import Progress
 
     console = Console(stderr=True)
+    if console.is_jupyter and importlib.util.find_spec("ipywidgets") is None:  # it would warn at every bar
+        console = Console(stderr=True, force_jupyter=False)
     seen = (console.is_terminal or console.is_jupyter) and not is_silent()
     return Progress(*columns, console=console, disable=not seen, **options)
 

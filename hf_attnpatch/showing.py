@@ -72,7 +72,7 @@ def rendered(*parts: RenderableType) -> str:
     """Return text and tables as plain text, :data:`WIDTH` columns wide unless :func:`columns` says otherwise."""
     from rich.console import Console, Group  # takes a while to import, and not every command shows a table
 
-    console = Console(width=_COLUMNS.get(), color_system=None, force_terminal=False)
+    console = Console(width=_COLUMNS.get(), color_system=None, force_terminal=False, force_jupyter=False)
     with console.capture() as capture:
         console.print(Group(*parts), markup=False, highlight=False)
     return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())

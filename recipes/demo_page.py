@@ -30,8 +30,10 @@ MORE = """
 .chart { width: 100%; height: auto; overflow: visible; }
 figure { margin: 0; }
 figcaption { color: var(--faint); font-size: .9rem; }
-.written { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: 1rem; }
+.written { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 13rem), 1fr)); gap: 1rem; }
+.written { margin-bottom: 1.5rem; }
 .written pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0 0; font-size: .85rem; }
+.written pre { max-height: 17rem; overflow-y: auto; }
 .given, .mark { color: var(--faint); }
 summary { cursor: pointer; color: var(--faint); }
 .lead { font-size: 1.15rem; }
@@ -115,7 +117,7 @@ def course(found: Metrics) -> Chart | None:
     last = int(points[-1][0])
     return charts.lines(
         "A short training takes half of the rest away" if _halves(found) else "A short training",
-        [Curve("refined", points, "best")],
+        [Curve("trained", points, "best")],
         "nats per token on held-out text, by steps",
         ticks={float(n): str(n) for n in range(0, last + 1, max(1, last // 4))},
         level=(original, "the original"),
@@ -188,7 +190,7 @@ def _sections(found: Metrics) -> Iterator[str]:
     yield (
         f"<p>To serve {diagnosis['batch']} texts of {diagnosis['context']:,} tokens, this model holds "
         f"{size(diagnosis['cache_bytes'])} of keys and values beside {size(diagnosis['weight_bytes'])} of weights. "
-        f"A token waits {diagnosis['share']:.0%} of its time for them (on {escape(str(diagnosis['hardware']))}). "
+        f"A token waits {diagnosis['share']:.0%} of its time for them ({escape(str(diagnosis['hardware']).upper())}). "
         "<code>attnpatch diagnose</code> predicts that, and names what helps:</p>"
     )
     yield _code("\n".join(diagnosis["answers"]))
@@ -215,7 +217,7 @@ def _sections(found: Metrics) -> Iterator[str]:
     yield '<div class="pair">'
     yield _figure(cache(found), "Of 32-bit floating point numbers.")
     yield _figure(
-        speed(found), "Median of single tokens, the two models in turn. Where weights are large, the gain comes later."
+        speed(found), "Median of single tokens, the two models in turn. The longer the texts, the more is gained."
     )
     yield "</div>"
     yield "<h2>A longer context</h2>"
