@@ -93,7 +93,7 @@ if TYPE_CHECKING:
     from .verify import Verification as Verification
     from .verify import verify
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0"
 
 register_on_arrival()
 
