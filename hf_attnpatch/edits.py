@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from .edit import ABSENT as _ABSENT
 from .edit import Edit, Write, check_hooks, lost, tried, undo_all, write_all
 from .edit import short as _short
 from .edit import swap as _swap
-from .errors import UnsupportedArchitecture
+from .errors import AttnPatchError, UnsupportedArchitecture
+from .upstream import words
 from .upstream.partitioned import is_partitioned, shape_of
 
 __all__ = [
@@ -277,6 +278,30 @@ def _hook_stores(module: nn.Module) -> Iterator[tuple[Any, ...]]:
     yield module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called
 
 
+class Unpaged:
+    """Stands in a model in the place of continuous batching, whose cache knows nothing of attention that is ours.
+
+    Args:
+        architecture: class name of the model.
+    """
+
+    def __init__(self, architecture: str):
+        self.architecture = architecture
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            AttnPatchError: always.
+        """
+        raise AttnPatchError(
+            f"{self.architecture}: its attention is patched in a way that the paged cache of continuous batching "
+            "(generate_batch, `transformers serve --continuous-batching`) would pass over. Take model.generate with a "
+            "padded batch, or serve without --continuous-batching; grouped heads, rotary scalings of one factor for "
+            "all requests, and position tables run in it."
+        )
+
+
 @dataclass(frozen=True)
 class SetAttention(Edit):
     """Choose the attention function for the whole model.
@@ -307,6 +332,7 @@ class SetAttention(Edit):
         """Find everything where transformers keeps it; the way back restores each config's own value."""
         key = "_attn_implementation_internal"
         stores = [vars(config) for config in all_configs(model)]
+        own, held = vars(model), vars(model).get(words.BATCHING, _ABSENT)
         asking = stores if self.configs is None else [vars(config_at(model, path)) for path in self.configs]
         before = [store.get(key, _ABSENT) for store in stores]
 
@@ -316,6 +342,10 @@ class SetAttention(Edit):
                     store.pop(key, None)
                 else:
                     store[key] = old
+            if held is _ABSENT:
+                own.pop(words.BATCHING, None)
+            else:
+                own[words.BATCHING] = held
 
         def do() -> None:
             if self.register is not None:
@@ -330,6 +360,8 @@ class SetAttention(Edit):
                     f"{type(model).__name__} chooses its attention when it is built; load it with "
                     f"attn_implementation={self.implementation!r} instead of patching it."
                 )
+            if self.register is not None and hasattr(type(model), words.BATCHING):  # last: the name says it is done
+                own[words.BATCHING] = Unpaged(type(model).__name__)
 
         return Write(
             self.claim,

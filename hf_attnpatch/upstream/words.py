@@ -77,6 +77,8 @@ ATTENTION: Final[Mapping[str, tuple[str, ...]]] = {
     name: (name,)
     for name in (DROPOUT, SCALING, IS_CAUSAL, SOFTCAP, SINKS, SCORE_BIAS, WINDOW, PACKED, PACKED_KEYS, PAGED)
 }
+# The method of a model by which every kind of continuous batching begins, ``transformers serve``'s too.
+BATCHING: Final = "init_continuous_batching"
 # Keywords of transformers' mask functions.
 MASKS: Final = (
     *("batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask", "local_size"),
