@@ -245,10 +245,10 @@ STAGES: dict[str, tuple[float, Callable[[Demo], None]]] = {  # what is said -> s
     "what the model lacks": (8, Demo.diagnose),
     "the original": (5, Demo.measure),
     "averaged and principal heads": (14, Demo.average),
-    "heads fitted on text": (60, Demo.fit),
+    "heads fitted on text": (85, Demo.fit),
     "speed of decoding": (6, Demo.speed),
     "four times the trained context": (16, Demo.stretch),
-    "training": (45, Demo.train),
+    "training": (40, Demo.train),
     "saving, and loading by stock transformers": (8, Demo.publish),
 }
 

@@ -228,13 +228,6 @@ def kernels(file: Path) -> None:
     _save(figure, file)
 
 
-def demo(file: Path) -> None:
-    """What the demo's page shows first."""
-    from recipes import demo_page  # which needs torch, as nothing else here does
-
-    file.write_text(demo_page.picture(result("demo/metrics.json")), "utf-8")
-
-
 FIGURES: dict[str, Callable[[Path], None]] = {
     "front": front,
     "grouped": grouped,
@@ -244,5 +237,4 @@ FIGURES: dict[str, Callable[[Path], None]] = {
     "recurrence": recurrence,
     "seen": seen,
     "kernels": kernels,
-    "demo": demo,
 }

@@ -139,7 +139,7 @@ FIGURES: tuple[tuple[str, str, str, str, Draw], ...] = (
         "loss",
         "loss_by_length.png",
         "Loss by context length",
-        "loss in nats per token of both models against the tokens of context, with two baselines each; paired differences",
+        "loss in nats per token of both models against the context, with two baselines each; and paired differences",
         loss_by_length,
     ),
     (
