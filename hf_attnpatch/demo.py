@@ -23,6 +23,7 @@ from .progress import Stages
 FILES = ("metrics.json", "demo.html", "demo.svg", "log.jsonl", "log.txt", "model")
 EARLIER = ("report.txt", "damage.json", "damage.png", "loss.png", "comparison.png")  # which demos of 0.1 wrote
 CONFIG = "configs/demo.yaml"
+_NONE = [("starting", 1.0)]  # for a recipe that ends before it says what it will do
 
 
 def run(output: Path, *, overrides: Sequence[str] = ()) -> str:
@@ -89,9 +90,6 @@ def _watched(command: Sequence[str], environment: dict[str, str], words: IO[str]
             worker.terminate()  # a signal, and whatever else ends this: nothing goes on unseen
             raise
     return done if worker.returncode == 0 else None
-
-
-_NONE = [("starting", 1.0)]  # for a recipe that ends before it says what it will do
 
 
 def _told(worker: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:

@@ -97,16 +97,16 @@ class Stages:
         self._bar = bar(*columns, transient=True)
         self._task = self._bar.add_task(self._said(), total=self._seconds(len(stages)), left="")
         self._ended = threading.Event()
-        self._clock = threading.Thread(target=self._tick, daemon=True)
+        self._ticking = threading.Thread(target=self._tick, daemon=True)
 
     def __enter__(self) -> Stages:
         self._bar.start()
-        self._clock.start()
+        self._ticking.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        self._clock.join()
+        self._ticking.join()
         self._bar.stop()
 
     def begin(self, number: int) -> None:
