@@ -39,7 +39,6 @@ def test_a_pair_holds_the_same_cells(source):
     held = [(cell["cell_type"], "".join(cell["source"]).strip()) for cell in notebook["cells"]]
     assert held == list(cells(source)), "run `make notebooks`"
     outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
-    assert outputs
     assert not [output for output in outputs if output["output_type"] == "error"]
 
 
