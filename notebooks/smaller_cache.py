@@ -66,9 +66,8 @@ averaged.nats - before.nats
 # away. On a model of your own give some 64 sequences of 512 tokens, and leave `refine_steps` out.
 
 # %%
-report = ap.patch_grouped_query(
-    model, num_kv_heads=2, calibration=documents[8:10], tokenizer=tokenizer, refine_steps=10
-)
+texts = [text[:6000] for text in documents[8:14]]
+report = ap.patch_grouped_query(model, num_kv_heads=2, calibration=texts, tokenizer=tokenizer, refine_steps=10)
 refined = mean_loss(model, measured)
 refined.nats - before.nats, cache_bytes_per_token(model)
 
