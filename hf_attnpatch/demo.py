@@ -77,10 +77,10 @@ def _watched(command: Sequence[str], environment: dict[str, str], words: IO[str]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=words, text=True) as worker:
         try:
             told = _told(worker)
-            stages = Stages(
-                [(str(said), float(seconds)) for said, seconds in next(told, {}).get("stages", [])] or _NONE
-            )
-            done = None
+            first: dict[str, Any] = next(told, {})
+            listed = [(str(said), float(seconds)) for said, seconds in first.get("stages", [])]
+            stages = Stages(listed or _NONE)
+            done: str | None = None
             with stages:
                 for what in told:
                     if "begins" in what:

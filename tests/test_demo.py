@@ -14,6 +14,8 @@ from hf_attnpatch.errors import AttnPatchError
 
 QUICK = ["train.steps=4", "train.batch_size=2", "train.warmup=0", "train.eval_every=2", "threads=1"]
 QUICK += ["heldout.documents=2", "data.block=64", "heldout.block=64"]
+QUICK += [f"{part}.source=embedded/uptrain/prose" for part in ("data", "calibration")]  # few documents to read
+QUICK += ["heldout.source=embedded/evaluation/docs"]
 QUICK += ["calibration.sequences=16", "calibration.block=64"]
 QUICK += ["patches=[{patch: grouped_query, num_kv_heads: 2, method: refined, refine_steps: 2}]"]
 QUICK += ["show.context=128", "show.texts=2", "show.speed_context=64", "show.speed_tokens=4", "show.written=4"]
