@@ -36,6 +36,7 @@ class Write:
         do: writes.
         undo: takes it back; nothing is lost if that was done before, or the write was not, or not wholly.
         place: what is written over; of several writes to one place, the last one has to stand. None: nothing else is.
+        settle: is told when all writes of a call are done: what they made of this one's is no change from outside.
     """
 
     claim: str
@@ -43,6 +44,7 @@ class Write:
     do: Callable[[], None]
     undo: Callable[[], None]
     place: Hashable = None
+    settle: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,9 @@ def write_all(model: PreTrainedModel, edits: Sequence[Edit], writes: list[Write]
         write = edit.prepare(model)
         writes.append(write)
         write.do()
+    for write in writes:
+        if write.settle is not None:
+            write.settle()
 
 
 def lost(writes: Sequence[Write]) -> list[str]:

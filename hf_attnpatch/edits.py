@@ -489,7 +489,22 @@ class BecomeModel(Edit):
                 thing.__class__ = old
             undo_all(swaps)
 
-        return Write(self.claim, lambda: type(model) is type(other), do, undo)
+        placed = [_placed(other)]
+
+        def stands() -> bool:
+            return type(model) is type(other) and _placed(model) == placed[0]
+
+        def settle() -> None:
+            placed[0] = _placed(model)
+
+        return Write(self.claim, stands, do, undo, settle=settle)
+
+
+def _placed(model: nn.Module) -> list[tuple[int, str, int]]:
+    """Return which modules and parameters stand where below a model; adapters and new embeddings are others."""
+    below = [module for child in model.children() for module in child.modules()]
+    held = [(id(m), name, id(p)) for m in below for name, p in (*m._modules.items(), *m._parameters.items())]
+    return [*((0, name, id(child)) for name, child in model.named_children()), *held]
 
 
 # What a model keeps although its class changes: what torch hangs on every module, and what belongs to this very object.

@@ -87,7 +87,7 @@ class Report(Shown):
             if changed and not self._reverting:
                 raise PatchConflict(
                     f"{changed[0]} was changed after this patch ({len(changed)} such places); revert the later patch "
-                    "first."
+                    "first, or take off what was put on since (an adapter, say)."
                 )
             self._reverting = True
             complete(self._put_back)

@@ -243,3 +243,37 @@ def test_a_hook_of_the_users_is_not_lost():
 def test_the_oracle_rotates_as_the_model_does():
     model = made("llama")
     assert (slow(model, current(model)) - logits(model)).abs().max() < 1e-5 * logits(model).abs().max()
+
+
+def test_patches_of_one_call_and_of_two_come_off_again():
+    model = made("llama")
+    before, as_it_was = logits(model), state(model)
+    shared = ap.GroupedQuery(num_kv_heads=1, method="mean")
+    ap.apply(model, ap.NoPosition(layers=[1]), shared).revert()
+    assert state(model) == as_it_was
+    first, second = ap.apply(model, ap.NoPosition(layers=[1])), ap.apply(model, shared)
+    with pytest.raises(ap.PatchConflict, match="revert the later patch"):
+        first.revert()
+    second.revert()
+    first.revert()
+    assert state(model) == as_it_was
+    assert torch.equal(logits(model), before)
+
+
+def test_revert_does_not_throw_away_what_was_put_on_since():
+    peft = pytest.importorskip("peft")
+    model = made("llama")
+    before = logits(model)
+    report = ap.apply(model, ap.NoPosition(layers=[1]))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ap.PatchConflict, match="take off what was put on since"):
+        report.revert()
+    assert sum("lora" in name for name, _ in adapted.named_parameters()) == 8
+    adapted.unload()
+    report.revert()
+    assert torch.equal(logits(model), before)
+    report = ap.apply(model, ap.NoPosition(layers=[1]))
+    model.resize_token_embeddings(101, mean_resizing=False)
+    with pytest.raises(ap.PatchConflict, match="take off what was put on since"):
+        report.revert()
+    assert logits(model).shape[-1] == 101
