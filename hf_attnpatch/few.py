@@ -1,7 +1,8 @@
 """A model cut after its first layers, as many as have one of each kind: what holds there holds in all, for less.
 
-Layers of one kind have the same classes, hooks and attributes, and differ in their numbers only. What could hide in
-those (a weight that is not finite, a layer that never runs) one short forward of the whole model shows.
+Layers of one kind have the same classes, hooks, attributes and entries in the lists of their config (some families turn
+and mask by those), and differ in their numbers only. What could hide in those (a weight that is not finite, a layer
+that never runs) one short forward of the whole model shows.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
+from transformers import PreTrainedModel
 
+from .configs import all_configs
 from .edits import Edit, FirstLayers
 from .errors import AttnPatchError
 from .upstream import words
@@ -21,7 +24,7 @@ _LEFT_OUT = {*vars(nn.Module()), *words.LAYER_NUMBER}  # what every module has, 
 T = TypeVar("T")
 
 
-def one_of_each(model: nn.Module, sites: Sequence[str]) -> FirstLayers | None:
+def one_of_each(model: PreTrainedModel, sites: Sequence[str]) -> FirstLayers | None:
     """Return the edit that leaves the first layers which have one of each kind.
 
     None where modules attend in more than one list of layers, or nothing would be saved.
@@ -36,11 +39,11 @@ def one_of_each(model: nn.Module, sites: Sequence[str]) -> FirstLayers | None:
     layers = model.get_submodule(path) if cut else None
     if not isinstance(layers, nn.ModuleList) or not all(site.startswith(f"{path}.") for site in sites):
         return None
-    count = 1 + max(_first_alike(layers))
+    count = 1 + max(_first_alike(model, layers))
     return FirstLayers(path, count) if count < len(layers) else None
 
 
-def on_few_layers(model: nn.Module, sites: Sequence[str], ask: Callable[[tuple[Edit, ...]], T]) -> T:
+def on_few_layers(model: PreTrainedModel, sites: Sequence[str], ask: Callable[[tuple[Edit, ...]], T]) -> T:
     """Ask a question of the first layers; a refusal is an answer only if the whole model gives it, too.
 
     Args:
@@ -71,7 +74,7 @@ def calls_of_all(model: nn.Module, cut: FirstLayers, calls: Mapping[str, int], p
         calls: how often modules ran then, by path.
         paths: of the modules to tell of; those that do not run are left out.
     """
-    alike = _first_alike(model.get_submodule(cut.path))
+    alike = _first_alike(model, model.get_submodule(cut.path))
     found = {}
     for path in paths:
         number = _number(cut, path)
@@ -91,9 +94,12 @@ def _renumbered(cut: FirstLayers, path: str, number: int) -> str:
     return ".".join((cut.path, str(number), *rest))
 
 
-def _first_alike(layers: nn.Module) -> list[int]:
+def _first_alike(model: PreTrainedModel, layers: nn.Module) -> list[int]:
     """Return, for each layer, the number of the first one of its kind."""
-    kinds = [_kind(layer) for layer in layers.children()]
+    found = list(layers.children())
+    fields = [value for config in all_configs(model) for value in vars(config).values()]
+    lists = [value for value in fields if isinstance(value, (list, tuple)) and len(value) == len(found)]
+    kinds = [(_kind(layer), [_what(each[n]) for each in lists]) for n, layer in enumerate(found)]
     return [kinds.index(kind) for kind in kinds]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from .errors import AttnPatchError, UnsupportedArchitecture
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 SLOPE, STEP = "llama_4_scaling_beta", "original_max_position_embeddings"  # of rope_parameters
+_LARGEST = 2**63
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ class Layers:
 def read_layers(config: PretrainedConfig) -> Layers:
     """Read what a config says of its layers.
 
-    A family that says such things in fields of its own is misread here, so that what is read must be proved.
+    A field counts only where the family's config declares it: a checkpoint that was converted from another type often
+    keeps fields that its model does not read. A family that says such things in fields of its own is misread here all
+    the same, so that what is read must be proved.
 
     Raises:
         UnsupportedArchitecture: it says what a home cannot hold, or there are configs within it.
@@ -99,8 +103,14 @@ def unrotated(model: PreTrainedModel) -> bool:
         return False
 
 
+def _field(config: PretrainedConfig, name: str, absent: Any = None) -> Any:
+    """Return a field of a config that its class declares, or ``absent``."""
+    declared = config.attribute_map.get(name, name) in inspect.signature(type(config).__init__).parameters
+    return getattr(config, name, absent) if declared else absent
+
+
 def _bases(config: PretrainedConfig, theta: float, count: int) -> tuple[float | None, ...]:
-    each, flags = getattr(config, "layer_rope_theta", None), getattr(config, "no_rope_layers", None)
+    each, flags = _field(config, "layer_rope_theta"), _field(config, "no_rope_layers")
     if isinstance(each, (list, tuple)):
         return tuple(float(base) if base else None for base in each[:count])
     if isinstance(flags, (list, tuple)):  # 1 where the layer does rotate
@@ -109,8 +119,8 @@ def _bases(config: PretrainedConfig, theta: float, count: int) -> tuple[float | 
 
 
 def _windows(config: PretrainedConfig, count: int) -> tuple[int | None, ...]:
-    width, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    if getattr(config, "use_sliding_window", True) is False:
+    width, kinds = _field(config, "sliding_window"), _field(config, "layer_types")
+    if _field(config, "use_sliding_window", True) is False:
         width = None
     if kinds is None:
         return (width,) * count
@@ -122,4 +132,8 @@ def _windows(config: PretrainedConfig, count: int) -> tuple[int | None, ...]:
 
 def _temperature(rope: Mapping[str, Any]) -> Temperature | None:
     slope, step = rope.get(SLOPE), rope.get(STEP)
-    return Temperature(float(slope), int(step)) if slope and step else None
+    if not slope or not step:
+        return None
+    if not all(isinstance(each, (int, float)) and abs(each) < _LARGEST for each in (slope, step)):
+        raise UnsupportedArchitecture(f"rope_parameters: {SLOPE} or {STEP} is no number")
+    return Temperature(float(slope), int(step))

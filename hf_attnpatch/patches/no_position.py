@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..anatomy import Anatomy
 from ..errors import UnsupportedArchitecture
 from ..homes.checks import checked_layers, named, rotary_alone
-from ..homes.fitting import current, find
+from ..homes.fitting import check_read, current, find
 from ..patch import Patch, Proposal, changed
 from ..positions.removal import check_blind, none_there, removal, removed
 
@@ -75,6 +75,7 @@ class NoPosition(Patch):
         now = current(model)
         wanted = now.rotated(None, self.layers)
         if wanted == now:
+            check_read(model, now)
             return Proposal((), (), ("these layers rotate nothing already",), preserves=True)
         found = find(model, wanted, home)
         which = [n for n, (a, b) in enumerate(zip(now.bases, wanted.bases, strict=True)) if a != b]

@@ -13,7 +13,7 @@ from ..anatomy import Anatomy, angle_table
 from ..attention.rotation import KINDS, Rotation
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..homes.checks import checked_layers, named, rotary_alone
-from ..homes.fitting import current, find
+from ..homes.fitting import check_read, current, find
 from ..layers import unrotated
 from ..patch import Patch, Proposal, changed, decided
 from ..positions.removal import check_blind, check_effect, removal, removed
@@ -164,6 +164,7 @@ class Rotary(Patch):
         turning = tuple(n for n, base in enumerate(now.bases) if base is not None) or None
         wanted = now.rotated(float(self.theta), self.layers or turning)
         if wanted == now:
+            check_read(model, now)
             return Proposal((), (), ("the model rotates so already",), preserves=True)
         found = find(model, wanted, self.home)
         moved = sum(a != b for a, b in zip(now.bases, wanted.bases, strict=True))

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..anatomy import Anatomy
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..homes.checks import named, rotary_alone
-from ..homes.fitting import current, find
+from ..homes.fitting import check_read, current, find
 from ..layers import STEP, Temperature
 from ..patch import Patch, Proposal, changed
 from ..rope.fields import check_number
@@ -64,6 +64,7 @@ class ScoreTemperature(Patch):
             raise UnsupportedArchitecture(f"{anatomy.architecture}: declares no context; give step.")
         wanted = dataclasses.replace(now, temperature=Temperature(float(self.slope), step))
         if wanted == now:
+            check_read(model, now)
             return Proposal((), (), ("the model has this temperature already",), preserves=True)
         found = find(model, wanted, self.home)
         said = f"queries from position {step} on are multiplied by 1 + {self.slope:g} log(1 + floor(t / {step}))"
