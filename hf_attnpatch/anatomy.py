@@ -15,7 +15,7 @@ from .attention.alibi import AlibiBias, NoBias, bias_left_out
 from .attention.relative import Relative
 from .attention.rotation import Rotation
 from .attention.wrapper import wrappers_of
-from .configs import config_path
+from .configs import config_path, declared
 from .errors import UnsupportedArchitecture
 from .layers import unrotated
 from .modules.added import CHILD, LearnedPositions, SinusoidalPositions
@@ -261,8 +261,8 @@ def _alibi(model: PreTrainedModel) -> bool:
     if any(map(bias_left_out, model.modules())):
         return False
     config = model.config.get_text_config(decoder=True)
-    declared = getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False)
-    return bool(declared) or any(
+    said = declared(config, "alibi") or getattr(declared(config, "attn_config"), "alibi", False)
+    return bool(said) or any(
         hasattr(m, n) for m in model.modules() for n in ("build_alibi_tensor", "build_mpt_alibi_tensor")
     )
 

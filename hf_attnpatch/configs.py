@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,15 @@ def all_configs(model: PreTrainedModel) -> list[PretrainedConfig]:
             found[id(config)] = config
             todo += [v for v in vars(config).values() if isinstance(v, PretrainedConfig)]
     return list(found.values())
+
+
+def declared(config: PretrainedConfig, name: str, absent: Any = None) -> Any:
+    """Return a field of a config, or ``absent`` where its class does not declare it.
+
+    A checkpoint that was converted from another type often keeps fields that its model does not read.
+    """
+    known = inspect.signature(type(config).__init__).parameters
+    return getattr(config, name, absent) if config.attribute_map.get(name, name) in known else absent
 
 
 _BUILDING: ContextVar[bool] = ContextVar("hf_attnpatch_building", default=False)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .configs import declared
 from .errors import AttnPatchError, UnsupportedArchitecture
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -103,14 +103,8 @@ def unrotated(model: PreTrainedModel) -> bool:
         return False
 
 
-def _field(config: PretrainedConfig, name: str, absent: Any = None) -> Any:
-    """Return a field of a config that its class declares, or ``absent``."""
-    declared = config.attribute_map.get(name, name) in inspect.signature(type(config).__init__).parameters
-    return getattr(config, name, absent) if declared else absent
-
-
 def _bases(config: PretrainedConfig, theta: float, count: int) -> tuple[float | None, ...]:
-    each, flags = _field(config, "layer_rope_theta"), _field(config, "no_rope_layers")
+    each, flags = declared(config, "layer_rope_theta"), declared(config, "no_rope_layers")
     if isinstance(each, (list, tuple)):
         return tuple(float(base) if base else None for base in each[:count])
     if isinstance(flags, (list, tuple)):  # 1 where the layer does rotate
@@ -119,8 +113,8 @@ def _bases(config: PretrainedConfig, theta: float, count: int) -> tuple[float | 
 
 
 def _windows(config: PretrainedConfig, count: int) -> tuple[int | None, ...]:
-    width, kinds = _field(config, "sliding_window"), _field(config, "layer_types")
-    if _field(config, "use_sliding_window", True) is False:
+    width, kinds = declared(config, "sliding_window"), declared(config, "layer_types")
+    if declared(config, "use_sliding_window", True) is False:
         width = None
     if kinds is None:
         return (width,) * count

@@ -289,6 +289,15 @@ def test_fields_that_a_family_does_not_read_say_nothing(patch):
     assert torch.equal(logits(model), logits(plain))
 
 
+def test_a_memory_is_not_cut_by_a_window_that_the_family_does_not_read():
+    """Oracle: with a memory of all that went before, the model is what it was."""
+    model = made("llama", sliding_window=16, alibi=True)
+    before = logits(model)
+    ap.apply(model, ap.SegmentRecurrence(segment_length=8, memory_length=64, num_sinks=0))
+    assert (logits(model) - before).abs().max() < 2e-5 * before.abs().max()
+    assert not ap.describe(model).alibi
+
+
 def test_what_shows_on_long_texts_only_is_proved(monkeypatch):
     """A family that declares a window and does not look at it; the probe has ten tokens, the window sixteen."""
     monkeypatch.setattr(transformers.models.mistral.modeling_mistral, "create_sliding_window_causal_mask",

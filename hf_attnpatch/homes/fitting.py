@@ -135,7 +135,8 @@ def _check_made_so(model: PreTrainedModel) -> None:
     inputs = default_inputs(model)
     if not torch.equal(_logits(model, inputs), _logits(made, inputs)):
         raise UnsupportedArchitecture(
-            f"{type(model).__name__}: built again from its config, it computes something else than it does"
+            f"{type(model).__name__}: computes something else than it does when built again from its config"
+            f"{_changed(model, wanted)}; patch the model as it was loaded"
         )
 
 
@@ -145,14 +146,18 @@ def _otherwise(found: nn.Module, made: nn.Module | None) -> str | None:
         return f"is a {type(found).__module__}.{type(found).__name__}, which its family does not build here"
     if "forward" in vars(found) and not hasattr(found, "_hf_hook"):  # Accelerate's, of which the edit knows more to say
         return "has a forward of its own"
-    assert made is not None
-    for name in found._non_persistent_buffers_set:
-        buffer, other = found._buffers.get(name), made._buffers.get(name)
-        if buffer is not None and (other is None or buffer.dtype != other.dtype or not torch.equal(buffer, other)):
-            return (
-                f"its {name} is not what the config makes (model.to(dtype) rounds it, from_pretrained(dtype=) does not)"
-            )
     return None
+
+
+def _changed(model: PreTrainedModel, made: Mapping[str, nn.Module]) -> str:
+    """Name a buffer that no checkpoint holds and that is not what the config makes; empty where there is none."""
+    for path, module in model.named_modules():
+        for name in module._non_persistent_buffers_set:
+            found, wanted = module._buffers.get(name), made[path]._buffers.get(name)
+            same = found is None or (wanted is not None and torch.equal(found.to(wanted), wanted))
+            if not same or (found is not None and wanted is not None and found.dtype != wanted.dtype):
+                return f", as {path}.{name} is another (model.to(dtype) rounds it, from_pretrained(dtype=) does not)"
+    return ""
 
 
 _OWN_ONLY = ("qwen2", "qwen3", "mistral")  # can say no more than others do, so that nobody needs to move there

@@ -12,7 +12,7 @@ from ..anatomy import Anatomy
 from ..attention.registry import FUSED, kernel_of, register, set_kernel
 from ..attention.wrapper import AddWrapper
 from ..backends import FLAG
-from ..configs import config_at
+from ..configs import config_at, declared
 from ..edits import AddPreHook, Edit, SetAttention
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.segments import Segments
@@ -163,7 +163,7 @@ class SegmentRecurrence(Patch):
         absent = next((role for role in wanted if not roles.takes(role)), None)
         if absent is not None:
             raise UnsupportedArchitecture(f"{decoder}: its forward takes no {absent}, by which it is told what is new.")
-        types = set(getattr(config_at(model, places[0].config), "layer_types", None) or ["full_attention"])
+        types = set(declared(config_at(model, places[0].config), "layer_types") or ["full_attention"])
         if not types <= {"full_attention", "sliding_attention"}:
             raise UnsupportedArchitecture(
                 f"{anatomy.architecture}: has layers that see a chunk only, or keep something else "
@@ -228,10 +228,10 @@ def _places(model: PreTrainedModel, anatomy: Anatomy) -> tuple[list[Place], bool
 def _window(model: PreTrainedModel, place: Place) -> int | None:
     """Return how many tokens, itself included, a token sees in a layer; None for all."""
     module, config = model.get_submodule(place.path), config_at(model, place.config)
-    kinds, number = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    kinds, number = declared(config, "layer_types"), getattr(module, "layer_idx", None)
     if kinds and number is not None and kinds[number] == "full_attention":
         return None
-    found = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+    found = getattr(module, "sliding_window", declared(config, "sliding_window"))
     return int(found) if found else None
 
 
