@@ -91,8 +91,8 @@ class PatchCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
                 f"{type(model).__name__}: has {', '.join(there)} already and lacks {absent}; load the unpatched "
                 "model, or one that has all patches of this callback."
             )
-        for patch in self.patches if held is not None else ():
-            for spec in (spec for spec in held.patches if spec["patch"] == patch.name):
+        for spec in () if held is None else held.patches:
+            for patch in (patch for patch in self.patches if patch.name == spec["patch"]):
                 _check_same(model, patch, spec)
         return bool(wanted) and len(there) == len(wanted)
 

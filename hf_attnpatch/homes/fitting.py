@@ -26,6 +26,7 @@ from ..upstream.roles import learn
 from .rows import HOMES, Home
 
 _EAGER = "eager"
+_NONE = "{}: no stock type can say this"
 _NEAR = 2  # tokens: the probe is longer
 _BUILDING = (  # what constructors of transformers raise where a config does not suit them
     ValueError,
@@ -93,7 +94,8 @@ def find(model: PreTrainedModel, wanted: Layers, home: str) -> Found:
         choices = ", ".join(row.model_type for row in HOMES)
         raise AttnPatchError(f"home {home!r} is not known; choose from auto, None, {choices}.")
     own = model.config.model_type
-    _check_made_so(model)
+    if not all(isinstance(row.fields(model.config, wanted), str) for row in known):
+        _check_made_so(model)
     reasons = []
     for row in sorted(known, key=lambda row: row.model_type != own):  # its own type first: nothing has to move
         if home == "auto" and row.model_type != own and row.model_type in _OWN_ONLY:
@@ -102,7 +104,7 @@ def find(model: PreTrainedModel, wanted: Layers, home: str) -> Found:
             return _tried(model, row, wanted)
         except Unfit as error:
             reasons.append(f"{row.model_type} {error}")
-    raise UnsupportedArchitecture(f"{type(model).__name__}: no stock type can say this: {'; '.join(reasons)}.")
+    raise UnsupportedArchitecture(f"{_NONE.format(type(model).__name__)}: {'; '.join(reasons)}.")
 
 
 def check_read(model: PreTrainedModel, layers: Layers) -> None:
@@ -120,22 +122,31 @@ def _check_made_so(model: PreTrainedModel) -> None:
     Raises:
         UnsupportedArchitecture: so, with the first module that differs.
     """
+    kind = type(model).__name__
     try:
         made = rebuilt(model, type(model), {}, {})
     except Unfit as error:
-        raise UnsupportedArchitecture(f"{type(model).__name__}: {error}, from its own config") from error
+        raise UnsupportedArchitecture(f"{_NONE.format(kind)}: its own type, built again, {error}") from error
     wanted = dict(made.named_modules())
     for path, module in model.named_modules():
         why = _otherwise(module, wanted.get(path))
         if why is not None:
             raise UnsupportedArchitecture(
-                f"{path or type(model).__name__}: {why}, and a model of another type would be built without it; patch "
-                "the model as it was loaded"
+                f"{_NONE.format(kind)}: {path or 'the model'} {why}, and would be built without it; patch the model as "
+                "it was loaded"
             )
     inputs = default_inputs(model)
-    if not torch.equal(_logits(model, inputs), _logits(made, inputs)):
+    found = _logits(model, inputs)
+    try:
+        again = _logits(made, inputs)
+    except _BUILDING as error:
+        why = " ".join(str(error).split())[:200]
         raise UnsupportedArchitecture(
-            f"{type(model).__name__}: computes something else than it does when built again from its config"
+            f"{_NONE.format(kind)}: its own type, built again, does not run: {why}"
+        ) from error
+    if not torch.equal(found, again):
+        raise UnsupportedArchitecture(
+            f"{_NONE.format(kind)}: built again from its config, it computes something else than it does"
             f"{_changed(model, wanted)}; patch the model as it was loaded"
         )
 
