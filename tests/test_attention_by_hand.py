@@ -156,7 +156,11 @@ def test_what_a_kernel_cannot_compute_is_refused_by_name():
 
 def test_names_of_kernels_with_and_without_wrappers():
     assert (kernel_of("attnpatch_sdpa"), kernel_of("sdpa")) == ("sdpa", "sdpa")
-    assert (dense("attnpatch_flash_attention_2"), dense("sdpa"), dense("eager")) == ("attnpatch_eager", "eager", "eager")
+    assert (dense("attnpatch_flash_attention_2"), dense("sdpa"), dense("eager")) == (
+        "attnpatch_eager",
+        "eager",
+        "eager",
+    )
     plain, owner = nn.Sequential(module()), nn.Sequential(module(_Near()))
     assert chosen(plain, "sdpa") == SetAttention("", "sdpa")
     assert chosen(owner, "sdpa") == SetAttention("", "attnpatch_sdpa", registry.register)
@@ -198,7 +202,9 @@ def test_the_heads_of_a_rank(sharded, here, whole, found, monkeypatch):
         assert heads.share(module(), here, whole) == found
         return
     rank, ranks = sharded or (0, 1)
-    with pytest.raises(AttnPatchError, match=f"queries of {here} heads on rank {rank} of {ranks}, .* has {whole} in all"):
+    with pytest.raises(
+        AttnPatchError, match=f"queries of {here} heads on rank {rank} of {ranks}, .* has {whole} in all"
+    ):
         heads.share(module(), here, whole)
     with pytest.raises(AttnPatchError, match="on rank 0 of 1"):
         heads.share(None, 1, 2)

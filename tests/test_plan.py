@@ -261,8 +261,7 @@ def test_a_plan_is_data_and_a_line():
     assert longer.to_dict()["context"] == [128, 512]
     assert longer.to_dict()["stock"] is True
     assert repr(longer) == (
-        f"<Plan: LlamaForCausalLM, {len(longer.edits)} edits, checkpoint for stock: "
-        "rope_scaling(kind=yarn, factor=4)>"
+        f"<Plan: LlamaForCausalLM, {len(longer.edits)} edits, checkpoint for stock: rope_scaling(kind=yarn, factor=4)>"
     )
 
 

@@ -44,7 +44,15 @@ def test_backends_there_are():
 
 @pytest.mark.parametrize(
     ("given", "declared", "found"),
-    [(None, 128, 128), (64, 128, 64), (64, None, 64), (None, 8, 8), (None, 7, None), (None, None, None), (7, 128, None)],
+    [
+        (None, 128, 128),
+        (64, 128, 64),
+        (64, None, 64),
+        (None, 8, 8),
+        (None, 7, None),
+        (None, None, None),
+        (7, 128, None),
+    ],
 )
 def test_the_trained_length_is_the_patch_s_or_the_config_s(given, declared, found):
     patch = types.SimpleNamespace(**{**vars(PATCH), "trained_length": given})
@@ -52,13 +60,23 @@ def test_the_trained_length_is_the_patch_s_or_the_config_s(given, declared, foun
     if found is not None:
         assert trained_length(patch, anatomy) == found
         return
-    with pytest.raises(UnsupportedArchitecture, match=f"Model: .* a context of {given or declared!r} tokens; pass trained"):
+    with pytest.raises(
+        UnsupportedArchitecture, match=f"Model: .* a context of {given or declared!r} tokens; pass trained"
+    ):
         trained_length(patch, anatomy)
 
 
 @pytest.mark.parametrize(
     ("target", "factor", "found"),
-    [(None, None, None), (200, None, 200), (101, None, 101), (None, 1.505, 150), (100, None, 0), (None, 1.0, 0), (5, 3.0, 300)],
+    [
+        (None, None, None),
+        (200, None, 200),
+        (101, None, 101),
+        (None, 1.505, 150),
+        (100, None, 0),
+        (None, 1.0, 0),
+        (5, 3.0, 300),
+    ],
 )
 def test_what_is_to_be_reached_is_above_what_was_trained(target, factor, found):
     patch = types.SimpleNamespace(name="odd", target_length=target, factor=factor)
@@ -201,7 +219,9 @@ class _Rotary(nn.Module):
 @pytest.fixture
 def subject(monkeypatch):
     """A model with two tables of frequencies, one of which keeps its original beside it."""
-    model = nn.ModuleDict({"long": _Rotary(inv_freq=FREQUENCIES["long"]), "short": _Rotary(inv_freq=FREQUENCIES["short"])})
+    model = nn.ModuleDict(
+        {"long": _Rotary(inv_freq=FREQUENCIES["long"]), "short": _Rotary(inv_freq=FREQUENCIES["short"])}
+    )
     model["long"].register_buffer("original_inv_freq", FREQUENCIES["long"] * 2)
     monkeypatch.setattr(keys, "frequencies", lambda module: dict(module.named_buffers()))
     rotary = tuple(types.SimpleNamespace(path=path) for path in ("long", "short"))

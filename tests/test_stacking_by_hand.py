@@ -96,7 +96,9 @@ def test_what_no_record_tells_cannot_be_put_on_again():
         kept = getattr(model.config, record.FIELD, None)
         if kept is not None:
             kept["patches"] = kept["patches"][1:]
-        with pytest.raises(PatchConflict, match=f"{lost} is on this model and stands in no record, .* above {ALIBI.name}"):
+        with pytest.raises(
+            PatchConflict, match=f"{lost} is on this model and stands in no record, .* above {ALIBI.name}"
+        ):
             lift(model, ALIBI)
 
 
