@@ -1,6 +1,8 @@
 """The small parts of the attention room, and what positions count: no model, every answer written out."""
 
 import types
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -8,8 +10,11 @@ from torch import nn
 from transformers import DynamicCache
 
 from hf_attnpatch.attention import heads, registry
+from hf_attnpatch.attention.alibi import NoBias
 from hf_attnpatch.attention.call import AttentionCall
-from hf_attnpatch.attention.registry import Guard, Keeper, chosen, dense, keep_wrappers, kernel_of
+from hf_attnpatch.attention.deferring import Deferring
+from hf_attnpatch.attention.noted import Noted
+from hf_attnpatch.attention.registry import FUSED, Guard, Keeper, chosen, dense, keep_wrappers, kernel_of
 from hf_attnpatch.attention.wrapper import (
     HELD,
     AddWrapper,
@@ -22,10 +27,12 @@ from hf_attnpatch.attention.wrapper import (
     wrapper_of,
     wrappers_of,
 )
-from hf_attnpatch.edits import SetAttention
+from hf_attnpatch.edits import AddPreHook, SetAttention
 from hf_attnpatch.errors import AttnPatchError
-from hf_attnpatch.positions import choice
+from hf_attnpatch.positions import choice, fusing
+from hf_attnpatch.positions import strength as strengths
 from hf_attnpatch.positions.counting import Counting, _ways
+from hf_attnpatch.positions.strength import set_alibi_strength
 from hf_attnpatch.upstream import words
 from hf_attnpatch.upstream.roles import Roles
 
@@ -208,6 +215,160 @@ def test_the_heads_of_a_rank(sharded, here, whole, found, monkeypatch):
         heads.share(module(), here, whole)
     with pytest.raises(AttnPatchError, match="on rank 0 of 1"):
         heads.share(None, 1, 2)
+
+
+# -- what stands for a tensor ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Scores(Noted):
+    shadow: torch.Tensor
+    did: tuple = ()
+
+    def _on_softmax(self, noted, dim=None, **more):
+        return ("softmax", noted, dim)
+
+
+@dataclass
+class _Weights(_Scores):
+    knows_more: ClassVar[bool] = True
+
+    def _on_add(self, first, second):
+        return ("add", first, second)
+
+
+def _noted(kind=_Scores, dtype=torch.bfloat16):
+    return kind(torch.zeros(2, 3, 4, dtype=dtype, device="meta"), ("kept",))
+
+
+def test_what_is_noted_looks_like_a_tensor():
+    one = _noted()
+    assert (tuple(one.shape), one.dtype, one.dim(), one.size(-1)) == ((2, 3, 4), torch.bfloat16, 3, 4)
+    assert one.size() == (2, 3, 4)
+    assert tuple(one.transpose(0, 2).shape) == (4, 3, 2)
+    assert tuple(one.view(6, 4).shape) == tuple(one.reshape(-1, 4).shape) == (6, 4)
+    assert (one.float().dtype, one.to("cpu", dtype=torch.float64).dtype) == (torch.float32, torch.float64)
+    assert one.to(torch.float16).dtype == torch.float16
+    assert one.to("cpu") is one
+    assert one.contiguous() is one
+    assert one.transpose(0, 1).did == one.float().did == one.view(24).did == ("kept",)
+    with pytest.raises(AttributeError, match="masked_fill of _scores of attention, which is computed fused"):
+        one.masked_fill(0, 1)
+    with pytest.raises(NotImplementedError, match="_Scores hold no tensor"):
+        _ = one.device
+
+
+def test_what_is_done_to_it_is_asked_of_the_one_that_knows_most():
+    scores, weights, plain = _noted(), _noted(_Weights), torch.ones(1)
+    assert torch.softmax(scores, -1) == ("softmax", scores, -1)
+    assert torch.nn.functional.softmax(scores, dim=1)[2] == 1
+    for first, second in ((scores, weights), (weights, scores), (plain, weights), (weights, plain)):
+        assert torch.add(first, second) == ("add", first, second)
+    with pytest.raises(NotImplementedError, match="add on _scores of attention, which is computed fused"):
+        torch.add(plain, scores)
+    with pytest.raises(NotImplementedError, match="matmul on _weights of attention"):
+        torch.matmul(scores, other=weights)
+
+
+# -- forwards that compute scores by themselves ------------------------------------------------------------------------
+
+OWN = {words.STATES: "x", words.CACHE: "kept", words.BIAS: "alibi"}
+
+
+@pytest.fixture
+def own(monkeypatch):
+    """A model of two such modules and one in a tower, each with this many roles."""
+
+    def make(roles=OWN, there=False, **fields):
+        model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(3)))
+        known = Roles("Own", tuple(roles.values()), roles, {}, False)
+        monkeypatch.setattr(fusing, "roles_of", lambda module: known)
+        monkeypatch.setattr(fusing, "config_at", lambda model, path: f"config at {path}")
+        if there:
+            model[0].register_forward_pre_hook(Deferring(known, "config at text", FUSED, False), with_kwargs=True)
+        site = {"kind": "Own", "dispatches": False, "cross": False, "tower": False, "config": "text"}
+        sites = [
+            types.SimpleNamespace(path=str(n), **{**site, "tower": n == 2, **fields.pop("site", {})}) for n in (0, 1, 2)
+        ]
+        given = {"architecture": "Model", "sites": sites, "unread": {}, "other": {}, **fields}
+        return model, types.SimpleNamespace(**given)
+
+    return make
+
+
+def _read(edits):
+    """Edits as (path, what hangs there, whether a bias counts)."""
+    hooks = [(e.path, type(e.hook), e.hook.unbiased, e.hook.config) for e in edits if isinstance(e, AddPreHook)]
+    wrappers = [(e.path, e.wrapper) for e in edits if isinstance(e, AddWrapper)]
+    return wrappers, hooks, [e for e in edits if isinstance(e, SetAttention)]
+
+
+MASKS = SetAttention("", FUSED, registry.register, True, ("", "text"))
+
+
+def test_ways_in_which_scores_go_to_a_fused_kernel(own):
+    for roles, ways in ((OWN, (False, True)), ({words.STATES: "x", words.CACHE: "kept"}, (False,))):
+        found = fusing.variants(*own(roles))
+        for edits, unbiased in zip(found, ways, strict=True):
+            hooks = [(str(n), Deferring, unbiased, "config at text") for n in (0, 1)]
+            assert _read(edits) == ([], hooks, [MASKS])
+            assert edits[-1] == MASKS
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_is_put_around_them_stands_before_the_hooks_that_are_made_once(there, own):
+    hooks = [] if there else [(str(n), Deferring, False, "config at text") for n in (0, 1)]
+    masks = [] if there else [MASKS]
+    wrapper = _Near()
+    for found, held in (
+        (fusing.deferred(*own(there=there)), []),
+        (fusing.rebiased(*own(there=there), wrapper), [("0", wrapper), ("1", wrapper)]),
+        (fusing.rotated(*own(there=there), wrapper), [("0", wrapper), ("1", wrapper)]),
+    ):
+        assert _read(found) == (held, hooks, masks)
+    held, *rest = _read(fusing.unbiased(*own(there=there)))
+    assert [(path, type(one)) for path, one in held] == [("0", NoBias), ("1", NoBias)]
+    assert rest == [hooks, masks]
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"roles": {words.STATES: "x"}}, "0: Own is no self-attention with a cache"),
+        ({"site": {"dispatches": True}}, "0: Own is no self-attention with a cache"),
+        ({"site": {"cross": True}}, "0: Own is no self-attention with a cache"),
+        ({"unread": {"7": "is odd"}}, "7: is odd"),
+        ({"other": {"8": "is none"}, "unread": {"7": "is odd"}}, "8: is none"),
+        ({"sites": []}, "Model: no attention module was read"),
+    ],
+)
+def test_why_scores_cannot_go_there(fields, why, own):
+    for ask in (fusing.variants, fusing.unbiased, fusing.deferred):
+        assert ask(*own(**fields)).startswith(why)
+    for ask in (fusing.rebiased, fusing.rotated):
+        assert ask(*own(**fields), _Near()).startswith(why)
+
+
+@pytest.mark.parametrize("strength", [-1, -0.1, float("inf"), float("nan"), "1", None])
+def test_what_is_no_strength(strength):
+    with pytest.raises(AttnPatchError, match=r"strength is .*; it must be a number, 0 or more"):
+        set_alibi_strength(None, strength)
+
+
+def test_a_strength_is_set_in_every_module_and_in_the_record(monkeypatch):
+    biases = [types.SimpleNamespace(strength=1.0) for _ in range(2)]
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1))
+    specs = [{"patch": "alibi", "strength": 1.0}, {"patch": "flash"}]
+    model.config = types.SimpleNamespace(attnpatch={"patches": specs})
+    monkeypatch.setattr(strengths, "describe", lambda model: types.SimpleNamespace(biased=("0", "2")))
+    monkeypatch.setattr(strengths, "alibi_of", lambda module: biases[[model[0], model[2]].index(module)])
+    for given in (0, 0.5, 7):
+        set_alibi_strength(model, given)
+        assert [bias.strength for bias in biases] == [given] * 2
+        assert specs == [{"patch": "alibi", "strength": given}, {"patch": "flash"}]
+    monkeypatch.setattr(strengths, "describe", lambda model: types.SimpleNamespace(biased=()))
+    with pytest.raises(AttnPatchError, match="Sequential has no ALiBi of this package; apply patch_alibi first"):
+        set_alibi_strength(model, 0.5)
 
 
 # -- positions ---------------------------------------------------------------------------------------------------------
