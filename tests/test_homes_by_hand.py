@@ -115,6 +115,9 @@ def test_a_scaling_stays_and_an_old_slope_goes():
     assert found["rope_parameters"] == {**SCALED, SLOPE: 0.0}  # with the length that the scaling has
     fits = ROW["ministral3"].fields(config(SCALED), layers(temperature=Temperature(0.3, 32)))
     assert fits["rope_parameters"] == {**SCALED, SLOPE: 0.3}
+    bare = config()
+    del bare.max_position_embeddings
+    assert ROW["ministral3"].fields(bare, EVERY)["rope_parameters"][STEP] == 1  # positions are divided by it
     said = ROW["ministral3"].fields(config(SCALED), layers(temperature=WARM))
     assert said == "has one length for the temperature and for the rotary scaling, which is 32 here"
 

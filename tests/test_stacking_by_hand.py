@@ -14,6 +14,7 @@ from hf_attnpatch.patch import REGISTRY
 from hf_attnpatch.stacking import Lifted, in_order, lift, own
 
 SPAN = ap.SelfExtend(window=6, group=3, trained=10)
+SINKS = ap.AttentionSinks(num_sinks=2, window=6)
 MEMORY = ap.SegmentRecurrence(segment_length=8, memory_length=8)
 SCALING, ALIBI, HEADS = ap.RopeScaling(kind="yarn", factor=2.0), ap.Alibi(), ap.GroupedQuery(num_kv_heads=2)
 
@@ -73,6 +74,8 @@ def test_heights_are_what_patches_say_they_stand_on():
         ((MEMORY,), SPAN, (MEMORY,)),
         ((SPAN, MEMORY), HEADS, ()),
         ((SPAN,), MEMORY, ()),
+        ((ALIBI, SPAN), SCALING, (SPAN,)),
+        ((SPAN, MEMORY), SINKS, (MEMORY,)),
         ((ALIBI,), SCALING, ()),  # beneath which nothing stands
         ((SPAN,), SPAN, ()),  # that it is there twice is another's error
         ((), SCALING, ()),
