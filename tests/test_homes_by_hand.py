@@ -97,6 +97,7 @@ SAID = {
 def test_the_fields_of_a_home(home, wanted):
     given = config()
     assert ROW[home].fields(given, wanted) == SAID[home, wanted]
+    assert ROW[home].since == ("5.15" if home == "granite_swa" else "5.0")
     assert given.rope_parameters == PLAIN  # the model's own is only read
 
 
