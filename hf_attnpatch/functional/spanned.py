@@ -59,7 +59,7 @@ def read_rows(places: Tensor, queries: int) -> list[Row]:
     end = ends.max()
     lead = torch.where(there.any(1), there.to(torch.uint8).argmax(1), end)
     first = places.gather(1, torch.maximum(lead, end - queries).clamp(max=places.shape[1] - 1)[:, None])[:, 0]
-    last = places.gather(1, (end - 1).expand(len(places))[:, None])[:, 0]
+    last = places.gather(1, (end - 1).clamp(min=0).expand(len(places))[:, None])[:, 0]
     strays = there & (places != index - lead[:, None])  # behind a gap
     jump = strays.to(torch.uint8).argmax(1)
     gap = (
@@ -162,8 +162,8 @@ def _steps(row: Row, span: Span) -> list[Step]:
 
 def towards(places: Tensor, queries: int, span: Span, turning: Turning, dtype: torch.dtype) -> list[Towards]:
     """Return for each of few queries how the keys are turned to where it sees them; see :func:`attend`."""
-    last, padded = (places >= 0).any(0).nonzero().max(), bool((places[:, 0] < 0).any())
-    end = int(last) + 1
+    index, padded = torch.arange(1, places.shape[1] + 1, device=places.device), bool((places[:, 0] < 0).any())
+    end = max(queries, int(torch.where((places >= 0).any(0), index, 0).max()))
     found = []
     for stop in range(end - queries + 1, end + 1):
         here, there = places[:, stop - 1 : stop].clamp(min=0), places[:, :stop]

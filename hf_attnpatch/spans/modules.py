@@ -82,7 +82,9 @@ class SinkLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not foll
         Raises:
             AttnPatchError: tokens before them were let go already.
         """
-        if self.is_initialized and self.keys.shape[-2] < self.cumulative_length and tokens_to_remove:
+        if self.is_initialized and self.keys.shape[-2] < self.cumulative_length:
+            if not tokens_to_remove:
+                return  # asked where assisted decoding kept every draft, and after each step on mps
             raise AttnPatchError(
                 "this cache keeps attention sinks and a window, and has let go of tokens that a rollback needs "
                 "(assisted decoding?); decode without it, or pass a cache of your own."

@@ -123,6 +123,29 @@ def test_a_row_counts_from_its_first_token(span, small_blocks):
     assert not found[1, :, :9].any()
 
 
+@pytest.mark.parametrize("span", [Grouped(7, 3, 10), Sinks(2, 6)], ids=str)
+def test_a_row_of_nothing_but_padding_is_blank(span, small_blocks):
+    """As where a batch is read in chunks, and a short row begins in a later one; its values may be of another width."""
+    turning = Turning(rotary.default(10000.0, WIDTH))
+    query, key, _ = states()
+    value = torch.randn(2, 2, LENGTH, 6)
+    near, keys = turned(turning, query, key)
+    places = torch.stack([torch.full((LENGTH,), -1), torch.arange(LENGTH)])
+    found = spanned.attend(near, keys, value, places, span, turning, SCALE)
+    scores = spanned.weights(near, keys, places, span, turning, SCALE)
+    assert (found[1] - oracle(span, turning, query, key, value)[1]).abs().max() < 1e-5
+    assert found.shape == (2, 4, LENGTH, 6)
+    assert not found[0].any()
+    assert scores.shape == (2, 4, LENGTH, LENGTH)
+    assert torch.isneginf(scores[0]).all()
+    for queries in (LENGTH, 2):  # nothing else beside it
+        alone = near[:1, :, -queries:], keys[:1], value[:1], places[:1]
+        found = spanned.attend(*alone, span, turning, SCALE)
+        assert found.shape == (1, 4, queries, 6)
+        assert not found.any()
+    assert torch.isneginf(spanned.weights(near[:1], keys[:1], places[:1], span, turning, SCALE)).all()
+
+
 @each
 def test_gradients_are_those_of_the_formula(span, small_blocks):
     turning = Turning(rotary.default(10000.0, WIDTH))
