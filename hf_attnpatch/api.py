@@ -29,7 +29,7 @@ from .few import calls_of_all, left, one_of_each
 from .interruption import all_or_nothing, ensured
 from .media import Probes, probes
 from .patch import Patch
-from .plan import Plan, plan
+from .plan import Plan, plan_in_place
 from .probe import (
     Inputs,
     Trace,
@@ -69,7 +69,7 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
     given = None if probe is None else checked_inputs("probe", probe)
     lock = lock_of(model)
     with alone(lock):
-        steps = plan(model, *patches)
+        steps = plan_in_place(model, *patches)
         if not steps.edits:
             return Report(steps, {"edits": "none needed; the model is untouched"}, None)
         check_in_memory(model)
