@@ -19,15 +19,15 @@ from ..functional.biased import HIDDEN, UNSEEN, Sight, hiding
 from ..upstream import words
 from .call import AttentionCall
 from .kernels import attend
-from .masks import Handed
-from .noted import Noted
+from .masks import MemoryMask
+from .noted import LazyStates
 from .own_bias import OwnBias
-from .rotation import Turn
+from .rotation import KeyRotation
 from .wrapper import Term
 
 
 @dataclass(frozen=True)
-class Keys(Noted):
+class Keys(LazyStates):
     """Keys on their way to the queries.
 
     Attributes:
@@ -45,15 +45,15 @@ class Keys(Noted):
     module: nn.Module
     sight: Sight | None
     term: Term | None = None
-    turn: Turn | None = None
-    handed: Handed | None = None
+    turn: KeyRotation | None = None
+    handed: MemoryMask | None = None
 
     @property
     def _held(self) -> Tensor:
         return self.data
 
     def _on_matmul(self, left: Any, right: Any) -> Scores:
-        if isinstance(left, Noted) or self.shadow.shape[-2] != self.data.shape[-1]:
+        if isinstance(left, LazyStates) or self.shadow.shape[-2] != self.data.shape[-1]:
             raise NotImplementedError("keys that are not multiplied by queries, transposed")
         return Scores(left, self, left.to("meta") @ self.shadow, 1.0, None, None)
 
@@ -82,7 +82,7 @@ class Keys(Noted):
 
 
 @dataclass(frozen=True)
-class Values(Noted):
+class Values(LazyStates):
     """Values, waiting for the attention weights: (batch, kv heads, k, d_v)."""
 
     data: Tensor
@@ -94,7 +94,7 @@ class Values(Noted):
 
 
 @dataclass(frozen=True)
-class Scores(Noted):
+class Scores(LazyStates):
     """Scores that were never computed.
 
     Attributes:
@@ -176,7 +176,7 @@ class Scores(Noted):
 
 
 @dataclass(frozen=True)
-class Weights(Noted):
+class Weights(LazyStates):
     """Attention weights that will never be computed."""
 
     knows_more: ClassVar[bool] = True
@@ -238,7 +238,7 @@ def _told(scores: Scores, query: Tensor) -> tuple[Sight | None, Term]:
     return sight, keys.term
 
 
-def _handed(scores: Scores, handed: Handed, sight: Sight | None) -> Handed:
+def _handed(scores: Scores, handed: MemoryMask, sight: Sight | None) -> MemoryMask:
     """Return what the wrapper of a memory reads in the place of a mask.
 
     Raises:
@@ -252,7 +252,7 @@ def _handed(scores: Scores, handed: Handed, sight: Sight | None) -> Handed:
                 "the module hides more from its queries than what comes after them (a window, say), of which a memory "
                 "knows nothing."
             )
-    return Handed(handed.call, sight)
+    return MemoryMask(handed.call, sight)
 
 
 def _sight(scores: Scores, query: Tensor) -> Sight:

@@ -16,9 +16,9 @@ from ..upstream.caches import CacheView, Storing, own, update_of
 from ..upstream.roles import Arguments, Roles
 from .alibi import AlibiBias, bias_left_out
 from .deferred import Keys, Values
-from .masks import Handed, mask_of, read_sight
+from .masks import MemoryMask, mask_of, read_sight
 from .own_bias import OwnBias
-from .rotation import Turn, rotation_of, taken_places
+from .rotation import KeyRotation, rotation_of, taken_places
 from .wrapper import Term, wrapper_of
 
 _PUBLISHED = AlibiBias(None, None, True, 1.0)  # of families that are handed a bias, where it reaches over a memory
@@ -40,8 +40,8 @@ class DeferredCache:
         module: nn.Module,
         sight: Callable[[int], Sight | None],
         term: Term | None,
-        turn: Turn | None,
-        handed: Handed | None = None,
+        turn: KeyRotation | None,
+        handed: MemoryMask | None = None,
     ):
         self._module, self._sight, self._term, self._turn, self._handed = module, sight, term, turn, handed
 
@@ -60,7 +60,7 @@ def deferred_view(value: Any) -> bool:
     return isinstance(getattr(update_of(value), "__self__", None), DeferredCache)
 
 
-class Deferring:
+class DeferAttention:
     """Forward pre-hook of an attention module: it attends by a fused kernel from now on.
 
     Args:
@@ -86,7 +86,7 @@ class Deferring:
                 "output_attentions, or revert the flash patch."
             )
         mask, ours = given.get(words.MASK), self.config._attn_implementation == self.key
-        handed = mask if isinstance(mask, Handed) else None
+        handed = mask if isinstance(mask, MemoryMask) else None
         if handed is not None and not handed.call.plain:
             return self._recalled(module, given, handed)
         if handed is not None:
@@ -107,7 +107,9 @@ class Deferring:
         given.put(words.CACHE, CacheView(cache, DeferredCache(module, seen, term, turn, handed).stored))
         return given.back()
 
-    def _recalled(self, module: nn.Module, given: Arguments, handed: Handed) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _recalled(
+        self, module: nn.Module, given: Arguments, handed: MemoryMask
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Hand over a cache of the new tokens alone: what they see of a memory, its wrapper knows."""
         bias, columns = given.get(words.BIAS), given.get(words.STATES).shape[1]
         term: Term = _PUBLISHED if bias is not None and not bias_left_out(module) else OwnBias(None)
@@ -121,9 +123,9 @@ class Deferring:
         return given.back()
 
 
-def _turn(module: nn.Module, places: Tensor | None) -> Turn | None:
+def _turn(module: nn.Module, places: Tensor | None) -> KeyRotation | None:
     rotation = rotation_of(module)
-    return None if rotation is None else Turn(rotation, places)
+    return None if rotation is None else KeyRotation(rotation, places)
 
 
 def _before(_: int) -> Sight:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class Noted:
+class LazyStates:
     """Looks like a tensor to the forward; ``shadow`` is its shape and dtype."""
 
     shadow: Tensor
@@ -19,9 +19,9 @@ class Noted:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", str(func))
-        noted = next(a for a in [*args, *(kwargs or {}).values()] if isinstance(a, Noted))
+        noted = next(a for a in [*args, *(kwargs or {}).values()] if isinstance(a, LazyStates))
         for each in [*args, *(kwargs or {}).values()]:
-            if isinstance(each, Noted) and each.knows_more:
+            if isinstance(each, LazyStates) and each.knows_more:
                 noted = each
         method = getattr(type(noted), f"_on_{name.strip('_')}", None)
         if method is None:

@@ -91,7 +91,7 @@ def _frequencies(rotation: Rotation, device: torch.device) -> Tensor:
 _TURN: ContextVar[tuple[int, Any] | None] = ContextVar("hf_attnpatch_turn", default=None)
 
 
-class Turn:
+class KeyRotation:
     """The rotation of one attention module in one forward.
 
     Args:
@@ -131,7 +131,7 @@ class Turn:
         return turned(states, *self._angles, self.rotation.interleaved)
 
 
-class Turning:
+class RotateKeys:
     """Forward pre-hook of a module that asks the registry for its attention: keys will be rotated, queries too.
 
     Args:
@@ -149,7 +149,7 @@ class Turning:
         if rotation is None:
             return None
         given = self.roles.bind(args, kwargs)
-        turn, cache = Turn(rotation, taken_places(given)), given.get(words.CACHE)
+        turn, cache = KeyRotation(rotation, taken_places(given)), given.get(words.CACHE)
         if cache is not None:
             given.put(words.CACHE, view(cache, turn.stored))
         turn.begins(module)

@@ -18,7 +18,7 @@ Table = tuple[Tensor, Tensor]  # cosines and sines, (..., n, planes)
 
 
 @dataclass(frozen=True, eq=False)
-class Turning:
+class RotaryPlanes:
     """Which planes of a head turn, and how fast.
 
     Attributes:

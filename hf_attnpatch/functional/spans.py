@@ -17,7 +17,7 @@ from torch import Tensor
 from .pieces import Piece, Step, far, near, whole
 
 
-class Span(Protocol):
+class Remapping(Protocol):
     """How far a query sees each key to be."""
 
     @property
@@ -44,7 +44,7 @@ class Grouped:
     Attributes:
         window: distances below it are as they are.
         group: positions that become one.
-        plain: see :class:`Span`.
+        plain: see :class:`Remapping`.
     """
 
     window: int
@@ -78,7 +78,7 @@ class Clipped:
     Attributes:
         window: distances below it are as they are.
         leak: by how much distance grows with each token beyond it; 0 clips.
-        plain: see :class:`Span`.
+        plain: see :class:`Remapping`.
     """
 
     window: int
@@ -169,7 +169,7 @@ class Chunked:
     Attributes:
         chunk: tokens of a chunk.
         local: tokens over which the distance to the chunk before is exact.
-        plain: see :class:`Span`.
+        plain: see :class:`Remapping`.
     """
 
     chunk: int

@@ -21,7 +21,7 @@ from ..sites import Site
 from ..upstream import words
 from ..upstream.roles import columns, roles_of
 from .calibration_text import Batch
-from .replay import Call, See, Socket, Streams, recording
+from .replay import Call, ModuleTaps, Observer, Streams, recording
 
 MEMORY = 400_000_000  # bytes of statistics held at a time
 VALUE_TOKENS = 8192  # enough for values, whose merge loses little; each needs attention once for every key-value head
@@ -92,7 +92,7 @@ def moments_size(site: Site) -> int:
     return 8 * (wide**2 + keys**2 + site.num_heads * site.head_dim**2)
 
 
-def stream(model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch], see: See, what: str) -> None:
+def stream(model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch], see: Observer, what: str) -> None:
     """Run the model over a text and show every call of these modules."""
     runner = _runner(model, sites)
     device = input_device(model)
@@ -151,7 +151,7 @@ def measure(
     def see(site: Site, call: Call, own: Streams) -> None:
         found = sums[site.path]
         attended = (
-            _attended(Socket(model, site), call, own, offsets[site.path]) if found.attended < VALUE_TOKENS else None
+            _attended(ModuleTaps(model, site), call, own, offsets[site.path]) if found.attended < VALUE_TOKENS else None
         )
         if not all(part.isfinite().all() for part in (own.key, own.query, own.value)):
             raise CalibrationError(
@@ -170,7 +170,7 @@ def _rolled(shift: int) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda _, states: states.roll(-shift, dims=-2)
 
 
-def _attended(socket: Socket, call: Call, own: Streams, offset: Tensor) -> Tensor:
+def _attended(socket: ModuleTaps, call: Call, own: Streams, offset: Tensor) -> Tensor:
     """Return all heads' values averaged by every query head's attention, (tokens * num_heads, num_kv_heads * dim).
 
     Attention is linear in its values: the module is run again with values moved by one head, two heads and so on.

@@ -23,7 +23,7 @@ from .calibration import Moments
 from .calibration_text import Batch
 from .damage import LayerDamage
 from .estimate import estimate, find_frames, unaligned
-from .frames import Frames
+from .frames import Symmetries
 from .merger import Merger
 from .outcome import Conversion, Recipe
 from .repair import refit_outputs, repair
@@ -73,7 +73,7 @@ def _refit_size(site: Site) -> int:
 
 
 def merge(
-    model: PreTrainedModel, site: Site, frames: Frames, moments: Moments, recipe: Recipe, done: Conversion
+    model: PreTrainedModel, site: Site, frames: Symmetries, moments: Moments, recipe: Recipe, done: Conversion
 ) -> None:
     """Choose the groups of one module and merge their heads."""
     weights = read_weights(model, site)

@@ -17,14 +17,14 @@ from . import calibration as cal
 from . import calibration_text
 from .calibration import Moments
 from .calibration_text import Batch
-from .frames import Frames, read_frames
-from .replay import Call, Socket, Streams
+from .frames import Symmetries, read_frames
+from .replay import Call, ModuleTaps, Streams
 from .weights import HeadWeights, read_weights
 
 PROBE = (4, 64)  # sequences and length of the random tokens that a data-free method sizes inputs by
 
 
-def find_frames(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Frames]:
+def find_frames(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Symmetries]:
     """Find what each module allows; see :mod:`frames`.
 
     Raises:
@@ -41,7 +41,7 @@ def find_frames(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Fram
         raise AttnPatchError(f"{silent}: did not run on a probe, so its heads cannot be aligned; use method='mean'.")
     rotated = tuple({*_rotated(model)})
     with torch.no_grad():
-        return {s.path: read_frames(Socket(model, s), calls[s.path], rotated) for s in sites}
+        return {s.path: read_frames(ModuleTaps(model, s), calls[s.path], rotated) for s in sites}
 
 
 def unaligned(model: PreTrainedModel, sites: Sequence[Site]) -> str | None:
@@ -70,7 +70,7 @@ def _rotated(model: PreTrainedModel) -> Iterator[int]:
 
 
 def estimate(
-    model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch] | None, frames: Mapping[str, Frames]
+    model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch] | None, frames: Mapping[str, Symmetries]
 ) -> dict[str, Moments]:
     """Return second moments in the frames' scale: measured on text, or from weights and the size of random inputs."""
     if text is None:
@@ -81,14 +81,14 @@ def estimate(
     return {path: _scaled(each, frames[path]) for path, each in found.items()}
 
 
-def _offset(model: PreTrainedModel, site: Site, frames: Frames) -> Tensor:
+def _offset(model: PreTrainedModel, site: Site, frames: Symmetries) -> Tensor:
     """Return the bias of values that will move behind the output projection, (num_kv_heads, v_head_dim)."""
     weights = read_weights(model, site)
     bias = weights.value[..., -1]
     return bias if frames.folds and weights.output_bias is not None else torch.zeros_like(bias)
 
 
-def _scaled(m: Moments, frames: Frames) -> Moments:
+def _scaled(m: Moments, frames: Symmetries) -> Moments:
     k, q = frames.key_scale, frames.query_scale
     key = m.key * k[:, :, None, None] * k[None, None]
     return replace(m, key=key, mean=m.mean * k, query=m.query * q[:, :, None] * q[:, None, :])

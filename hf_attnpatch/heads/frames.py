@@ -20,14 +20,14 @@ from ..functional.gauge import Frame, fixed, random_gauge, rotary, unrotated
 from ..interruption import removing
 from ..probe import TOLERANCE, largest_difference
 from ..sites import Site
-from .replay import Call, Rewrite, Socket
+from .replay import Call, ModuleTaps, Rewrite
 
 _NORM = r"{}_?(layer_?)?norm"
 SLACK = 5  # times the rounding of logits; a wrong hypothesis is off by tenths
 
 
 @dataclass(frozen=True)
-class Frames:
+class Symmetries:
     """What is allowed on one attention module.
 
     Attributes:
@@ -50,7 +50,7 @@ class Frames:
     how: str
 
 
-def read_frames(socket: Socket, call: Call, rotated: tuple[int, ...]) -> Frames:
+def read_frames(socket: ModuleTaps, call: Call, rotated: tuple[int, ...]) -> Symmetries:
     """Try every hypothesis on one call.
 
     Args:
@@ -68,7 +68,7 @@ def read_frames(socket: Socket, call: Call, rotated: tuple[int, ...]) -> Frames:
     values = unrotated(site.v_head_dim)
     if not _values_hold(socket, call, values):
         values, how = fixed(site.v_head_dim), f"{how}; no transform of values is known"
-    return Frames(keys, values, key_scale, query_scale, _permutes(socket, call), _folds(socket, call), how)
+    return Symmetries(keys, values, key_scale, query_scale, _permutes(socket, call), _folds(socket, call), how)
 
 
 def _hypotheses(dim: int, rotated: tuple[int, ...]) -> Iterator[tuple[Frame, str]]:
@@ -80,7 +80,7 @@ def _hypotheses(dim: int, rotated: tuple[int, ...]) -> Iterator[tuple[Frame, str
 
 
 def _holding(
-    socket: Socket, call: Call, rotated: tuple[int, ...], key_scale: Tensor, query_scale: Tensor
+    socket: ModuleTaps, call: Call, rotated: tuple[int, ...], key_scale: Tensor, query_scale: Tensor
 ) -> Iterator[tuple[Frame, str]]:
     """Yield the hypotheses that hold: any factors first, then, for a norm would undo those, unit factors."""
     site = socket.site
@@ -90,7 +90,9 @@ def _holding(
                 yield frame, how if spread else f"{how}, normed"
 
 
-def _keys_hold(socket: Socket, call: Call, frame: Frame, spread: float, key_scale: Tensor, query_scale: Tensor) -> bool:
+def _keys_hold(
+    socket: ModuleTaps, call: Call, frame: Frame, spread: float, key_scale: Tensor, query_scale: Tensor
+) -> bool:
     site, generator = socket.site, torch.Generator().manual_seed(0)
     pairs = [random_gauge(frame, generator, spread) for _ in range(site.num_kv_heads)]
     repeats = site.num_heads // site.num_kv_heads
@@ -108,7 +110,7 @@ def _keys_hold(socket: Socket, call: Call, frame: Frame, spread: float, key_scal
     return agree(before, after)
 
 
-def _values_hold(socket: Socket, call: Call, frame: Frame) -> bool:
+def _values_hold(socket: ModuleTaps, call: Call, frame: Frame) -> bool:
     site, generator = socket.site, torch.Generator().manual_seed(1)
     maps = torch.stack([random_gauge(frame, generator)[0] for _ in range(site.num_kv_heads)])
     before, after = socket.run(call).heads, socket.run(call, value=mapping(maps)).heads
@@ -116,7 +118,7 @@ def _values_hold(socket: Socket, call: Call, frame: Frame) -> bool:
     return agree(mapping(wide)(before, before), after)
 
 
-def _permutes(socket: Socket, call: Call) -> bool:
+def _permutes(socket: ModuleTaps, call: Call) -> bool:
     """Whether moving every head one place on moves what the heads give, and nothing else."""
     kv, repeats = socket.site.num_kv_heads, socket.site.num_heads // socket.site.num_kv_heads
     order = torch.arange(kv).roll(1)
@@ -125,7 +127,7 @@ def _permutes(socket: Socket, call: Call) -> bool:
     return agree(socket.run(call).heads[:, heads], moved.heads)
 
 
-def _folds(socket: Socket, call: Call) -> bool:
+def _folds(socket: ModuleTaps, call: Call) -> bool:
     site, before = socket.site, socket.run(call)
     shift = torch.randn(site.num_kv_heads, site.v_head_dim, generator=torch.Generator().manual_seed(2))
     shift = (shift * before.value.float().std().cpu()).to(before.value)

@@ -16,7 +16,7 @@ from ..functional.merging import Sharing, calibrated_keys, calibrated_values
 from ..functional.partition import Group
 from ..sites import Site
 from .calibration import Moments
-from .frames import Frames
+from .frames import Symmetries
 from .weights import HeadWeights
 
 
@@ -33,7 +33,7 @@ class Merger:
     """
 
     site: Site
-    frames: Frames
+    frames: Symmetries
     moments: Moments
     weights: HeadWeights
     method: str

@@ -22,7 +22,7 @@ from . import calibration_text
 from .calibration_text import Batch
 from .outcome import Conversion, Recipe
 from .refine import Gap, gap, refine, target
-from .replay import Call, See, Socket, Streams
+from .replay import Call, ModuleTaps, Observer, Streams
 from .weights import HeadWeights, has_bias, read_weights
 
 TOKENS_A_STEP = 1024  # of refinement; twice as many take four times as long where caches overflow
@@ -36,7 +36,7 @@ def refit_outputs(model: PreTrainedModel, sites: Sequence[Site], text: Sequence[
     originals = {site.path: read_weights(model, site) for site in sites}
 
     def see(site: Site, call: Call, own: Streams) -> None:
-        socket, shared = Socket(model, site), done.weights[site.path]
+        socket, shared = ModuleTaps(model, site), done.weights[site.path]
         wanted = originals[site.path].project(own.heads.float())
         heads = socket.run(call, **shared.rewrites()).heads.float()
         residual, z = (wanted - shared.project(heads)), heads.flatten(1)
@@ -79,7 +79,7 @@ def repair(
                 _improve(model, site, calls.pop(site.path), recipe, done, merged[site.path])
 
 
-def _keeper(calls: dict[str, list[Call]]) -> See:
+def _keeper(calls: dict[str, list[Call]]) -> Observer:
     return lambda site, call, _: calls[site.path].append(call)
 
 
@@ -87,7 +87,7 @@ def _improve(
     model: PreTrainedModel, site: Site, calls: list[Call], recipe: Recipe, done: Conversion, merged: HeadWeights
 ) -> None:
     """Refine one module where the recipe says so, and write down how far each stage is from the original."""
-    socket, original, path = Socket(model, site), read_weights(model, site), site.path
+    socket, original, path = ModuleTaps(model, site), read_weights(model, site), site.path
     held = target(socket, original, calls[0])
     gaps: dict[str, Gap] = {"merged": gap(socket, merged, held)}
     if done.weights[path] is not merged:

@@ -52,11 +52,11 @@ class Streams:
     probabilities: Tensor | None
 
 
-See = Callable[[Site, Call, Streams], object]
+Observer = Callable[[Site, Call, Streams], object]
 
 
 @dataclass(frozen=True)
-class Socket:
+class ModuleTaps:
     """The places of one attention module where its streams can be read and rewritten."""
 
     model: nn.Module
@@ -148,7 +148,7 @@ class _Keep:
 
 
 @contextlib.contextmanager
-def recording(model: nn.Module, sites: Sequence[Site], see: See) -> Iterator[Callable[..., None]]:
+def recording(model: nn.Module, sites: Sequence[Site], see: Observer) -> Iterator[Callable[..., None]]:
     """Show every call of these modules to ``see``, right after it; replaying inside ``see`` is not shown again.
 
     Yields:
@@ -161,7 +161,7 @@ def recording(model: nn.Module, sites: Sequence[Site], see: See) -> Iterator[Cal
 
     with removing() as handles:
         for site in sites:
-            watch = _Watch(Socket(model, site), see, masks, {}, [])
+            watch = _Watch(ModuleTaps(model, site), see, masks, {}, [])
             handles += watch.socket.taps(watch.found, {})
             handles.append(watch.socket.module.register_forward_hook(watch, with_kwargs=True))
         yield tell
@@ -169,8 +169,8 @@ def recording(model: nn.Module, sites: Sequence[Site], see: See) -> Iterator[Cal
 
 @dataclass(frozen=True)
 class _Watch:
-    socket: Socket
-    see: See
+    socket: ModuleTaps
+    see: Observer
     masks: list[Tensor | None]
     found: dict[str, Tensor]
     busy: list[bool]

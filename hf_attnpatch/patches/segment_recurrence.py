@@ -20,8 +20,8 @@ from ..patch import Patch, Proposal, changed
 from ..positions.fusing import deferred, variants
 from ..positions.keys import STATIC, Way
 from ..recurrence.attention import Recurrent
-from ..recurrence.modules import Recalling, recalling_of
-from ..recurrence.native import MASKS_UNDER_EAGER, Remembering, window_of
+from ..recurrence.modules import MemoryHook, recalling_of
+from ..recurrence.native import MASKS_UNDER_EAGER, DeferWithMemory, window_of
 from ..recurrence.survey import check_agrees, ways
 from ..sites import Place, dispatching
 from ..spans.attention import span_of
@@ -143,7 +143,7 @@ class SegmentRecurrence(Patch):
     def _recalling(
         self, model: PreTrainedModel, anatomy: Anatomy, places: list[Place], decoder: str, segments: Segments
     ) -> Edit:
-        hook = Recalling(
+        hook = MemoryHook(
             roles_of(model.get_submodule(decoder)),
             config_at(model, places[0].config),
             segments,
@@ -243,7 +243,7 @@ def _itself(model: PreTrainedModel, anatomy: Anatomy, places: list[Place], kerne
         yield from found
         return
     for place in places:
-        hook = Remembering(roles_of(model.get_submodule(place.path)), config_at(model, place.config))
+        hook = DeferWithMemory(roles_of(model.get_submodule(place.path)), config_at(model, place.config))
         yield AddPreHook(place.path, hook, "its cache hands it the memory")
     yield SetAttention("", MASKS_UNDER_EAGER, register, True)
 

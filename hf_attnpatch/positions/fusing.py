@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..attention.alibi import AlibiBias, NoBias
-from ..attention.deferring import Deferring
+from ..attention.deferring import DeferAttention
 from ..attention.registry import FUSED, register
 from ..attention.rotation import Rotation
 from ..attention.wrapper import AddWrapper, Wrapper
@@ -74,7 +74,7 @@ def _held(anatomy: Anatomy, wrapper: Wrapper) -> Iterator[Edit]:
 def _deferred(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Edit]:
     """Make attention go through a fused kernel, where it does not already."""
     first = model.get_submodule(_own(anatomy)[0].path)
-    if not any(isinstance(hook, Deferring) for hook in first._forward_pre_hooks.values()):
+    if not any(isinstance(hook, DeferAttention) for hook in first._forward_pre_hooks.values()):
         yield from _hooks(model, anatomy, False)
         yield _masks(anatomy)
 
@@ -88,5 +88,5 @@ def _masks(anatomy: Anatomy) -> Edit:
 def _hooks(model: PreTrainedModel, anatomy: Anatomy, unbiased: bool) -> Iterator[Edit]:
     config = config_at(model, _own(anatomy)[0].config)
     for site in _own(anatomy):
-        hook = Deferring(roles_of(model.get_submodule(site.path)), config, FUSED, unbiased)
+        hook = DeferAttention(roles_of(model.get_submodule(site.path)), config, FUSED, unbiased)
         yield AddPreHook(site.path, hook, "scores go to a fused kernel")

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy, angle_table
 from ..attention.rotation import frequencies_of
-from ..functional.rerotation import Turning
+from ..functional.rerotation import RotaryPlanes
 from ..probe import TOLERANCE, largest_difference
 from ..upstream.roles import frequencies
 
@@ -46,20 +46,20 @@ def tables(model: PreTrainedModel, anatomy: Anatomy) -> list[str]:
     return sorted({f"{path}.{buffer}" for path, buffer, _ in _candidates(model, anatomy, 1 << 30)})
 
 
-def _agrees(turning: Turning, before: Tensor, after: Tensor) -> bool:
+def _agrees(turning: RotaryPlanes, before: Tensor, after: Tensor) -> bool:
     by = turning.table(torch.full((before.shape[2],), BY, device=before.device), before.dtype)
     return largest_difference(after, turning.turn(before, by)) <= allowed(before.dtype)
 
 
-def _candidates(model: PreTrainedModel, anatomy: Anatomy, width: int) -> Iterator[tuple[str, str, Turning]]:
+def _candidates(model: PreTrainedModel, anatomy: Anatomy, width: int) -> Iterator[tuple[str, str, RotaryPlanes]]:
     for path in anatomy.inner:
         table = str(angle_table(model.get_submodule(path)))
         for interleaved in (False, True):
-            yield path, table, Turning(frequencies_of(getattr(model.get_submodule(path), table)), interleaved, 0)
+            yield path, table, RotaryPlanes(frequencies_of(getattr(model.get_submodule(path), table)), interleaved, 0)
     for rotary in anatomy.rotary:
         for name, buffer in frequencies(model.get_submodule(rotary.path)).items():
             if "original" in name or 2 * len(buffer) > width:
                 continue
             for first in dict.fromkeys((0, width - 2 * len(buffer))):
                 for interleaved in (False, True):
-                    yield rotary.path, name, Turning(buffer, interleaved, first)
+                    yield rotary.path, name, RotaryPlanes(buffer, interleaved, first)

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..attention.registry import guarded, kernel_of, set_kernel
-from ..attention.rotation import HandPlaces, Rotation, Turning
+from ..attention.rotation import HandPlaces, RotateKeys, Rotation
 from ..attention.wrapper import AddWrapper
 from ..backends import FLAG
 from ..configs import config_at
@@ -69,8 +69,8 @@ def _asked(model: PreTrainedModel, anatomy: Anatomy, places: list[Place], rotati
     for place in places:
         yield AddWrapper(place.path, rotation)
         module = model.get_submodule(place.path)
-        if not _has(module, Turning):
-            yield AddPreHook(place.path, Turning(roles_of(module)), "rotates keys on their way into the cache")
+        if not _has(module, RotateKeys):
+            yield AddPreHook(place.path, RotateKeys(roles_of(module)), "rotates keys on their way into the cache")
     kernel = kernel_of(model.config._attn_implementation)
     if kernel not in ("eager", *FLAG):
         raise UnsupportedArchitecture(

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.call import AttentionCall, Output
-from ..attention.masks import Handed
+from ..attention.masks import MemoryMask
 from ..attention.rotation import frequencies_of
 from ..attention.wrapper import Wrapper, term_of, wrapper_of
 from ..errors import AttnPatchError
-from ..functional.rerotation import Turning
+from ..functional.rerotation import RotaryPlanes
 from ..functional.segments import Piece
 from ..upstream import words
 from ..upstream.calls import several_documents
@@ -34,8 +34,8 @@ class Recurrent(Wrapper):
         number: in the memory.
         rotary: the module that made the angles; None where keys need not be turned.
         buffer: under which name it keeps its frequencies.
-        interleaved: see :class:`Turning`.
-        first: see :class:`Turning`.
+        interleaved: see :class:`RotaryPlanes`.
+        first: see :class:`RotaryPlanes`.
         window: tokens that a token sees at most, itself included; None for all that it is given.
     """
 
@@ -53,7 +53,7 @@ class Recurrent(Wrapper):
     ):
         self.number, self.rotary, self.buffer, self.window = number, rotary, buffer, window
         self.interleaved, self.first = interleaved, first
-        self._turning: Turning | None = None
+        self._turning: RotaryPlanes | None = None
         self._of: Any = None
 
     def __repr__(self) -> str:
@@ -64,10 +64,10 @@ class Recurrent(Wrapper):
         """How keys are turned; None where they are not."""
         return None if self.rotary is None else self._made
 
-    def _made(self) -> Turning:
+    def _made(self) -> RotaryPlanes:
         found = getattr(self.rotary, self.buffer)
         if self._turning is None or self._of is not found:
-            self._of, self._turning = found, Turning(frequencies_of(found), self.interleaved, self.first)
+            self._of, self._turning = found, RotaryPlanes(frequencies_of(found), self.interleaved, self.first)
         return self._turning
 
     def around(self, call: AttentionCall, inner: Callable[[AttentionCall], Output]) -> Output:
@@ -133,13 +133,13 @@ def joined(call: Call, piece: Piece, layer: int, side: int, new: Tensor) -> Tens
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def met(module: nn.Module, mask: Any) -> Handed:
+def met(module: nn.Module, mask: Any) -> MemoryMask:
     """Return what an attention module was handed in the place of a mask.
 
     Raises:
         AttnPatchError: it was handed something else, or knows nothing of a memory.
     """
-    if not isinstance(mask, Handed) or recurrent_of(module) is None:
+    if not isinstance(mask, MemoryMask) or recurrent_of(module) is None:
         raise AttnPatchError(
             f"{type(module).__name__}: got a mask of type {type(mask).__name__} in the place of the "
             "memory; masks of four dimensions are not taken together with segment recurrence. Call the model itself, "

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
-from ..attention.masks import INSTEAD, AttentionMask, Handed
+from ..attention.masks import INSTEAD, AttentionMask, MemoryMask
 from ..errors import AttnPatchError
-from ..functional.rerotation import Table, Turning
+from ..functional.rerotation import RotaryPlanes, Table
 from ..functional.segments import NOBODY, Piece, Segments, pieces
 from .forms import corner, formed
 from .memory import Memory
-from .sinks import Layers, Sinking, Sinks
+from .sinks import Layers, Sinks, SinksOfCall
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,10 +73,10 @@ class Call:
         self.doubled = torch.is_grad_enabled() and not self.aligned and not self.plain
         self._numbers = torch.cat([self._held, tokens.number], 1)
         held = Sinks() if memory is None else memory.sinks
-        self._sinks = Sinking(held, segments.sinks, tokens.number, tokens.place) if segments.sinks else None
+        self._sinks = SinksOfCall(held, segments.sinks, tokens.number, tokens.place) if segments.sinks else None
         self._sunk: Layers = {}
 
-    def handed(self, mask: AttentionMask, written: bool) -> Handed:
+    def handed(self, mask: AttentionMask, written: bool) -> MemoryMask:
         """Return what attention modules are handed in the place of a mask.
 
         Raises:
@@ -89,7 +89,7 @@ class Call:
                 "model's memory belongs to; call the model itself, not a part of it, and let generate make its own "
                 "cache (no cache_implementation)."
             )
-        return Handed(self, mask.handed(written) if self.plain else None)
+        return MemoryMask(self, mask.handed(written) if self.plain else None)
 
     def places(self, like: Tensor) -> Tensor:
         """Return the positions of the new columns, (batch, columns), on the device of a tensor."""
@@ -115,7 +115,7 @@ class Call:
         begins = (self.tokens.number != NOBODY) & (self.segments.start(self.tokens.number) == self.tokens.number)
         return tuple(begins.any(0).nonzero().flatten().tolist())
 
-    def sinks(self, piece: Piece) -> Sinking | None:
+    def sinks(self, piece: Piece) -> SinksOfCall | None:
         """Return the sinks that a piece sees beside its other keys, before them; None if it sees none."""
         number = self.tokens.number[:, piece.start : piece.stop]
         seen = None if self._sinks is None else self.segments.recalled(number, self._sinks.number)
@@ -190,7 +190,7 @@ class Call:
         itself = torch.ones(seen.shape[1:], dtype=torch.bool).tril(back).triu(back)
         return torch.where((number == NOBODY)[..., None], itself, seen)
 
-    def turns(self, piece: Piece, turning: Turning, like: Tensor) -> tuple[Table | None, Table | None]:
+    def turns(self, piece: Piece, turning: RotaryPlanes, like: Tensor) -> tuple[Table | None, Table | None]:
         """Return how far to turn the queries and the keys of a piece; None where they are right already.
 
         What counts is the distance in tokens. Both are brought to positions that go on from the first query's.
@@ -279,7 +279,7 @@ def _taken(before: Tensor | None, new: Tensor, order: Tensor | None, width: int)
     return both.gather(2, index.expand(-1, both.shape[1], -1, both.shape[3]))
 
 
-def _table(by: Tensor, turning: Turning, like: Tensor) -> Table | None:
+def _table(by: Tensor, turning: RotaryPlanes, like: Tensor) -> Table | None:
     if not bool(by.any()):
         return None
     by = by[0] if bool((by == by[:1]).all()) else by

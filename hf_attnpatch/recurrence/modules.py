@@ -26,7 +26,7 @@ from .memory import Memory, RecurrentCache
 OURS = (PREFIX, FUSED)  # what implementations under which masks are asked of this package begin with
 
 
-class Recalling:
+class MemoryHook:
     """Forward pre-hook of a decoder: hands its attention modules the memory, and tokens their positions.
 
     Args:
@@ -83,7 +83,7 @@ class Recalling:
         call = INSTEAD.get()
         return isinstance(call, Call) and not call.plain
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Recalling:
+    def __deepcopy__(self, memo: dict[int, Any]) -> MemoryHook:
         """A copy of the model has no stream open."""
         copied = memo[id(self)] = object.__new__(type(self))
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
@@ -242,7 +242,7 @@ def _check_packed(place: Tensor, keep: Tensor, allowed: bool) -> None:
         )
 
 
-def recalling_of(module: nn.Module) -> Recalling | None:
+def recalling_of(module: nn.Module) -> MemoryHook | None:
     """Return the hook that hands a decoder its memory, or None."""
     hooks = module._forward_pre_hooks.values()
-    return next((hook for hook in hooks if isinstance(hook, Recalling)), None)
+    return next((hook for hook in hooks if isinstance(hook, MemoryHook)), None)

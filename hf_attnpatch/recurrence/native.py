@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention.deferring import Deferring
+from ..attention.deferring import DeferAttention
 from ..attention.registry import PREFIX
 from ..upstream import words
 from ..upstream.caches import CacheView, Storing
@@ -25,7 +25,7 @@ from .forms import corner
 MASKS_UNDER_EAGER = PREFIX + "eager"  # by which such a model asks for masks while it computes plain segments itself
 
 
-class Remembering(Deferring):
+class DeferWithMemory(DeferAttention):
     """Forward pre-hook of an attention module: it computes what is one plain segment itself, and the rest is fused.
 
     Args:
@@ -48,12 +48,12 @@ class Remembering(Deferring):
                 raise no_weights(module)
             return super().__call__(module, args, kwargs)
         given.put(words.MASK, handed.own)
-        noting = Noting(functools.partial(handed.call.write, found.number))
+        noting = StoreObserver(functools.partial(handed.call.write, found.number))
         given.put(words.CACHE, CacheView(given.get(words.CACHE), noting.stored))
         return given.back()
 
 
-class Noting:
+class StoreObserver:
     """What a module's cache does while somebody is told of what it stores.
 
     Args:
@@ -69,12 +69,12 @@ class Noting:
         return storing.store(key, value)
 
 
-class Overhearing:
+class ObserveKeys:
     """Forward pre-hook of an attention module: somebody is told of its keys and values while a model is read.
 
     Args:
         roles: of the arguments of the module's forward.
-        told: see :class:`Noting`.
+        told: see :class:`StoreObserver`.
     """
 
     def __init__(self, roles: Roles, told: Callable[[Tensor, Tensor], None]):
@@ -85,7 +85,7 @@ class Overhearing:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Hand over a cache that tells."""
         given = self.roles.bind(args, kwargs)
-        given.put(words.CACHE, CacheView(given.get(words.CACHE), Noting(self.told).stored))
+        given.put(words.CACHE, CacheView(given.get(words.CACHE), StoreObserver(self.told).stored))
         return given.back()
 
 

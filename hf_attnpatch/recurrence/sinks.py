@@ -66,7 +66,7 @@ class Sinks:
         return cls(named_layers(own), own["number"].cpu(), own["turned"].cpu()) if own else cls()
 
 
-class Sinking:
+class SinksOfCall:
     """The sinks of one call: those that were held, and those among its tokens.
 
     Args:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from ..errors import AttnPatchError
 from ..interruption import complete
 from .memory import Memory
-from .modules import Recalling, recalling_of
+from .modules import MemoryHook, recalling_of
 from .state import check_state
 
 
 class Stream(contextlib.ExitStack):
     """A memory that is carried across calls while its ``with`` block lasts; see :func:`stream`."""
 
-    def __init__(self, hook: Recalling, memory: Memory):
+    def __init__(self, hook: MemoryHook, memory: Memory):
         super().__init__()
         self._hook, self._memory = hook, memory
 

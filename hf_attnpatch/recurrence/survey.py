@@ -20,7 +20,7 @@ from ..positions.keys import BY, Way, allowed, way_of
 from ..probe import default_inputs, largest_difference, logits_under, tokens_of, trace
 from ..upstream import words
 from ..upstream.roles import roles_of
-from .native import Overhearing
+from .native import ObserveKeys
 
 
 def ways(model: PreTrainedModel, anatomy: Anatomy, paths: Sequence[str]) -> dict[str, Way | None]:
@@ -76,7 +76,7 @@ def _keys(model: PreTrainedModel, paths: Sequence[str], place: int, native: bool
     if native:
         edits += [
             AddPreHook(
-                path, Overhearing(roles_of(model.get_submodule(path)), functools.partial(_hear, keys)), "listens"
+                path, ObserveKeys(roles_of(model.get_submodule(path)), functools.partial(_hear, keys)), "listens"
             )
             for path, keys in heard.items()
         ]

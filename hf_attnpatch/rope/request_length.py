@@ -221,10 +221,10 @@ def remember(cache: Any, lengths: Lengths) -> None:
     cache.attnpatch_lengths = lengths
     if len(set(lengths)) > 1:
         for name in (name for name in words.MOVES if hasattr(cache, name) and name not in vars(cache)):
-            setattr(cache, name, Moving(cache, name))
+            setattr(cache, name, ReorderLengths(cache, name))
 
 
-class Moving:
+class ReorderLengths:
     """In the place of a cache's method that moves its rows: their lengths go with them.
 
     Args:

@@ -17,13 +17,13 @@ from ..attention.rotation import frequencies_of
 from ..attention.wrapper import Wrapper, wrapper_of
 from ..errors import AttnPatchError
 from ..functional import spanned
-from ..functional.rerotation import Turning
-from ..functional.spans import Span
+from ..functional.rerotation import RotaryPlanes
+from ..functional.spans import Remapping
 from ..upstream import words
 from . import opaque
 
 
-class Spanned(Wrapper):
+class RemapPositions(Wrapper):
     """How one attention module sees distances.
 
     Not a module and no buffer: everything follows from the config, and the frequencies are read where the model keeps
@@ -33,15 +33,15 @@ class Spanned(Wrapper):
         span: distances.
         rotary: the module that made the angles.
         buffer: under which name it keeps its frequencies.
-        interleaved: see :class:`Turning`.
-        first: see :class:`Turning`.
+        interleaved: see :class:`RotaryPlanes`.
+        first: see :class:`RotaryPlanes`.
         dense: whether every score is computed, whatever the kernel: to compare with.
     """
 
     name, order = "distances", 2
 
     def __init__(
-        self, span: Span, rotary: nn.Module, buffer: str, interleaved: bool, first: int, *, dense: bool = False
+        self, span: Remapping, rotary: nn.Module, buffer: str, interleaved: bool, first: int, *, dense: bool = False
     ):
         self.span, self.rotary, self.buffer, self.interleaved, self.first = span, rotary, buffer, interleaved, first
         self.dense, self.number = dense, opaque.number_of(span)
@@ -49,9 +49,9 @@ class Spanned(Wrapper):
     def __repr__(self) -> str:
         return str(self.span)
 
-    def turning(self) -> Turning:
+    def turning(self) -> RotaryPlanes:
         """Return how the module's states turn."""
-        return Turning(frequencies_of(getattr(self.rotary, self.buffer)), self.interleaved, self.first)
+        return RotaryPlanes(frequencies_of(getattr(self.rotary, self.buffer)), self.interleaved, self.first)
 
     def around(self, call: AttentionCall, inner: Callable[[AttentionCall], Output]) -> Output:
         """Attend as the kernel does within the trained length; beyond it, by merged flash calls."""
@@ -108,9 +108,9 @@ class Spanned(Wrapper):
         return (rows @ values).transpose(1, 2).contiguous(), rows
 
 
-def span_of(module: nn.Module) -> Spanned | None:
+def span_of(module: nn.Module) -> RemapPositions | None:
     """Return how a module sees distances by a patch of this package, or None."""
-    return wrapper_of(module, Spanned)
+    return wrapper_of(module, RemapPositions)
 
 
 def _placed(call: AttentionCall) -> tuple[AttentionMask, Tensor]:

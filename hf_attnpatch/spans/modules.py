@@ -91,7 +91,7 @@ class SinkLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not foll
         self.cumulative_length = 0 if self.keys is None else int(self.keys.shape[-2])
 
 
-class Evicting:
+class EvictHook:
     """Forward pre-hook of an attention module: a growing cache that is still empty becomes one that lets go.
 
     Args:

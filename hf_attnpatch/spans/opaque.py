@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ..functional import spanned
-from ..functional.rerotation import Turning
-from ..functional.spans import Span
+from ..functional.rerotation import RotaryPlanes
+from ..functional.spans import Remapping
 
-_SPANS: list[Span] = []  # by the number under which a graph knows them
+_SPANS: list[Remapping] = []  # by the number under which a graph knows them
 
 
-def number_of(span: Span) -> int:
+def number_of(span: Remapping) -> int:
     """Return the number under which a graph knows a kind of distance; equal ones have one number."""
     if span not in _SPANS:
         _SPANS.append(span)
@@ -46,14 +46,14 @@ def attend(
         places: position of each key, (batch or 1, k), -1 where there is none.
         frequencies: (planes,), radians per position.
         span: what :func:`number_of` returned.
-        interleaved: see :class:`Turning`.
-        first: see :class:`Turning`.
+        interleaved: see :class:`RotaryPlanes`.
+        first: see :class:`RotaryPlanes`.
         scale: on the inner products.
 
     Returns:
         (batch, heads, q, d_v).
     """
-    turning = Turning(frequencies, interleaved, first)
+    turning = RotaryPlanes(frequencies, interleaved, first)
     return spanned.attend(query, key, value, places, _SPANS[span], turning, scale).contiguous()
 
 
@@ -77,7 +77,7 @@ def _gradients(
 ) -> list[Tensor]:
     """Return the gradients of queries, keys and values; attention is computed once more."""
     states = [t.detach().requires_grad_() for t in (query, key, value)]
-    turning = Turning(frequencies, interleaved, first)
+    turning = RotaryPlanes(frequencies, interleaved, first)
     with torch.enable_grad():
         out = spanned.attend(states[0], states[1], states[2], places, _SPANS[span], turning, scale)
         return [each.contiguous() for each in torch.autograd.grad(out, states, grad)]

@@ -13,15 +13,15 @@ from ..attention.wrapper import AddWrapper
 from ..configs import config_path
 from ..edits import AddPreHook, Edit
 from ..errors import AttnPatchError, UnsupportedArchitecture
-from ..functional.spans import Sinks, Span
+from ..functional.spans import Remapping, Sinks
 from ..patch import Patch, Proposal
 from ..positions.counting import counted
 from ..probe import default_inputs, logits_under, trial
 from ..sites import Site
 from ..upstream.roles import roles_of
 from ..weightless import is_restoring, runnable
-from .attention import Spanned, span_of
-from .modules import Evicting, Evicts
+from .attention import RemapPositions, span_of
+from .modules import EvictHook, Evicts
 from .survey import Found, by_itself, survey
 
 BACKENDS = ("auto", "sdpa", "eager")
@@ -108,7 +108,7 @@ def within(patch: Patch, trained: int, **lengths: int) -> None:
 
 
 def spanned(
-    patch: Spanning, model: PreTrainedModel, anatomy: Anatomy, span: Span, small: Span, notes: Sequence[str]
+    patch: Spanning, model: PreTrainedModel, anatomy: Anatomy, span: Remapping, small: Remapping, notes: Sequence[str]
 ) -> Proposal:
     """Return the proposal of a patch whose fields are all chosen.
 
@@ -145,10 +145,12 @@ def spanned(
     )
 
 
-def _edits(model: PreTrainedModel, anatomy: Anatomy, found: Found, span: Span, dense: bool = False) -> Iterator[Edit]:
+def _edits(
+    model: PreTrainedModel, anatomy: Anatomy, found: Found, span: Remapping, dense: bool = False
+) -> Iterator[Edit]:
     sites: dict[str, Site] = {site.path: site for site in anatomy.sites}
     for path, (rotary, buffer, interleaved, first) in found.items():
-        held = Spanned(span, model.get_submodule(rotary), buffer, interleaved, first, dense=dense)
+        held = RemapPositions(span, model.get_submodule(rotary), buffer, interleaved, first, dense=dense)
         yield AddWrapper(path, held)
     if anatomy.native:
         return  # its notes are taken under any implementation
@@ -159,11 +161,11 @@ def _edits(model: PreTrainedModel, anatomy: Anatomy, found: Found, span: Span, d
     yield from guarded(model, anatomy.base, places)
 
 
-def _caches(model: PreTrainedModel, found: Found, span: Span) -> Iterator[Edit]:
+def _caches(model: PreTrainedModel, found: Found, span: Remapping) -> Iterator[Edit]:
     if not isinstance(span, Sinks):
         return
     for path in found:
-        hook = Evicting(roles_of(model.get_submodule(path)), span)
+        hook = EvictHook(roles_of(model.get_submodule(path)), span)
         yield AddPreHook(path, hook, "an empty cache becomes one that lets go", first=True)
 
 
