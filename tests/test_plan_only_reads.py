@@ -38,7 +38,7 @@ def planned(model, *patches):
 
 def state(model):
     """What a write could change, cheap enough to be looked at thousands of times."""
-    found = [torch.is_grad_enabled()]
+    found = []
     for module in model.modules():
         held = vars(module)
         found += [id(module), *held, *map(id, held.values())]

@@ -1,4 +1,4 @@
-"""A wrapper that notes what attention is called with, while a model is read."""
+"""A wrapper that records attention calls while a model is analysed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .wrapper import Wrapper
 
 
 class Listener(Wrapper):
-    """Notes calls of one module, and changes nothing."""
+    """Records the attention calls of one module and changes nothing."""
 
     name, order = "listener", -1
 
@@ -17,6 +17,6 @@ class Listener(Wrapper):
         self.calls: list[AttentionCall] = []
 
     def around(self, call: AttentionCall, inner: Callable[[AttentionCall], Output]) -> Output:
-        """Note the call."""
+        """Record the call."""
         self.calls.append(call.but(call.query.detach(), call.key.detach(), call.value.detach()))
         return inner(call)

@@ -1,4 +1,4 @@
-"""What stands for a tensor of attention that is never computed: it has a shape, and notes what is done to it."""
+"""Base class of lazy attention states: they have a shape and a dtype, and record what is done to them."""
 # ruff: noqa: D102 - the methods are those of torch.Tensor
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class LazyStates:
-    """Looks like a tensor to the forward; ``shadow`` is its shape and dtype."""
+    """Looks like a tensor to the forward; ``shadow`` is a meta tensor with its shape and dtype."""
 
     shadow: Tensor
     knows_more: ClassVar[bool] = False  # than the keys or values beside it
@@ -45,8 +45,8 @@ class LazyStates:
 
     @property
     def _held(self) -> Tensor:
-        """A tensor that this stands for, or is made of."""
-        raise NotImplementedError(f"{type(self).__name__} hold no tensor")
+        """A real tensor that this was made from."""
+        raise NotImplementedError(f"{type(self).__name__} holds no tensor")
 
     def size(self, *dim: int) -> Any:
         return self.shadow.size(*dim)
