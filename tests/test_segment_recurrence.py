@@ -417,7 +417,7 @@ def test_revert_is_bitwise():
         ("roformer", "takes no positions"),
         ("roberta", "something of its own with positions"),
         ("mamba", "keeps a state, not keys and values"),
-        ("bart", "a memory is of one text"),
+        ("bart", "segment memory holds one text"),
     ],
 )
 def test_models_without_a_place_for_a_memory_are_refused(model_type, words):

@@ -137,7 +137,7 @@ class RelativeTerm:
         return self.query + self.u[:, None].to(self.query.dtype)
 
     def columns(self, here: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
-        """Return the extra dimensions of queries at these positions and of the keys; their number is a multiple of 8."""
+        """Return the extra dimensions of queries at these positions and of the keys, a multiple of 8."""
         like = self.query
         left = relative.query_columns(like, *self._given(), here, self.theta).to(like.dtype)
         right = relative.key_columns(num_keys, self.weight.shape[2], self.theta, like.device).to(like.dtype)

@@ -1,6 +1,6 @@
-"""How a family rotates keys: what they are at one position is compared with what they are at another.
+"""Finds how a family rotates keys, by comparing the keys at two positions.
 
-No table of families is needed: each way that there is, by every table of frequencies that the model has, is tried.
+This needs no table of families: every known layout of a rotation is tried with every frequency table of the model.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from ..functional.rerotation import RotaryPlanes
 from ..probe import TOLERANCE, largest_difference
 from ..upstream.roles import frequencies
 
-STATIC = ("default", "linear", "yarn", "llama3", "proportional")  # the same angles at every length
-BY = 7  # positions between two runs
+STATIC = ("default", "linear", "yarn", "llama3", "proportional")  # kinds whose angles do not depend on the length
+BY = 7  # difference in position between the two runs
 Way = tuple[str, str, bool, int]  # rotary module, its buffer, interleaved, first dimension
 
 
 def allowed(dtype: torch.dtype) -> float:
-    """Return by how much of their size states may differ: angles are in fp32 whatever the model is in."""
+    """Return the relative difference allowed between states; angles are fp32 in every model."""
     return 5 * max(TOLERANCE.get(dtype, 1e-2), TOLERANCE[torch.float32])
 
 
 def way_of(model: PreTrainedModel, anatomy: Anatomy, pairs: Sequence[tuple[Tensor, Tensor]]) -> Way | None:
-    """Return how states were rotated by ``BY`` positions, or None if in no way that is known.
+    """Return how states were rotated by ``BY`` positions, or None if no known rotation matches.
 
     Args:
-        model: whose they are.
-        anatomy: of the model.
-        pairs: states, (batch, heads, n, d), before and after.
+        model: the model.
+        anatomy: the model's anatomy.
+        pairs: states before and after, (batch, heads, n, d).
     """
     for path, buffer, turning in _candidates(model, anatomy, pairs[0][0].shape[-1]):
         if all(_agrees(turning, before, after) for before, after in pairs):
@@ -42,7 +42,7 @@ def way_of(model: PreTrainedModel, anatomy: Anatomy, pairs: Sequence[tuple[Tenso
 
 
 def tables(model: PreTrainedModel, anatomy: Anatomy) -> list[str]:
-    """Return the names of the frequencies that were tried."""
+    """Return the names of the frequency tables that were tried."""
     return sorted({f"{path}.{buffer}" for path, buffer, _ in _candidates(model, anatomy, 1 << 30)})
 
 

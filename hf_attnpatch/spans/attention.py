@@ -1,6 +1,6 @@
-"""The wrapper that changes the distances at which a module sees its keys.
+"""The attention wrapper that remaps the distances at which a module sees its keys.
 
-Modules that see a window or do not rotate have no such wrapper, and are served as their kernel would serve them.
+Modules with a sliding window, and modules that do not rotate, have no such wrapper and use their kernel unchanged.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from . import opaque
 
 
 class RemapPositions(Wrapper):
-    """How one attention module sees distances.
+    """Remaps the distances of one attention module.
 
-    Not a module and no buffer: everything follows from the config, and the frequencies are read where the model keeps
-    them, so that they follow it to another device and are there when it was built on the meta device.
+    Neither a module nor a buffer: everything follows from the config. The frequencies are read from the rotary module,
+    so that they follow it to another device and exist when it was built on the meta device.
 
     Args:
-        span: distances.
-        rotary: the module that made the angles.
-        buffer: under which name it keeps its frequencies.
+        span: the remapping.
+        rotary: the rotary module that computes the angles.
+        buffer: the name of its frequency buffer.
         interleaved: see :class:`RotaryPlanes`.
         first: see :class:`RotaryPlanes`.
-        dense: whether every score is computed, whatever the kernel: to compare with.
+        dense: whether to compute every score, whatever the kernel; used as a reference.
     """
 
     name, order = "distances", 2
@@ -50,11 +50,11 @@ class RemapPositions(Wrapper):
         return str(self.span)
 
     def turning(self) -> RotaryPlanes:
-        """Return how the module's states turn."""
+        """Return the rotated dimensions of a head and their frequencies."""
         return RotaryPlanes(frequencies_of(getattr(self.rotary, self.buffer)), self.interleaved, self.first)
 
     def around(self, call: AttentionCall, inner: Callable[[AttentionCall], Output]) -> Output:
-        """Attend as the kernel does within the trained length; beyond it, by merged flash calls."""
+        """Attend by the kernel within the trained length, and by merged flash calls beyond it."""
         mask, places = _placed(call)
         if torch.compiler.is_compiling():
             return self._in_a_graph(call, places, inner)
@@ -66,7 +66,7 @@ class RemapPositions(Wrapper):
         turning, states = self.turning(), (call.query, call.key, call.value)
         queries, key = call.query.shape[2], call.key
         steps = None
-        if queries <= spanned.FEW:  # the same for every layer that rotates alike
+        if queries <= spanned.FEW:  # shared by all layers with the same rotation
             form = (
                 self.span,
                 id(getattr(self.rotary, self.buffer)),
@@ -83,7 +83,7 @@ class RemapPositions(Wrapper):
         return out.transpose(1, 2).contiguous(), None
 
     def _in_a_graph(self, call: AttentionCall, places: Tensor, inner: Callable[[AttentionCall], Output]) -> Output:
-        """Attend by an operation that a graph does not look into; how far texts reach, it knows by their columns."""
+        """Attend by an opaque operation inside a compiled graph; it bounds the positions by the number of columns."""
         if call.key.shape[2] <= self.span.plain:
             return inner(call)
         _refuse(call, words.SCORE_BIAS, words.CACHE, words.SOFTCAP, words.SINKS, words.DROPOUT)
@@ -93,7 +93,7 @@ class RemapPositions(Wrapper):
         return out.transpose(1, 2).contiguous(), None
 
     def _dense(self, call: AttentionCall, places: Tensor) -> Output:
-        """Every score in memory, in fp32: the only way that returns attention weights."""
+        """Attend densely in fp32: the only way that returns attention weights."""
         _refuse(call, words.SCORE_BIAS, words.CACHE)
         key, value, (softcap, sinks) = call.key, call.value, map(call.given.get, (words.SOFTCAP, words.SINKS))
         scores = spanned.weights(call.query, key, places, self.span, self.turning(), call.scale)
@@ -109,7 +109,7 @@ class RemapPositions(Wrapper):
 
 
 def span_of(module: nn.Module) -> RemapPositions | None:
-    """Return how a module sees distances by a patch of this package, or None."""
+    """Return the remapping that a patch of this package gave a module, or None."""
     return wrapper_of(module, RemapPositions)
 
 
