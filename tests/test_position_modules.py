@@ -46,7 +46,7 @@ def test_a_table_gives_its_rows_and_says_where_it_ends():
     found = table(EMBEDDINGS, torch.tensor([[0, 4, 2]]))
     assert torch.equal(found, EMBEDDINGS + table.weight[[0, 4, 2]])
     assert table.weight.requires_grad
-    with pytest.raises(AttnPatchError, match="a token at position 5; the position table has 5 rows"):
+    with pytest.raises(AttnPatchError, match="position 5 is beyond the position table, which has 5 rows"):
         table(EMBEDDINGS, torch.tensor([[0, 5, 2]]))
     assert "length=5, width=8" in repr(table)
 

@@ -424,7 +424,7 @@ def test_what_attention_is_handed_beside_the_memory_is_looked_at():
     passed = {"position_ids": torch.arange(3)[None], "cu_seq_lens_q": torch.tensor([0, 3])}
     assert asked(None, passed) == {}  # flash attention would read documents from them
     for bad, said in (
-        ({"sliding_window": 6}, "asks for a window of 6 tokens, and had one of 7"),
+        ({"sliding_window": 6}, "asks for a window of 6 tokens; when it was patched, the window was 7"),
         ({"output_attentions": True}, "attention weights"),
         ({"cu_seq_lens_q": torch.tensor([0, 1, 3])}, "passes cu_seq_lens_q to its attention"),
         ({words.SCORE_BIAS: torch.ones(1)}, f"passes {words.SCORE_BIAS} to its attention"),

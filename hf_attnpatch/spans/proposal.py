@@ -173,7 +173,7 @@ def _caches(model: PreTrainedModel, found: Found, span: Remapping) -> Iterator[E
 def _kernel(
     patch: Spanning, model: PreTrainedModel, anatomy: Anatomy, trying: Callable[[bool], Iterator[Edit]]
 ) -> tuple[Sequence[Edit], list[str]]:
-    """Return the edits that select a kernel, and notes; flash calls are compared with dense attention on a few tokens."""
+    """Return the edits that select a kernel, and notes; flash calls are compared with dense attention on a probe."""
     if anatomy.native and patch.backend == "eager":
         raise UnsupportedArchitecture(
             f"{anatomy.sites[0].path}: {anatomy.sites[0].kind} computes its scores by itself, and only a fused "
