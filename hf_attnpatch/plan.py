@@ -1,4 +1,4 @@
-"""What would happen: the edits of several patches in order, conflicts refused. Printing it is the dry run."""
+"""``plan``: the edits of several patches in order, without conflicts. Printing it is the dry run."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from .writable import check_replaced, check_writable
 
 @dataclass(frozen=True)
 class Step:
-    """One patch, what it proposes, and a preview (old, new) of each of its edits.
+    """One patch, its proposal, and a preview (old, new) of each of its edits.
 
     Attributes:
-        again: whether it was on the model, and is put on again above one that came beneath it.
+        again: whether it was on the model already, and is put back above one that went beneath it.
     """
 
     patch: Patch
@@ -40,7 +40,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan(Shown):
-    """Edits of patches, in order.
+    """The edits of several patches, in order.
 
     Attributes:
         anatomy: the model as it is.
@@ -62,7 +62,7 @@ class Plan(Shown):
 
     @property
     def context(self) -> tuple[int, int] | None:
-        """The context that the model declares, in tokens, and the longer one that it will; None where it stays."""
+        """The declared context in tokens, before and after; None if it stays."""
         before = self.anatomy.max_positions
         edited = [e.value for e in self.edits if isinstance(e, SetConfig) and e.field == "max_position_embeddings"]
         reached = [getattr(step.patch, "target_length", None) for step in self.steps if step.proposal.edits]
@@ -70,7 +70,7 @@ class Plan(Shown):
         return (before, after) if before is not None and after > before else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what would be done, as JSON has it."""
+        """Return what would be done, as JSON."""
         patches = [
             {
                 **(step.proposal.patch or step.patch).to_record(),
@@ -198,7 +198,7 @@ def _readable(model: PreTrainedModel) -> Anatomy:
 def _steps(model: PreTrainedModel, anatomy: Anatomy, patches: Sequence[Patch]) -> list[Step]:
     patches = in_order(patches)
     proposed = [_step(model, anatomy, patch) for patch in patches]
-    clashes = _clashes(patches, [first for first, *_ in proposed])  # those that are put on again claim what they had
+    clashes = _clashes(patches, [first for first, *_ in proposed])  # patches that are put back keep their claims
     for claim, *both in clashes:
         (first, one), (second, other) = both
         if first.height == second.height and not (first.wraps and second.wraps and _one_moves(first, second)):
@@ -212,12 +212,12 @@ def _steps(model: PreTrainedModel, anatomy: Anatomy, patches: Sequence[Patch]) -
 
 
 def _one_moves(first: Patch, second: Patch) -> bool:
-    """Whether two different patches leave no doubt about positions."""
+    """Return whether two different patches do not both change positions."""
     return first.name != second.name and not (first.changes_positions and second.changes_positions)
 
 
 def _step(model: PreTrainedModel, anatomy: Anatomy, patch: Patch) -> list[Step]:
-    """Propose a patch, and again those that stand on what it changes, each on the model that those before it make."""
+    """Propose a patch, then put back those that build on what it changes, each on the model that the others make."""
     off = lift(model, patch)
     if not off.patches:
         return [_proposed(model, anatomy, patch)]
@@ -253,14 +253,14 @@ def _in_turn(model: PreTrainedModel, patches: Sequence[Patch]) -> list[Step]:
 
 
 def _structure(model: PreTrainedModel, step: Step) -> Sequence[Edit]:
-    """Return edits that put the modules of a step in place; their weights may have to be worked out by ``apply``."""
+    """Return edits that add the modules of a step; ``apply`` may have to compute their weights."""
     if step.proposal.prepare is None:
         return step.proposal.edits
     return step.patch.structure().propose(model, describe(model)).edits
 
 
 def _not_a_patch(found: object) -> str:
-    """Say what was passed in the place of a patch, and what to pass."""
+    """Describe what was passed instead of a patch, and what to pass."""
     if isinstance(found, type):
         return f"the class {found.__name__}; pass patches, such as hf_attnpatch.GroupedQuery(num_kv_heads=2)"
     if isinstance(found, (list, tuple)):
@@ -274,7 +274,7 @@ def _not_a_patch(found: object) -> str:
 def _clashes(
     patches: Sequence[Patch], steps: Sequence[Step]
 ) -> list[tuple[str, tuple[Patch, Step], tuple[Patch, Step]]]:
-    """Return each claim that two steps make, and the two, each with the patch that was asked for."""
+    """Return each claim that two steps share, and the two, each with the requested patch."""
     owner: dict[str, tuple[Patch, Step]] = {}
     found = []
     for patch, step in zip(patches, steps, strict=True):
@@ -287,10 +287,10 @@ def _clashes(
 
 
 def _advice(model: PreTrainedModel, *patches: Patch) -> str:
-    """Say that two calls would do, if they do: on a copy of the modules around the same parameters.
+    """Return the advice to use two calls, if that works on a copy of the modules around the same parameters.
 
     Raises:
-        NoWeights: they cannot be tried.
+        NoWeights: it cannot be tried.
     """
     try:
         _in_turn(copied_around_parameters(model), patches)

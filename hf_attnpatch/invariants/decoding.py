@@ -1,4 +1,4 @@
-"""Decoding with a cache equals the full forward."""
+"""Invariants of decoding: with a cache it equals the full forward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .subject import Answer, Subject, compare, left, pad, unpadded
 
 
 def decoded_token_by_token(subject: Subject) -> Answer:
-    """Cached decoding, a token at a time, equals the full forward."""
+    """Cached decoding, one token at a time, equals the full forward."""
     return _decoded(subject, [1] * subject.tokens.shape[1])
 
 
@@ -46,7 +46,7 @@ def _decoded(subject: Subject, sizes: Sequence[int]) -> Answer:
 
 
 def _pieces(subject: Subject, inputs: Mapping[str, Tensor], sizes: Sequence[int]) -> Tensor | str:
-    """Return the logits of all tokens, or the proof that the model keeps no cache.
+    """Return the logits of all tokens, or proof that the model keeps no cache.
 
     Raises:
         NoCache: it generates with a cache, and none was found.
@@ -63,7 +63,7 @@ def _pieces(subject: Subject, inputs: Mapping[str, Tensor], sizes: Sequence[int]
 
 
 def _announced(subject: Subject) -> contextlib.AbstractContextManager[None]:
-    """Say how long the rows will be, to a model whose angles follow from that."""
+    """Announce the length of the rows, for models with length-dependent angles."""
     if requests_of(subject.model) is None:
         return contextlib.nullcontext()
     return request(subject.model, subject.tokens.shape[1])
