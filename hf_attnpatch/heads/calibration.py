@@ -1,7 +1,7 @@
-"""What a conversion must know of a model: second moments of queries, keys and attended values, never activations.
+"""Collects the second moments of queries, keys and attended values that a conversion needs; never activations.
 
-One pass over the text for as many attention modules as fit in `MEMORY`; a deeper model takes more passes, not more
-memory. Each forward is the model's own, seen through hooks, so kernels, ``device_map`` and offloading do not matter.
+One pass over the text serves as many attention modules as fit into `MEMORY`; a deeper model takes more passes, not more
+memory. Forwards are the model's own, observed through hooks, so that kernels, ``device_map`` and offloading work.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ..upstream.roles import columns, roles_of
 from .calibration_text import Batch
 from .replay import Call, ModuleTaps, Observer, Streams, recording
 
-MEMORY = 400_000_000  # bytes of statistics held at a time
-VALUE_TOKENS = 8192  # enough for values, whose merge loses little; each needs attention once for every key-value head
+MEMORY = 400_000_000  # bytes of statistics in memory at a time
+VALUE_TOKENS = 8192  # enough for values, whose merge loses little; each costs one attention per key-value head
 
 
 @dataclass
@@ -35,9 +35,10 @@ class Moments:
         query: q q^T, (num_heads, head_dim, head_dim), before RoPE.
         key: k k^T, (num_kv_heads, head_dim, num_kv_heads, head_dim), before RoPE.
         mean: k, (num_kv_heads, head_dim).
-        value: y y^T of all values averaged by a head's attention, (num_kv_heads * v_head_dim,) twice, over all heads.
-        tokens: how many.
-        attended: of how many the values were seen; a second moment of values needs fewer.
+        value: y y^T of all values averaged by each head's attention, (num_kv_heads * v_head_dim,) twice, over all
+            heads.
+        tokens: their number.
+        attended: number of tokens whose values were seen; second moments of values need fewer.
     """
 
     query: Tensor
@@ -49,7 +50,7 @@ class Moments:
 
     @classmethod
     def zeros(cls, site: Site) -> Moments:
-        """Return the sums of no tokens."""
+        """Return the sums over no tokens."""
         h, kv, d, wide = site.num_heads, site.num_kv_heads, site.head_dim, site.num_kv_heads * site.v_head_dim
         return cls(_zeros(h, d, d), _zeros(kv, d, kv, d), _zeros(kv, d), _zeros(wide, wide))
 
@@ -76,7 +77,7 @@ def _zeros(*shape: int) -> Tensor:
 
 
 def chunks(sites: Sequence[Site], size: Callable[[Site], int]) -> Iterator[list[Site]]:
-    """Yield runs of attention modules whose statistics fit in memory together; at least one at a time."""
+    """Yield groups of attention modules whose statistics fit into memory together; at least one module each."""
     run: list[Site] = []
     for site in sites:
         if run and sum(map(size, (*run, site))) > MEMORY:
@@ -93,7 +94,7 @@ def moments_size(site: Site) -> int:
 
 
 def stream(model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch], see: Observer, what: str) -> None:
-    """Run the model over a text and show every call of these modules."""
+    """Run the model over a text and pass every call of these modules to an observer."""
     runner = _runner(model, sites)
     device = input_device(model)
     with torch.no_grad(), recording(model, sites, see) as tell:
@@ -111,7 +112,7 @@ def stream(model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch],
 
 
 def _runner(model: PreTrainedModel, sites: Sequence[Site]) -> Callable[..., Any]:
-    """Return the forward without the head over the vocabulary, where all modules are below it."""
+    """Return the forward without the vocabulary head, if all modules are below it."""
     base = model.base_model
     prefix = next((f"{name}." for name, child in model.named_children() if child is base), None)
     inner = base if prefix and all(s.path.startswith(prefix) for s in sites) else model
@@ -138,10 +139,10 @@ def measure(
     """Collect the moments of some attention modules in one pass.
 
     Args:
-        model: to run.
-        sites: its modules.
-        text: batches of its inputs.
-        offsets: constants taken off the values, (num_kv_heads, v_head_dim) for each module.
+        model: the model.
+        sites: its attention modules.
+        text: batches of inputs.
+        offsets: constants subtracted from the values, (num_kv_heads, v_head_dim) for each module.
 
     Raises:
         AttnPatchError: a module never ran, or its states are not finite.

@@ -1,8 +1,8 @@
-"""Layer-local refinement: gradient descent on one attention module's projections, towards its own original.
+"""Layer-local refinement: fits one attention module's projections to its original by gradient descent.
 
 The loss is the squared error of the attention output over its variance plus, for every head, the divergence of the
-attention weights, KL(original || shared), as LoLCATs (2410.10254) match attention before they train anything. Nothing
-is propagated through the model; one module's weights and a few batches are in memory.
+attention weights, KL(original || shared), as LoLCATs (2410.10254) match attention before training. Nothing is
+propagated through the model; only one module's weights and a few batches are in memory.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from ..errors import UnsupportedArchitecture
 from .replay import Call, ModuleTaps
 from .weights import HeadWeights
 
-LEARNING_RATE = 0.04  # of the root mean square of each projection
+LEARNING_RATE = 0.04  # relative to the root mean square of each projection
 EPSILON = 1e-9
 
 
 @dataclass(frozen=True)
 class Target:
-    """One call and what the original gives on it.
+    """One call and the original module's results.
 
     Attributes:
         call: inputs of the module.
         output: (tokens, out_features), float32.
         variance: of the output, a number.
-        probabilities: (tokens, num_heads, length), or None where the module does not return its attention weights.
-        entropy: of all of them, a sum in nats.
+        probabilities: (tokens, num_heads, length), or None if the module does not return its attention weights.
+        entropy: of all of them, summed, in nats.
     """
 
     call: Call
@@ -43,7 +43,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Gap:
-    """How far a conversion is from the original on some text.
+    """The distance of a conversion from the original on some text.
 
     Attributes:
         output: mean squared error of the attention output over its variance.
@@ -55,13 +55,13 @@ class Gap:
 
 
 def target(socket: ModuleTaps, original: HeadWeights, call: Call) -> Target:
-    """Run the original once."""
+    """Run the original module once."""
     with torch.no_grad():
         streams = socket.run(call)
         output = original.project(streams.heads.float())
         p = rows(streams.probabilities, call)
         entropy = None if p is None else -(p * (p + EPSILON).log()).sum()
-    variance = output.var().clamp_min(torch.finfo(output.dtype).tiny)  # a pruned layer puts out nothing
+    variance = output.var().clamp_min(torch.finfo(output.dtype).tiny)  # the output of a pruned layer is zero
     return Target(call, output, variance, p, entropy)
 
 
@@ -103,12 +103,12 @@ def refine(
     """Refine shared heads.
 
     Args:
-        socket: the attention module.
+        socket: taps of the attention module.
         start: its shared weights in closed form.
-        targets: taken in turn, one a step.
-        steps: of Adam, the learning rate falling as a cosine.
-        biased: whether query, key and value have a bias; the column of one that is not there stays zero.
-        seconds: stops early after so long.
+        targets: used in turn, one in each step.
+        steps: of Adam, with a cosine schedule of the learning rate.
+        biased: whether query, key and value have a bias; the bias column of others stays zero.
+        seconds: time limit.
 
     Returns:
         The refined weights in float32, and the steps taken.
