@@ -21,7 +21,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from .configs import skeleton
-from .edits import SetConfig
+from .edits import Edit, SetAttribute, SetConfig
+from .errors import UnsupportedArchitecture
 
 Plain = (bool, int, float, str, tuple, list, type(None))
 
@@ -59,6 +60,20 @@ class Difference:
     twin: nn.Module
     modules: tuple[str, ...]
     attributes: dict[tuple[str, str], Any]
+
+    def edits(self, changes: Sequence[Change], paths: Sequence[str], where: str) -> list[Edit]:
+        """Return the edits of configs and attributes; modules at ``paths`` are rebuilt by the caller.
+
+        Raises:
+            UnsupportedArchitecture: another module's tensors would have to change as well.
+        """
+        longer = [path for path in self.modules if path not in paths]
+        if longer:
+            raise UnsupportedArchitecture(
+                f"{longer[0] or where}: has tensors as long as the context, which this would not resize."
+            )
+        attributes = (SetAttribute(*key, value) for key, value in self.attributes.items() if key[0] not in paths)
+        return [*(change.edit() for change in changes), *attributes]
 
 
 def difference(model: PreTrainedModel, changes: Sequence[Change]) -> Difference | str:

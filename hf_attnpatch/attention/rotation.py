@@ -9,7 +9,7 @@ work.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from ..functional import rotary
 from ..functional.turning import angles, turned
 from ..upstream import words
 from ..upstream.caches import Storing, view
-from ..upstream.roles import Arguments, Roles
+from ..upstream.roles import ArgumentHook, Arguments
 from .call import AttentionCall, Output
 from .wrapper import Wrapper, wrapper_of
 
@@ -131,29 +131,19 @@ class KeyRotation:
         return turned(states, *self._angles, self.rotation.interleaved)
 
 
-class RotateKeys:
-    """Forward pre-hook of a module that dispatches its attention: rotates its keys and queries.
+class RotateKeys(ArgumentHook):
+    """Forward pre-hook of a module that dispatches its attention: rotates its keys and queries."""
 
-    Args:
-        roles: argument roles of the module's forward.
-    """
-
-    def __init__(self, roles: Roles):
-        self.roles = roles
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def edit(self, module: nn.Module, given: Arguments) -> bool | None:
         """Pass a cache that rotates keys."""
         rotation = rotation_of(module)
         if rotation is None:
-            return None
-        given = self.roles.bind(args, kwargs)
+            return False
         turn, cache = KeyRotation(rotation, taken_places(given)), given.get(words.CACHE)
         if cache is not None:
             given.put(words.CACHE, view(cache, turn.stored))
         turn.begins(module)
-        return given.back()
+        return None
 
 
 def taken_places(given: Arguments) -> Tensor | None:
@@ -171,22 +161,13 @@ def taken_places(given: Arguments) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-class HandPlaces:
-    """Forward pre-hook of the language model: passes positions to attention modules that do not receive them.
+class HandPlaces(ArgumentHook):
+    """Forward pre-hook of the language model: passes positions to attention modules that do not receive them."""
 
-    Args:
-        roles: argument roles of its forward.
-    """
-
-    def __init__(self, roles: Roles):
-        self.roles = roles
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def edit(self, module: nn.Module, given: Arguments) -> bool | None:
         """Pass the positions, if there are any, under another keyword."""
-        found = self.roles.bind(args, kwargs).get(words.POSITIONS)
-        return None if found is None else (args, {**kwargs, PLACES: found})
+        given.named[PLACES] = given.get(words.POSITIONS)
+        return given.named[PLACES] is not None
 
 
 def rotation_of(module: nn.Module) -> Rotation | None:

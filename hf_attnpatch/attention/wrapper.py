@@ -95,46 +95,45 @@ def without(module: nn.Module, name: str) -> tuple[Wrapper, ...]:
 
 
 @dataclass(frozen=True)
-class AddWrapper(Edit):
-    """Put a wrapper around the attention of a module."""
-
+class _WrapperEdit(Edit):
     rung = "attention"
-    wrapper: Wrapper
+
+    @abstractmethod
+    def _change(self) -> tuple[str, Wrapper | None]:
+        """Return the kind of wrapper, and the one that a module gets."""
 
     @property
     def claim(self) -> str:
         """The kind of wrapper at this path."""
-        return f"attention wrapper {self.wrapper.name} at {self.path}"
+        return f"attention wrapper {self._change()[0]} at {self.path}"
 
     def preview(self, model: PreTrainedModel) -> tuple[str, str]:
-        """The wrapper of this kind that is there, and the new one."""
-        held = (each for each in wrappers_of(model.get_submodule(self.path)) if each.name == self.wrapper.name)
-        return short(next(held, "-")), short(self.wrapper)
+        """Return the present and the new wrapper of this kind."""
+        kind, new = self._change()
+        held = (each for each in wrappers_of(model.get_submodule(self.path)) if each.name == kind)
+        return short(next(held, "-")), short(new or "-")
 
     def prepare(self, model: PreTrainedModel) -> Write:
-        """Make the new list."""
-        module = model.get_submodule(self.path)
-        return swap(vars(module), HELD, wrapped(module, self.wrapper), self.claim)
+        """Make the new tuple of wrappers."""
+        (kind, new), module = self._change(), model.get_submodule(self.path)
+        return swap(vars(module), HELD, wrapped(module, new) if new else without(module, kind), self.claim)
 
 
 @dataclass(frozen=True)
-class RemoveWrapper(Edit):
-    """Take a kind of wrapper from around the attention of a module."""
+class AddWrapper(_WrapperEdit):
+    """Put a wrapper around the attention of a module."""
 
-    rung = "attention"
+    wrapper: Wrapper
+
+    def _change(self) -> tuple[str, Wrapper | None]:
+        return self.wrapper.name, self.wrapper
+
+
+@dataclass(frozen=True)
+class RemoveWrapper(_WrapperEdit):
+    """Remove the wrapper of a kind from around the attention of a module."""
+
     name: str
 
-    @property
-    def claim(self) -> str:
-        """The kind of wrapper at this path."""
-        return f"attention wrapper {self.name} at {self.path}"
-
-    def preview(self, model: PreTrainedModel) -> tuple[str, str]:
-        """The wrapper that is there."""
-        held = (each for each in wrappers_of(model.get_submodule(self.path)) if each.name == self.name)
-        return short(next(held, "-")), "-"
-
-    def prepare(self, model: PreTrainedModel) -> Write:
-        """Make the shorter list."""
-        module = model.get_submodule(self.path)
-        return swap(vars(module), HELD, without(module, self.name), self.claim)
+    def _change(self) -> tuple[str, Wrapper | None]:
+        return self.name, None

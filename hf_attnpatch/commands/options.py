@@ -104,7 +104,7 @@ def check_file(path: Path | None, option: str, keys: Collection[str]) -> None:
 
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
-    """Show an error that a user can fix in one line, with exit code 1; anything else is a bug and keeps its traceback."""
+    """Show an error that a user can fix in one line, with exit code 1; a bug keeps its traceback."""
     from ..errors import AttnPatchError
 
     try:

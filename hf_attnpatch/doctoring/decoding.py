@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..evaluation.announcing import announced
 from ..interruption import removing
 from ..probe import largest_difference
-from ..rope.request_length import request, requests_of
 from ..stepwise import NoCache, in_pieces
 from ..upstream import words
 from ..upstream.roles import predicted, roles_of, run
@@ -91,11 +91,6 @@ def by_hand(model: PreTrainedModel, text: Tensor, pieces: Sequence[int] = PIECES
     with torch.no_grad():
         found = in_pieces(model, ids, pieces)[0].float().cpu()
     return largest_difference(alone(model, text), found)
-
-
-def announced(model: PreTrainedModel, length: int) -> contextlib.AbstractContextManager[None]:
-    """Announce the length of the request, for models with length-dependent angles."""
-    return contextlib.nullcontext() if requests_of(model) is None else request(model, length)
 
 
 def _generate(model: PreTrainedModel, prompts: Sequence[Tensor], steps: int) -> Any:

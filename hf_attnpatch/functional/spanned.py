@@ -70,11 +70,6 @@ def read_rows(places: Tensor, queries: int) -> list[Row]:
     return [Row(a, b, c, d, (e, f)) for a, b, c, d, e, f in torch.stack(columns, 1).tolist()]
 
 
-def all_plain(places: Tensor, span: Remapping) -> bool:
-    """Whether every query sees everything at its distance."""
-    return int(places.max()) < span.plain
-
-
 def attend(
     query: Tensor,
     key: Tensor,

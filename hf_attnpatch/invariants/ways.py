@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,9 +12,9 @@ from transformers import DynamicCache, GenerationConfig
 
 from ..edits import SetAttribute, tried
 from ..errors import AttnPatchError
+from ..evaluation.announcing import announced
 from ..media import PLAIN, probes
 from ..probe import _counting, largest_difference, quiet
-from ..rope.request_length import request, requests_of
 from ..stepwise import STEPS, NoCache, in_pieces, unmasked
 from ..upstream import words
 from ..upstream.roles import predicted, resumed
@@ -69,7 +68,7 @@ def learned_prefix(subject: Subject) -> Answer:
         return made
     length = subject.tokens.shape[1]
     try:
-        with _announced(subject, length + _PREFIX):
+        with announced(subject.model, length + _PREFIX):
             wanted = _behind(subject, copy.deepcopy(made), [length])
             return compare(subject, wanted, _behind(subject, made, [length // 2, *[1] * (length - length // 2)]))
     except AttnPatchError as error:
@@ -128,7 +127,7 @@ def _greedy(subject: Subject, inputs: Mapping[str, Tensor], **how: Any) -> Answe
     text = _written(subject, given, lambda out: out.sequences, **how)
     if isinstance(text, str):
         return text
-    with _announced(subject, text.shape[1]):
+    with announced(subject.model, text.shape[1]):
         wanted = subject.logits({**given, subject.stream: text[:, :-1]})[:, -_WRITTEN:]
     taken = wanted.gather(-1, text[:, -_WRITTEN:, None])[..., 0]
     short = (wanted.amax(-1) - taken).max() / wanted.abs().max()
@@ -179,18 +178,13 @@ def _refusal(error: AttnPatchError) -> str:
     return " ".join(f"it refuses: {error}".split())[:200]
 
 
-def _announced(subject: Subject, length: int) -> contextlib.AbstractContextManager[None]:
-    """Announce the length of the rows, for models with length-dependent angles."""
-    return contextlib.nullcontext() if requests_of(subject.model) is None else request(subject.model, length)
-
-
 def _prefix(subject: Subject) -> Any:
     """Return a cache of random keys and values, in the shapes that the config declares.
 
     A sentence if the model keeps something else, or the config disagrees.
     """
     caches: list[Any] = []
-    with _announced(subject, _PREFIX):
+    with announced(subject.model, _PREFIX):
         try:
             in_pieces(subject.model, subject.with_tokens(subject.tokens[:, :_PREFIX]), [_PREFIX], caches.append)
         except NoCache:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +13,7 @@ from ..functional.turning import sinusoid
 from ..upstream import words
 from ..upstream.caches import length as cached
 from ..upstream.partitioned import shape_of
-from ..upstream.roles import Arguments, Roles
+from ..upstream.roles import ArgumentHook, Arguments, Roles
 from .still import NoPositions
 
 CHILD = "added_positions"  # child of the language model, so part of a trainable table's name in a checkpoint
@@ -80,35 +78,25 @@ def _beyond(places: Tensor, rows: int) -> bool:
     return not torch.compiler.is_compiling() and int(places.max()) >= rows
 
 
-class AddPositions:
-    """Forward pre-hook of the language model: embeds the tokens and adds the positions of its child.
+class AddPositions(ArgumentHook):
+    """Forward pre-hook of the language model: embeds the tokens and adds the positions of its child."""
 
-    Args:
-        roles: argument roles of the model's forward.
-    """
-
-    def __init__(self, roles: Roles):
-        self.roles = roles
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def edit(self, module: nn.Module, given: Arguments) -> bool | None:
         """Replace the token ids by embeddings with positions."""
         added = module.get_submodule(CHILD)
         if isinstance(added, NoPositions):  # removed by a later patch
-            return None
-        given = self.roles.bind(args, kwargs)
+            return False
         embeddings, tokens = given.get(words.EMBEDDINGS), given.get(words.TOKENS)
         if embeddings is None:
             if tokens is None:
-                return None  # the model's own error is clearer
+                return False  # the model's own error is clearer
             embeddings = module.get_input_embeddings()(tokens)  # type: ignore[operator]  # of transformers
         given.put(words.EMBEDDINGS, added(embeddings, positions(given, embeddings)))
         given.put(words.TOKENS, None)
-        return given.back()
+        return None
 
 
-class AnyLength:
+class AnyLength(ArgumentHook):
     """Forward pre-hook of an encoder whose position and segment ids are buffers as long as its removed table.
 
     Without a table there is no such limit: the hook passes both ids if the caller passes none.
@@ -119,42 +107,32 @@ class AnyLength:
     """
 
     def __init__(self, roles: Roles, segments: bool):
-        self.roles, self.segments = roles, segments and roles.takes(words.SEGMENTS)
+        super().__init__(roles)
+        self.segments = segments and roles.takes(words.SEGMENTS)
 
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def edit(self, module: nn.Module, given: Arguments) -> bool | None:
         """Pass positions that count the tokens, and the first segment for all of them."""
-        given = self.roles.bind(args, kwargs)
         like, embeddings = given.get(words.TOKENS), given.get(words.EMBEDDINGS)
         if like is None:
             if embeddings is None:
-                return None  # the model's own error is clearer
+                return False  # the model's own error is clearer
             like = embeddings[..., 0].long()
         if self.segments and given.get(words.SEGMENTS) is None:
             given.put(words.SEGMENTS, torch.zeros_like(like))
         if self.roles.takes(words.POSITIONS) and given.get(words.POSITIONS) is None:
             given.put(words.POSITIONS, positions(given, like).expand_as(like))
-        return given.back()
+        return None
 
 
-class CountedOnly:
-    """Forward pre-hook of a language model without positions in attention: refuses positions it would ignore.
+class CountedOnly(ArgumentHook):
+    """Forward pre-hook of a language model without positions in attention: refuses positions it would ignore."""
 
-    Args:
-        roles: argument roles of its forward.
-    """
-
-    def __init__(self, roles: Roles):
-        self.roles = roles
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def edit(self, module: nn.Module, given: Arguments) -> bool:
         """Compare the passed positions with the counted ones; change nothing."""
-        given = self.roles.bind(args, kwargs)
         told, like = given.get(words.POSITIONS), given.get(words.TOKENS)
         like = given.get(words.EMBEDDINGS) if like is None else like
         if told is None or like is None:
-            return
+            return False
         given.put(words.POSITIONS, None)
         mask, counted = given.get(words.MASK), positions(given, like)
         seen = (
@@ -165,9 +143,9 @@ class CountedOnly:
         if bool(((told != counted) & seen).any()):
             raise AttnPatchError(
                 f"{type(module).__name__} passes positions to its position table only, which rotary positions "
-                f"replaced; they "
-                "can only count the tokens from 0. Leave position_ids out."
+                "replaced; they can only count the tokens from 0. Leave position_ids out."
             )
+        return False
 
 
 def positions(given: Arguments, embeddings: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,52 +10,30 @@ from torch import Tensor, nn
 from ..attention.deferring import deferred_view
 from ..attention.rotation import PLACES, rotation_of
 from ..upstream import words
-from ..upstream.roles import Roles
+from ..upstream.roles import ArgumentHook, Arguments
 
 
-class Still:
+class Still(ArgumentHook):
     """Base class of hooks that disable a module's rotation."""
 
 
 class ZeroAngles(Still):
-    """Forward pre-hook of a rotary module: gives every token position 0, which rotates nothing.
+    """Forward pre-hook of a rotary module: gives every token position 0, which rotates nothing."""
 
-    Args:
-        roles: argument roles of its forward.
-    """
-
-    def __init__(self, roles: Roles):
-        self.roles = roles
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def edit(self, module: nn.Module, given: Arguments) -> None:
         """Replace the positions by zeros."""
-        given = self.roles.bind(args, kwargs)
         given.put(words.POSITIONS, torch.zeros_like(given.get(words.POSITIONS)))
-        return given.back()
 
 
 class StillAngles(Still):
-    """Forward pre-hook of an attention module that rotates by its own table: gives every token position 0.
+    """Forward pre-hook of an attention module that rotates by its own table: gives every token position 0."""
 
-    Args:
-        roles: argument roles of the module's forward.
-    """
-
-    def __init__(self, roles: Roles):
-        self.roles = roles
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def edit(self, module: nn.Module, given: Arguments) -> None:
         """Replace the positions by zeros; keep them for a rotation of this package that has not run yet."""
-        given = self.roles.bind(args, kwargs)
         places = given.get(words.POSITIONS)
         if rotation_of(module) is not None and not any(map(deferred_view, given.named.values())):
             given.named[PLACES] = places
         given.put(words.POSITIONS, torch.zeros_like(places))
-        return given.back()
 
 
 class NoPositions(nn.Module):

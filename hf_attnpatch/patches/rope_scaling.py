@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..configs import config_at
-from ..edits import Edit, ReplaceModule, SetAttribute
+from ..edits import ReplaceModule
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..patch import Patch, Proposal, changed, decided
 from ..rope.config import declared_window, head_dim, scaled_fields
@@ -138,13 +138,7 @@ class RopeScaling(Patch):
             return Proposal((), (), ("a factor of 1 changes nothing",), preserves=True)
         changes, notes, found = self._tried(model, anatomy, owners)
         paths = [path for group in owners.values() for path in group]
-        longer = [p for p in found.modules if p not in paths]
-        if longer:
-            raise UnsupportedArchitecture(
-                f"{longer[0] or anatomy.architecture}: has tensors as long as the context, which this would not resize."
-            )
-        edits: list[Edit] = [change.edit() for change in changes]
-        edits += [SetAttribute(*key, value) for key, value in found.attributes.items() if key[0] not in paths]
+        edits = found.edits(changes, paths, anatomy.architecture)
         edits += [ReplaceModule(path, _rebuild, f"rope: {self.kind}") for path in paths]
         return Proposal(tuple(edits), tuple(paths), tuple(notes), claims=("the positions",))
 

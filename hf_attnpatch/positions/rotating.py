@@ -16,7 +16,7 @@ from ..attention.rotation import HandPlaces, RotateKeys, Rotation
 from ..attention.wrapper import AddWrapper
 from ..backends import FLAG
 from ..configs import config_at
-from ..edits import AddPreHook, Edit, ReplaceModule, SetAttribute
+from ..edits import AddPreHook, Edit, ReplaceModule
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..few import on_few_layers
 from ..modules.added import CountedOnly
@@ -146,13 +146,7 @@ def rebased(
     found = difference(model, changes)
     if isinstance(found, str):
         raise AttnPatchError(f"{anatomy.architecture}: {found}.")
-    longer = [p for p in found.modules if p not in paths]
-    if longer:
-        raise UnsupportedArchitecture(
-            f"{longer[0] or anatomy.architecture}: has tensors as long as the context, which this would not resize."
-        )
-    edits: list[Edit] = [change.edit() for change in changes]
-    edits += [SetAttribute(*key, value) for key, value in found.attributes.items() if key[0] not in paths]
+    edits = found.edits(changes, paths, anatomy.architecture)
     return [*edits, *(ReplaceModule(path, _rebuilt, "rope, built again") for path in paths)], notes
 
 

@@ -17,7 +17,7 @@ from ..attention.deferring import DeferAttention
 from ..attention.registry import PREFIX
 from ..upstream import words
 from ..upstream.caches import CacheView, Storing
-from ..upstream.roles import Roles
+from ..upstream.roles import ArgumentHook, Arguments, Roles
 from .attention import met, recurrent_of
 from .call import no_weights
 from .forms import corner
@@ -69,7 +69,7 @@ class StoreObserver:
         return storing.store(key, value)
 
 
-class ObserveKeys:
+class ObserveKeys(ArgumentHook):
     """Forward pre-hook of an attention module: reports its keys and values while a model is analysed.
 
     Args:
@@ -78,15 +78,12 @@ class ObserveKeys:
     """
 
     def __init__(self, roles: Roles, told: Callable[[Tensor, Tensor], None]):
-        self.roles, self.told = roles, told
+        super().__init__(roles)
+        self.told = told
 
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def edit(self, module: nn.Module, given: Arguments) -> None:
         """Pass a cache that reports."""
-        given = self.roles.bind(args, kwargs)
         given.put(words.CACHE, CacheView(given.get(words.CACHE), StoreObserver(self.told).stored))
-        return given.back()
 
 
 def window_of(module: nn.Module) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,10 +13,10 @@ from ..errors import AttnPatchError
 from ..functional.spans import Sinks
 from ..upstream import words
 from ..upstream.caches import DynamicLayer, Storing, length, overriding, queries, view
-from ..upstream.roles import Roles
+from ..upstream.roles import ArgumentHook, Arguments, Roles
 
 
-class ShiftedAngles:
+class ShiftedAngles(ArgumentHook):
     """Forward pre-hook of a rotary module: gives every token the same position.
 
     Args:
@@ -26,15 +25,12 @@ class ShiftedAngles:
     """
 
     def __init__(self, roles: Roles, place: int):
-        self.roles, self.place = roles, place
+        super().__init__(roles)
+        self.place = place
 
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def edit(self, module: nn.Module, given: Arguments) -> None:
         """Replace the positions."""
-        given = self.roles.bind(args, kwargs)
         given.put(words.POSITIONS, torch.full_like(given.get(words.POSITIONS), self.place))
-        return given.back()
 
 
 @overriding("AttentionSinks", "get_mask_sizes", "crop", of_layer=True)
@@ -91,7 +87,7 @@ class SinkLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not foll
         self.cumulative_length = 0 if self.keys is None else int(self.keys.shape[-2])
 
 
-class EvictHook:
+class EvictHook(ArgumentHook):
     """Forward pre-hook of an attention module: makes an empty dynamic cache evict tokens.
 
     Args:
@@ -100,19 +96,17 @@ class EvictHook:
     """
 
     def __init__(self, roles: Roles, span: Sinks):
-        self.roles, self.span = roles, span
+        super().__init__(roles)
+        self.span = span
 
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def edit(self, module: nn.Module, given: Arguments) -> bool | None:
         """Pass a view of the cache, which replaces the layer when the first keys arrive."""
-        given = self.roles.bind(args, kwargs)
         cache = given.get(words.CACHE)
         if type(cache) is not DynamicCache:
-            return None
+            return False
         head = self.span.sinks + _padding(given.get(words.MASK))
         given.put(words.CACHE, view(cache, EvictingStore(head, self.span.window).stored))
-        return given.back()
+        return None
 
 
 class EvictingStore:

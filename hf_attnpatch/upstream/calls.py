@@ -214,21 +214,6 @@ def sdpa_mask(*args: Any, **kwargs: Any) -> Any:
     return call_mask("sdpa", args, kwargs)
 
 
-def eager_mask(*args: Any, **kwargs: Any) -> Any:
-    """Transformers' mask for eager attention: added, floating point."""
-    return call_mask("eager", args, kwargs)
-
-
-def flash_attention_mask(*args: Any, **kwargs: Any) -> Any:
-    """Transformers' mask for FlashAttention: (batch, keys) or None."""
-    return call_mask("flash_attention_2", args, kwargs)
-
-
-def flex_attention_mask(*args: Any, **kwargs: Any) -> Any:
-    """Transformers' mask for flex attention."""
-    return call_mask("flex_attention", args, kwargs)
-
-
 def looks_back(module: nn.Module, is_causal: bool | None = None) -> bool:
     """Return whether a call's attention is causal: as passed, else what the module says, else yes."""
     return bool(getattr(module, interface().causal, True) if is_causal is None else is_causal)

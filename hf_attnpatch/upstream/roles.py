@@ -132,6 +132,28 @@ class Arguments:
         return (), self.named
 
 
+class ArgumentHook:
+    """Base class of forward pre-hooks that replace arguments by role.
+
+    Args:
+        roles: argument roles of the forward.
+    """
+
+    def __init__(self, roles: Roles):
+        self.roles = roles
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Edit the arguments of a call."""
+        given = self.roles.bind(args, kwargs)
+        return None if self.edit(module, given) is False else given.back()
+
+    def edit(self, module: nn.Module, given: Arguments) -> bool | None:
+        """Replace arguments; False leaves the call as it is."""
+        raise NotImplementedError
+
+
 def roles_of(module: nn.Module) -> Roles:
     """Return the argument roles of a module's forward: those found by :func:`learn`, else by the vocabulary."""
     parameters, opened = _declared(module.forward)
