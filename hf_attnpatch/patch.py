@@ -136,8 +136,8 @@ class Patch(metaclass=_Kind):
         object.__setattr__(self, name, value)
 
     def structure(self) -> Patch:
-        """Return the patch that gives a fresh model the same modules without computing their weights."""
-        return self
+        """Return the patch that gives a fresh model the same modules, without computing weights or running it."""
+        return changed(self, proved=True) if "proved" in internal_fields(type(self)) else self
 
     def to_record(self, finding: object = None) -> dict[str, Any]:
         """Return the JSON form for a checkpoint; ``finding`` is the result of ``prepare``."""

@@ -64,6 +64,20 @@ class Term(Wrapper, ABC):
         return AttnPatchError(f"{type(call.module).__name__}: {call.kernel} does not compute {self.what}; use 'sdpa'.")
 
 
+class Listener(Wrapper):
+    """Records the attention calls of one module while a model is analysed, and changes nothing."""
+
+    name, order = "listener", -1
+
+    def __init__(self) -> None:
+        self.calls: list[AttentionCall] = []
+
+    def around(self, call: AttentionCall, inner: Callable[[AttentionCall], Output]) -> Output:
+        """Record the call."""
+        self.calls.append(call.but(call.query.detach(), call.key.detach(), call.value.detach()))
+        return inner(call)
+
+
 def wrappers_of(module: nn.Module) -> tuple[Wrapper, ...]:
     """Return the wrappers of a module, outermost first."""
     found: tuple[Wrapper, ...] = vars(module).get(HELD, ())

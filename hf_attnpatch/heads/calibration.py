@@ -21,7 +21,7 @@ from ..sites import Site
 from ..upstream import words
 from ..upstream.roles import columns, roles_of
 from .calibration_text import Batch
-from .replay import Call, ModuleTaps, Observer, Streams, recording
+from .replay import Call, Observer, Streams, Taps, recording
 
 MEMORY = 400_000_000  # bytes of statistics in memory at a time
 VALUE_TOKENS = 8192  # enough for values, whose merge loses little; each costs one attention per key-value head
@@ -152,7 +152,7 @@ def measure(
     def see(site: Site, call: Call, own: Streams) -> None:
         found = sums[site.path]
         attended = (
-            _attended(ModuleTaps(model, site), call, own, offsets[site.path]) if found.attended < VALUE_TOKENS else None
+            _attended(Taps(model, site), call, own, offsets[site.path]) if found.attended < VALUE_TOKENS else None
         )
         if not all(part.isfinite().all() for part in (own.key, own.query, own.value)):
             raise CalibrationError(
@@ -171,7 +171,7 @@ def _rolled(shift: int) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda _, states: states.roll(-shift, dims=-2)
 
 
-def _attended(socket: ModuleTaps, call: Call, own: Streams, offset: Tensor) -> Tensor:
+def _attended(socket: Taps, call: Call, own: Streams, offset: Tensor) -> Tensor:
     """Return all heads' values averaged by every query head's attention, (tokens * num_heads, num_kv_heads * dim).
 
     Attention is linear in its values: the module is run again with values moved by one head, two heads and so on.

@@ -18,7 +18,7 @@ from . import calibration_text
 from .calibration import Moments
 from .calibration_text import Batch
 from .frames import Symmetries, read_frames
-from .replay import Call, ModuleTaps, Streams
+from .replay import Call, Streams, Taps
 from .weights import HeadWeights, read_weights
 
 PROBE = (4, 64)  # sequences and length of the random tokens for data-free methods
@@ -41,7 +41,7 @@ def find_frames(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Symm
         raise AttnPatchError(f"{silent}: did not run on a probe, so its heads cannot be aligned; use method='mean'.")
     rotated = tuple({*_rotated(model)})
     with torch.no_grad():
-        return {s.path: read_frames(ModuleTaps(model, s), calls[s.path], rotated) for s in sites}
+        return {s.path: read_frames(Taps(model, s), calls[s.path], rotated) for s in sites}
 
 
 def unaligned(model: PreTrainedModel, sites: Sequence[Site]) -> str | None:

@@ -20,7 +20,7 @@ from ..functional.gauge import Frame, fixed, random_gauge, rotary, unrotated
 from ..interruption import removing
 from ..probe import TOLERANCE, largest_difference
 from ..sites import Site
-from .replay import Call, ModuleTaps, Rewrite
+from .replay import Call, Rewrite, Taps
 
 _NORM = r"{}_?(layer_?)?norm"
 SLACK = 5  # times the rounding of logits; a wrong hypothesis differs by tenths
@@ -50,7 +50,7 @@ class Symmetries:
     how: str
 
 
-def read_frames(socket: ModuleTaps, call: Call, rotated: tuple[int, ...]) -> Symmetries:
+def read_frames(socket: Taps, call: Call, rotated: tuple[int, ...]) -> Symmetries:
     """Test every hypothesis on one call.
 
     Args:
@@ -80,7 +80,7 @@ def _hypotheses(dim: int, rotated: tuple[int, ...]) -> Iterator[tuple[Frame, str
 
 
 def _holding(
-    socket: ModuleTaps, call: Call, rotated: tuple[int, ...], key_scale: Tensor, query_scale: Tensor
+    socket: Taps, call: Call, rotated: tuple[int, ...], key_scale: Tensor, query_scale: Tensor
 ) -> Iterator[tuple[Frame, str]]:
     """Yield the hypotheses that hold: any factors first, then unit factors, because norms undo others."""
     site = socket.site
@@ -90,9 +90,7 @@ def _holding(
                 yield frame, how if spread else f"{how}, normed"
 
 
-def _keys_hold(
-    socket: ModuleTaps, call: Call, frame: Frame, spread: float, key_scale: Tensor, query_scale: Tensor
-) -> bool:
+def _keys_hold(socket: Taps, call: Call, frame: Frame, spread: float, key_scale: Tensor, query_scale: Tensor) -> bool:
     site, generator = socket.site, torch.Generator().manual_seed(0)
     pairs = [random_gauge(frame, generator, spread) for _ in range(site.num_kv_heads)]
     repeats = site.num_heads // site.num_kv_heads
@@ -110,7 +108,7 @@ def _keys_hold(
     return agree(before, after)
 
 
-def _values_hold(socket: ModuleTaps, call: Call, frame: Frame) -> bool:
+def _values_hold(socket: Taps, call: Call, frame: Frame) -> bool:
     site, generator = socket.site, torch.Generator().manual_seed(1)
     maps = torch.stack([random_gauge(frame, generator)[0] for _ in range(site.num_kv_heads)])
     before, after = socket.run(call).heads, socket.run(call, value=mapping(maps)).heads
@@ -118,7 +116,7 @@ def _values_hold(socket: ModuleTaps, call: Call, frame: Frame) -> bool:
     return agree(mapping(wide)(before, before), after)
 
 
-def _permutes(socket: ModuleTaps, call: Call) -> bool:
+def _permutes(socket: Taps, call: Call) -> bool:
     """Return whether moving every head by one place moves the heads' output in the same way."""
     kv, repeats = socket.site.num_kv_heads, socket.site.num_heads // socket.site.num_kv_heads
     order = torch.arange(kv).roll(1)
@@ -127,7 +125,7 @@ def _permutes(socket: ModuleTaps, call: Call) -> bool:
     return agree(socket.run(call).heads[:, heads], moved.heads)
 
 
-def _folds(socket: ModuleTaps, call: Call) -> bool:
+def _folds(socket: Taps, call: Call) -> bool:
     site, before = socket.site, socket.run(call)
     shift = torch.randn(site.num_kv_heads, site.v_head_dim, generator=torch.Generator().manual_seed(2))
     shift = (shift * before.value.float().std().cpu()).to(before.value)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedArchitecture
-from .replay import Call, ModuleTaps
+from .replay import Call, Taps
 from .weights import HeadWeights
 
 LEARNING_RATE = 0.04  # relative to the root mean square of each projection
@@ -54,7 +54,7 @@ class Gap:
     attention: float | None
 
 
-def target(socket: ModuleTaps, original: HeadWeights, call: Call) -> Target:
+def target(socket: Taps, original: HeadWeights, call: Call) -> Target:
     """Run the original module once."""
     with torch.no_grad():
         streams = socket.run(call)
@@ -73,7 +73,7 @@ def rows(probabilities: Tensor | None, call: Call) -> Tensor | None:
     return (by_token[call.tokens] if call.tokens is not None else by_token.flatten(0, 1)).float()
 
 
-def losses(socket: ModuleTaps, weights: HeadWeights, wanted: Target) -> tuple[Tensor, Tensor | None]:
+def losses(socket: Taps, weights: HeadWeights, wanted: Target) -> tuple[Tensor, Tensor | None]:
     """Return the relative squared error of the output, and the divergence of the attention summed over heads."""
     streams = socket.run(wanted.call, **weights.rewrites())
     error = (weights.project(streams.heads.float()) - wanted.output).square().mean() / wanted.variance
@@ -85,20 +85,14 @@ def losses(socket: ModuleTaps, weights: HeadWeights, wanted: Target) -> tuple[Te
 
 
 @torch.no_grad()
-def gap(socket: ModuleTaps, weights: HeadWeights, wanted: Target) -> Gap:
+def gap(socket: Taps, weights: HeadWeights, wanted: Target) -> Gap:
     """Measure a conversion on one call."""
     error, divergence = losses(socket, weights, wanted)
     return Gap(float(error), None if divergence is None else float(divergence) / socket.site.num_heads)
 
 
 def refine(
-    socket: ModuleTaps,
-    start: HeadWeights,
-    targets: Sequence[Target],
-    *,
-    steps: int,
-    biased: Sequence[bool],
-    seconds: float,
+    socket: Taps, start: HeadWeights, targets: Sequence[Target], *, steps: int, biased: Sequence[bool], seconds: float
 ) -> tuple[HeadWeights, int]:
     """Refine shared heads.
 
@@ -142,7 +136,7 @@ def refine(
     return replace(start, **{name: p.detach() for name, p in parameters.items()}), step
 
 
-def _no_gradient(socket: ModuleTaps, name: str) -> UnsupportedArchitecture:
+def _no_gradient(socket: Taps, name: str) -> UnsupportedArchitecture:
     return UnsupportedArchitecture(
         f"{socket.site.path}: its attention passes no gradient to the {name} projection, so it cannot be refined; "
         "method='calibrated' needs none."

@@ -22,7 +22,7 @@ from . import calibration_text
 from .calibration_text import Batch
 from .outcome import Conversion, Recipe
 from .refine import Gap, gap, refine, target
-from .replay import Call, ModuleTaps, Observer, Streams
+from .replay import Call, Observer, Streams, Taps
 from .weights import HeadWeights, has_bias, read_weights
 
 TOKENS_A_STEP = 1024  # of refinement; twice as many take four times as long where caches overflow
@@ -36,7 +36,7 @@ def refit_outputs(model: PreTrainedModel, sites: Sequence[Site], text: Sequence[
     originals = {site.path: read_weights(model, site) for site in sites}
 
     def see(site: Site, call: Call, own: Streams) -> None:
-        socket, shared = ModuleTaps(model, site), done.weights[site.path]
+        socket, shared = Taps(model, site), done.weights[site.path]
         wanted = originals[site.path].project(own.heads.float())
         heads = socket.run(call, **shared.rewrites()).heads.float()
         residual, z = (wanted - shared.project(heads)), heads.flatten(1)
@@ -87,7 +87,7 @@ def _improve(
     model: PreTrainedModel, site: Site, calls: list[Call], recipe: Recipe, done: Conversion, merged: HeadWeights
 ) -> None:
     """Refine one module if the recipe says so, and record the distance of each stage from the original."""
-    socket, original, path = ModuleTaps(model, site), read_weights(model, site), site.path
+    socket, original, path = Taps(model, site), read_weights(model, site), site.path
     held = target(socket, original, calls[0])
     gaps: dict[str, Gap] = {"merged": gap(socket, merged, held)}
     if done.weights[path] is not merged:

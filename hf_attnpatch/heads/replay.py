@@ -56,7 +56,7 @@ Observer = Callable[[Site, Call, Streams], object]
 
 
 @dataclass(frozen=True)
-class ModuleTaps:
+class Taps:
     """Reads and rewrites the projections of one attention module."""
 
     model: nn.Module
@@ -161,7 +161,7 @@ def recording(model: nn.Module, sites: Sequence[Site], see: Observer) -> Iterato
 
     with removing() as handles:
         for site in sites:
-            watch = _Watch(ModuleTaps(model, site), see, masks, {}, [])
+            watch = _Watch(Taps(model, site), see, masks, {}, [])
             handles += watch.socket.taps(watch.found, {})
             handles.append(watch.socket.module.register_forward_hook(watch, with_kwargs=True))
         yield tell
@@ -169,7 +169,7 @@ def recording(model: nn.Module, sites: Sequence[Site], see: Observer) -> Iterato
 
 @dataclass(frozen=True)
 class _Watch:
-    socket: ModuleTaps
+    socket: Taps
     see: Observer
     masks: list[Tensor | None]
     found: dict[str, Tensor]

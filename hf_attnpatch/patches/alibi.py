@@ -16,7 +16,7 @@ from ..attention.wrapper import AddWrapper
 from ..backends import Candidate
 from ..edits import Edit
 from ..errors import AttnPatchError, UnsupportedArchitecture
-from ..patch import Patch, Proposal, changed
+from ..patch import Patch, Proposal
 from ..positions.choice import BACKENDS, choose
 from ..positions.counting import counted
 from ..positions.fusing import rebiased
@@ -80,10 +80,6 @@ class Alibi(Patch):
             raise AttnPatchError(f"distance_clip is {clip!r}; it must be a number of tokens, at least 1, or None.")
         if not isinstance(self.strength, (int, float)) or not 0 <= self.strength < float("inf"):
             raise AttnPatchError(f"strength is {self.strength!r}; it must be a number, 0 or more.")
-
-    def structure(self) -> Patch:
-        """Return the patch without a probe: a model that is being loaded cannot run yet."""
-        return changed(self, proved=True)
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Return the edits that remove the positions and add the bias, and the kernel; see :meth:`Patch.propose`."""

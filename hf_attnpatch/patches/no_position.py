@@ -50,10 +50,6 @@ class NoPosition(Patch):
         self._normalise("layers", checked_layers(self.layers))
         named(self.home)
 
-    def structure(self) -> Patch:
-        """Return the patch without a probe: a model that is being loaded cannot run yet."""
-        return changed(self, proved=True)
-
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Return the edits that remove the positions; see :meth:`Patch.propose`."""
         notes: tuple[str, ...] = ()

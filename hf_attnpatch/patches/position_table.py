@@ -71,10 +71,6 @@ class PositionTable(Patch):
         if self.init not in (None, *INITS):
             raise AttnPatchError(f"init {self.init!r} does not exist; choose from: {', '.join(INITS)}.")
 
-    def structure(self) -> Patch:
-        """Return the patch without a probe: a model that is being loaded cannot run yet."""
-        return changed(self, proved=True)
-
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Return the edits that make the table; see :meth:`Patch.propose`."""
         if self.factor is not None:

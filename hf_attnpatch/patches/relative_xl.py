@@ -19,7 +19,7 @@ from ..attention.wrapper import AddWrapper
 from ..backends import Candidate
 from ..edits import AddModule, Edit, ReplaceModule
 from ..errors import AttnPatchError, UnsupportedArchitecture
-from ..patch import Patch, Proposal, changed
+from ..patch import Patch, Proposal
 from ..positions.choice import BACKENDS, choose
 from ..positions.counting import counted
 from ..positions.fusing import deferred
@@ -89,10 +89,6 @@ class RelativeXl(Patch):
             raise AttnPatchError(f"init {self.init!r} does not exist; choose from: {', '.join(INITS)}.")
         if self.backend not in ("auto", *BACKENDS):
             raise AttnPatchError(f"backend {self.backend!r} does not exist; choose from auto, {', '.join(BACKENDS)}.")
-
-    def structure(self) -> Patch:
-        """Return the patch without a probe: a model that is being loaded cannot run yet."""
-        return changed(self, proved=True)
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Return the edits that replace the positions, and the kernel; see :meth:`Patch.propose`."""

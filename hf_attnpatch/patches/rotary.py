@@ -101,10 +101,6 @@ class Rotary(Patch):
         if self.layers is not None and (self.kind != "default" or self.layer_types is not None):
             raise AttnPatchError("layers= sets a base for single layers; leave kind and layer_types out.")
 
-    def structure(self) -> Patch:
-        """Return the patch without a probe: a model that is being loaded cannot run yet."""
-        return changed(self, proved=True)
-
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Return the edits that replace the positions by rotation; see :meth:`Patch.propose`."""
         if self.layers is not None or self.home not in (None, "auto") or unrotated(model):

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..anatomy import Anatomy
 from ..errors import AttnPatchError
 from ..modules.added import SinusoidalPositions
-from ..patch import Patch, Proposal, changed
+from ..patch import Patch, Proposal
 from ..positions.adding import adding, check_adding
 from ..positions.removal import ADDED, check_blind, removal, removed
 from ..rope.fields import check_number
@@ -60,10 +60,6 @@ class Sinusoidal(Patch):
                 raise AttnPatchError(f"embedding_scale is {self.embedding_scale!r}; give a number above 0, or 'paper'.")
         else:
             check_number("embedding_scale", self.embedding_scale)
-
-    def structure(self) -> Patch:
-        """Return the patch without a probe: a model that is being loaded cannot run yet."""
-        return changed(self, proved=True)
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
         """Return the edits that replace the positions; see :meth:`Patch.propose`."""

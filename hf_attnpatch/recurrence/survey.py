@@ -10,10 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..attention.listener import Listener
 from ..attention.registry import kernel_of, set_kernel
 from ..attention.rotation import rotation_of
-from ..attention.wrapper import HELD, AddWrapper
+from ..attention.wrapper import HELD, AddWrapper, Listener
 from ..edits import AddPreHook, Edit
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..positions.keys import BY, Way, allowed, way_of

@@ -13,11 +13,10 @@ from transformers import PreTrainedModel
 
 from .. import record
 from ..anatomy import Anatomy
-from ..attention.listener import Listener
 from ..attention.masks import mask_of
 from ..attention.registry import set_kernel
 from ..attention.rotation import rotation_of
-from ..attention.wrapper import HELD, AddWrapper
+from ..attention.wrapper import HELD, AddWrapper, Listener
 from ..edits import AddPreHook, Edit
 from ..errors import UnsupportedArchitecture
 from ..positions.fusing import deferred
