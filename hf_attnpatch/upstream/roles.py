@@ -294,10 +294,9 @@ class _Probe:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        with torch.device("meta"):
-            self.tokens = torch.zeros(_ROWS, _LENGTH, dtype=torch.int64)
-            self.positions = torch.zeros(_ROWS, _LENGTH, dtype=torch.int64)
-            self.keep = torch.ones(_ROWS, _LENGTH, dtype=torch.int64)
+        self.tokens = torch.zeros(_ROWS, _LENGTH, dtype=torch.int64, device="meta")
+        self.positions = torch.zeros(_ROWS, _LENGTH, dtype=torch.int64, device="meta")
+        self.keep = torch.ones(_ROWS, _LENGTH, dtype=torch.int64, device="meta")
         self.arrived: set[int] = set()  # roles that reached a module inside the language model
         self.cached = False  # whether one of those received a cache
         self.seen: dict[Any, dict[str, str]] = {}  # findings of the last forward, as in _FOUND
