@@ -58,7 +58,7 @@ def test_on_a_gpu_only_the_length_is_looked_at():
         places = torch.tensor([[0, 4, 2]]).to(CUDA)
         places.max = None
         assert table(EMBEDDINGS.to(CUDA), places).device == CUDA
-        with pytest.raises(AttnPatchError, match="the position table has 5 rows"):
+        with pytest.raises(AttnPatchError, match="the position table, which has 5 rows"):
             table(EMBEDDINGS.to(CUDA), torch.arange(6).to(CUDA)[None])
         assert table(torch.zeros(1, 5, 8).to(CUDA), torch.arange(5).to(CUDA)[None]).shape == (1, 5, 8)
 
