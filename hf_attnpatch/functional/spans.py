@@ -1,8 +1,8 @@
-"""Distances that a rotary model can bear, however far a key is: the definitions, and how they come out of flash calls.
+"""Position remappings for rotary models: the distance at which a query sees each key, and the flash calls for it.
 
-Each kind says at which distance a query at position i sees the key at position j (`distance`, `sees`), and lists pieces
-of the score matrix within which that is a turn of the queries and a turn of the keys (`steps`). Queries before
-`plain` see everything as it is: inputs that a model was trained for are computed as they always were, bit for bit.
+Each kind gives the distance at which a query at position i sees the key at position j (`distance`, `sees`), and lists
+pieces of the score matrix in which that is a rotation of the queries and one of the keys (`steps`). Queries before
+`plain` see true distances: inputs within the trained length are computed as before, bit for bit.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ class Remapping(Protocol):
 
     @property
     def plain(self) -> int:
-        """Queries before this position see distances as they are."""
+        """Queries before this position see true distances."""
 
     def distance(self, query: Tensor, key: Tensor) -> Tensor:
-        """Return at which distance a query at one position sees the key at another, fp64, broadcast."""
+        """Return the distance at which a query at one position sees the key at another, fp64, broadcast."""
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor | None:
-        """Return which of the keys before it the query sees, broadcast; None for all of them."""
+        """Return which of the keys before it the query sees, broadcast; None for all."""
 
     def still(self, query: int) -> int:
-        """Return how many keys, the query's own and those next before it, it sees at their distance."""
+        """Return how many keys, the query's own and those just before it, it sees at their true distance."""
 
     def steps(self, first: int, last: int) -> Iterator[Step]:
-        """Yield what to compute for queries from ``first`` to before ``last``, all beyond ``plain``."""
+        """Yield the steps for queries from ``first`` to before ``last``, all beyond ``plain``."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Clipped:
 
 @dataclass(frozen=True)
 class Bifocal:
-    """Jet-Long: near as it is, beyond that positions shared by as many tokens as the query's own position needs.
+    """Jet-Long: true distances near by; beyond, groups whose size follows from the query's own position.
 
     The authors take the group from the length of the text so far (G = ceil(L / trained)), so that it grows while a
     text is written and tokens in the cache were read under another; here each query takes its own, which is theirs for
