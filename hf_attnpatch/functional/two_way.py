@@ -41,7 +41,7 @@ def two_way(
         query[:, :, :-1].flip(2),
         key[:, :, 1:].flip(2),
         value[:, :, 1:].flip(2),
-    )  # each query sees the keys after it
+    )  # each sees the keys after it
     states: list[Tensor] = []
     shifts = []
     for pair, n, kept in (((query, key, value), length, keep), (turned, length - 1, behind)):
