@@ -1,4 +1,4 @@
-"""Finding one's way in a model's tree of configs."""
+"""A model's tree of configs, and models built from a config on the meta device."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _BUILDING: ContextVar[bool] = ContextVar("hf_attnpatch_building", default=False)
 
 @contextlib.contextmanager
 def building() -> Iterator[None]:
-    """Let classes of transformers be built from a patched config: what is missing is restored, or only compared."""
+    """Allow building transformers' classes from a patched config, to restore what is missing or only to compare."""
     before = _BUILDING.get()
     with ensured(lambda: _BUILDING.set(before)):
         _BUILDING.set(True)
@@ -78,10 +78,10 @@ def is_building() -> bool:
 def skeleton(
     model: PreTrainedModel, change: Callable[[PretrainedConfig], None] | None = None, attention: str | None = None
 ) -> Any:
-    """Build a model's class once more, on the meta device: its modules without data. The model is only read.
+    """Build the model's class again on the meta device: its modules without data. The model is only read.
 
     Args:
-        model: whose class and config are used.
+        model: gives the class and the config.
         change: edits the copy of the config.
         attention: the attention implementation of the copy; None keeps the model's.
     """

@@ -1,4 +1,4 @@
-"""What the attention of each layer of a decoder does, as far as a stock config may say it."""
+"""What the attention of each decoder layer does, as far as a stock config can express it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .configs import declared
 from .errors import AttnPatchError, UnsupportedArchitecture
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-SLOPE, STEP = "llama_4_scaling_beta", "original_max_position_embeddings"  # of rope_parameters
+SLOPE, STEP = "llama_4_scaling_beta", "original_max_position_embeddings"  # keys of rope_parameters
 _LARGEST = 2**63
 
 
@@ -23,7 +23,7 @@ class Temperature:
 
     Attributes:
         slope: 0 changes nothing.
-        step: in tokens; queries below it stay as they are.
+        step: in tokens; queries below it are unchanged.
     """
 
     slope: float
@@ -35,9 +35,9 @@ class Layers:
     """The layers of a decoder.
 
     Attributes:
-        bases: of the rotary frequencies, for each layer; None where the layer rotates nothing.
-        windows: how many tokens each layer sees, the query's own included; None where it sees all before it.
-        temperature: of all layers; None for none.
+        bases: base of the rotary frequencies for each layer; None if the layer does not rotate.
+        windows: how many tokens each layer attends to, the query included; None for all before it.
+        temperature: of all layers, or None.
     """
 
     bases: tuple[float | None, ...]
@@ -46,23 +46,23 @@ class Layers:
 
     @property
     def base(self) -> float | None:
-        """The one base of all layers that rotate; None where there are several, or none rotates."""
+        """The single base of all layers that rotate; None if there are several, or none rotates."""
         found = {base for base in self.bases if base is not None}
         return found.pop() if len(found) == 1 else None
 
     @property
     def window(self) -> int | None:
-        """The one window of all layers that have one; None where there are several, or none has one."""
+        """The single window of all layers that have one; None if there are several, or none."""
         found = {window for window in self.windows if window is not None}
         return found.pop() if len(found) == 1 else None
 
     @property
     def kinds(self) -> list[str]:
-        """Transformers' name for what each layer sees."""
+        """Transformers' name of each layer's attention pattern."""
         return [FULL if window is None else SLIDING for window in self.windows]
 
     def rotated(self, base: float | None, layers: Collection[int] | None = None) -> Layers:
-        """Return these layers with another base in some of them (None: all); a base of None rotates nothing.
+        """Return these layers with another base in some of them (None: all); a base of None disables rotation.
 
         Raises:
             AttnPatchError: there is no such layer.
@@ -78,14 +78,13 @@ class Layers:
 
 
 def read_layers(config: PretrainedConfig) -> Layers:
-    """Read what a config says of its layers.
+    """Read the layers from a config.
 
-    A field counts only where the family's config declares it: a checkpoint that was converted from another type often
-    keeps fields that its model does not read. A family that says such things in fields of its own is misread here all
-    the same, so that what is read must be proved.
+    A field counts only where the family's config declares it: a converted checkpoint often keeps fields that its model
+    does not read. A family that uses its own fields for this is misread here, so the result must be verified.
 
     Raises:
-        UnsupportedArchitecture: it says what a home cannot hold, or there are configs within it.
+        UnsupportedArchitecture: the config says what no home can hold, or contains other configs.
     """
     count, rope = getattr(config, "num_hidden_layers", None), getattr(config, "rope_parameters", None)
     if config.sub_configs or not isinstance(count, int):
@@ -96,7 +95,7 @@ def read_layers(config: PretrainedConfig) -> Layers:
 
 
 def unrotated(model: PreTrainedModel) -> bool:
-    """Whether the config of a model with rotary modules says that none of its layers rotates."""
+    """Return whether the config of a model with rotary modules says that no layer rotates."""
     try:
         return not any(read_layers(model.config).bases)
     except UnsupportedArchitecture:

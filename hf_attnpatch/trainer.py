@@ -28,16 +28,16 @@ class PatchCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
     Experimental: its arguments may get other names or defaults between minor versions.
 
     ``Trainer(model, args, callbacks=[PatchCallback(GroupedQuery(num_kv_heads=2))])`` trains the patched model, and its
-    checkpoints carry the record, so that they resume and load anywhere. A model that has these patches already, because
-    it was loaded from such a checkpoint, is left as it is. What was done and found is logged at step 0
-    (``state.log_history``) and stands in ``attnpatch_report.json`` in the output folder. A trainer with a
-    ``model_init`` builds another model when training begins: there, ``model_init`` has to return a patched one.
+    checkpoints carry the record, so that they resume and load anywhere. A model that already has these patches, because
+    it was loaded from such a checkpoint, is left unchanged. The report is logged at step 0 (``state.log_history``) and
+    written to ``attnpatch_report.json`` in the output folder. A trainer with a ``model_init`` builds another model when
+    training begins: there, ``model_init`` has to return a patched one.
 
     Args:
         patches: see :func:`hf_attnpatch.apply`.
 
     Attributes:
-        report: what ``apply`` returned; None before the trainer is made, or where the model was patched already.
+        report: the result of ``apply``; None before the trainer is made, or if the model was patched already.
 
     Raises:
         AttnPatchError: see :func:`hf_attnpatch.apply`; or the model has some of the patches and lacks others, or has
@@ -60,7 +60,7 @@ class PatchCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Log what was done; once, and by the main process."""
+        """Log the report, once and in the main process."""
         self._check_trained(given["model"])
         if self.report is None or not state.is_world_process_zero or state.global_step:
             return
@@ -118,7 +118,7 @@ class AlibiWarmup(TrainerCallback):  # type: ignore[misc]
         steps: optimizer steps until the slopes are full, at least 1.
 
     Raises:
-        AttnPatchError: ``steps`` is no number of steps; or, when training begins, the model has no ALiBi.
+        AttnPatchError: ``steps`` is not a number of steps; or, when training begins, the model has no ALiBi.
     """
 
     def __init__(self, steps: int):
@@ -129,13 +129,13 @@ class AlibiWarmup(TrainerCallback):  # type: ignore[misc]
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Set the strength of this step, as long as it still grows."""
+        """Set the strength for this step, while it still grows."""
         if state.global_step <= self.steps:
             set_alibi_strength(given["model"], state.global_step / self.steps)
 
 
 def _worst(report: Report) -> dict[str, float]:
-    """Return the largest damage of a layer, where heads were shared and it was measured."""
+    """Return the largest damage of a layer, if heads were shared and it was measured."""
     layers = report.damage.layers if report.damage is not None else ()
     gaps = [gap.output for layer in layers for gap in list(layer.gaps.values())[-1:]]
     return {"attnpatch_damage_output": max(gaps)} if gaps else {}
