@@ -1,8 +1,8 @@
 """Checks a model on its first layers, as many as contain one of each kind, instead of all.
 
 Layers of one kind have the same classes, hooks, attributes and entries in the per-layer lists of their config (some
-families rotate and mask by those), and differ in their numbers only. What could be wrong in those (a non-finite weight, a
-layer that never runs) shows in one short forward of the whole model.
+families rotate and mask by those), and differ in their numbers only. What could be wrong in those (a non-finite weight,
+a layer that never runs) shows in one short forward of the whole model.
 """
 
 from __future__ import annotations
