@@ -70,7 +70,7 @@ MAY_IMPORT = {
     "showing.py": set(),
     "writing.py": set(),
     "patch.py": {"errors", "anatomy", "edits", "schema"},
-    "probe.py": {"configs", "errors", "edits", "exclusive", "interruption", "upstream", "weightless"},
+    "probe.py": {"configs", "errors", "edits", "exclusive", "functional", "interruption", "upstream", "weightless"},
     "twin.py": {"configs", "errors", "edits"},
     "weightless.py": {"configs", "interruption", "upstream"},
     "rewriting/": {"errors", "record", "schema"},
