@@ -126,7 +126,7 @@ def test_a_row_counts_from_its_first_token(span, small_blocks):
 @pytest.mark.parametrize("span", [Grouped(7, 3, 10), Sinks(2, 6)], ids=str)
 def test_a_row_of_nothing_but_padding_is_blank(span, small_blocks):
     """As where a batch is read in chunks, and a short row begins in a later one; its values may be of another width."""
-    turning = Turning(rotary.default(10000.0, WIDTH))
+    turning = RotaryPlanes(rotary.default(10000.0, WIDTH))
     query, key, _ = states()
     value = torch.randn(2, 2, LENGTH, 6)
     near, keys = turned(turning, query, key)
