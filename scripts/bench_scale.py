@@ -31,8 +31,8 @@ import transformers
 from hf_attnpatch import embedded
 
 OUT = Path(__file__).resolve().parents[1] / "recipes/results/scale"
-HEADS = "grouped_query:num_kv_heads=8"
-TEXT = ("--calibration", "text.txt", "--sequences", "24", "--length", "256")
+HEADS = "grouped_query:num_kv_heads=2"
+TEXT = ("--calibration", "text.txt", "--sequences", "8", "--length", "256")
 KINDS = {
     "config only": ("-p", "rope_scaling:kind=yarn,factor=2"),
     "mean": ("-p", f"{HEADS},method=mean"),

@@ -243,7 +243,7 @@ def broken(source, how):
         index.write_text(index.read_text()[:50])
         return INDEX
     index.write_text(json.dumps(listed))
-    return {"elsewhere": "../one", "no_list": "index", "not_there": "model-0.safetensors"}.get(how, "model-1")
+    return {"elsewhere": "../one", "no_list": INDEX, "not_there": "model-0.safetensors"}.get(how, "model-1")
 
 
 @pytest.mark.parametrize("how", ["truncated", "missing", "elsewhere", "not_there", "no_list", "cut"])

@@ -49,10 +49,10 @@ class Rewriting:
 
     @property
     def fingerprint(self) -> str:
-        """What tells the files that were read from others, and from what they are when they are changed."""
+        """What tells what was read from others: which files, as they are, and the config; asked before any patch."""
         files = {*self.weights.files.values()}
         found = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        return json.dumps([sorted(found), self.source.dtype])
+        return json.dumps([sorted(found), self.source.dtype, self.model.config.to_json_string()])
 
     def save(self, report: Report, folder: Path, command: str | None, max_shard_size: str | None) -> tuple[str, ...]:
         """Write the model as it is now, with its tokenizer and the tensors that no patch has touched.
@@ -76,7 +76,7 @@ class Rewriting:
 
         fitted = report.lengthen(self.tokenizer) if self.tokenizer is not None else None
         with cli_models.writing():
-            _clear(folder, keep="" if isinstance(self.shards, str) else ".safetensors")
+            _clear(folder, keep=() if isinstance(self.shards, str) else (".safetensors",))
             if isinstance(self.shards, str):
                 size = max_shard_size or SHARD
                 cli_models.save(self.model, self.tokenizer, folder, command, max_shard_size=size)
@@ -110,12 +110,12 @@ def job_of(parameters: Mapping[str, object]) -> str:
     return json.dumps([__version__, str(Path.cwd()), given], sort_keys=True)
 
 
-def _clear(folder: Path, keep: str) -> None:
+def _clear(folder: Path, keep: tuple[str, ...]) -> None:
     """Remove what a run that was killed has left in the folder, but for files that are held to what they should be."""
     for entry in folder.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry)
-        elif entry.suffix != keep:
+        elif entry.suffix not in keep:
             entry.unlink()
 
 

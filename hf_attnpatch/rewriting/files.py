@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import cached_file
 
+from ..errors import AttnPatchError
 from ..schema import from_json, text_of
 from .stored import header_of
 
@@ -48,6 +49,9 @@ def weights_of(name: str | os.PathLike[str], **where: Any) -> Weights:
     Args:
         name: folder or hub repository.
         where: options that say which revision and the like.
+
+    Raises:
+        AttnPatchError: a file, or the index of its shards, is damaged or incomplete; says which.
     """
     for one, index in _FORMS:
         found = _here(name, one, where)
@@ -55,10 +59,19 @@ def weights_of(name: str | os.PathLike[str], **where: Any) -> Weights:
             return Weights(dict.fromkeys(names_in(found), found))
         listed = _here(name, index, where)
         if listed is not None:
-            shards = from_json(text_of(listed, LARGEST_INDEX), str(listed), finite=False)["weight_map"]
+            shards = _shards(listed)
             paths = {shard: _here(name, shard, where) for shard in set(shards.values())}
             return Weights({key: path for key, shard in shards.items() if (path := paths[shard]) is not None})
     return Weights({})
+
+
+def _shards(index: Path) -> Mapping[str, str]:
+    """Return which file each tensor is in."""
+    found = from_json(text_of(index, LARGEST_INDEX), str(index), finite=False)
+    shards = found.get("weight_map") if isinstance(found, Mapping) else None
+    if not isinstance(shards, Mapping) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise AttnPatchError(f"{index}: has no weight_map that says which file each tensor is in; get it anew.")
+    return shards
 
 
 def names_in(file: Path) -> list[str]:
