@@ -129,7 +129,7 @@ def plan(
     "attnpatch apply embedded out --patch grouped_query:num_kv_heads=2",
     "attnpatch apply embedded out -p grouped_query:num_kv_heads=2 --calibration text.txt --damage damage.png",
     "attnpatch apply --config run.yaml --overwrite",
-    go_on="OUT is what it was; the same command starts anew. (Killed with no time to say so, it goes on where it was.)",
+    go_on="OUT is what it was; the same command starts anew.",
 )
 def apply(
     context: typer.Context,

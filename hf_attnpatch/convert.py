@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .api import apply
+from . import api
 from .aside import lying_in
 from .commands.models import Source, size_of
 from .commands.place import check_room
@@ -119,7 +119,7 @@ def written(
         work = Rewriting(source)
         check_room(out, size_of(work.model))
         with lying_in(aside_of(folder), work.fingerprint):
-            report = apply(work.model, *patches)
+            report = api.apply(work.model, *patches)
         see(report)
         notes = work.save(report, folder, command, size)
         data, text = report.to_dict(), str(report)

@@ -4,11 +4,11 @@
     python scripts/bench_scale.py --gigabytes 4 8 --kinds mean   # larger ones; measured rows of other sizes are kept
     python scripts/bench_scale.py --render                       # the page again, from what was measured
 
-Synthetic Llamas in shards of a quarter of a gigabyte, one more layer for each 100 MB, are converted by `attnpatch
-apply`, each in a process of its own. CPU seconds are the process's, with what it spent in the system; "beyond start-up"
-is without what the same command takes on a model of some MB. Memory is anonymous memory at its peak (RssAnon), which a
-machine must have: files are mapped, and their pages are given up when room is needed. Written are bytes that went into
-files.
+Synthetic Llamas in shards of a quarter of a gigabyte are converted by `attnpatch apply`, in forks of a process that has
+imported everything and converted a small model: start-up is in none of the figures. CPU seconds are those of the fork,
+with what it spent in the system; files are in the page cache. Memory is anonymous memory (RssAnon) at its peak above
+that at the fork, which a machine must have: files are mapped, and their pages are given up when room is needed. Written
+are bytes that went into files. A copy is one of all files by `cp`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +27,7 @@ import synthetic_llama
 import torch
 import transformers
 
-from hf_attnpatch import embedded
+from hf_attnpatch import cli, embedded
 
 OUT = Path(__file__).resolve().parents[1] / "recipes/results/scale"
 HEADS = "grouped_query:num_kv_heads=2"
@@ -45,36 +44,53 @@ COPY = "copy of the files"
 Row = dict[str, Any]
 
 
-def measured(command: list[str], folder: Path) -> Row:
-    """Run a command to its end; return CPU seconds, wall seconds, the peak of anonymous memory and bytes written."""
-    before, begin, peak, written = os.times(), time.monotonic(), 0, 0
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            counts = Path(f"/proc/{process.pid}/io").read_text()
-        except OSError:  # it has just ended
+def figures(process: int) -> tuple[int, int]:
+    """Return the anonymous memory of a process in bytes, and the bytes that it has written."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text().splitlines()
+        counts = Path(f"/proc/{process}/io").read_text().splitlines()
+    except OSError:  # it has just ended
+        return 0, 0
+    memory = sum(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+    return memory * 1024, sum(int(line.split()[1]) for line in counts if line.startswith("write_bytes"))
+
+
+def watched(process: int) -> Row:
+    """Wait for a process; return CPU seconds, wall seconds, the peak of anonymous memory and bytes written."""
+    begin, (start, written) = time.monotonic(), figures(process)
+    peak = start
+    while True:
+        ended, status, usage = os.wait4(process, os.WNOHANG)
+        if ended:
             break
-        peak = max(peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0)
-        found = [int(line.split()[1]) for line in counts.splitlines() if line.startswith("write_bytes")]
-        written = max([written, *found])
-        time.sleep(0.05)
-    said = process.communicate()[0]
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)}: {said}")
-    after = os.times()
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return {"cpu": cpu, "wall": time.monotonic() - begin, "anonymous": peak * 1024, "written": written}
+        memory, so_far = figures(process)
+        peak, written = max(peak, memory), max(written, so_far)
+        time.sleep(0.02)
+    if status:
+        raise SystemExit(f"a command failed, status {status}")
+    cpu = usage.ru_utime + usage.ru_stime
+    return {"cpu": cpu, "wall": time.monotonic() - begin, "anonymous": peak - start, "written": written}
 
 
-def apply(kind: str, folder: Path, source: str) -> Row:
-    """Convert a checkpoint in a process of its own."""
-    found = measured([sys.executable, "-m", "hf_attnpatch.cli", "apply", source, "out", *KINDS[kind]], folder)
-    shutil.rmtree(folder / "out")
+def apply(kind: str, source: Path) -> Row:
+    """Convert a checkpoint in a fork."""
+    child = os.fork()
+    if child == 0:
+        silent = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silent, 1)
+        try:
+            os.chdir(source.parent)
+            cli.app(["apply", source.name, "out", *KINDS[kind]], standalone_mode=False)
+            os._exit(0)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+    found = watched(child)
+    shutil.rmtree(source.parent / "out")
     return found
 
 
-def rows_of(work: Path, gigabytes: float, kinds: list[str], hidden: int, start: dict[str, float]) -> list[Row]:
+def rows_of(work: Path, gigabytes: float, kinds: list[str], hidden: int) -> list[Row]:
     """Measure all kinds on a checkpoint of one size."""
     layers = max(2, round(gigabytes * 1e9 / synthetic_llama.layer_bytes(hidden)))
     size = synthetic_llama.write(work / "source", hidden, layers)
@@ -82,12 +98,12 @@ def rows_of(work: Path, gigabytes: float, kinds: list[str], hidden: int, start: 
     rows = []
     for what in (COPY, *kinds):
         if what == COPY:
-            found = measured(["cp", "-r", "--reflink=never", "source", "copy"], work)
+            copy = ["cp", "-r", "--reflink=never", str(work / "source"), str(work / "copy")]
+            found = watched(os.posix_spawnp(copy[0], copy, os.environ))
             shutil.rmtree(work / "copy")
         else:
-            found = apply(what, work, "source")
-            found["beyond"] = found["cpu"] - start[what]
-            found["copies"] = found["beyond"] / rows[0]["cpu"]
+            found = apply(what, work / "source")
+            found["copies"] = found["cpu"] / rows[0]["cpu"]
         rows.append({"what": what, **shape, **found})
         print(rows[-1], flush=True)
     shutil.rmtree(work / "source")
@@ -107,12 +123,12 @@ def page(found: dict[str, Any]) -> str:
     """Return the table and the growth law."""
     rows: list[Row] = found["rows"]
     lines = [
-        "| what | weights, GB | layers | CPU s | beyond start-up | times a copy | anonymous memory, MB | written, GB |",
+        "| what | width | weights, GB | layers | CPU s | times a copy | anonymous memory, MB | written, GB |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in sorted(rows, key=lambda row: (row["hidden"], [COPY, *KINDS].index(row["what"]), row["bytes"])):
-        more = [f"{row[key]:.1f}" if key in row else "" for key in ("beyond", "copies")]
-        cells = [row["what"], f"{row['bytes'] / 1e9:.2f}", row["layers"], f"{row['cpu']:.1f}", *more]
+        cells = [row["what"], row["hidden"], f"{row['bytes'] / 1e9:.2f}", row["layers"], f"{row['cpu']:.1f}"]
+        cells += [f"{row['copies']:.1f}" if "copies" in row else ""]
         cells += [f"{row['anonymous'] / 1e6:.0f}", f"{row['written'] / 1e9:.2f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     grows = ["| what | width | one more layer: CPU s | anonymous memory, MB | bytes of the layer, MB |"]
@@ -126,9 +142,8 @@ def page(found: dict[str, Any]) -> str:
                 grows.append(f"| {what} | {hidden} | {cpu:.2f} | {memory / 1e6:.1f} | {layer:.0f} |")
     text = " ".join((__doc__ or "").split("\n\n")[-1].split())
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    start = ", ".join(f"{kind} {seconds:.1f} s" for kind, seconds in found["start"].items())
     parts = ("# Checkpoints larger than memory", f"`python scripts/bench_scale.py`. {text}", "\n".join(lines))
-    return "\n\n".join((*parts, "## Growth", "\n".join(grows), f"Start-up: {start}. {versions}.", ""))
+    return "\n\n".join((*parts, "## Growth", "\n".join(grows), f"{versions}.", ""))
 
 
 def figure(found: dict[str, Any], file: Path) -> None:
@@ -143,9 +158,9 @@ def figure(found: dict[str, Any], file: Path) -> None:
             mine.sort(key=lambda row: row["bytes"])
             if mine:
                 x = [row["bytes"] / 1e9 for row in mine]
-                axes[0].plot(x, [row.get("beyond", row["cpu"]) for row in mine], style, label=f"{what}, width {hidden}")
+                axes[0].plot(x, [row["cpu"] for row in mine], style, label=f"{what}, width {hidden}")
                 axes[1].plot(x, [row["anonymous"] / 1e6 for row in mine], style)
-    axes[0].set(title="CPU seconds beyond start-up", xlabel="weights, GB", yscale="log")
+    axes[0].set(title="CPU seconds", xlabel="weights, GB", yscale="log")
     axes[1].set(title="peak of anonymous memory, MB", xlabel="weights, GB", ylim=(0, None))
     axes[0].legend(fontsize=7)
     for axis in axes:
@@ -164,20 +179,20 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "scale.json"
-    found = json.loads(file.read_text()) if file.is_file() else {"rows": [], "start": {}}
+    found = json.loads(file.read_text()) if file.is_file() else {"rows": []}
     found["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
     with tempfile.TemporaryDirectory(prefix="scale-", dir=".") as folder:
         work = Path(folder).resolve()
         (work / "text.txt").write_text("\n".join(embedded.heldout("prose")))
         if not arguments.render:
             synthetic_llama.write(work / "small", 512, 2, 1 << 20)
-        for kind in () if arguments.render else arguments.kinds:
-            if kind not in found["start"]:
-                found["start"][kind] = apply(kind, work, "small")["cpu"]
+            torch.set_num_threads(1)
+            cli.app(["apply", str(work / "small"), str(work / "warm"), *KINDS["principal"]], standalone_mode=False)
         for size in () if arguments.render else arguments.gigabytes:
-            new = rows_of(work, size, arguments.kinds, arguments.hidden, found["start"])
-            same = {(row["what"], row["bytes"]) for row in new}
-            found["rows"] = [row for row in found["rows"] if (row["what"], row["bytes"]) not in same] + new
+            new = rows_of(work, size, arguments.kinds, arguments.hidden)
+            same = {(row["what"], row["bytes"], row["hidden"]) for row in new}
+            old = [row for row in found["rows"] if (row["what"], row["bytes"], row["hidden"]) not in same]
+            found["rows"] = old + new
             file.write_text(json.dumps(found, indent=1) + "\n")
     (arguments.out / "README.md").write_text(page(found))
     figure(found, arguments.out / "scale.png")

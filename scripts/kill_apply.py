@@ -78,7 +78,7 @@ def left(place: Path) -> str:
     return STAGES[2] if any(list(path.glob("aside/heads-*/*.safetensors")) for path in hidden) else STAGES[1]
 
 
-def trials(kind: str, source: Path, work: Path, moments: int) -> dict[str, Any]:
+def trials(kind: str, source: Path, work: Path, moments: int, seed: int) -> dict[str, Any]:
     """Kill one conversion at some moments, and compare what comes of it."""
     place = work / kind.replace(" ", "-")
     place.mkdir()
@@ -86,7 +86,7 @@ def trials(kind: str, source: Path, work: Path, moments: int) -> dict[str, Any]:
     log, begin = place / "log", time.monotonic()
     assert ended(started(command, log)) == 0, log.read_text()
     whole = time.monotonic() - begin
-    wanted, chance = digests(place / "out"), random.Random(0)
+    wanted, chance = digests(place / "out"), random.Random(seed)
     shutil.rmtree(place / "out")
     stages: dict[str, int] = dict.fromkeys(STAGES, 0)
     found = {"kind": kind, "seconds": whole, "moments": 0, "too late": 0, "same bytes": 0, "left": 0}
@@ -140,6 +140,7 @@ def main() -> None:
     """Kill, compare, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
@@ -151,7 +152,7 @@ def main() -> None:
         (work / "text.txt").write_text("\n".join(embedded.heldout("prose")[:4]))
         os.chdir(work)
         for kind in arguments.kinds:
-            rows.append(trials(kind, work / "source", work, arguments.moments))
+            rows.append(trials(kind, work / "source", work, arguments.moments, arguments.seed))
             print(rows[-1], flush=True)
         os.chdir("..")
     versions = {

@@ -1,4 +1,4 @@
-"""A Llama of random numbers in shards, as large as asked, written without ever being in memory."""
+"""A Llama of random numbers, the same in each layer, in shards; as large as asked, and never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -57,10 +57,11 @@ def write(folder: Path, hidden: int, layers: int, shard: int = SHARD) -> int:
             size = 0
         parts[-1].append(name)
         size += nbytes
-    generator, names, total = torch.Generator().manual_seed(0), {}, 0
+    numbers = {shape: _numbers(shape, torch.Generator().manual_seed(0)) for shape in {*shapes.values()}}
+    names, total = {}, 0
     for number, part in enumerate(parts, 1):
         file = f"model-{number:05}-of-{len(parts):05}.safetensors"
-        tensors = {name: _numbers(shapes[name], generator) for name in part}
+        tensors = {name: numbers[shapes[name]].clone() for name in part}
         save_file(tensors, folder / file, {"format": "pt"})
         names |= dict.fromkeys(part, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
