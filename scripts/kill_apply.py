@@ -126,7 +126,7 @@ def page(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
             "# Killed while converting",
             "",
             "`python scripts/kill_apply.py`: SIGKILL at random moments of `attnpatch apply`, then the same command",
-            "again. A third of the trials were killed twice. The last columns say what a killed run had left behind.",
+            "again. Every third moment kills twice. The last columns say what a killed run had left behind.",
             "",
             *lines,
             "",
