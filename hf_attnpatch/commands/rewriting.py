@@ -1,4 +1,4 @@
-"""A checkpoint that a command patches and writes: what it holds is carried over, and what was written is read again."""
+"""Patches and writes a checkpoint: what it contains besides the model is carried over, and the result is read again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NO_MATTER = ("overwrite", "damage", "as_json", "quiet", "json")  # parameters t
 
 
 class Rewriting:
-    """A checkpoint from before its patch until it is written.
+    """A checkpoint, from before its patch until it is written.
 
     Args:
         source: of the checkpoint.

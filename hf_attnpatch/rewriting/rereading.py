@@ -1,4 +1,4 @@
-"""What was written is read again, and must be what was in memory."""
+"""Reads a written checkpoint again and compares it with the model in memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def marks_of(model: PreTrainedModel, sampled: Container[str] = ()) -> Marks:
 
 
 def check_reread(wanted: Marks, found: Marks) -> None:
-    """Hold a checkpoint, as it loads, to the model that it was written from.
+    """Compare a checkpoint, as it loads, with the model that it was written from.
 
     Raises:
         AttnPatchError: a tensor came back as something else, or not at all.
