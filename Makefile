@@ -45,7 +45,7 @@ QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: demo test test-all test-lowest test-newest check-releases mutation interrupt fuzz fuzz-atheris lock newest lint format survey pairs drift \
 	bench bench-alibi bench-relative \
-	bench-decode bench-extend check-diagnose \
+	bench-decode bench-extend bench-scale check-diagnose \
 	downstream peers results-grouped-query results-extend-context results-passkey results-recurrence \
 	results-switch-positions docs notebooks pages dist clean
 
@@ -154,6 +154,11 @@ bench: $(INSTALLED) bench-decode
 
 bench-decode: $(INSTALLED)
 	$(BIN)/python scripts/bench_decode.py
+
+# checkpoints of growing size: time and memory of `apply`; then SIGKILL at random moments of it
+bench-scale: $(INSTALLED)
+	$(QUIET) $(BIN)/python -W ignore scripts/bench_scale.py
+	$(QUIET) $(BIN)/python -W ignore scripts/kill_apply.py
 
 bench-alibi: $(INSTALLED)
 	$(BIN)/python scripts/bench_alibi.py

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .checkpoint import load
     from .compare import Comparison as Comparison
     from .compare import compare
+    from .convert import Converted as Converted
+    from .convert import convert as convert
     from .diagnose import diagnose
     from .diagnosing.diagnosis import Diagnosis as Diagnosis
     from .doctor import doctor
@@ -146,6 +148,10 @@ _DEFINES = {
     "compare": (
         "Comparison",
         "compare",
+    ),
+    "convert": (
+        "Converted",
+        "convert",
     ),
     "diagnose": ("diagnose",),
     "diagnosing.diagnosis": ("Diagnosis",),
