@@ -12,8 +12,7 @@ from transformers import SmolLM3ForCausalLM
 
 import hf_attnpatch as ap
 from hf_attnpatch import foreign
-from hf_attnpatch.attention.listener import Listener
-from hf_attnpatch.attention.wrapper import HELD, AddWrapper, RemoveWrapper
+from hf_attnpatch.attention.wrapper import HELD, AddWrapper, Listener, RemoveWrapper
 from hf_attnpatch.edit import short
 from hf_attnpatch.edits import (
     AddHook,
