@@ -12,6 +12,7 @@ from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .backends import FLAG
 from .configs import all_configs, config_at
 from .edit import ABSENT as _ABSENT
 from .edit import Edit, Write, check_hooks, lost, tried, undo_all, write_all
@@ -286,6 +287,7 @@ class SetAttention(Edit):
         register: makes the name known, where it is ours.
         only_masks: for models that compute attention by themselves and ask for masks under this name.
         configs: with ``only_masks``, paths of the configs that say so; None for all. An image tower may dispatch.
+        otherwise: the name for families that transformers lets ask for no kernel of torch's; None for the same.
     """
 
     rung = "attention"
@@ -293,19 +295,25 @@ class SetAttention(Edit):
     register: Callable[[], None] | None = None
     only_masks: bool = False
     configs: tuple[str, ...] | None = None
+    otherwise: str | None = None
 
     @property
     def claim(self) -> str:
         """The implementation field, of which a model has one."""
         return "config._attn_implementation"
 
+    def name_for(self, model: PreTrainedModel) -> str:
+        """Return the name that this model asks for."""
+        declared = getattr(model, FLAG["sdpa"], False)
+        return self.implementation if declared or self.otherwise is None else self.otherwise
+
     def preview(self, model: PreTrainedModel) -> tuple[str, str]:
         """Old and new."""
-        return _short(model.config._attn_implementation), self.implementation
+        return _short(model.config._attn_implementation), self.name_for(model)
 
     def prepare(self, model: PreTrainedModel) -> Write:
         """Find everything where transformers keeps it; the way back restores each config's own value."""
-        key = "_attn_implementation_internal"
+        key, name = "_attn_implementation_internal", self.name_for(model)
         stores = [vars(config) for config in all_configs(model)]
         asking = stores if self.configs is None else [vars(config_at(model, path)) for path in self.configs]
         before = [store.get(key, _ABSENT) for store in stores]
@@ -322,18 +330,18 @@ class SetAttention(Edit):
                 self.register()
             if self.only_masks:
                 for store in asking:
-                    store[key] = self.implementation
+                    store[key] = name
             else:
-                model.set_attn_implementation(self.implementation)
-            if model.config._attn_implementation != self.implementation:  # transformers only logs that it will not
+                model.set_attn_implementation(name)
+            if model.config._attn_implementation != name:  # transformers only logs that it will not
                 raise UnsupportedArchitecture(
                     f"{type(model).__name__} chooses its attention when it is built; load it with "
-                    f"attn_implementation={self.implementation!r} instead of patching it."
+                    f"attn_implementation={name!r} instead of patching it."
                 )
 
         return Write(
             self.claim,
-            lambda: model.config._attn_implementation == self.implementation,
+            lambda: model.config._attn_implementation == name,
             do,
             undo,
             (id(model.config), self.claim),

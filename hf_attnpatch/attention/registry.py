@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from ..backends import FLAG
 from ..configs import config_at
 from ..edits import AddPreHook, Edit, SetAttention
 from ..errors import AttnPatchError
@@ -20,6 +21,7 @@ from .wrapper import wrappers_of
 
 PREFIX = "attnpatch_"  # before the kernel's own name: transformers reads from that what a family supports
 FUSED = "fused_by_hf_attnpatch"  # no attention function of this name: the families that get it do not ask for one
+TORCH = PREFIX + "torch"  # sdpa for families with sinks, which transformers lets ask for nothing with that in its name
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 KERNELS = ("eager", "sdpa", "flex_attention", *FLASH)
 
@@ -34,6 +36,8 @@ def register() -> None:
     for kernel in KERNELS:  # masks first: interrupted here, the name is not known
         AttentionMaskInterface.register(PREFIX + kernel, mask_registered(mask_function(kernel)))
         AttentionInterface.register(PREFIX + kernel, attention_registered(attention_function(kernel)))
+    AttentionMaskInterface.register(TORCH, mask_registered(mask_function("sdpa")))
+    AttentionInterface.register(TORCH, attention_registered(attention_function("sdpa")))
 
 
 @functools.cache
@@ -48,7 +52,7 @@ def attention_function(kernel: str) -> Callable[..., Output]:
 
 def kernel_of(implementation: str) -> str:
     """Return the kernel beneath an attention implementation: itself, where it is none of this package's."""
-    return implementation.removeprefix(PREFIX)
+    return "sdpa" if implementation == TORCH else implementation.removeprefix(PREFIX)
 
 
 def dense(implementation: str) -> str:
@@ -58,12 +62,13 @@ def dense(implementation: str) -> str:
 
 def set_kernel(kernel: str) -> SetAttention:
     """Return the edit by which a model attends through its modules' wrappers, and by this kernel beneath them."""
-    return SetAttention("", PREFIX + kernel, register)
+    return SetAttention("", PREFIX + kernel, register, otherwise=TORCH if kernel == "sdpa" else None)
 
 
 def chosen(model: PreTrainedModel, kernel: str) -> SetAttention:
     """Return the edit by which a model attends by another kernel, beneath the wrappers of its modules if it has any."""
-    if kernel in KERNELS and any(wrappers_of(module) for module in model.modules()):
+    undeclared = kernel == "sdpa" and not getattr(model, FLAG[kernel], False)
+    if undeclared or (kernel in KERNELS and any(wrappers_of(module) for module in model.modules())):
         return set_kernel(kernel)
     return SetAttention("", kernel)
 

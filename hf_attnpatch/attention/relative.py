@@ -89,9 +89,10 @@ class RelativeTerms(nn.Module):
         scale: float,
         dropout: float,
         module: nn.Module | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Attend by torch's kernel; the arguments are those of :func:`hf_attnpatch.functional.biased.attend`."""
-        return _attend(query, key, value, self, sight, scale, dropout, module)
+        return _attend(query, key, value, self, sight, scale, dropout, module, sinks)
 
 
 @outside_autocast
@@ -104,9 +105,10 @@ def _attend(
     scale: float,
     dropout: float,
     module: nn.Module | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     term = terms.of(query, scale, module)
-    return attend_extended(term.content, key, value, term, sight, scale, dropout)
+    return attend_extended(term.content, key, value, term, sight, scale, dropout, sinks)
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,8 @@ class Relative(Term):
     def attend(self, call: AttentionCall, sight: Sight) -> Tensor:
         """Torch's kernels, with further dimensions, or rows of biases for few queries."""
         states = (call.query, call.key, call.value)
-        return _terms(call).attend(*states, sight, call.scale, call.dropout, call.module)
+        sinks = call.given.get(words.SINKS)
+        return _terms(call).attend(*states, sight, call.scale, call.dropout, call.module, sinks)
 
     def dense(self, call: AttentionCall, sight: Sight) -> tuple[Tensor, Tensor, Tensor | None]:
         """Further dimensions in fp32."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..anatomy import Anatomy
 from ..attention.alibi import AlibiBias, alibi_of
 from ..attention.registry import guarded, kernel_of, set_kernel
+from ..attention.sinks import passes_sinks
 from ..attention.wrapper import AddWrapper
 from ..backends import Candidate
 from ..edits import Edit
@@ -138,7 +139,7 @@ class Alibi(Patch):
             return (self.backend if self.backend != "auto" else asked if asked in BACKENDS else "sdpa"), []
         training = model.training if self.training is None else self.training
         head_dim = max((s.head_dim for s in anatomy.sites), default=0)
-        request = Candidate(model, model.dtype, head_dim, training)
+        request = Candidate(model, model.dtype, head_dim, training, passes_sinks(model, anatomy.dispatching))
         name, said = choose(anatomy, request, self.backend, common, "ALiBi")
         return name, [f"{self._what()}; {said}"]
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..attention.registry import FUSED, chosen, kernel_of
+from ..attention.sinks import passes_sinks
 from ..backends import FLAG, Candidate, obstacle, ranked
 from ..configs import config_at
 from ..edits import Edit
@@ -88,7 +89,7 @@ class Flash(Patch):
                 (), (), ("already in use: a fused kernel inside forwards that do not dispatch",), preserves=True
             )
         wanted = ranked(model.device) if self.backend == "auto" else (self.backend,)
-        request = Candidate(model, model.dtype, head_dim, training)
+        request = Candidate(model, model.dtype, head_dim, training, passes_sinks(model, anatomy.dispatching))
         reasons: list[str] = []
         for name, found in self._tried(request, anatomy, wanted):
             if not isinstance(found, str):

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..anatomy import Anatomy
 from ..attention.registry import guarded, kernel_of, set_kernel
 from ..attention.relative import CHILD, Relative, RelativeTerm, RelativeTerms, default_size, relative_of
+from ..attention.sinks import passes_sinks
 from ..attention.wrapper import AddWrapper
 from ..backends import Candidate
 from ..edits import AddModule, Edit, ReplaceModule
@@ -132,7 +133,7 @@ class RelativeXl(Patch):
             return (*guards, set_kernel(name)), name
         training = model.training if self.training is None else self.training
         wide = max(s.head_dim + self._size(s) for s in sites)
-        request = Candidate(model, model.dtype, wide, training)
+        request = Candidate(model, model.dtype, wide, training, passes_sinks(model, anatomy.dispatching))
         name, said = choose(anatomy, request, self.backend, loud, "Transformer-XL's terms")
         return (*guards, set_kernel(name)), said
 
