@@ -76,6 +76,36 @@ def attend(
     return out[..., :width]
 
 
+def bands(length: int, window: int, device: torch.device, rows: int = 256) -> list[Tile]:
+    """Return the tiles of a causal window over rows without padding.
+
+    Args:
+        length: tokens.
+        window: last tokens that a query sees, itself among them.
+        device: of the masks.
+        rows: queries of a tile.
+    """
+    found = []
+    for start in range(0, length, rows):
+        stop, low = min(start + rows, length), max(0, start - window + 1)
+        gap = torch.arange(start, stop, device=device)[:, None] - torch.arange(low, stop, device=device)
+        found.append(Tile((start, stop), (low, stop), ((gap >= 0) & (gap < window))[None, None]))
+    return found
+
+
+def logs(query: Tensor, key: Tensor, value: Tensor, tiles: Sequence[Tile], scale: float) -> Tensor:
+    """Return the log-sum-exp of each query's scores, (batch, heads, q); the arguments are those of :func:`attend`."""
+    padded = F.pad(value, (0, query.shape[-1] - value.shape[-1]))
+    return torch.cat([_part(query, key, padded, tile, scale)[1] for tile in tiles], 2)
+
+
+def _part(query: Tensor, key: Tensor, value: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend from the queries of a tile, without sinks: output and log-sum-exp."""
+    rows, columns = slice(*tile.rows), slice(*tile.columns)
+    states = (query[:, :, rows], key[:, :, columns], value[:, :, columns])
+    return flash.forward(*states, tile.causal, scale, _added(tile.seen, query))
+
+
 def sdpa(
     query: Tensor,
     key: Tensor,
@@ -144,14 +174,8 @@ class _Sunk(torch.autograd.Function):
         ctx: Any, tiles: tuple[Tile, ...], scale: float, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor
     ) -> Tensor:
         """Each tile by a flash call, then the sinks' share off the whole."""
-        outs, logs = [], []
-        for tile in tiles:
-            rows, columns = slice(*tile.rows), slice(*tile.columns)
-            states = (query[:, :, rows], key[:, :, columns], value[:, :, columns])
-            out, log = flash.forward(*states, tile.causal, scale, _added(tile.seen, query))
-            outs.append(out)
-            logs.append(log)
-        whole, log = (parts[0] if len(tiles) == 1 else torch.cat(parts, 2) for parts in (outs, logs))
+        parts = zip(*(_part(query, key, value, tile, scale) for tile in tiles), strict=True)
+        whole, log = (each[0] if len(tiles) == 1 else torch.cat(each, 2) for each in parts)
         total, share = total_with(log, sinks)
         found = (whole.to(share) * share[..., None]).to(value.dtype)
         ctx.save_for_backward(query, key, value, sinks, found, total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..interruption import inside
 from ..layers import Layers, read_layers
 from ..probe import Inputs, default_inputs, quiet, valid
-from .rows import HOMES, Home
+from .rows import HOMES, Home, own_home
 
 _EAGER = "eager"
 _BUILDING = (  # what constructors of transformers raise where a config does not suit them
@@ -74,13 +75,15 @@ def current(model: PreTrainedModel) -> Layers:
     return read_layers(model.config)
 
 
-def find(model: PreTrainedModel, wanted: Layers, home: str) -> Found:
+def find(model: PreTrainedModel, wanted: Layers, home: str, *, kinds: bool = False) -> Found:
     """Return the first home that holds a model and can say what its layers shall do.
 
     Args:
         model: a stock model, which is only read.
         wanted: what its layers shall do.
         home: a model type, or ``auto``.
+        kinds: whether layers change their kind, so that the model's own type may say it where it is no home of others;
+            then layers of that kind must compute the same bits while a window shows nothing.
 
     Raises:
         AttnPatchError: there is no such home.
@@ -91,12 +94,14 @@ def find(model: PreTrainedModel, wanted: Layers, home: str) -> Found:
         choices = ", ".join(row.model_type for row in HOMES)
         raise AttnPatchError(f"home {home!r} is not known; choose from auto, None, {choices}.")
     own = model.config.model_type
+    if kinds and home == "auto" and own not in {row.model_type for row in HOMES}:
+        known = [*own_home(model.config), *known]
     reasons = []
     for row in sorted(known, key=lambda row: row.model_type != own):  # its own type first: nothing has to move
         if home == "auto" and row.model_type != own and row.model_type in _OWN_ONLY:
             continue
         try:
-            return _tried(model, row, wanted)
+            return _tried(model, row, wanted, kinds)
         except Unfit as error:
             reasons.append(f"{row.model_type} {error}")
     raise UnsupportedArchitecture(f"{type(model).__name__}: no stock type can say this: {'; '.join(reasons)}.")
@@ -105,7 +110,7 @@ def find(model: PreTrainedModel, wanted: Layers, home: str) -> Found:
 _OWN_ONLY = ("qwen2", "qwen3", "mistral")  # can say no more than others do, so that nobody needs to move there
 
 
-def _tried(model: PreTrainedModel, home: Home, wanted: Layers) -> Found:
+def _tried(model: PreTrainedModel, home: Home, wanted: Layers, kinds: bool) -> Found:
     """Prove that a home holds the model as it is, and return the edit that moves it there with what is wanted.
 
     Raises:
@@ -115,6 +120,8 @@ def _tried(model: PreTrainedModel, home: Home, wanted: Layers) -> Found:
     _said(home, model, wanted)
     if cls is not type(model):
         _prove(model, home, cls)
+    if kinds:
+        _prove_kinds(model, home, cls, wanted)
     attention = None if not home.eager or model.config._attn_implementation == _EAGER else _EAGER
 
     def make(live: PreTrainedModel) -> PreTrainedModel:
@@ -132,7 +139,7 @@ def _notes(model: PreTrainedModel, home: Home, wanted: Layers, attention: str | 
     read = f"; by their sources {others} read it, too" if others else ""
     yield f"{what}; transformers from {home.since} on loads the checkpoint without this package{read}"
     if attention is not None:
-        yield f"attention is computed eagerly, as transformers does for {home.model_type}"
+        yield f"attention is computed eagerly, as transformers does for {home.model_type}; Flash puts a kernel there"
 
 
 def _said(home: Home, model: PreTrainedModel, layers: Layers) -> dict[str, Any]:
@@ -191,6 +198,23 @@ def _prove(model: PreTrainedModel, home: Home, cls: type[PreTrainedModel]) -> No
         raise Unfit("cannot be tried: built again from its config, this model computes something else than it does")
     if not torch.equal(here, there):
         raise Unfit(f"computes other logits (by up to {(here - there).abs().max():.1e})")
+
+
+def _prove_kinds(model: PreTrainedModel, home: Home, cls: type[PreTrainedModel], wanted: Layers) -> None:
+    """Compare the logits with layers of the wanted kinds, whose window is as long as the context, bit by bit.
+
+    Raises:
+        Unfit: they differ, as where layers with a window rotate otherwise.
+    """
+    inputs, length = default_inputs(model), int(model.config.max_position_embeddings)
+    wide = dataclasses.replace(wanted, windows=tuple(w and length for w in wanted.windows))
+    plain = dataclasses.replace(wanted, windows=(None,) * len(wanted.windows))
+    attention = _EAGER if home.eager else None
+    here, there = (
+        _logits(rebuilt(model, cls, _said(home, model, each), home.fills, attention), inputs) for each in (plain, wide)
+    )
+    if not torch.equal(here, there):
+        raise Unfit(f"computes something else in layers with a window (by up to {(here - there).abs().max():.1e})")
 
 
 def _logits(model: PreTrainedModel, inputs: Inputs) -> torch.Tensor:
