@@ -16,6 +16,7 @@ from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..heads import calibration_text
 from ..homes.checks import checked_layers, named, rotary_alone
 from ..homes.fitting import Found, current, find
+from ..homes.rows import HOMES
 from ..layers import Layers
 from ..patch import Patch, Proposal, changed
 from ..windows import choice, sinks
@@ -131,7 +132,7 @@ class Windowed(Patch):
             layers=tuple(layers),
             cache_target=None,
             calibration=None,
-            home=found.home.model_type,
+            home=found.home.model_type if found.home in HOMES else "auto",  # its own, which is no home of others
             first_tokens=first,
         )
         share = sum(min(w or context, context) for w in wanted.windows) / (context * len(wanted.windows))
