@@ -151,6 +151,7 @@ def test_a_window_is_not_written_out(monkeypatch):
     assert tiles
     assert max(tile.columns[1] - tile.columns[0] for tile in tiles) == 16 + 8 - 1
     assert sum(tile.seen.numel() for tile in windows[0].tiles()) == 2 * 16 * (16 + 3 * 23)
+    assert not any("whole" in mask._forms for mask in windows)
 
 
 def test_dropout_takes_weights_of_keys_only():

@@ -46,7 +46,8 @@ class AttentionMask:
         asked: what transformers gave the mask function, by its words.
 
     Attributes:
-        told: what torch's kernels are told, where this package adds something: padding alone, or the whole mask.
+        told: what torch's kernels are told, where this package adds something: padding alone, or the whole mask; one
+            True where that is not written.
     """
 
     def __init__(self, kernel: str, asked: Mapping[str, Any]):
@@ -76,6 +77,10 @@ class AttentionMask:
         Args:
             written: whether it is a plain tensor, also where that holds padding alone.
         """
+        if self.kernel == "sdpa" and not self.plain and not written and not torch.compiler.is_compiling():
+            self.told = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.asked.get("device", "cpu"))
+            if type(self.told) is Tensor:  # windows, documents: some queries at a time, or whole if someone looks
+                return Unwritten.of(self)
         made = _FORMS.get(self.kernel, _by_transformers)(self)
         if made is None:
             return made
@@ -189,7 +194,7 @@ class AttentionMask:
 
 
 class Unwritten(Tensor):
-    """A mask of which padding is all that is in memory: the rest is written out if a module looks into it."""
+    """A mask of which padding at most is in memory: the rest is written out if a module looks into it."""
 
     made: AttentionMask
 
@@ -357,11 +362,12 @@ def says_nothing(mask: Any) -> bool:
 
 
 def _told(mask: Any) -> Any:
-    """Return what a mask that is not written tells: padding alone."""
+    """Return what a mask that is not written tells: padding alone, or all of it where that does not say it all."""
     if not isinstance(mask, Unwritten):
         return mask
-    assert mask.made.told is not None
-    return mask.made.told.to(mask.device)
+    told = mask.made.told if mask.made.plain else mask.made.whole()
+    assert told is not None
+    return told.to(mask.device)
 
 
 def read_sight(handed: Tensor | Sight | None, causal: bool, queries: int, keys: int) -> Sight:
