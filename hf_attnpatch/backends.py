@@ -9,10 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from .errors import missing_extra
+from .upstream import words
 
 # backend -> the class flag by which a transformers model says that it dispatches to it
 FLAG = {
-    "sdpa": "_supports_sdpa",
+    "sdpa": words.DECLARES_SDPA,
     "flex_attention": "_supports_flex_attn",
     "flash_attention_2": "_supports_flash_attn",
     "flash_attention_3": "_supports_flash_attn",

@@ -12,13 +12,13 @@ from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .backends import FLAG
 from .configs import all_configs, config_at
 from .edit import ABSENT as _ABSENT
 from .edit import Edit, Write, check_hooks, lost, tried, undo_all, write_all
 from .edit import short as _short
 from .edit import swap as _swap
 from .errors import UnsupportedArchitecture
+from .upstream import words
 from .upstream.partitioned import is_partitioned, shape_of
 
 __all__ = [
@@ -304,7 +304,7 @@ class SetAttention(Edit):
 
     def name_for(self, model: PreTrainedModel) -> str:
         """Return the name that this model asks for."""
-        declared = getattr(model, FLAG["sdpa"], False)
+        declared = getattr(model, words.DECLARES_SDPA, False)
         return self.implementation if declared or self.otherwise is None else self.otherwise
 
     def preview(self, model: PreTrainedModel) -> tuple[str, str]:

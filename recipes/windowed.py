@@ -97,7 +97,8 @@ class Study:
         rows.append(self.measured("sinks, closed form", {p: Narrowed(w, 0, closed[p]) for p in paths}))
         sites = [site for site in ap.describe(self.model).sites if site.path in paths]
         better, gaps = sinks.refined(self.model, sites, w, closed, calibration, steps)
-        rows.append(self.measured("sinks, refined", {p: Narrowed(w, 0, better[p]) for p in paths}))
+        if steps and len(calibration) > 1:
+            rows.append(self.measured("sinks, refined", {p: Narrowed(w, 0, better[p]) for p in paths}))
         said = {p: {"plain": g.plain, "closed": g.closed, "refined": g.refined} for p, g in gaps.items()}
         return {"rows": rows, "gaps": said, "sinks": {p: v.tolist() for p, v in better.items()}}
 
@@ -192,6 +193,9 @@ def page(results: Sequence[Row]) -> str:
         if closed is not None:
             said = ", ".join(f"{name} {100 * share:.0f} %" for name, share in closed.items())
             lines += ["", f"Of the gap between the window and first tokens kept, sinks close: {said}."]
+        if "half" not in found:
+            lines.append("")
+            continue
         lines += ["", "| half of the layers | nats | more | those with a window |", "| --- | ---: | ---: | --- |"]
         lines += _rows(found["half"])
         held = found["stock"]
@@ -234,6 +238,7 @@ def main() -> None:
     parser.add_argument("--calibrate", type=int, default=4)
     parser.add_argument("--first", type=int, default=4)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--everywhere", action="store_true", help="the first table only")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--name", help="of the files; the model's by default")
     given = parser.parse_args()
@@ -242,20 +247,23 @@ def main() -> None:
     calibration, rows = texts(tokenizer, given.length, given.rows, given.calibrate)
     study = Study(model, rows, given.window)
     name = given.name or Path(given.model).name
+    more = f" --steps {given.steps}" + (" --everywhere" if given.everywhere else "")
     options = f"--window {given.window} --length {given.length} --rows {given.rows} --calibrate {given.calibrate}"
     found: Row = {
-        **{"model": name, "name": name, "command": f"python recipes/windowed.py --model {given.model} {options}"},
+        **{"model": name, "name": name, "command": f"python recipes/windowed.py --model {given.model} {options}{more}"},
         **{"torch": torch.__version__, "transformers": transformers.__version__},
         **{"window": given.window, "length": given.length, "rows": given.rows, "calibrate": given.calibrate},
         "full": summarise(study.full).nats,
     }
     print(f"full attention: {found['full']:.4f} nats", flush=True)
     found["everywhere"] = study.everywhere(calibration, given.first, given.steps)
-    found["half"] = study.chosen(calibration)
-    found["stock"] = stock(model, found["half"]["rows"][0]["layers"], study, given.length)
+    if not given.everywhere:
+        found["half"] = study.chosen(calibration)
+        found["stock"] = stock(model, found["half"]["rows"][0]["layers"], study, given.length)
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-    figure(found, given.out / f"{name}.png")
+    if not given.everywhere:
+        figure(found, given.out / f"{name}.png")
     results = [json.loads(file.read_text()) for file in sorted(given.out.glob("*.json"))]
     (given.out / "README.md").write_text(page(results))
 

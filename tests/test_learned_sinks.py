@@ -9,7 +9,7 @@ from transformers import AutoModelForTokenClassification, DynamicCache, StaticCa
 import hf_attnpatch as ap
 from hf_attnpatch.attention import masks
 from hf_attnpatch.attention.registry import TORCH, set_kernel
-from hf_attnpatch.attention.sinks import passes_sinks
+from hf_attnpatch.positions.sinks import passes_sinks
 from hf_attnpatch.probe import largest_difference
 
 CAUSAL = ["gpt_oss", "granite_swa", "granitemoe_swa", "flint", "mimo_v2_flash"]

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from ..backends import FLAG
 from ..configs import config_at
 from ..edits import AddPreHook, Edit, SetAttention
 from ..errors import AttnPatchError
+from ..upstream import words
 from ..upstream.calls import attention_registered, mask_registered
 from .call import AttentionCall, Output
 from .kernels import attend
@@ -67,7 +67,7 @@ def set_kernel(kernel: str) -> SetAttention:
 
 def chosen(model: PreTrainedModel, kernel: str) -> SetAttention:
     """Return the edit by which a model attends by another kernel, beneath the wrappers of its modules if it has any."""
-    undeclared = kernel == "sdpa" and not getattr(model, FLAG[kernel], False)
+    undeclared = kernel == "sdpa" and not getattr(model, words.DECLARES_SDPA, False)
     if undeclared or (kernel in KERNELS and any(wrappers_of(module) for module in model.modules())):
         return set_kernel(kernel)
     return SetAttention("", kernel)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..attention.registry import FUSED, PREFIX, TORCH, chosen, kernel_of
-from ..attention.sinks import passes_sinks
 from ..backends import FLAG, Candidate, obstacle
 from ..edits import SetAttention, tried
+from ..positions.sinks import passes_sinks
 from ..probe import TOLERANCE
 from .subject import Answer, Subject, compare
 

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from ..anatomy import Anatomy
 from ..attention.alibi import AlibiBias, alibi_of
 from ..attention.registry import guarded, kernel_of, set_kernel
-from ..attention.sinks import passes_sinks
 from ..attention.wrapper import AddWrapper
 from ..backends import Candidate
 from ..edits import Edit
@@ -22,6 +21,7 @@ from ..positions.choice import BACKENDS, choose
 from ..positions.counting import counted
 from ..positions.fusing import rebiased
 from ..positions.removal import BIAS, check_blind, check_followed, removal, removed
+from ..positions.sinks import passes_sinks
 from ..sites import Place, dispatching
 
 

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..attention.registry import FUSED, chosen, kernel_of
-from ..attention.sinks import passes_sinks
 from ..backends import FLAG, Candidate, obstacle, ranked
 from ..configs import config_at
 from ..edits import Edit
@@ -22,6 +21,7 @@ from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..media import probes
 from ..patch import Patch, Proposal
 from ..positions.fusing import variants
+from ..positions.sinks import passes_sinks
 from ..probe import Inputs, default_inputs, input_device, largest_difference, logits_under, trace, trial
 from ..upstream import words
 from ..upstream.roles import roles_of

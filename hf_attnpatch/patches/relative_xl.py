@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from ..anatomy import Anatomy
 from ..attention.registry import guarded, kernel_of, set_kernel
 from ..attention.relative import CHILD, Relative, RelativeTerm, RelativeTerms, default_size, relative_of
-from ..attention.sinks import passes_sinks
 from ..attention.wrapper import AddWrapper
 from ..backends import Candidate
 from ..edits import AddModule, Edit, ReplaceModule
@@ -25,6 +24,7 @@ from ..positions.choice import BACKENDS, choose
 from ..positions.counting import counted
 from ..positions.fusing import deferred
 from ..positions.removal import RELATIVE, check_blind, check_followed, removal, removed
+from ..positions.sinks import passes_sinks
 from ..probe import check_loaded
 from ..rope.fields import check_number
 from ..sites import Site, dispatching

@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..attention.registry import guarded, kernel_of, set_kernel
-from ..attention.sinks import passes_sinks
 from ..attention.wrapper import AddWrapper
 from ..backends import Candidate, obstacle
 from ..configs import config_path
@@ -18,6 +17,7 @@ from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.spans import Sinks, Span
 from ..patch import Patch, Proposal
 from ..positions.counting import counted
+from ..positions.sinks import passes_sinks
 from ..probe import default_inputs, logits_under, trial
 from ..sites import Site
 from ..upstream.roles import roles_of

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from ..backends import FLAG
+from ..attention.listener import Listener
+from ..attention.registry import KERNELS, kernel_of, set_kernel
+from ..attention.wrapper import AddWrapper
 from ..edits import Edit
 from ..probe import default_inputs, logits_under
 from ..upstream import words
-from .listener import Listener
-from .registry import KERNELS, kernel_of, set_kernel
-from .wrapper import AddWrapper
 
 
 def passes_sinks(model: PreTrainedModel, paths: Sequence[str]) -> bool:
@@ -23,7 +22,7 @@ def passes_sinks(model: PreTrainedModel, paths: Sequence[str]) -> bool:
         paths: of its attention modules, which dispatch.
     """
     kernel = kernel_of(str(model.config._attn_implementation))
-    if getattr(model, FLAG["sdpa"], False) or not paths or kernel not in KERNELS:
+    if getattr(model, words.DECLARES_SDPA, False) or not paths or kernel not in KERNELS:
         return False
     listeners = [Listener() for _ in paths]
     edits: list[Edit] = [AddWrapper(path, listener) for path, listener in zip(paths, listeners, strict=True)]
