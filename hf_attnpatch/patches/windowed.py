@@ -22,7 +22,7 @@ from ..patch import Patch, Proposal, changed
 from ..windows import choice, sinks
 from ..windows.report import WindowReport
 
-_WITH_SINKS = "granite_swa"
+_WITH_SINKS = next(row.model_type for row in HOMES if row.fills)
 _LONGEST = 8192  # tokens of a row that strings are cut into
 
 
@@ -176,7 +176,7 @@ class Windowed(Patch):
 
     def _sinks(self, found: Found, model: PreTrainedModel, rows: Sequence[Tensor]) -> bool:
         """Whether the home has sinks that the model has not had."""
-        own = found.home.model_type == model.config.model_type
+        own = any(name.endswith(tuple(found.home.fills)) for name, _ in model.named_parameters())
         return bool(found.home.fills) and not own and bool(rows) and self.first_tokens > 0
 
 
