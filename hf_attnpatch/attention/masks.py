@@ -357,6 +357,8 @@ def tiles_of(call: AttentionCall) -> tuple[Tile, ...]:
 
 def says_nothing(mask: Any) -> bool:
     """Whether a mask hides nothing beside what the module hides by itself."""
+    if isinstance(mask, Unwritten) and not mask.made.plain:  # not written out to be asked
+        return False
     mask = _told(mask)
     return mask is None or (isinstance(mask, Tensor) and mask.numel() == 1)
 
