@@ -1,4 +1,4 @@
-"""What a conversion costs each layer, as data, table and figure."""
+"""The damage of a conversion in each layer, as data, table and figure."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class LayerDamage:
 
     Attributes:
         path: of the module.
-        groups: original key-value heads that share one.
-        key_energy: share of the scores' energy that one key for each group keeps; nan where not estimated.
-        value_energy: the same of the heads' output.
-        gaps: stage (`merged`, `refitted`, `refined`) -> distance from the original on calibration text that no
-            refinement saw; empty without calibration text.
-        frame: what may be done to its heads without changing attention.
+        groups: original key-value heads that share one head.
+        key_energy: share of the scores' energy that one key per group keeps; nan if not estimated.
+        value_energy: the same for the heads' output.
+        gaps: stage (`merged`, `refitted`, `refined`) -> distance from the original on calibration text that refinement
+            did not see; empty without calibration text.
+        frame: transforms of its heads that leave attention unchanged.
     """
 
     path: str
@@ -40,7 +40,7 @@ class LayerDamage:
 
     @property
     def adjacent(self) -> bool:
-        """Whether neighbours share."""
+        """Whether groups consist of adjacent heads."""
         heads = [head for group in self.groups for head in group]
         return heads == sorted(heads)
 
@@ -51,8 +51,8 @@ class DamageReport(Shown):
 
     Attributes:
         layers: in order.
-        method: that made the shared heads.
-        notes: what was decided on the way, and why.
+        method: method of merging.
+        notes: decisions on the way, with reasons.
         seconds: stage -> wall time.
     """
 
@@ -68,7 +68,7 @@ class DamageReport(Shown):
 
     @property
     def grouping(self) -> str:
-        """``similar`` where any module's groups are others than neighbours, else ``adjacent``."""
+        """``similar`` if any module's groups are not of adjacent heads, else ``adjacent``."""
         return "adjacent" if all(layer.adjacent for layer in self.layers) else "similar"
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class DamageReport(Shown):
         """Draw retained energy, attention divergence and output error by layer.
 
         Args:
-            path: of a file in any format of matplotlib, or a file that is open for writing, which gets a PNG.
+            path: file in any format of matplotlib, or a file open for writing, which gets a PNG.
 
         Raises:
             MissingExtra: matplotlib is not installed.

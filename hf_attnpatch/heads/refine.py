@@ -1,8 +1,8 @@
-"""Layer-local refinement: gradient descent on one attention module's projections, towards its own original.
+"""Layer-local refinement: fits one attention module's projections to its original by gradient descent.
 
 The loss is the squared error of the attention output over its variance plus, for every head, the divergence of the
-attention weights, KL(original || shared), as LoLCATs (2410.10254) match attention before they train anything. Nothing
-is propagated through the model; one module's weights and a few batches are in memory.
+attention weights, KL(original || shared), as LoLCATs (2410.10254) match attention before training. Nothing is
+propagated through the model; only one module's weights and a few batches are in memory.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedArchitecture
-from .replay import Call, Socket
+from .replay import Call, Taps
 from .weights import HeadWeights
 
-LEARNING_RATE = 0.04  # of the root mean square of each projection
+LEARNING_RATE = 0.04  # relative to the root mean square of each projection
 EPSILON = 1e-9
 
 
 @dataclass(frozen=True)
 class Target:
-    """One call and what the original gives on it.
+    """One call and the original module's results.
 
     Attributes:
         call: inputs of the module.
         output: (tokens, out_features), float32.
         variance: of the output, a number.
-        probabilities: (tokens, num_heads, length), or None where the module does not return its attention weights.
-        entropy: of all of them, a sum in nats.
+        probabilities: (tokens, num_heads, length), or None if the module does not return its attention weights.
+        entropy: of all of them, summed, in nats.
     """
 
     call: Call
@@ -43,7 +43,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Gap:
-    """How far a conversion is from the original on some text.
+    """The distance of a conversion from the original on some text.
 
     Attributes:
         output: mean squared error of the attention output over its variance.
@@ -54,14 +54,14 @@ class Gap:
     attention: float | None
 
 
-def target(socket: Socket, original: HeadWeights, call: Call) -> Target:
-    """Run the original once."""
+def target(socket: Taps, original: HeadWeights, call: Call) -> Target:
+    """Run the original module once."""
     with torch.no_grad():
         streams = socket.run(call)
         output = original.project(streams.heads.float())
         p = rows(streams.probabilities, call)
         entropy = None if p is None else -(p * (p + EPSILON).log()).sum()
-    variance = output.var().clamp_min(torch.finfo(output.dtype).tiny)  # a pruned layer puts out nothing
+    variance = output.var().clamp_min(torch.finfo(output.dtype).tiny)  # the output of a pruned layer is zero
     return Target(call, output, variance, p, entropy)
 
 
@@ -73,7 +73,7 @@ def rows(probabilities: Tensor | None, call: Call) -> Tensor | None:
     return (by_token[call.tokens] if call.tokens is not None else by_token.flatten(0, 1)).float()
 
 
-def losses(socket: Socket, weights: HeadWeights, wanted: Target) -> tuple[Tensor, Tensor | None]:
+def losses(socket: Taps, weights: HeadWeights, wanted: Target) -> tuple[Tensor, Tensor | None]:
     """Return the relative squared error of the output, and the divergence of the attention summed over heads."""
     streams = socket.run(wanted.call, **weights.rewrites())
     error = (weights.project(streams.heads.float()) - wanted.output).square().mean() / wanted.variance
@@ -85,24 +85,24 @@ def losses(socket: Socket, weights: HeadWeights, wanted: Target) -> tuple[Tensor
 
 
 @torch.no_grad()
-def gap(socket: Socket, weights: HeadWeights, wanted: Target) -> Gap:
+def gap(socket: Taps, weights: HeadWeights, wanted: Target) -> Gap:
     """Measure a conversion on one call."""
     error, divergence = losses(socket, weights, wanted)
     return Gap(float(error), None if divergence is None else float(divergence) / socket.site.num_heads)
 
 
 def refine(
-    socket: Socket, start: HeadWeights, targets: Sequence[Target], *, steps: int, biased: Sequence[bool], seconds: float
+    socket: Taps, start: HeadWeights, targets: Sequence[Target], *, steps: int, biased: Sequence[bool], seconds: float
 ) -> tuple[HeadWeights, int]:
     """Refine shared heads.
 
     Args:
-        socket: the attention module.
+        socket: taps of the attention module.
         start: its shared weights in closed form.
-        targets: taken in turn, one a step.
-        steps: of Adam, the learning rate falling as a cosine.
-        biased: whether query, key and value have a bias; the column of one that is not there stays zero.
-        seconds: stops early after so long.
+        targets: used in turn, one in each step.
+        steps: of Adam, with a cosine schedule of the learning rate.
+        biased: whether query, key and value have a bias; the bias column of others stays zero.
+        seconds: time limit.
 
     Returns:
         The refined weights in float32, and the steps taken.
@@ -164,7 +164,7 @@ def descend(
     return step
 
 
-def _no_gradient(socket: Socket, name: str) -> UnsupportedArchitecture:
+def _no_gradient(socket: Taps, name: str) -> UnsupportedArchitecture:
     return UnsupportedArchitecture(
         f"{socket.site.path}: its attention passes no gradient to the {name} projection, so it cannot be refined; "
         "method='calibrated' needs none."

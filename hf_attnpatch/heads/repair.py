@@ -1,4 +1,4 @@
-"""After the merge: output projections refitted in closed form, modules refined, the damage measured."""
+"""Repairs merged heads: refits output projections in closed form, refines modules, measures the damage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from . import calibration_text
 from .calibration_text import Batch
 from .outcome import Conversion, Recipe
 from .refine import Gap, gap, refine, target
-from .replay import Call, See, Socket, Streams
+from .replay import Call, Observer, Streams, Taps
 from .weights import HeadWeights, has_bias, read_weights
 
 TOKENS_A_STEP = 1024  # of refinement; twice as many take four times as long where caches overflow
@@ -31,12 +31,12 @@ TOKENS_TO_REFINE = 16_384
 
 
 def refit_outputs(model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch], done: Conversion) -> None:
-    """Refit the output projections on the attention that the shared heads really give."""
+    """Refit the output projections to the attention that the shared heads compute."""
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     originals = {site.path: read_weights(model, site) for site in sites}
 
     def see(site: Site, call: Call, own: Streams) -> None:
-        socket, shared = Socket(model, site), done.weights[site.path]
+        socket, shared = Taps(model, site), done.weights[site.path]
         wanted = originals[site.path].project(own.heads.float())
         heads = socket.run(call, **shared.rewrites()).heads.float()
         residual, z = (wanted - shared.project(heads)), heads.flatten(1)
@@ -66,7 +66,7 @@ def repair(
     done: Conversion,
     merged: Mapping[str, HeadWeights],
 ) -> None:
-    """Measure the damage of some modules on text that no step sees and, for `refined`, refine them."""
+    """Measure the damage of some modules on unseen text and, for `refined`, refine them."""
     held, *steps = _samples(text, done)
     if recipe.method != "refined":
         steps = []
@@ -79,15 +79,15 @@ def repair(
                 _improve(model, site, calls.pop(site.path), recipe, done, merged[site.path])
 
 
-def _keeper(calls: dict[str, list[Call]]) -> See:
+def _keeper(calls: dict[str, list[Call]]) -> Observer:
     return lambda site, call, _: calls[site.path].append(call)
 
 
 def _improve(
     model: PreTrainedModel, site: Site, calls: list[Call], recipe: Recipe, done: Conversion, merged: HeadWeights
 ) -> None:
-    """Refine one module where the recipe says so, and write down how far each stage is from the original."""
-    socket, original, path = Socket(model, site), read_weights(model, site), site.path
+    """Refine one module if the recipe says so, and record the distance of each stage from the original."""
+    socket, original, path = Taps(model, site), read_weights(model, site), site.path
     held = target(socket, original, calls[0])
     gaps: dict[str, Gap] = {"merged": gap(socket, merged, held)}
     if done.weights[path] is not merged:
@@ -98,7 +98,7 @@ def _improve(
         targets = [target(socket, original, call) for call in calls[1:]]
         better, _ = refine(socket, done.weights[path], targets, steps=recipe.steps, biased=biased, seconds=seconds)
         before, after = gaps["refitted"], gap(socket, better, held)
-        helps = _total(after) < _total(before)  # on text that no step has seen; otherwise the closed form stays
+        helps = _total(after) < _total(before)  # on unseen text; otherwise the closed form stays
         gaps["refined"] = after if helps else before
         done.weights[path] = better if helps else done.weights[path]
     done.layers[path] = replace(done.layers[path], gaps=gaps)
@@ -109,7 +109,7 @@ def _total(found: Gap) -> float:
 
 
 def _samples(text: Sequence[Batch], done: Conversion) -> list[Batch]:
-    """Return batches of about `TOKENS_A_STEP` tokens, `TOKENS_TO_REFINE` in all and one more, whole windows first."""
+    """Return batches of about `TOKENS_A_STEP` tokens, `TOKENS_TO_REFINE` in all plus one batch, whole windows first."""
     parts: list[Batch] = []
     for batch in text:
         rows = max(1, TOKENS_A_STEP // batch["input_ids"].shape[1])
@@ -128,7 +128,7 @@ def _samples(text: Sequence[Batch], done: Conversion) -> list[Batch]:
 
 @contextmanager
 def eager(model: PreTrainedModel) -> Iterator[None]:
-    """Let modules return their attention weights, where the family has eager attention to switch to."""
+    """Let modules return their attention weights, if the family has eager attention."""
     found, writes = model.config._attn_implementation, list[Write]()
     with ensured(lambda: undo_all(writes)):
         try:

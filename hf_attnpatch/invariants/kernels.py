@@ -1,4 +1,4 @@
-"""Every attention kernel that the family dispatches to gives the same logits."""
+"""Invariants of kernels: every attention kernel of the family gives the same logits."""
 
 from __future__ import annotations
 
