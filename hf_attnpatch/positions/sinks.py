@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from ..attention.listener import Listener
 from ..attention.registry import KERNELS, kernel_of, set_kernel
-from ..attention.wrapper import AddWrapper
+from ..attention.wrapper import AddWrapper, Listener
 from ..edits import Edit
 from ..probe import default_inputs, logits_under
 from ..upstream import words

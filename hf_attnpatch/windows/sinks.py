@@ -17,7 +17,7 @@ from ..attention.registry import set_kernel
 from ..attention.wrapper import AddWrapper
 from ..edits import tried
 from ..heads.refine import descend
-from ..heads.replay import Call, Socket, Streams, recording
+from ..heads.replay import Call, Taps, Streams, recording
 from ..heads.weights import read_weights
 from ..probe import input_device, quiet
 from ..progress import track
@@ -127,7 +127,7 @@ def refined(
             for row in rows:
                 _run(model, row)
         for site in track(sites, "refining sinks"):
-            layer = _Layer(Socket(model, site), trials[site.path])
+            layer = _Layer(Taps(model, site), trials[site.path])
             better[site.path], gaps[site.path] = layer.refined(calls.pop(site.path), sinks[site.path], steps)
     return better, gaps
 
@@ -135,9 +135,9 @@ def refined(
 class _Layer:
     """One attention module with a window that can be switched on."""
 
-    def __init__(self, socket: Socket, trial: Narrowed):
-        self.socket, self.trial = socket, trial
-        self.weights = read_weights(socket.model, socket.site)
+    def __init__(self, taps: Taps, trial: Narrowed):
+        self.taps, self.trial = taps, trial
+        self.weights = read_weights(taps.model, taps.site)
 
     def refined(self, calls: Sequence[Call], start: Tensor, steps: int) -> tuple[Tensor, Gap]:
         targets = [self._output(call, active=False) for call in calls]
@@ -160,7 +160,7 @@ class _Layer:
     def _output(self, call: Call, *, active: bool) -> Tensor:
         self.trial.active = active
         with torch.set_grad_enabled(active and torch.is_grad_enabled()):
-            return self.weights.project(self.socket.run(call).heads.float())
+            return self.weights.project(self.taps.run(call).heads.float())
 
     def _error(self, call: Call, target: Tensor, sinks: Tensor | None) -> Tensor:
         self.trial.sinks = sinks
