@@ -44,7 +44,7 @@ FAST := -n $(WORKERS) -m "not full and not slow"
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: demo test test-all test-lowest test-newest check-releases mutation interrupt fuzz fuzz-atheris lock newest lint format survey pairs drift \
-	bench bench-alibi bench-relative \
+	bench bench-alibi bench-relative bench-sinks \
 	bench-decode bench-extend bench-scale check-diagnose \
 	downstream peers results-grouped-query results-extend-context results-passkey results-recurrence \
 	results-switch-positions docs notebooks pages dist clean
@@ -165,6 +165,10 @@ bench-alibi: $(INSTALLED)
 
 bench-relative: $(INSTALLED)
 	$(BIN)/python scripts/bench_relative.py
+
+# learned sinks through a flash kernel against transformers' eager attention
+bench-sinks: $(INSTALLED)
+	$(BIN)/python scripts/bench_sinks.py
 
 # training-free context extension against plain attention
 bench-extend: $(INSTALLED)

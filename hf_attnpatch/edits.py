@@ -311,6 +311,7 @@ class SetAttention(Edit):
         register: registers the name, if it is this package's.
         only_masks: for models that compute attention themselves and only ask for masks under this name.
         configs: with ``only_masks``, paths of the configs to set; None for all. An image tower may dispatch.
+        otherwise: the name for families that transformers lets ask for no kernel of torch's; None for the same.
     """
 
     rung = "attention"
@@ -318,19 +319,25 @@ class SetAttention(Edit):
     register: Callable[[], None] | None = None
     only_masks: bool = False
     configs: tuple[str, ...] | None = None
+    otherwise: str | None = None
 
     @property
     def claim(self) -> str:
         """The implementation field, of which a model has one."""
         return "config._attn_implementation"
 
+    def name_for(self, model: PreTrainedModel) -> str:
+        """Return the name that this model asks for."""
+        declared = getattr(model, words.DECLARES_SDPA, False)
+        return self.implementation if declared or self.otherwise is None else self.otherwise
+
     def preview(self, model: PreTrainedModel) -> tuple[str, str]:
         """Old and new."""
-        return _short(model.config._attn_implementation), self.implementation
+        return _short(model.config._attn_implementation), self.name_for(model)
 
     def prepare(self, model: PreTrainedModel) -> Write:
         """Find every config that holds the implementation; undoing restores each one's own value."""
-        key = "_attn_implementation_internal"
+        key, name = "_attn_implementation_internal", self.name_for(model)
         stores = [vars(config) for config in all_configs(model)]
         own, held = vars(model), vars(model).get(words.BATCHING, _ABSENT)
         asking = stores if self.configs is None else [vars(config_at(model, path)) for path in self.configs]
@@ -352,20 +359,20 @@ class SetAttention(Edit):
                 self.register()
             if self.only_masks:
                 for store in asking:
-                    store[key] = self.implementation
+                    store[key] = name
             else:
-                model.set_attn_implementation(self.implementation)
-            if model.config._attn_implementation != self.implementation:  # transformers only logs a refusal
+                model.set_attn_implementation(name)
+            if model.config._attn_implementation != name:  # transformers only logs that it will not
                 raise UnsupportedArchitecture(
                     f"{type(model).__name__} chooses its attention when it is built; load it with "
-                    f"attn_implementation={self.implementation!r} instead of patching it."
+                    f"attn_implementation={name!r} instead of patching it."
                 )
             if self.register is not None and hasattr(type(model), words.BATCHING):  # last: the name says it is done
                 own[words.BATCHING] = Unpaged(type(model).__name__)
 
         return Write(
             self.claim,
-            lambda: model.config._attn_implementation == self.implementation,
+            lambda: model.config._attn_implementation == name,
             do,
             undo,
             (id(model.config), self.claim),

@@ -97,8 +97,10 @@ MAY_IMPORT = {
     "rope/": {*_CORE, "patch", "twin"},
     "attention/": {"configs", "edit", "edits", "errors", "functional", "upstream"},
     "positions/": {*_CORE, "attention", "backends", "modules", "record", "twin"},
-    "spans/": {*_CORE, "attention", "patch", "positions", "record", "weightless"},
+    "spans/": {*_CORE, "attention", "backends", "patch", "positions", "record", "weightless"},
     "recurrence/": {*_CORE, "attention", "positions"},
+    "windows/": {*_CORE, "attention", "evaluation", "heads", "plotting", "progress", "showing"},
+    "backends.py": {"errors", "upstream"},
     "media.py": {"errors", "probe", "upstream"},
     "patches/": {
         *_CORE,
@@ -116,6 +118,7 @@ MAY_IMPORT = {
         "spans",
         "twin",
         "weightless",
+        "windows",
     },
     "charts.py": set(),
     "evaluation/": {
@@ -189,7 +192,10 @@ MAY_WRITE = {
     "heads/refine.py": ("requires_grad_ grad", "of its own copies of weights"),
     "functional/pieces.py": ("step scale gap count", "of autograd's context"),
     "functional/two_way.py": ("scale", "of autograd's context"),
+    "functional/sinking.py": ("tiles scale", "of autograd's context"),
     "positions/counting.py": ("attnpatch_counting", "a mark of its own on the cache of a text"),
+    "windows/choice.py": ("register_forward_hook", "for the length of a measurement; removed in any case"),
+    "windows/sinks.py": ("active sinks requires_grad_", "of its own wrappers and of its own copies of sinks"),
     "rope_search/course.py": ("settings", "of its own search"),
     "rope_search/state.py": ("losses population iteration settled settings began", "of a state just made"),
     "rope/request_length.py": (

@@ -122,5 +122,8 @@ ORIGINAL_FREQUENCIES: Final = "original_inv_freq"
 LAYER_NUMBER: Final = ("layer_idx", "layer_number", "layer_id")
 CROSS_ATTENTION: Final = ("is_cross_attention",)
 
+# The class attribute by which a family says that it dispatches to torch's kernels.
+DECLARES_SDPA: Final = "_supports_sdpa"
+
 # Fields of a config which every constructor of a model asks whether it knows them, and no constructor of a config.
 SEALED: Final = ("_attn_implementation", "_experts_implementation")
