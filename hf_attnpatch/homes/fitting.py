@@ -288,7 +288,8 @@ def _prove_kinds(model: PreTrainedModel, home: Home, cls: type[PreTrainedModel],
     plain = dataclasses.replace(wanted, windows=(None,) * len(wanted.windows))
     attention = _EAGER if home.eager else None
     here, there = (
-        _logits(rebuilt(model, cls, _said(home, model, each), home.fills, attention), inputs) for each in (plain, wide)
+        _logits(rebuilt(model, cls, _said(home, model.config, each), home.fills, attention), inputs)
+        for each in (plain, wide)
     )
     if not torch.equal(here, there):
         raise Unfit(f"computes something else in layers with a window (by up to {(here - there).abs().max():.1e})")
