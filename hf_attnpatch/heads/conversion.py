@@ -7,6 +7,7 @@ is converted on the inputs it has in the original model, so that modules need no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,8 +27,10 @@ from .estimate import estimate, find_frames, unaligned
 from .frames import Frames
 from .merger import Merger
 from .outcome import Conversion, Recipe
-from .repair import refit_outputs, repair
-from .weights import HeadWeights, read_weights
+from .refine import HeadForm
+from .repair import Refinement, refit_outputs, repair
+from .replay import Socket
+from .weights import HeadWeights, has_bias, read_weights
 
 
 def convert(model: PreTrainedModel, sites: Sequence[Site], recipe: Recipe, text: Sequence[Batch] | None) -> Conversion:
@@ -60,12 +63,25 @@ def convert(model: PreTrainedModel, sites: Sequence[Site], recipe: Recipe, text:
 def _repaired(
     model: PreTrainedModel, part: Sequence[Site], text: Sequence[Batch], recipe: Recipe, done: Conversion
 ) -> None:
-    merged = {site.path: done.weights[site.path] for site in part}
+    forms = [_form(model, site) for site in part]
+    now = {site.path: done.weights[site.path] for site in part}
+    stages = {"merged": dict(now)}
     if recipe.method in ("calibrated", "refined"):
         with done.clock("refit"):
-            refit_outputs(model, part, text, done)
-    with done.clock("refinement" if recipe.method == "refined" else "damage"):
-        repair(model, part, text, recipe, done, merged)
+            refit_outputs(model, forms, text, now)
+        stages["refitted"] = now
+    steps = recipe.steps if recipe.method == "refined" else 0
+    how = Refinement(steps, float("inf") if recipe.seconds is None else recipe.seconds / done.total)
+    with done.clock("refinement" if steps else "damage"):
+        gaps = repair(model, forms, text, how, stages, done.notes)
+    done.weights |= stages.get("refitted", stages["merged"])
+    for path, found in gaps.items():
+        done.layers[path] = replace(done.layers[path], gaps=found)
+
+
+def _form(model: PreTrainedModel, site: Site) -> HeadForm:
+    biased = [has_bias(model, site, getattr(site.layout, name)) for name in ("query", "key", "value")]
+    return HeadForm(Socket(model, site), biased)
 
 
 def _refit_size(site: Site) -> int:

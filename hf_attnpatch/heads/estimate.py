@@ -94,8 +94,8 @@ def _scaled(m: Moments, frames: Frames) -> Moments:
     return replace(m, key=key, mean=m.mean * k, query=m.query * q[:, :, None] * q[:, None, :])
 
 
-def _weight_moments(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Moments]:
-    """Return the moments that independent inputs would have, each as large as it is on random tokens."""
+def input_sizes(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Tensor]:
+    """Return the root mean square of each input of some modules on random tokens, (in_features,) by path."""
     sizes: dict[str, Tensor] = {}
 
     def see(site: Site, call: Call, _: Streams) -> None:
@@ -103,12 +103,18 @@ def _weight_moments(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, 
         sizes[site.path] = hidden.flatten(0, -2).square().mean(0).sqrt()
 
     cal.stream(model, sites, [{"input_ids": random_ids(model, PROBE)}], see, "")
+    return sizes
+
+
+def _weight_moments(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Moments]:
+    """Return the moments that independent inputs would have, each as large as it is on random tokens."""
+    sizes = input_sizes(model, sites)
     return {site.path: _assumed(site, read_weights(model, site), sizes[site.path]) for site in sites}
 
 
 def _assumed(site: Site, weights: HeadWeights, size: Tensor) -> Moments:
-    q, k = _sized(weights.query, size), _sized(weights.key, size)
-    wide = _sized(weights.value, size)[..., :-1].flatten(0, 1)
+    q, k = sized(weights.query, size), sized(weights.key, size)
+    wide = sized(weights.value, size)[..., :-1].flatten(0, 1)
     return Moments(
         query=q @ q.transpose(1, 2),
         key=torch.einsum("iax,jbx->iajb", k, k),
@@ -118,7 +124,7 @@ def _assumed(site: Site, weights: HeadWeights, size: Tensor) -> Moments:
     )
 
 
-def _sized(rows: Tensor, size: Tensor) -> Tensor:
+def sized(rows: Tensor, size: Tensor) -> Tensor:
     """Return rows times the sizes of their inputs, the constant one of biases last; MobileBERT's values have others."""
     inputs = size if len(size) == rows.shape[-1] - 1 else size.new_ones(rows.shape[-1] - 1)
     return rows * torch.cat([inputs, inputs.new_ones(1)])

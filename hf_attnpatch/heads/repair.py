@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,27 +20,50 @@ from ..sites import Site
 from . import calibration as cal
 from . import calibration_text
 from .calibration_text import Batch
-from .outcome import Conversion, Recipe
-from .refine import Gap, gap, refine, target
+from .refine import Form, Gap, W, gap, refine, target
 from .replay import Call, See, Socket, Streams
-from .weights import HeadWeights, has_bias, read_weights
+from .weights import read_weights
 
 TOKENS_A_STEP = 1024  # of refinement; twice as many take four times as long where caches overflow
 TOKENS_TO_REFIT = 16_384  # at least, and 32 for each input of the output projection
 TOKENS_TO_REFINE = 16_384
 
 
-def refit_outputs(model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch], done: Conversion) -> None:
-    """Refit the output projections on the attention that the shared heads really give."""
+@dataclass(frozen=True)
+class Refinement:
+    """How long to refine.
+
+    Attributes:
+        steps: of Adam for each module; 0 measures only.
+        seconds: for each module.
+    """
+
+    steps: int
+    seconds: float = float("inf")
+
+
+def refit_outputs(
+    model: PreTrainedModel, forms: Sequence[Form[W]], text: Sequence[Batch], weights: dict[str, W]
+) -> None:
+    """Refit the output projections on the attention that converted modules really give.
+
+    Args:
+        model: that holds the original modules.
+        forms: of the modules.
+        text: calibration batches.
+        weights: by path; their output projections are replaced by better ones.
+    """
     sums: dict[str, tuple[Tensor, Tensor]] = {}
+    by_path = {form.site.path: form for form in forms}
+    sites = [form.site for form in forms]
     originals = {site.path: read_weights(model, site) for site in sites}
 
     def see(site: Site, call: Call, own: Streams) -> None:
-        socket, shared = Socket(model, site), done.weights[site.path]
+        found = weights[site.path]
         wanted = originals[site.path].project(own.heads.float())
-        heads = socket.run(call, **shared.rewrites()).heads.float()
-        residual, z = (wanted - shared.project(heads)), heads.flatten(1)
-        if shared.output_bias is not None:
+        heads, _ = by_path[site.path].attend(found, call)
+        residual, z = (wanted - found.project(heads)), heads.flatten(1)
+        if found.output_bias is not None:
             z = torch.cat([z, z.new_ones(len(z), 1)], dim=1)
         gram, cross = (z.t() @ z).double().cpu(), (residual.t() @ z).double().cpu()
         before = sums.get(site.path)
@@ -50,65 +73,75 @@ def refit_outputs(model: PreTrainedModel, sites: Sequence[Site], text: Sequence[
     enough = calibration_text.first(calibration_text.split(text, sites), max(TOKENS_TO_REFIT, 32 * width))
     cal.stream(model, sites, enough, see, "refitting outputs")
     for site in sites:
-        shared, more = done.weights[site.path], refit(*sums.pop(site.path))
-        bias = shared.output_bias
+        found, more = weights[site.path], refit(*sums.pop(site.path))
+        bias = found.output_bias
         if bias is not None:
             bias, more = bias + more[:, -1], more[:, :-1]
-        output = shared.output + more.reshape(shared.output.shape)
-        done.weights[site.path] = replace(shared, output=output, output_bias=bias)
+        output = found.output + more.reshape(found.output.shape)
+        weights[site.path] = replace(found, output=output, output_bias=bias)
 
 
 def repair(
     model: PreTrainedModel,
-    sites: Sequence[Site],
+    forms: Sequence[Form[W]],
     text: Sequence[Batch],
-    recipe: Recipe,
-    done: Conversion,
-    merged: Mapping[str, HeadWeights],
-) -> None:
-    """Measure the damage of some modules on text that no step sees and, for `refined`, refine them."""
-    held, *steps = _samples(text, done)
-    if recipe.method != "refined":
+    how: Refinement,
+    stages: Mapping[str, dict[str, W]],
+    notes: list[str],
+) -> dict[str, dict[str, Gap]]:
+    """Measure the damage of some modules on text that no step sees and, where asked, refine them.
+
+    Args:
+        model: that holds the original modules.
+        forms: of the modules.
+        text: calibration batches, in an order that a seed gave.
+        how: to refine.
+        stages: name of a stage (`merged`, `refitted`) -> weights by path. Those of the last are replaced by better ones.
+        notes: gets a sentence where text is scarce.
+
+    Returns:
+        Path -> stage -> distance from the original; `refined` is the last where there were steps.
+    """
+    held, *steps = samples(text, notes)
+    if not how.steps:
         steps = []
     tokens = sum(batch["input_ids"].numel() for batch in (held, *steps))
+    by_path, gaps = {form.site.path: form for form in forms}, dict[str, dict[str, Gap]]()
     with eager(model):
-        for part in cal.chunks(sites, lambda s: 4 * tokens * s.num_heads * s.head_dim):
+        for part in cal.chunks([f.site for f in forms], lambda s: 4 * tokens * s.num_heads * s.head_dim):
             calls: dict[str, list[Call]] = {site.path: [] for site in part}
-            cal.stream(model, part, (held, *steps), _keeper(calls), "recording inputs")
+            cal.stream(model, part, (held, *steps), keeper(calls), "recording inputs")
             for site in track(part, "refining" if steps else "measuring damage"):
-                _improve(model, site, calls.pop(site.path), recipe, done, merged[site.path])
+                gaps[site.path] = _improve(model, by_path[site.path], calls.pop(site.path), how, stages)
+    return gaps
 
 
-def _keeper(calls: dict[str, list[Call]]) -> See:
+def keeper(calls: dict[str, list[Call]]) -> See:
+    """Return what keeps the calls of each module that is in ``calls``."""
     return lambda site, call, _: calls[site.path].append(call)
 
 
 def _improve(
-    model: PreTrainedModel, site: Site, calls: list[Call], recipe: Recipe, done: Conversion, merged: HeadWeights
-) -> None:
-    """Refine one module where the recipe says so, and write down how far each stage is from the original."""
-    socket, original, path = Socket(model, site), read_weights(model, site), site.path
+    model: PreTrainedModel, form: Form[W], calls: list[Call], how: Refinement, stages: Mapping[str, dict[str, W]]
+) -> dict[str, Gap]:
+    """Refine one module where there are calls to do it on, and say how far each stage is from the original."""
+    site = form.site
+    socket, original = Socket(model, site), read_weights(model, site)
     held = target(socket, original, calls[0])
-    gaps: dict[str, Gap] = {"merged": gap(socket, merged, held)}
-    if done.weights[path] is not merged:
-        gaps["refitted"] = gap(socket, done.weights[path], held)
+    gaps = {name: gap(form, weights[site.path], held) for name, weights in stages.items()}
     if calls[1:]:
-        biased = [has_bias(model, site, getattr(site.layout, n)) for n in ("query", "key", "value")]
-        seconds = float("inf") if recipe.seconds is None else recipe.seconds / done.total
+        last = list(stages)[-1]
         targets = [target(socket, original, call) for call in calls[1:]]
-        better, _ = refine(socket, done.weights[path], targets, steps=recipe.steps, biased=biased, seconds=seconds)
-        before, after = gaps["refitted"], gap(socket, better, held)
-        helps = _total(after) < _total(before)  # on text that no step has seen; otherwise the closed form stays
+        better, _ = refine(form, stages[last][site.path], targets, steps=how.steps, seconds=how.seconds)
+        before, after = gaps[last], gap(form, better, held)
+        helps = after.total < before.total  # on text that no step has seen; otherwise the closed form stays
         gaps["refined"] = after if helps else before
-        done.weights[path] = better if helps else done.weights[path]
-    done.layers[path] = replace(done.layers[path], gaps=gaps)
+        if helps:
+            stages[last][site.path] = better
+    return gaps
 
 
-def _total(found: Gap) -> float:
-    return found.output + (found.attention or 0.0)
-
-
-def _samples(text: Sequence[Batch], done: Conversion) -> list[Batch]:
+def samples(text: Sequence[Batch], notes: list[str]) -> list[Batch]:
     """Return batches of about `TOKENS_A_STEP` tokens, `TOKENS_TO_REFINE` in all and one more, whole windows first."""
     parts: list[Batch] = []
     for batch in text:
@@ -122,7 +155,7 @@ def _samples(text: Sequence[Batch], done: Conversion) -> list[Batch]:
     half = len(parts[0]["input_ids"]) // 2
     if half:
         return [{n: t[:half] for n, t in parts[0].items()}, {n: t[half:] for n, t in parts[0].items()}]
-    done.notes.append("one sequence of calibration text: damage is measured on what refinement saw")
+    notes.append("one sequence of calibration text: damage is measured on what refinement saw")
     return parts * 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from accelerate.utils import align_module_device
@@ -27,6 +28,8 @@ class HeadWeights:
         output_bias: (out_features,), or None.
         groups: members of each shared head, in terms of the original heads; one each before anything is shared.
     """
+
+    trained: ClassVar[tuple[str, ...]] = ("query", "key", "value", "output")
 
     query: Tensor
     key: Tensor
@@ -53,9 +56,7 @@ class HeadWeights:
 
     def project(self, heads: Tensor) -> Tensor:
         """Return the attention output, (tokens, out_features), of what the heads give, (tokens, num_heads, dim)."""
-        weight = self.output.flatten(1).to(heads)
-        bias = None if self.output_bias is None else self.output_bias.to(heads)
-        return nn.functional.linear(heads.flatten(1), weight, bias)
+        return projected(self.output, self.output_bias, heads)
 
     def folded(self) -> HeadWeights:
         """Return the same attention with the bias of values behind the output projection, which must have a bias."""
@@ -84,6 +85,12 @@ class _Project:
         weight = self.weight.flatten(0, 1).to(inputs)
         projected = nn.functional.linear(inputs, weight[:, :-1], weight[:, -1])
         return projected.view(*inputs.shape[:-1], *self.weight.shape[:2]).to(states.dtype)
+
+
+def projected(output: Tensor, bias: Tensor | None, heads: Tensor) -> Tensor:
+    """Multiply (tokens, num_heads, dim) by an output projection, (out_features, num_heads, dim)."""
+    flat = output.flatten(1).to(heads)
+    return nn.functional.linear(heads.flatten(1), flat, None if bias is None else bias.to(heads))
 
 
 def read_weights(model: nn.Module, site: Site) -> HeadWeights:

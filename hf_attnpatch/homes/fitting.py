@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import has_offloaded_params
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -22,10 +22,10 @@ from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..interruption import inside
 from ..layers import Layers, read_layers
 from ..probe import Inputs, default_inputs, quiet, valid
-from .rows import HOMES, Home
+from .rows import HOMES, Home, LatentHome
 
 _EAGER = "eager"
-_BUILDING = (  # what constructors of transformers raise where a config does not suit them
+BUILDING = (  # what constructors of transformers raise where a config does not suit them
     ValueError,
     TypeError,
     AttributeError,
@@ -111,7 +111,7 @@ def _tried(model: PreTrainedModel, home: Home, wanted: Layers) -> Found:
     Raises:
         Unfit: so.
     """
-    cls = _class(model, home)
+    cls = class_of(model, home)
     _said(home, model, wanted)
     if cls is not type(model):
         _prove(model, home, cls)
@@ -147,7 +147,7 @@ def _said(home: Home, model: PreTrainedModel, layers: Layers) -> dict[str, Any]:
     return found
 
 
-def _class(model: PreTrainedModel, home: Home) -> type[PreTrainedModel]:
+def class_of(model: PreTrainedModel, home: Home | LatentHome) -> type[PreTrainedModel]:
     """Return the home's class for what this model is used for.
 
     Raises:
@@ -185,7 +185,7 @@ def _prove(model: PreTrainedModel, home: Home, cls: type[PreTrainedModel]) -> No
         there = _logits(rebuilt(model, cls, neutral, home.fills, attention), inputs)
     except Unfit:
         raise
-    except _BUILDING as error:
+    except BUILDING as error:
         raise Unfit(f"does not run: {' '.join(str(error).split())[:200]}") from error
     if attention is None and not torch.equal(_logits(model, inputs), here):
         raise Unfit("cannot be tried: built again from its config, this model computes something else than it does")
@@ -205,6 +205,7 @@ def rebuilt(
     fields: Mapping[str, Any],
     fills: Mapping[str, float],
     attention: str | None = None,
+    instead: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> PreTrainedModel:
     """Build a class around the parameters of a model, which is only read.
 
@@ -214,6 +215,7 @@ def rebuilt(
         fields: of the new config, beside those that both have.
         fills: values of parameters that the model has not, by the last part of their name; a bias is 0.
         attention: the attention implementation; None keeps the model's.
+        instead: path of a module -> the parameters, by name below it, that take the place of all it has.
 
     Raises:
         Unfit: a parameter has no place, or another shape, or something cannot be built.
@@ -222,11 +224,11 @@ def rebuilt(
         config = _config(model, cls, fields, attention)
         with building():
             other: PreTrainedModel = inside(torch.device("meta"), lambda: cls(config))
-        _fill(other, model, fills)
+        _fill(other, model, fills, instead or {})
         _materialise(other, model)
     except Unfit:
         raise
-    except _BUILDING as error:
+    except BUILDING as error:
         raise Unfit(f"cannot be built: {' '.join(str(error).split())[:200]}") from error
     return other.train(model.training)
 
@@ -251,13 +253,22 @@ def _config(
     return config
 
 
-def _fill(other: PreTrainedModel, model: PreTrainedModel, fills: Mapping[str, float]) -> None:
+def _fill(
+    other: PreTrainedModel,
+    model: PreTrainedModel,
+    fills: Mapping[str, float],
+    instead: Mapping[str, Mapping[str, Tensor]],
+) -> None:
     """Put the parameters and persistent buffers of a model into another.
 
     Raises:
         Unfit: they are not the same ones.
     """
     held = {**dict(model.named_parameters(remove_duplicate=False)), **_persistent(model)}
+    for path, tensors in instead.items():
+        gone = [held.pop(name) for name in list(held) if name.startswith(f"{path}.")]
+        trains = any(old.requires_grad for old in gone)
+        held |= {f"{path}.{name}": nn.Parameter(tensor, trains) for name, tensor in tensors.items()}
     wanted = {**dict(other.named_parameters(remove_duplicate=False)), **_persistent(other)}
     strange = sorted(held.keys() - wanted.keys())
     if strange:

@@ -19,6 +19,21 @@ Fields = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class LatentHome:
+    """A stock model type whose attention keeps a latent and a rotary key that all heads share.
+
+    Attributes:
+        model_type: transformers' name for it.
+        since: the first release of transformers that has it.
+        fields: the config fields, beside those of the attention, that leave the rest of a model as it is.
+    """
+
+    model_type: str
+    since: str
+    fields: Callable[[PretrainedConfig], Fields]
+
+
+@dataclass(frozen=True)
 class Home:
     """A stock model type.
 
@@ -174,4 +189,16 @@ HOMES = (
     Home("smollm3", "5.0", _smollm3, _smollm3_readers),
     Home("ministral3", "5.0", _ministral3, _all_readers),
     Home("granite_swa", "5.15", _granite_swa, _granite_readers, {"sinks": -1e4}, eager=True),
+)
+
+
+def _no_experts(config: PretrainedConfig) -> Fields:
+    """Every layer is dense; what its type asks of experts besides is as small as it may be."""
+    few = dict.fromkeys(("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "moe_intermediate_size"), 1)
+    return {**few, "first_k_dense_replace": config.num_hidden_layers, "num_mtp_layers": 0}
+
+
+LATENT_HOMES = (
+    LatentHome("youtu", "5.0", lambda config: {}),
+    LatentHome("deepseek_v3", "5.0", _no_experts),
 )

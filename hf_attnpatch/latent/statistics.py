@@ -1,0 +1,124 @@
+"""What a latent is chosen by: covariances of keys and values, energies of queries, attention by distance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import AttnPatchError, CalibrationError
+from ..functional.gauge import Frame
+from ..functional.latent import Seen, assumed_mass, by_distance, mean_rotation
+from ..heads import calibration as cal
+from ..heads.calibration_text import Batch, split
+from ..heads.estimate import input_sizes, sized
+from ..heads.repair import eager
+from ..heads.replay import Call, Streams
+from ..heads.weights import HeadWeights, read_weights
+from ..sites import Site
+from .source import Source
+
+MASS_TOKENS = 8192  # whose attention tells how far it looks
+
+
+@dataclass
+class _Sums:
+    """Sums over tokens, float64."""
+
+    states: Tensor
+    mean: Tensor
+    query: Tensor
+    mass: Tensor
+    tokens: int = 0
+    attended: int = 0
+
+
+def measured(model: PreTrainedModel, source: Source, text: Sequence[Batch]) -> dict[str, Seen]:
+    """Measure all modules in one pass over a text, with eager attention, which gives its weights.
+
+    Raises:
+        AttnPatchError: the family has no eager attention that gives them, or a module never ran.
+        CalibrationError: activations are not finite.
+    """
+    longest = max(batch["input_ids"].shape[1] for batch in text)
+    sums = {site.path: _no_sums(site, longest) for site in source.sites}
+
+    def see(site: Site, call: Call, own: Streams) -> None:
+        if own.probabilities is None:
+            raise AttnPatchError(
+                f"{site.path}: {site.kind} gives no attention weights, by which a latent is chosen; use method='principal'."
+            )
+        _add(sums[site.path], own, call, source.frames[site.path].keys)
+        if not bool(sums[site.path].states.isfinite().all()):
+            raise CalibrationError(
+                f"{site.path}: activations on the calibration text are not finite; check the weights and the dtype."
+            )
+
+    with eager(model):
+        cal.stream(model, source.sites, split(text, source.sites), see, "measuring attention")
+    silent = next((path for path, found in sums.items() if not found.tokens), None)
+    if silent is not None:
+        raise AttnPatchError(f"{silent}: did not run on the calibration text, or on padding only.")
+    return {s.path: _seen(source, s, sums[s.path], read_weights(model, s)) for s in source.sites}
+
+
+def assumed(model: PreTrainedModel, source: Source) -> dict[str, Seen]:
+    """Return what independent inputs would give, each as large as on random tokens, looked at as 1 / (1 + distance)."""
+    sizes = input_sizes(model, source.sites)
+    found = {}
+    for site in source.sites:
+        weights, planes = read_weights(model, site), source.frames[site.path].keys.planes
+        query = sized(weights.query, sizes[site.path])
+        states = torch.cat([weights.key.flatten(0, 1), weights.value.flatten(0, 1)])
+        wide = sized(states, sizes[site.path])
+        wide[:, -1] = 0  # a bias is a mean, not a spread
+        energy = query.square().sum(-1)[:, planes].sum(-1)
+        mass = assumed_mass(site.num_heads, source.window.length)
+        rho = mean_rotation(mass, source.window.frequencies)
+        found[site.path] = Seen(wide @ wide.t(), states[:, -1], energy, rho, _output(site, weights))
+    return found
+
+
+def _no_sums(site: Site, length: int) -> _Sums:
+    wide = site.num_kv_heads * (site.head_dim + site.v_head_dim)
+    heads = site.num_heads
+    return _Sums(*(torch.zeros(s, dtype=torch.float64) for s in ((wide, wide), wide, (heads, site.head_dim), (heads, length))))
+
+
+def _add(found: _Sums, own: Streams, call: Call, keys: Frame) -> None:
+    states = torch.cat([own.key.flatten(1), own.value.flatten(1)], dim=1).float()
+    found.states += (states.t() @ states).double().cpu()
+    found.mean += states.double().sum(0).cpu()
+    found.query += own.query.double().square().sum(0).cpu()
+    found.tokens += len(states)
+    assert own.probabilities is not None
+    if found.attended < MASS_TOKENS:
+        seen = own.probabilities.float()
+        if call.tokens is not None:
+            seen = seen * call.tokens[:, None, :, None]
+        mass = by_distance(seen.sum(0))
+        found.mass[:, : mass.shape[1]] += mass.double().cpu()
+        found.attended += len(states)
+
+
+def _seen(source: Source, site: Site, sums: _Sums, weights: HeadWeights) -> Seen:
+    n, planes = sums.tokens, source.frames[site.path].keys.planes
+    mean = sums.mean / n
+    return Seen(
+        states=sums.states / n - mean[:, None] * mean,
+        mean=mean,
+        query=(sums.query / n)[:, planes].sum(-1),
+        rho=mean_rotation(sums.mass, source.window.frequencies),
+        output=_output(site, weights),
+    )
+
+
+def _output(site: Site, weights: HeadWeights) -> Tensor:
+    """W^T W summed over the query heads of each key-value head, (num_kv_heads, v_head_dim, v_head_dim)."""
+    each = torch.einsum("xha,xhb->hab", weights.output, weights.output)
+    return each.view(site.num_kv_heads, -1, *each.shape[1:]).sum(1)
+
+
