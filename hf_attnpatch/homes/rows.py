@@ -26,11 +26,13 @@ class LatentHome:
         model_type: transformers' name for it.
         since: the first release of transformers that has it.
         fields: the config fields, beside those of the attention, that leave the rest of a model as it is.
+        keeps_padding: whether loading a checkpoint leaves the embedding of the padding token what it is in the file.
     """
 
     model_type: str
     since: str
     fields: Callable[[PretrainedConfig], Fields]
+    keeps_padding: bool = True
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,6 @@ def _no_experts(config: PretrainedConfig) -> Fields:
 
 
 LATENT_HOMES = (
-    LatentHome("youtu", "5.0", lambda config: {}),
+    LatentHome("youtu", "5.0", lambda config: {}, keeps_padding=False),  # its _init_weights empties it, loaded or not
     LatentHome("deepseek_v3", "5.0", _no_experts),
 )

@@ -130,7 +130,7 @@ def _repaired(
 ) -> tuple[Mapping[str, Mapping[str, Gap]], dict[str, LatentWeights]]:
     """Refit the output projections, refine, and measure the damage."""
     forms, now = _forms(model, source, home, shape), dict(weights)
-    with done.clock("refit"):
+    with done.clock("refit"), eager(model):  # the home runs eagerly, and has to be given masks
         refit_outputs(model, forms, text, now)
     steps = how.steps if how.method == "refined" else 0
     longest = float("inf") if how.seconds is None else how.seconds / len(source.sites)

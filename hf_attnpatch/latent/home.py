@@ -66,7 +66,8 @@ def find_home(model: PreTrainedModel, source: Source, name: str) -> Home:
         if name not in ("auto", row.model_type):
             continue
         try:
-            home = Home(row, class_of(model, row))  # type: ignore[arg-type]
+            home = Home(row, class_of(model, row))
+            _check_padding(model, row)
             _prove(model, source, home)
             return home
         except Unfit as error:
@@ -139,6 +140,20 @@ def blank(source: Source, shape: Shape) -> dict[str, dict[str, Tensor]]:
     )
     sizes = {name: tensor.shape for name, tensor in shape.tensors(empty, torch.float32).items()}
     return {s.path: {name: torch.zeros(()).expand(size) for name, size in sizes.items()} for s in source.sites}
+
+
+def _check_padding(model: PreTrainedModel, row: LatentHome) -> None:
+    """Refuse a home that would load another embedding of the padding token than was saved.
+
+    Raises:
+        Unfit: so.
+    """
+    table = model.get_input_embeddings()
+    number = getattr(table, "padding_idx", None)
+    if row.keeps_padding or number is None:
+        return
+    if bool((table.weight[number] != 0).any()):
+        raise Unfit(f"sets the embedding of the padding token ({number}) to zero when it loads, and it is not zero here")
 
 
 def _prove(model: PreTrainedModel, source: Source, home: Home) -> None:

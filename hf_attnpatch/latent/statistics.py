@@ -13,7 +13,7 @@ from ..errors import AttnPatchError, CalibrationError
 from ..functional.gauge import Frame
 from ..functional.latent import Seen, assumed_mass, by_distance, mean_rotation
 from ..heads import calibration as cal
-from ..heads.calibration_text import Batch, split
+from ..heads.calibration_text import Batch, first, split
 from ..heads.estimate import input_sizes, sized
 from ..heads.repair import eager
 from ..heads.replay import Call, Streams
@@ -21,6 +21,7 @@ from ..heads.weights import HeadWeights, read_weights
 from ..sites import Site
 from .source import Source
 
+TOKENS = 16_384  # at least, and 32 for each dimension of keys and values
 MASS_TOKENS = 8192  # whose attention tells how far it looks
 
 
@@ -58,7 +59,8 @@ def measured(model: PreTrainedModel, source: Source, text: Sequence[Batch]) -> d
             )
 
     with eager(model):
-        cal.stream(model, source.sites, split(text, source.sites), see, "measuring attention")
+        enough = first(split(text, source.sites), max(TOKENS, 32 * source.cached))
+        cal.stream(model, source.sites, enough, see, "measuring attention")
     silent = next((path for path, found in sums.items() if not found.tokens), None)
     if silent is not None:
         raise AttnPatchError(f"{silent}: did not run on the calibration text, or on padding only.")
