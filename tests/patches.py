@@ -99,6 +99,8 @@ CASES = (
     Case("no_position_some", ap.NoPosition(layers=[1]), product=False),
     Case("rotary_some", ap.Rotary(theta=500.0, layers=[1]), product=False),
     Case("score_temperature", ap.ScoreTemperature(slope=0.3, step=8)),
+    Case("latent", ap.Latent(), product=False),
+    Case("latent_small", ap.Latent(cache_target=0.5), product=False),
     Case("position_table", ap.PositionTable(length=200)),
     Case("self_extend", ap.SelfExtend(window=6, group=3, trained=10), everywhere=True),
     Case("dual_chunk", ap.DualChunk(trained=12), product=False),
