@@ -353,12 +353,12 @@ def patch_latent(
     Args:
         model: a transformers model with its weights in memory; changed in place.
         rank: width of the latent, the constant channel included; with ``rope_dim``.
-        rope_dim: width of the rotary key, an even number; with ``rank``, or with ``cache_target``, which leaves the rest
-            to the latent. By default the best of three shares of the budget, as tried on the text.
+        rope_dim: width of the rotary key, an even number; with ``rank``, or with ``cache_target``, which leaves the
+            rest to the latent. By default the best of three shares of the budget, as tried on the text.
         cache_target: at most this share of the present cache (a float), or this many bytes per token (an int).
         method: how a budget is met. ``principal``: from the weights, as if attention fell with the distance.
-            ``calibrated``: from covariances and attention on text; then output projections are refitted. ``refined``, the
-            default: then improved layer by layer by gradient descent.
+            ``calibrated``: from covariances and attention on text; then output projections are refitted. ``refined``,
+            the default: then improved layer by layer by gradient descent.
         calibration: token ids (sequences, length), an iterable of dictionaries of model inputs, or strings with
             ``tokenizer``; ``"self"`` or :class:`OwnText` for text that the model writes. Some 64 sequences of 512 do.
         tokenizer: for strings.

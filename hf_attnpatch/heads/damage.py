@@ -49,7 +49,7 @@ class LayerDamage:
 
 @dataclass(frozen=True)
 class DamageReport(Shown):
-    """What sharing key-value heads, or compressing them, costs, layer by layer; ``str()`` is a table, ``save_figure`` draws it.
+    """What shared or compressed key-value heads cost, layer by layer; ``str()`` is a table, ``save_figure`` draws it.
 
     Attributes:
         layers: in order.

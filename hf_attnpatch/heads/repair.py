@@ -96,7 +96,7 @@ def repair(
         forms: of the modules.
         text: calibration batches, in an order that a seed gave.
         how: to refine.
-        stages: name of a stage (`merged`, `refitted`) -> weights by path. Those of the last are replaced by better ones.
+        stages: name of a stage (`merged`, `refitted`) -> weights by path; better ones replace those of the last.
         notes: gets a sentence where text is scarce.
 
     Returns:

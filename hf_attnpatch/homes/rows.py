@@ -196,7 +196,9 @@ HOMES = (
 
 def _no_experts(config: PretrainedConfig) -> Fields:
     """Every layer is dense; what its type asks of experts besides is as small as it may be."""
-    few = dict.fromkeys(("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "moe_intermediate_size"), 1)
+    few = dict.fromkeys(
+        ("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "moe_intermediate_size"), 1
+    )
     return {**few, "first_k_dense_replace": config.num_hidden_layers, "num_mtp_layers": 0}
 
 

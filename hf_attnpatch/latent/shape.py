@@ -96,12 +96,12 @@ class Shape:
         query = weights.query * self.query_scale
         like = query.new_zeros(())
         norm, undo = _norm(big, self.rank)
-        latent, key = weights.latent, weights.key
+        latent, key = weights.latent * undo, weights.key  # here its rounding differs from number to number
         down = torch.cat([latent, like.expand(1, latent.shape[1]), key])
         hot = torch.zeros(len(down), dtype=like.dtype, device=like.device)
         hot[self.rank - 1] = big
-        scale = torch.full((self.rank,), undo, dtype=like.dtype, device=like.device)
-        scale[-1] /= big
+        scale = torch.ones(self.rank, dtype=like.dtype, device=like.device)
+        scale[-1] = undo / big
         return {
             **self._queries(query, big),
             "kv_a_proj_with_mqa.weight": down[:, :-1],
@@ -135,4 +135,3 @@ def _norm(big: float, size: int) -> tuple[float, float]:
     exact = big / size**0.5
     norm = 2.0 ** round(torch.tensor(exact).log2().item())
     return norm, exact / norm
-

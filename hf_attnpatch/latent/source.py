@@ -70,13 +70,13 @@ def read_source(model: PreTrainedModel, anatomy: Anatomy) -> Source:
     path, why = next(iter({**anatomy.unread, **anatomy.other}.items()), ("", ""))
     if why or not sites:
         raise UnsupportedArchitecture(
-            f"{anatomy.architecture}: {path}: {why or 'no module has key and value heads'}; a latent takes the place of "
-            "the keys and values of all layers"
+            f"{anatomy.architecture}: {path}: {why or 'no module has key and value heads'}; a latent takes the place "
+            "of the keys and values of all layers"
         )
     odd = next((s for s in sites if _size(s) != _size(sites[0])), None)
     if odd is not None:
         raise UnsupportedArchitecture(
-            f"{odd.path}: has other heads than {sites[0].path}; one rank and one rotary width serve all layers. {_GROUPED}"
+            f"{odd.path}: has other heads than {sites[0].path}; one rank and one rotary width serve all. {_GROUPED}"
         )
     blind = next((s for s in sites if not s.output), None)
     if blind is not None:
@@ -106,13 +106,13 @@ def _same_everywhere(model: PreTrainedModel, anatomy: Anatomy) -> None:
     seen = sorted({w for w in layers.windows if w is not None})
     if seen:
         raise UnsupportedArchitecture(
-            f"{anatomy.architecture}: layers see {_listed(seen)} tokens back, and no stock latent type has windows; load "
-            "the model with sliding_window=None, which changes it beyond that length, or keep its heads"
+            f"{anatomy.architecture}: layers see {_listed(seen)} tokens back, and no stock latent type has windows; "
+            "load the model with sliding_window=None, which changes it beyond that length, or keep its heads"
         )
     if len(set(layers.bases)) > 1 or None in layers.bases or layers.temperature is not None:
         raise UnsupportedArchitecture(
-            f"{anatomy.architecture}: layers rotate differently, or by a temperature that grows with the position; in a "
-            "stock latent type one rotary table serves all layers"
+            f"{anatomy.architecture}: layers rotate differently, or by a temperature that grows with the position; in "
+            "a stock latent type one rotary table serves all layers"
         )
 
 
@@ -130,9 +130,9 @@ def _window(model: PreTrainedModel, anatomy: Anatomy) -> Window:
     switches = "dynamic" in found.rope_type or rope.get("short_factor") != rope.get("long_factor")
     if not isinstance(found.rope_type, str) or switches:
         raise UnsupportedArchitecture(
-            f"{found.path}: its frequencies ({found.rope_type}) change with the length of the text, or by the type of a "
-            "layer; a latent is compressed for one table. Load the model with a rope_type of default, linear, llama3 or "
-            "yarn, all of which can be said"
+            f"{found.path}: its frequencies ({found.rope_type}) change with the length of the text, or by the type "
+            "of a layer; a latent is compressed for one table. Load the model with a rope_type of default, linear, "
+            "llama3 or yarn, all of which can be said"
         )
     return window_of(model.get_submodule(found.path), declared_window(model.config))
 
@@ -140,8 +140,8 @@ def _window(model: PreTrainedModel, anatomy: Anatomy) -> Window:
 def _check_frames(site: Site, found: Frames) -> None:
     if found.normed:
         raise UnsupportedArchitecture(
-            f"{site.path}: {site.kind} divides every key by its own size after the projection (q/k norms), which is not "
-            f"linear in the hidden states: no latent holds such keys, as its norm is one for all heads. {_GROUPED}"
+            f"{site.path}: {site.kind} divides every key by its own size after the projection (q/k norms), which is "
+            f"not linear in the hidden states: no latent holds such keys, as its norm is one for all heads. {_GROUPED}"
         )
     if len(found.keys.fixed) or len(found.values.fixed):
         raise UnsupportedArchitecture(
@@ -149,6 +149,6 @@ def _check_frames(site: Site, found: Frames) -> None:
         )
     if len(found.keys.block):
         raise UnsupportedArchitecture(
-            f"{site.path}: only {2 * len(found.keys.planes)} of the {site.head_dim} dimensions of a head are rotated; a "
-            f"head of which all are (partial_rotary_factor 1) can become a latent. {_GROUPED}"
+            f"{site.path}: only {2 * len(found.keys.planes)} of the {site.head_dim} dimensions of a head are rotated; "
+            f"a head of which all are (partial_rotary_factor 1) can become a latent. {_GROUPED}"
         )

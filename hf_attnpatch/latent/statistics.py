@@ -50,7 +50,7 @@ def measured(model: PreTrainedModel, source: Source, text: Sequence[Batch]) -> d
     def see(site: Site, call: Call, own: Streams) -> None:
         if own.probabilities is None:
             raise AttnPatchError(
-                f"{site.path}: {site.kind} gives no attention weights, by which a latent is chosen; use method='principal'."
+                f"{site.path}: {site.kind} gives no attention weights, which choose a latent; use method='principal'."
             )
         _add(sums[site.path], own, call, source.frames[site.path].keys)
         if not bool(sums[site.path].states.isfinite().all()):
@@ -87,7 +87,9 @@ def assumed(model: PreTrainedModel, source: Source) -> dict[str, Seen]:
 def _no_sums(site: Site, length: int) -> _Sums:
     wide = site.num_kv_heads * (site.head_dim + site.v_head_dim)
     heads = site.num_heads
-    return _Sums(*(torch.zeros(s, dtype=torch.float64) for s in ((wide, wide), wide, (heads, site.head_dim), (heads, length))))
+    return _Sums(
+        *(torch.zeros(s, dtype=torch.float64) for s in ((wide, wide), wide, (heads, site.head_dim), (heads, length)))
+    )
 
 
 def _add(found: _Sums, own: Streams, call: Call, keys: Frame) -> None:
@@ -122,5 +124,3 @@ def _output(site: Site, weights: HeadWeights) -> Tensor:
     """W^T W summed over the query heads of each key-value head, (num_kv_heads, v_head_dim, v_head_dim)."""
     each = torch.einsum("xha,xhb->hab", weights.output, weights.output)
     return each.view(site.num_kv_heads, -1, *each.shape[1:]).sum(1)
-
-

@@ -16,7 +16,7 @@ from ..heads.calibration_text import Batch
 from ..heads.damage import DamageReport
 from ..latent.becoming import Weights
 from ..latent.conversion import Budget, How, convert
-from ..latent.home import check_name, find_home
+from ..latent.home import check_name, find_home, keeps
 from ..latent.shape import LEAST
 from ..latent.source import Source, read_source
 from ..patch import Patch, Proposal, changed
@@ -40,12 +40,12 @@ class Latent(Patch):
 
     Args:
         rank: width of the latent, the constant channel included; with ``rope_dim``.
-        rope_dim: width of the rotary key, an even number; with ``rank``, or with ``cache_target``, which leaves the rest
-            to the latent. By default the best of three shares of the budget, as tried on the text.
+        rope_dim: width of the rotary key, an even number; with ``rank``, or with ``cache_target``, which leaves the
+            rest to the latent. By default the best of three shares of the budget, as tried on the text.
         cache_target: at most this share of the present cache (a float), or this many bytes per token (an int).
         method: how a budget is met. ``principal``: from the weights, as if attention fell with the distance.
-            ``calibrated``: from covariances and attention on text; then output projections are refitted. ``refined``, the
-            default: then improved layer by layer by gradient descent.
+            ``calibrated``: from covariances and attention on text; then output projections are refitted. ``refined``,
+            the default: then improved layer by layer by gradient descent.
         calibration: token ids (sequences, length), an iterable of dictionaries of model inputs, or strings with
             ``tokenizer``; ``"self"`` or :class:`OwnText` for text that the model writes. Some 64 sequences of 512 do.
         tokenizer: for strings.
@@ -128,16 +128,20 @@ class Latent(Patch):
         weights = Weights(source, home, budget)
         paths = tuple(s.path for s in source.sites)
         notes = [
-            f"home: {home.row.model_type}; transformers from {home.row.since} on loads the checkpoint without this package"
+            f"home: {home.row.model_type}; transformers from {home.row.since} on loads the checkpoint without this "
+            "package"
         ]
         if budget is None:
             rank, rope = source.lossless
             notes.append(
-                f"nothing is lost: rank {rank} and rotary width {rope} in the place of {source.cached} numbers a token and "
-                "layer; a smaller cache takes a cache_target"
+                f"nothing is lost: rank {rank} and rotary width {rope} in the place of {source.cached} numbers a token "
+                "and layer; a smaller cache takes a cache_target"
             )
+            dtype = next(iter(model.parameters())).dtype
+            if not keeps(dtype):
+                notes.append(f"weights are rounded once more to {dtype}, which moves logits as its rounding does")
             after = f"{home.cls.__name__}: rank {rank}, rotary {rope}"
-            return Proposal((weights.edit(after),), paths, tuple(notes), preserves=True, patch=made)
+            return Proposal((weights.edit(after),), paths, tuple(notes), preserves=keeps(dtype), patch=made)
         said = f"{budget.total} of {source.cached} numbers a token and layer"
         if source.query_bias:
             notes.append("queries have a bias, which in a stock type takes a latent of their own, as wide as the model")
@@ -182,8 +186,8 @@ class Latent(Patch):
         if self.rank is not None:
             if self.rank > rank or (self.rope_dim or 0) > rope:
                 raise AttnPatchError(
-                    f"rank {self.rank} and rope_dim {self.rope_dim} are more than there is: rank {rank} and rope_dim {rope} "
-                    "lose nothing."
+                    f"rank {self.rank} and rope_dim {self.rope_dim} are more than there is: rank {rank} and rope_dim "
+                    f"{rope} lose nothing."
                 )
             return Budget(self.rank + (self.rope_dim or 0), self.rope_dim)
         total = self._total(model, source)
@@ -194,8 +198,8 @@ class Latent(Patch):
             width = min(self.rope_dim or 2, rope)
             raise AttnPatchError(
                 f"cache_target {self.cache_target!r} leaves {total} numbers a token and layer, and rope_dim "
-                f"{self.rope_dim} has to be between 2 and {rope}; the smallest cache_target that is possible with rope_dim "
-                f"{width} is {(width + 2) / source.cached:.4g}."
+                f"{self.rope_dim} has to be between 2 and {rope}; the smallest cache_target that is possible with "
+                f"rope_dim {width} is {(width + 2) / source.cached:.4g}."
             )
         return Budget(total, self.rope_dim)
 
@@ -235,6 +239,6 @@ def _check_target(target: object) -> None:
     number = isinstance(target, (int, float)) and not isinstance(target, bool) and target > 0
     if target is not None and not number:
         raise AttnPatchError(
-            f"cache_target is {target!r}; it must be a share of the present cache (a float such as 0.25), or bytes per token "
-            "(a whole number)."
+            f"cache_target is {target!r}; it must be a share of the present cache (a float such as 0.25), or bytes per "
+            "token (a whole number)."
         )
