@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .anatomy import Anatomy, describe
-from .edits import Edit, SetConfig, tried
+from .edits import BecomeModel, Edit, SetConfig, tried
 from .errors import AttnPatchError, NoWeights, PatchConflict
 from .exclusive import alone, lock_of
 from .interruption import all_or_nothing
@@ -129,6 +129,8 @@ def plan(model: PreTrainedModel, *patches: Patch) -> Plan:
 def _steps(model: PreTrainedModel, anatomy: Anatomy, patches: Sequence[Patch]) -> list[Step]:
     patches = in_order(patches)
     proposed = [_step(model, anatomy, patch) for patch in patches]
+    if len(patches) > 1 and any(_rewrites(step) for steps in proposed for step in steps):
+        return _in_turn(model, patches)
     clashes = _clashes(patches, [first for first, *_ in proposed])  # those that are put on again claim what they had
     for claim, *both in clashes:
         (first, one), (second, other) = both
@@ -140,6 +142,11 @@ def _steps(model: PreTrainedModel, anatomy: Anatomy, patches: Sequence[Patch]) -
     if clashes or (len(patches) > 1 and any(again for _, *again in proposed)):
         return _in_turn(model, patches)
     return [step for steps in proposed for step in steps]
+
+
+def _rewrites(step: Step) -> bool:
+    """Whether a step leaves other modules than those that the next one was proposed on."""
+    return any(isinstance(edit, BecomeModel) and edit.rewrites for edit in step.proposal.edits)
 
 
 def _one_moves(first: Patch, second: Patch) -> bool:

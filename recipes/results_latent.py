@@ -148,8 +148,8 @@ def _finding(grouped: Store, store: Store) -> str:
         if found is not None and ratio is not None:
             met = "as was aimed at" if ratio.value <= WANTED else f"the aim was {WANTED:g}"
             said.append(
-                f"at {target:g} of the cache a latent, refined, loses {found.value:.3f} nats per token: {ratio.value:.2f} "
-                f"of what shared heads lose at the same bytes ({met})"
+                f"at {target:g} of the cache a latent, refined, loses {found.value:.3f} nats per token: "
+                f"{ratio.value:.2f} of what shared heads lose at the same bytes ({met})"
             )
     return f"**{'; '.join(said).capitalize()}.**" if said else "Nothing was measured yet."
 

@@ -91,7 +91,7 @@ def test_a_home_that_empties_the_padding_row_holds_no_model_that_uses_it():
 @pytest.mark.parametrize(
     ("name", "more", "words"),
     [
-        ("llama, biases", {}, "no stock latent type holds it: youtu has no place for model.layers.0.mlp"),
+        ("llama, biases", {}, "deepseek_v3 has no place for model.layers.0.mlp"),
         ("mistral, windows", {}, "no stock latent type has windows; load the model with sliding_window=None"),
         (
             "llama",
@@ -201,6 +201,9 @@ def test_grouped_heads_can_become_a_latent_in_one_call():
     report = ap.apply(model, ap.GroupedQuery(num_kv_heads=2, method="mean"), ap.Latent())
     assert (model.config.kv_lora_rank, model.config.qk_rope_head_dim) == (33, 32)
     report.revert()
+    assert type(model) is transformers.LlamaForCausalLM
+    with pytest.raises(ap.PatchConflict, match="apply the patches in two calls"):
+        ap.apply(model, ap.GroupedQuery(num_kv_heads=2, method="mean"), ap.Latent(cache_target=0.5))
     assert type(model) is transformers.LlamaForCausalLM
 
 

@@ -35,7 +35,7 @@ class Weights:
 
     def edit(self, after: str) -> BecomeModel:
         """Return the edit, with a text for the report."""
-        return BecomeModel("", self, self.home.row.model_type, after)
+        return BecomeModel("", self, self.home.row.model_type, after, rewrites=True)
 
     def __call__(self, model: PreTrainedModel) -> PreTrainedModel:
         """Build the model with latent attention around all other parameters of this one."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..errors import UnsupportedArchitecture
+from ..errors import PatchConflict, UnsupportedArchitecture
 from ..heads.estimate import find_frames
 from ..heads.frames import Frames
 from ..heads.weights import has_bias
@@ -89,6 +89,21 @@ def read_source(model: PreTrainedModel, anatomy: Anatomy) -> Source:
         _check_frames(site, frames[site.path])
     biased = any(has_bias(model, site, site.layout.query) for site in sites)
     return Source(sites, frames, window, float(model.config.rope_parameters["rope_theta"]), biased)
+
+
+def check_same(model: PreTrainedModel, source: Source) -> None:
+    """Refuse to measure a model that another patch of the same call has yet to make.
+
+    Raises:
+        PatchConflict: so.
+    """
+    for site in source.sites:
+        rows = weight_rows(model.get_submodule(f"{site.path}.{site.layout.key}")).shape[0]
+        if rows != site.rows().key.numel() and not site.layout.fused:
+            raise PatchConflict(
+                f"{site.path}: a latent is compressed on the heads that are there, and another patch of this call "
+                "changes them; apply the patches in two calls."
+            )
 
 
 def _size(site: Site) -> tuple[int, ...]:
