@@ -26,6 +26,7 @@ from .edits import (
 from .errors import AttnPatchError, SelfCheckFailed, UnsupportedArchitecture
 from .exclusive import alone, lock_of
 from .few import calls_of_all, left, one_of_each
+from .functional.finite import all_finite
 from .interruption import all_or_nothing, ensured
 from .media import Probes, probes
 from .patch import Patch
@@ -119,7 +120,7 @@ def _applied(
 
 
 def _check_finite(model: PreTrainedModel, before: Trace) -> None:
-    if not before.logits.isfinite().all():
+    if not all_finite(before.logits):
         raise AttnPatchError(
             f"{type(model).__name__}: its logits on the probe are not finite before anything is patched; look at its "
             "weights and dtype, or pass probe={...} with inputs that it was made for."
@@ -165,7 +166,7 @@ def _as_expected(model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Tr
     except AttnPatchError:
         return None
     alike = after.logits.shape == before.logits.shape and whole.calls == before.calls
-    fine = alike and all(found.logits.isfinite().all() for found in (after, whole))
+    fine = alike and all(all_finite(found.logits) for found in (after, whole))
     return Trace(after.logits, whole.calls) if fine else None
 
 
@@ -255,7 +256,7 @@ def _check(
             f"({type(cause).__name__}: {' '.join(str(cause).split())[:200]}): this family needs something "
             "that the patch does not know. The model is unchanged; please report it."
         ) from error
-    if before.logits.shape != after.logits.shape or not after.logits.isfinite().all():
+    if before.logits.shape != after.logits.shape or not all_finite(after.logits):
         problem = disagreement(before.logits, after.logits)
         raise SelfCheckFailed(f"after patching, the logits are wrong on the probe: {problem}. The model is unchanged.")
     silent = next((s.patch.name for s in steps.steps if s.proposal.edits and not s.proposal.sites), None)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel
 
 from .errors import AttnPatchError, SelfCheckFailed, UnsupportedArchitecture
+from .functional.finite import all_finite
 from .media import AXES, Probes
 from .probe import Inputs, Trace, disagreement, largest_difference, trace
 from .selfcheck import decoded_with
@@ -62,7 +63,7 @@ def beside_text(model: PreTrainedModel, before: Before, preserves: bool) -> dict
     for what, inputs in before.inputs.items():
         after, wanted = _after(model, what, inputs, before.traces[what]), before.traces[what]
         problem = disagreement(wanted.logits, after.logits)
-        wrong = problem is not None and (preserves or not after.logits.isfinite().all() or "shape" in problem)
+        wrong = problem is not None and (preserves or not all_finite(after.logits) or "shape" in problem)
         if wrong or any(after.calls.get(path, 0) != count for path, count in wanted.calls.items()):
             raise SelfCheckFailed(
                 f"{type(model).__name__}, with {what}: {problem if wrong else 'the patch has no effect'}. The model is "

@@ -473,6 +473,7 @@ class BecomeModel(Edit):
             if vars(module).get("config") is borrowed:
                 module.config = config
         swaps = [
+            _ordered(vars(config), self.claim),  # taken back last
             *_swapped(model._modules, other._modules, self.claim),
             *_swapped(vars(model), {k: v for k, v in vars(other).items() if k not in _KEPT}, self.claim),
             *_swapped(vars(config), vars(borrowed), self.claim),
@@ -511,6 +512,20 @@ def _dropped(store: dict[str, Any], key: str, claim: str) -> Write:
         store[key] = old
 
     return Write(claim, lambda: key not in store, lambda: store.pop(key, None), undo)
+
+
+def _ordered(store: dict[str, Any], claim: str) -> Write:
+    """Return a write that does nothing, and puts the keys of a dictionary back into their present order."""
+    order, held = list(store), dict[str, Any]()
+
+    def undo() -> None:
+        held.update({**store, **held})  # where this is begun again, a key may be out of the dictionary
+        for key in sorted(held, key=lambda key: order.index(key) if key in order else len(order)):
+            store.pop(key, None)
+            store[key] = held[key]
+        held.clear()
+
+    return Write(claim, lambda: True, lambda: None, undo)
 
 
 def _checkpointing(model: PreTrainedModel, other: PreTrainedModel) -> None:

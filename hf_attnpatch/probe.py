@@ -18,6 +18,7 @@ from .configs import all_configs
 from .edits import Edit, tried
 from .errors import AttnPatchError, NoWeights, UnsupportedArchitecture
 from .exclusive import alone, lock_of
+from .functional.finite import all_finite
 from .interruption import ensured, removing
 from .upstream import words
 from .upstream.roles import predicted, roles_of
@@ -219,7 +220,7 @@ def disagreement(reference: Tensor, found: Tensor) -> str | None:
     """Say how far two sets of logits are apart, or None if rounding explains it."""
     if reference.shape != found.shape:
         return f"shape {tuple(found.shape)} instead of {tuple(reference.shape)}"
-    if not found.isfinite().all():
+    if not all_finite(found):
         return "not finite"
     difference, allowed = largest_difference(reference, found), TOLERANCE.get(found.dtype, 1e-2)
     return None if difference <= allowed else f"logits differ by {difference:.2g} of their size, {allowed:.0e} allowed"

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from .edits import tried
 from .errors import SelfCheckFailed
 from .few import one_of_each
+from .functional.finite import all_finite
 from .invariants.noise import rounding
 from .probe import Inputs, disagreement, largest_difference, quiet, valid
 from .stepwise import STEPS, NoCache, in_pieces, remembers, rereads, unmasked, writes_as_it_reads
@@ -155,7 +156,7 @@ def _whole(model: PreTrainedModel, given: Inputs) -> Tensor:
 def _apart(model: PreTrainedModel, given: Inputs, wanted: Tensor, found: Tensor) -> str | None:
     """Say how far apart both are, or None where rounding explains it: usually, or as measured in this model."""
     problem = disagreement(valid(model, wanted, given), valid(model, found, given))
-    if problem is None or wanted.shape != found.shape or not found.isfinite().all():
+    if problem is None or wanted.shape != found.shape or not all_finite(found):
         return problem
     apart = largest_difference(valid(model, wanted, given), valid(model, found, given))
     return None if apart <= rounding(model, lambda: predicted(model(**given))) else problem

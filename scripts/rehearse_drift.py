@@ -9,7 +9,8 @@
     python scripts/rehearse_drift.py --again crash silent vague refused q_proj   # only what these words say, once more
     python scripts/rehearse_drift.py --page                                 # asks nothing: writes what is there so far
 
-A copy changes what all models share and the models that are asked; `--whole-package` changes the others, too.
+A copy changes what all models share, the models that are asked and those of stock homes; `--whole-package` changes the
+others, too.
 
 The release is asked first, once for each state of this code; what was answered is kept in outputs/drift, and the same
 command goes on where it was stopped. With `--again`, answers of earlier states of this code count, and so do the
@@ -82,6 +83,18 @@ def folders(families: Iterable[str]) -> dict[str, str]:
     from transformers.models.auto.configuration_auto import model_type_to_module_name
 
     return {family: model_type_to_module_name(family) for family in families}
+
+
+def changed_models(families: Iterable[str]) -> list[str]:
+    """The folders below ``models`` that a copy changes: the families', those of stock homes, and the Auto classes'.
+
+    A model that moves to a home is of the home's classes: a copy that changed only those it came from would contradict
+    itself.
+    """
+    from hf_attnpatch.homes.rows import HOMES
+
+    homes = folders(home.model_type for home in HOMES)
+    return sorted({"auto", *folders(families).values(), *homes.values()})
 
 
 def remembered(file: Path, code: str, again: Collection[str] | None = None) -> dict[tuple[str, str], dict[Cell, Found]]:
@@ -178,7 +191,7 @@ def main() -> None:
     mutations = [*map(by_name, arguments.mutations), *own] or list(MUTATIONS)
     OUTPUTS.mkdir(parents=True, exist_ok=True)
     own_folder = folders(arguments.families)
-    models = () if arguments.whole_package else sorted({"auto", *own_folder.values()})
+    models = () if arguments.whole_package else changed_models(arguments.families)
     if arguments.page:
         arguments.again = []
     latest = arguments.again is not None

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+from standing import Standing
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import hf_attnpatch as ap
@@ -231,6 +232,25 @@ def test_a_family_without_a_home_says_what_each_home_lacks():
     report = ap.apply(model, ap.NoPosition())
     assert not report.stock
     assert "no stock type holds the result" in str(report)
+
+
+@pytest.mark.parametrize("patch", [ap.NoPosition(), ap.ScoreTemperature(slope=0.1, step=32)], ids=lambda p: p.name)
+def test_revert_puts_back_every_object_in_its_place(patch):
+    """The class, every container with its order, every byte; what the user has set meanwhile stays."""
+    model = made("llama")
+    ap.apply(copy.deepcopy(model), patch)  # the first time learns what later ones know
+    before = Standing(model)
+    report = ap.apply(model, patch)
+    assert type(model) is not before.classes[0][2], "the model has moved to a home"
+    report.revert()
+    assert before.difference() is None
+    report = ap.apply(model, patch)
+    model.config.of_the_user = 3
+    report.revert()
+    assert list(vars(model.config))[-1] == "of_the_user"
+    assert model.config.of_the_user == 3
+    del model.config.of_the_user
+    assert before.difference() is None
 
 
 def test_a_hook_of_the_users_is_not_lost():

@@ -24,7 +24,7 @@ from ..upstream.calls import BIDIRECTIONAL, CAUSAL, call_mask, sdpa_mask
 from .call import AttentionCall
 
 INSTEAD: ContextVar[Any] = ContextVar("hf_attnpatch_instead_of_masks", default=None)  # of a memory: hands its own out
-_MEMORIES = {"alive": 0}  # hooks that may set it; torch.compile cannot read a context variable, and asks their number
+_MEMORIES: list[None] = []  # one for each hook that may set it, which torch.compile can ask for; not the variable
 _MADE_BY = "attnpatch_mask"  # attribute of what attention modules are handed: the mask that made it
 _NEVER_NONE = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 Form = TypeVar("Form")
@@ -32,12 +32,8 @@ Form = TypeVar("Form")
 
 def count_memory(hook: object) -> None:
     """Ask whether a memory hands out masks of its own for as long as this hook lives."""
-
-    def gone() -> None:
-        _MEMORIES["alive"] -= 1
-
-    _MEMORIES["alive"] += 1
-    weakref.finalize(hook, gone)
+    _MEMORIES.append(None)
+    weakref.finalize(hook, _MEMORIES.pop)  # no line of ours: Python swallows a Ctrl-C there
 
 
 class AttentionMask:
@@ -257,7 +253,7 @@ def mask_function(kernel: str, written: bool = False) -> Callable[..., Any]:
 
     def mask(*args: Any, **kwargs: Any) -> Any:
         made = AttentionMask(kernel, {**dict(zip(words.MASKS, args, strict=False)), **kwargs})
-        memory = INSTEAD.get() if _MEMORIES["alive"] else None
+        memory = INSTEAD.get() if _MEMORIES else None
         if memory is not None and memory.asked_by(kwargs.get("config")):
             return memory.handed(made, written)
         return made.handed(written)

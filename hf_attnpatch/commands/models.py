@@ -166,8 +166,9 @@ def check_numbers(model: PreTrainedModel, name: str) -> None:
         AttnPatchError: says which tensor.
     """
     from ..errors import AttnPatchError
+    from ..functional.finite import all_finite
 
-    wrong = next((path for path, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    wrong = next((path for path, weight in model.named_parameters() if not all_finite(weight)), None)
     if wrong is not None:
         raise AttnPatchError(f"{name}: {wrong} holds numbers that are not finite; get the checkpoint anew.")
 

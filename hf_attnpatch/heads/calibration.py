@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import AttnPatchError, CalibrationError
+from ..functional.finite import all_finite
 from ..probe import input_device
 from ..progress import track
 from ..sites import Site
@@ -153,7 +154,7 @@ def measure(
         attended = (
             _attended(Socket(model, site), call, own, offsets[site.path]) if found.attended < VALUE_TOKENS else None
         )
-        if not all(part.isfinite().all() for part in (own.key, own.query, own.value)):
+        if not all(all_finite(part) for part in (own.key, own.query, own.value)):
             raise CalibrationError(
                 f"{site.path}: activations on the calibration text are not finite; check the weights and the dtype."
             )

@@ -15,6 +15,7 @@ from ..anatomy import Anatomy, Site
 from ..configs import config_at
 from ..edits import AddPreHook, Edit, ReplaceModule, SetAttribute, SetConfig
 from ..errors import AttnPatchError, UnsupportedArchitecture
+from ..functional.finite import all_finite
 from ..functional.grouping import resize_heads
 from ..layouts import is_transposed, weight_rows
 from ..modules.heads import GroupedProjection, NarrowCache
@@ -269,7 +270,7 @@ def _check_finite(path: str, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         AttnPatchError: so.
     """
-    wrong = next((name for name, t in tensors.items() if not t.is_meta and not bool(t.isfinite().all())), None)
+    wrong = next((name for name, t in tensors.items() if not t.is_meta and not all_finite(t)), None)
     if wrong is not None:
         raise AttnPatchError(
             f"{path}.{wrong}: the new heads are not finite: the weights that they are made of hold NaN or infinity, or "

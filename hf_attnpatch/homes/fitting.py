@@ -22,6 +22,7 @@ from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..interruption import inside
 from ..layers import Layers, read_layers
 from ..probe import Inputs, default_inputs, quiet, valid
+from ..upstream.roles import learn
 from .rows import HOMES, Home, LatentHome
 
 _EAGER = "eager"
@@ -230,6 +231,7 @@ def rebuilt(
         raise
     except BUILDING as error:
         raise Unfit(f"cannot be built: {' '.join(str(error).split())[:200]}") from error
+    learn(other)  # what its forwards call their arguments: nobody has described a model of this class yet
     return other.train(model.training)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import AttnPatchError, CalibrationError
+from ..functional.finite import all_finite
 from ..functional.gauge import Frame
 from ..functional.latent import Seen, assumed_mass, by_distance, mean_rotation
 from ..heads import calibration as cal
@@ -53,7 +54,7 @@ def measured(model: PreTrainedModel, source: Source, text: Sequence[Batch]) -> d
                 f"{site.path}: {site.kind} gives no attention weights, which choose a latent; use method='principal'."
             )
         _add(sums[site.path], own, call, source.frames[site.path].keys)
-        if not bool(sums[site.path].states.isfinite().all()):
+        if not all_finite(sums[site.path].states):
             raise CalibrationError(
                 f"{site.path}: activations on the calibration text are not finite; check the weights and the dtype."
             )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AttnPatchError
+from ..functional.finite import all_finite
 from ..schema import brief
 
 _LAYER = re.compile(r"(sinks\.)?(0|[1-9]\d{0,4})\.[kv]", re.ASCII)
@@ -80,7 +81,7 @@ def _check_keys(name: str, value: Any, number: Tensor) -> None:
     fits = isinstance(value, Tensor) and not value.is_meta and value.is_floating_point() and value.dim() == 4
     if not fits or (value.shape[0], value.shape[2]) != tuple(number.shape):
         raise _wrong(name, _said(value), f"floats of (batch, kv heads, held, d), {tuple(number.shape)} of them held")
-    if not bool(value.isfinite().all()):
+    if not all_finite(value):
         raise _wrong(name, "not finite", "finite numbers")
 
 

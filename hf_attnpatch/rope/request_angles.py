@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from ..interruption import inside
 from ..twin import Change
 from ..upstream import words
 from ..upstream.parts import made_like, parts_of
@@ -51,8 +52,9 @@ class Growth:
 
     def config(self, config: PretrainedConfig, module: nn.Module, length: int) -> PretrainedConfig:
         """Return a copy of a config for requests of so many tokens, at every position of them."""
-        with torch.device("cpu"):  # numbers, also where a model is being built without
-            fields, _ = scaled_fields(self.at(length), config, module, self.trained, self.compose)
+        fields, _ = inside(  # numbers, also where a model is being built without
+            torch.device("cpu"), lambda: scaled_fields(self.at(length), config, module, self.trained, self.compose)
+        )
         fields["rope_parameters"] = _unswitched(fields["rope_parameters"])
         copied = copy.copy(config)
         for name, value in fields.items():
@@ -115,8 +117,8 @@ class RequestAngles:
             if len(self.modules) >= _KEPT:
                 self.modules.popitem(last=False)
             kind: Any = type(module)
-            with torch.device("cpu"):
-                made: nn.Module = kind(self.growth.config(module.config, module, length))
+            config = self.growth.config(module.config, module, length)
+            made: nn.Module = inside(torch.device("cpu"), lambda: kind(config))
             self.modules[key] = made.to(device)
         return self.modules[key]
 

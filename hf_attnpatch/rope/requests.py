@@ -16,6 +16,7 @@ from ..anatomy import Anatomy
 from ..configs import config_at
 from ..edits import AddHook, AddPreHook, Edit, ReplaceModule, SetAttribute
 from ..errors import UnsupportedArchitecture
+from ..interruption import inside
 from ..patch import Proposal, changed
 from ..twin import Change, difference
 from ..upstream import words
@@ -98,8 +99,7 @@ class _Base:
         config: Any = copy.copy(old.config)
         Change("", "rope_parameters", self.parameters).assign(config)
         kind: Any = type(old)
-        with torch.device("cpu"):
-            made: nn.Module = kind(config)
+        made: nn.Module = inside(torch.device("cpu"), lambda: kind(config))
         return made
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
 from ..errors import UnsupportedArchitecture
+from ..interruption import inside
 from . import words
 from .find import changed, find
 from .roles import learn, resumed, roles_of
@@ -92,14 +93,11 @@ def interface() -> Interface:
     """
     global _KNOWN
     if _KNOWN is None:
-        with torch.device("cpu"):  # a model that asks may be in the middle of being built without data
-            try:
-                _KNOWN = _learned()
-            except (TypeError, AttributeError, LookupError, RuntimeError) as error:
-                cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                raise changed(
-                    f"attention or mask functions that are called in another way ({cause})", _NEEDS
-                ) from error
+        try:  # a model that asks may be in the middle of being built without data
+            _KNOWN = inside(torch.device("cpu"), _learned)
+        except (TypeError, AttributeError, LookupError, RuntimeError) as error:
+            cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise changed(f"attention or mask functions that are called in another way ({cause})", _NEEDS) from error
     return _KNOWN
 
 

@@ -272,10 +272,9 @@ class _Probe:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        with torch.device("meta"):
-            self.tokens = torch.zeros(_ROWS, _LENGTH, dtype=torch.int64)
-            self.positions = torch.zeros(_ROWS, _LENGTH, dtype=torch.int64)
-            self.keep = torch.ones(_ROWS, _LENGTH, dtype=torch.int64)
+        self.tokens = torch.zeros(_ROWS, _LENGTH, dtype=torch.int64, device="meta")
+        self.positions = torch.zeros(_ROWS, _LENGTH, dtype=torch.int64, device="meta")
+        self.keep = torch.ones(_ROWS, _LENGTH, dtype=torch.int64, device="meta")
         self.arrived: set[int] = set()  # what reached a module inside the language model
         self.cached = False  # whether one of those got a cache
         self.seen: dict[Any, dict[str, str]] = {}  # what the last forward showed, as in _FOUND

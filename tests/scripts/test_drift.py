@@ -34,7 +34,7 @@ COPIES = (
 def reference(tmp_path_factory):
     folders = rehearse_drift.folders(FAMILIES)
     assert folders == {"llama": "llama", "gpt2": "gpt2", "gemma3_text": "gemma3"}
-    models = ["auto", *folders.values()]
+    models = rehearse_drift.changed_models(FAMILIES)
     outputs = tmp_path_factory.mktemp("drift")
     return Reference(installed(), limit=120, outputs=outputs, models=models, folders=folders)
 
