@@ -45,7 +45,7 @@ PATCHES = {
     "position_table": About("PositionTable", "position_table", "helps", ("longformer", "hierarchical")),
     "no_position": About("NoPosition", "no_position", "needed", ("nope", "drope")),
     "score_temperature": About("ScoreTemperature", "score_temperature", "no", ("swan",)),
-    "latent": About("Latent", "", "helps", ("mla", "transmla")),
+    "latent": About("Latent", "latent", "helps", ("mla", "transmla")),
     "flash": About("Flash", "flash", "no", ("flash2",)),
 }
 # name -> (authors and year, title, identifier on arXiv or an address)
