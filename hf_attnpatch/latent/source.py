@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
@@ -149,7 +149,8 @@ def _window(model: PreTrainedModel, anatomy: Anatomy) -> Window:
             "of a layer; a latent is compressed for one table. Load the model with a rope_type of default, linear, "
             "llama3 or yarn, all of which can be said"
         )
-    return window_of(model.get_submodule(found.path), declared_window(model.config))
+    now = window_of(model.get_submodule(found.path), declared_window(model.config))
+    return replace(now, frequencies=now.frequencies.cpu())
 
 
 def _check_frames(site: Site, found: Frames) -> None:
