@@ -74,7 +74,7 @@ def _repaired(
     how = Refinement(steps, float("inf") if recipe.seconds is None else recipe.seconds / done.total)
     with done.clock("refinement" if steps else "damage"):
         gaps = repair(model, forms, text, how, stages, done.notes)
-    done.weights |= stages.get("refitted", stages["merged"])
+    done.weights.update(stages.get("refitted", stages["merged"]))
     for path, found in gaps.items():
         done.layers[path] = replace(done.layers[path], gaps=found)
 

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from ..errors import AttnPatchError, CalibrationError
 from ..functional.finite import all_finite
-from ..functional.gauge import Frame
 from ..functional.latent import Seen, assumed_mass, by_distance, mean_rotation
 from ..heads import calibration as cal
 from ..heads.calibration_text import Batch, first, split
@@ -37,6 +36,21 @@ class _Sums:
     tokens: int = 0
     attended: int = 0
 
+    def add(self, own: Streams, probabilities: Tensor, call: Call) -> None:
+        """Add what a module was seen to compute with; of padding, only attention has to be left out."""
+        states = torch.cat([own.key.flatten(1), own.value.flatten(1)], dim=1).float()
+        self.states += (states.t() @ states).double().cpu()
+        self.mean += states.double().sum(0).cpu()
+        self.query += own.query.double().square().sum(0).cpu()
+        self.tokens += len(states)
+        if self.attended < MASS_TOKENS:
+            seen = probabilities.float()
+            if call.tokens is not None:
+                seen = seen * call.tokens[:, None, :, None]
+            mass = by_distance(seen.sum(0)).double().cpu()
+            self.mass[:, : mass.shape[1]] += mass
+            self.attended += len(states)
+
 
 def measured(model: PreTrainedModel, source: Source, text: Sequence[Batch]) -> dict[str, Seen]:
     """Measure all modules in one pass over a text, with eager attention, which gives its weights.
@@ -53,7 +67,7 @@ def measured(model: PreTrainedModel, source: Source, text: Sequence[Batch]) -> d
             raise AttnPatchError(
                 f"{site.path}: {site.kind} gives no attention weights, which choose a latent; use method='principal'."
             )
-        _add(sums[site.path], own, call, source.frames[site.path].keys)
+        sums[site.path].add(own, own.probabilities, call)
         if not all_finite(sums[site.path].states):
             raise CalibrationError(
                 f"{site.path}: activations on the calibration text are not finite; check the weights and the dtype."
@@ -91,22 +105,6 @@ def _no_sums(site: Site, length: int) -> _Sums:
     return _Sums(
         *(torch.zeros(s, dtype=torch.float64) for s in ((wide, wide), wide, (heads, site.head_dim), (heads, length)))
     )
-
-
-def _add(found: _Sums, own: Streams, call: Call, keys: Frame) -> None:
-    states = torch.cat([own.key.flatten(1), own.value.flatten(1)], dim=1).float()
-    found.states += (states.t() @ states).double().cpu()
-    found.mean += states.double().sum(0).cpu()
-    found.query += own.query.double().square().sum(0).cpu()
-    found.tokens += len(states)
-    assert own.probabilities is not None
-    if found.attended < MASS_TOKENS:
-        seen = own.probabilities.float()
-        if call.tokens is not None:
-            seen = seen * call.tokens[:, None, :, None]
-        mass = by_distance(seen.sum(0))
-        found.mass[:, : mass.shape[1]] += mass.double().cpu()
-        found.attended += len(states)
 
 
 def _seen(source: Source, site: Site, sums: _Sums, weights: HeadWeights) -> Seen:
