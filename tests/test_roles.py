@@ -6,8 +6,9 @@ import inspect
 import pytest
 import torch
 from architectures import tiny_model
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM, MptForCausalLM
 from transformers.models.llama import modeling_llama
+from transformers.models.mpt import modeling_mpt
 
 import hf_attnpatch as ap
 from hf_attnpatch.probe import default_inputs, largest_difference, trace
@@ -66,6 +67,26 @@ def test_a_cache_of_a_name_that_no_release_has_is_found(strange_llama):
     learn(strange_llama)
     for path in ("", "model", "model.layers.0", "model.layers.0.self_attn"):
         assert roles_of(strange_llama.get_submodule(path)).name(words.CACHE) == "kv_store"
+
+
+def test_what_asks_for_a_cache_is_found_inside_too(monkeypatch):
+    """By default MPT keeps no cache: a memory that missed the argument of the decoder would keep one nevertheless."""
+    monkeypatch.setattr(roles, "_FOUND", {})
+    monkeypatch.setattr(roles, "_RUN", set())
+    asks = words.ARGUMENTS[words.USE_CACHE][0]
+    for kind in (modeling_mpt.MptModel, MptForCausalLM):
+        monkeypatch.setattr(kind, "forward", _renamed(kind.forward, asks, "keep_states"))
+    monkeypatch.setattr(
+        modeling_mpt.MptModel, "__call__", _translating(modeling_mpt.MptModel.__call__, asks, "keep_states")
+    )
+    model = tiny_model("mpt")
+    learn(model)
+    assert roles_of(model).name(words.USE_CACHE) == "keep_states"
+    assert roles_of(model.transformer).name(words.USE_CACHE) == "keep_states"
+    ap.apply(model, ap.SegmentRecurrence(segment_length=8, memory_length=6))
+    ids = {"input_ids": torch.arange(3, 11)[None]}
+    assert model(**ids, keep_states=False).get(NOW) is None
+    assert model(**ids, keep_states=True).get(NOW) is not None
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from .parts import parts_of
 _ROWS, _LENGTH = 3, 11  # of the probe: sizes that no model has by chance
 FAILURES = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ArithmeticError, AssertionError)
 
+_YES: Any = type("_Yes", (int,), {})(1)  # True, to be known again wherever a forward hands it on
 _FOUND: dict[Any, dict[str, str]] = {}  # forward function -> role -> name
 _MAKE_ANGLES: set[Any] = set()  # forward functions whose output attention modules get as their angles
 _TABLES: dict[type, set[str]] = {}  # class of models -> paths of modules with a table that were given positions
@@ -310,18 +311,20 @@ class _Probe:
             if roles_of(self.model).takes(role):
                 continue
             self._forward({name: value})
+            seen = dict(self.seen)
             if role == words.USE_CACHE:
                 plays = self.cached and not self._keeps(name)
             else:
                 plays = id(value) in self.arrived
             if plays:
+                self.seen = seen
                 self._keep()
                 _FOUND.setdefault(_key(self.model), {})[role] = name
                 return
 
     def _sentinels(self) -> dict[str, Any]:
         wanted = {words.CACHE: self._cache(), words.POSITIONS: self.positions, words.MASK: self.keep}
-        return {**{role: value for role, value in wanted.items() if value is not None}, words.USE_CACHE: True}
+        return {**{role: value for role, value in wanted.items() if value is not None}, words.USE_CACHE: _YES}
 
     def _keeps(self, name: str) -> bool:
         """Whether attention modules get a cache although an argument is False."""
@@ -394,6 +397,8 @@ class _Probe:
             return words.POSITIONS
         if value is self.keep:
             return words.MASK
+        if value is _YES:
+            return words.USE_CACHE
         if isinstance(value, Tensor):
             whole = value.dim() == 3 and value.shape[:2] == (_ROWS, _LENGTH) and value.is_floating_point()
             square = value.dim() == 4 and value.shape[1] == 1 and value.shape[-2:] == (_LENGTH, _LENGTH)
