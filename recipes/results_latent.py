@@ -79,13 +79,13 @@ def of_shared(grouped: Store, store: Store, name: str) -> Interval | None:
 
 def write(grouped: Store, store: Store, every: Sequence[Cell], folder: Path) -> None:
     """Writes the table and the figure of what there is."""
-    write_page(folder / "README.md", _page(grouped, store, every))
     figure = _figure(grouped, store, every)
     if figure is not None:
         save(figure, folder / "excess.png")
+    write_page(folder / "README.md", _page(grouped, store, every, "" if figure is None else "excess.png"))
 
 
-def _page(grouped: Store, store: Store, every: Sequence[Cell]) -> list[str]:
+def _page(grouped: Store, store: Store, every: Sequence[Cell], drawn: str) -> list[str]:
     head = (
         "bytes of",
         "what",
@@ -107,7 +107,7 @@ def _page(grouped: Store, store: Store, every: Sequence[Cell]) -> list[str]:
         "* `excess`: nats per token above the original, with 95 % intervals over documents, paired. Bytes are measured "
         "on a cache, and hold the constant channel; one rank and one rotary width serve all layers.",
         markdown(head, rows),
-        "![excess loss by bytes](excess.png)",
+        f"![excess loss by bytes]({drawn})" if drawn else "",
         *([f"Not measured yet: {', '.join(missing)}."] if missing else []),
         conditions(store),
     ]
