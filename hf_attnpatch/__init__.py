@@ -1,11 +1,11 @@
 """Swap the attention or the positions of a pretrained transformers model, exactly and reversibly.
 
-``from hf_attnpatch import *`` teaches the verbs and the patches that are most used. Every other name of the package is
-an attribute of it, too (``hf_attnpatch.patch_re_rope``): types of what the verbs return, errors, and what is marked
-experimental in its docstring, whose arguments may still get other names or defaults between minor versions.
+``from hf_attnpatch import *`` imports the verbs and the most used patches. Every other public name is an attribute of
+the package, too (``hf_attnpatch.patch_re_rope``): result types, errors, and experimental functions, whose arguments may
+still change names or defaults between minor versions.
 
-Importing this package patches nothing; it only teaches ``AutoConfig`` the model type of its own checkpoints. All else
-is imported when it is first asked for: it needs transformers' model classes, which take longer to import than torch.
+Importing this package patches nothing; it only registers the model type of its own checkpoints with ``AutoConfig``.
+Everything else is imported on first use, because transformers' model classes take longer to import than torch.
 """
 
 import importlib
@@ -229,10 +229,10 @@ _DEFINES = {
 _MODULE_OF = {name: module for module, names in _DEFINES.items() for name in names}
 
 
-if not TYPE_CHECKING:  # to a type checker, it would make every misspelt name a public one
+if not TYPE_CHECKING:  # hidden from type checkers, to which any misspelt name would look public
 
     def __getattr__(name: str) -> Any:
-        """Import the module that defines a public name (PEP 562); the name is then an ordinary one."""
+        """Import the module that defines a public name (PEP 562), and keep the name as an attribute."""
         if name not in _MODULE_OF:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
@@ -245,7 +245,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Keeps ``plan`` and ``verify`` what they are, functions, when Python binds the modules of these names here."""
+    """Keeps ``plan`` and ``verify`` functions, although Python binds the modules of these names here."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _MODULE_OF and isinstance(value, ModuleType)):

@@ -1,4 +1,4 @@
-"""What a model is, read from its modules and weights: never written, never guessed from the config alone."""
+"""Describes a model: attention modules and positions, read from modules and weights, not from the config alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .attention.alibi import AlibiBias, NoBias, bias_left_out
 from .attention.relative import Relative
 from .attention.rotation import Rotation
 from .attention.wrapper import wrappers_of
-from .configs import config_path
+from .configs import config_path, declared
 from .errors import UnsupportedArchitecture
 from .layers import unrotated
 from .modules.added import CHILD, LearnedPositions, SinusoidalPositions
@@ -35,8 +35,8 @@ class RotaryModule:
     Attributes:
         path: as in ``named_modules``.
         kind: class name.
-        rope_type: transformers' name for its frequencies, by layer type where nested.
-        config: dotted path of the config that built it, None where it was built from something else.
+        rope_type: transformers' name of its frequencies, by layer type if nested.
+        config: dotted path of the config that built it, None if something else did.
     """
 
     path: str
@@ -47,25 +47,25 @@ class RotaryModule:
 
 @dataclass(frozen=True)
 class Anatomy(Shown):
-    """A model as patches see it.
+    """The description of a model on which patches work.
 
     Attributes:
         model_type: of the config that holds the attention fields.
         architecture: class name of the model.
         sites: attention modules, in order.
-        other: paths of modules that mix tokens but keep no keys and values of their own, with what they do instead.
+        other: paths of modules that mix tokens without their own keys and values, with what they do instead.
         unread: paths of modules that look like attention but match no layout, with the reason.
         rotary: modules computing rotary angles.
         tables: learned or fixed position tables: path and number of rows.
-        alibi: whether scores are biased by distance.
+        alibi: whether scores have an ALiBi bias.
         max_positions: the context length that the config declares, in tokens.
-        stilled: modules computing rotary angles that this package made turn nothing, or that no layer uses.
-        inner: paths of modules that gather angles from a table of theirs, whose rows limit the length: attention
-            modules that rotate so, or the module that makes the angles for them.
-        wrappers: path of an attention module -> what this package put around it, outermost first, by name.
-        added: what this package adds to the embeddings: ``sinusoidal``, ``table`` or, for nothing, an empty string.
-        distances: paths of the tables of a learned bias by distance, one number for each head (T5).
-        base: path of the language model proper, which gets token ids and holds all attention; None where not found.
+        stilled: rotary modules that this package fixed at position 0, or that no layer uses.
+        inner: paths of modules that gather angles from their own table, whose rows limit the length: attention modules
+            that rotate in this way, or the module that makes the angles for them.
+        wrappers: path of an attention module -> names of this package's wrappers around it, outermost first.
+        added: what this package adds to the embeddings: ``sinusoidal``, ``table``, or an empty string for nothing.
+        distances: paths of the tables of a learned relative bias, one number for each head (T5).
+        base: path of the language model, which receives token ids and contains all attention; None if not found.
     """
 
     model_type: str
@@ -86,17 +86,17 @@ class Anatomy(Shown):
 
     @property
     def biased(self) -> tuple[str, ...]:
-        """Paths of the modules that this package gave a bias by distance."""
+        """Paths of the modules to which this package added an ALiBi bias."""
         return self.wrapped_by(AlibiBias.name)
 
     @property
     def turned(self) -> tuple[str, ...]:
-        """Paths of the modules that this package made rotate."""
+        """Paths of the modules to which this package added rotation."""
         return self.wrapped_by(Rotation.name)
 
     @property
     def relative(self) -> tuple[str, ...]:
-        """Paths of the modules that this package gave Transformer-XL's position terms."""
+        """Paths of the modules to which this package added Transformer-XL's position terms."""
         return self.wrapped_by(Relative.name)
 
     def wrapped_by(self, name: str) -> tuple[str, ...]:
@@ -105,13 +105,13 @@ class Anatomy(Shown):
 
     @property
     def attending(self) -> tuple[str, ...]:
-        """Paths of the modules of the language model that attend to its own tokens; all others where none was read."""
+        """Paths of the language model's self-attention modules; of all other modules if none was read."""
         read = tuple(s.path for s in self.sites if not s.cross and not s.tower)
         return read or tuple(path for path in (*self.other, *self.unread) if not in_tower(path))
 
     @property
     def native(self) -> bool:
-        """Whether attention modules compute their scores by themselves, and dispatch to no attention function."""
+        """Whether attention modules compute their own scores instead of calling an attention function."""
         return bool(self.sites) and not any(site.dispatches for site in self.sites)
 
     @property
@@ -129,7 +129,7 @@ class Anatomy(Shown):
         return " + ".join(name for name, there in found if there) or "none or inside the attention module"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form; a layout is told by its name."""
+        """Return the JSON form, with layouts by name."""
         sites = [
             {**{f.name: getattr(s, f.name) for f in dataclasses.fields(s)}, "layout": s.layout.name} for s in self.sites
         ]
@@ -148,7 +148,7 @@ class Anatomy(Shown):
 
 
 def describe(model: PreTrainedModel) -> Anatomy:
-    """Read where a model attends and how it knows positions.
+    """Describe where a model attends and how it encodes positions. The model is only read.
 
     Args:
         model: any transformers model with its weights in place.
@@ -214,7 +214,7 @@ def _rotary(model: PreTrainedModel) -> Iterator[tuple[RotaryModule, bool]]:
 
 
 def _tables(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
-    """Yield the path and the rows of each position table: of those that are called so, or that are given positions."""
+    """Yield the path and the rows of each position table, found by its name or because positions are passed to it."""
     named = [path for path, _ in model.named_modules() if path.rpartition(".")[2] in _TABLES]
     for paths in (named, sorted(position_tables(model))):
         found = {path: weight for path in paths if (weight := _table(model.get_submodule(path))) is not None}
@@ -230,7 +230,7 @@ def _table(module: nn.Module) -> Tensor | None:
 
 
 def angle_table(module: nn.Module) -> str | None:
-    """Return the name of the table from which a module gathers angles by position, (positions, width); None without."""
+    """Return the name of the table from which a module gathers angles, (positions, width); None if there is none."""
     if not roles_of(module).takes(words.POSITIONS) or not (hasattr(module, "rotary_dim") or makes_angles(module)):
         return None
     held = {**vars(module), **module._buffers}
@@ -240,7 +240,7 @@ def angle_table(module: nn.Module) -> str | None:
 
 
 def _base(model: PreTrainedModel, attention: list[str]) -> str | None:
-    """Return the path of the innermost model that takes token ids or embeddings, and all attention below it."""
+    """Return the path of the innermost model that takes token ids or embeddings and contains all attention."""
     found = None
     for path, module in model.named_modules():
         if isinstance(module, PreTrainedModel) and attention:
@@ -261,8 +261,8 @@ def _alibi(model: PreTrainedModel) -> bool:
     if any(map(bias_left_out, model.modules())):
         return False
     config = model.config.get_text_config(decoder=True)
-    declared = getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False)
-    return bool(declared) or any(
+    said = declared(config, "alibi") or getattr(declared(config, "attn_config"), "alibi", False)
+    return bool(said) or any(
         hasattr(m, n) for m in model.modules() for n in ("build_alibi_tensor", "build_mpt_alibi_tensor")
     )
 

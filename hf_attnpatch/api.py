@@ -1,4 +1,4 @@
-"""plan -> apply -> self-check -> report -> record."""
+"""``apply``: plan, edit, self-check, report and record."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .functional.finite import all_finite
 from .interruption import all_or_nothing, ensured
 from .media import Probes, probes
 from .patch import Patch
-from .plan import Plan, plan
+from .plan import Plan, plan_in_place
 from .probe import (
     Inputs,
     Trace,
@@ -48,29 +48,29 @@ from .upstream import words
 from .upstream.roles import roles_of
 
 
-@torch.inference_mode(False)  # tensors made within it could never be trained
+@torch.inference_mode(False)  # inference tensors could never be trained
 def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, self_check: bool = True) -> Report:
-    """Patch a model in place, check it on a few tokens, and say what happened.
+    """Patch a model in place, check it on a few tokens, and report what was done.
 
-    Either everything happens or nothing: an exception anywhere, Ctrl-C included, unwinds every write; the model is
-    bitwise what it was. Two threads may patch one model, one after the other; none may run it meanwhile.
-    New weights are made layer by layer; the replaced ones stay in memory, for ``revert``, until the report is dropped.
+    Everything happens or nothing: any exception, Ctrl-C included, undoes every write, and the model is bitwise what it
+    was. Two threads may patch one model, one after the other; none may run it meanwhile. New weights are made layer by
+    layer; the replaced ones stay in memory, for ``revert``, until the report is dropped.
 
     Args:
         model: a transformers model with its weights in memory.
-        patches: in order.
-        probe: inputs for the self-check; by default two rows of eight tokens, one left-padded, and with an image, sound
-            or whatever else the model takes, as far as that can be built.
-        self_check: run the model on the probe before and after. Turn off only where it cannot run here.
+        patches: in the order in which they are applied.
+        probe: inputs for the self-check; by default two rows of eight tokens, one left-padded, and images, sound or
+            other inputs that the model takes, as far as they can be built.
+        self_check: run the model on the probe before and after. Turn it off only if the model cannot run here.
 
     Raises:
-        AttnPatchError: see :func:`plan`; and ``SelfCheckFailed`` where the patched model does not do as promised.
+        AttnPatchError: see :func:`plan`; ``SelfCheckFailed`` if the patched model breaks a promise of the patch.
     """
     warn_if_newer()
     given = None if probe is None else checked_inputs("probe", probe)
     lock = lock_of(model)
     with alone(lock):
-        steps = plan(model, *patches)
+        steps = plan_in_place(model, *patches)
         if not steps.edits:
             return Report(steps, {"edits": "none needed; the model is untouched"}, None)
         check_in_memory(model)
@@ -90,7 +90,7 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
 def _applied(
     model: PreTrainedModel, steps: Plan, given: Inputs | None, self_check: bool, writes: list[Write]
 ) -> tuple[dict[str, str], dict[str, Any]]:
-    """Write, check, and return what the checks and what the patches found."""
+    """Write the edits, check the model, and return the results of the checks and of the patches."""
     sites = tuple(dict.fromkeys(path for step in steps.steps for path in step.proposal.sites))
     asked = (probes(model) if given is None else Probes(given)) if self_check else None
     inputs = None if asked is None else asked.main
@@ -106,7 +106,7 @@ def _applied(
     if inputs is None or before is None:
         return {"self-check": "not run"}, findings
     after = None if cut is None else _as_expected(model, steps, inputs, before, cut)
-    if cut is not None and after is None:  # whose fault it is, only the whole model can tell
+    if cut is not None and after is None:  # only the whole model shows what is wrong
         undo_all(writes)
         before = trace(model, inputs, sites)
         _check_finite(model, before)
@@ -128,19 +128,19 @@ def _check_finite(model: PreTrainedModel, before: Trace) -> None:
 
 
 def _preserves(steps: Plan) -> bool:
-    """Whether no patch may change the logits."""
+    """Return whether no patch may change the logits."""
     return all(s.proposal.preserves or not s.proposal.edits for s in steps.steps)
 
 
 def _cut(model: PreTrainedModel, steps: Plan, inputs: Inputs) -> FirstLayers | None:
-    """Return the first layers that are enough to compare, where inputs are tokens of one sequence; None for all."""
+    """Return the edit that keeps enough layers for a comparison, if inputs are tokens of one sequence; else None."""
     names = roles_of(model).names
     plain = set(inputs) <= {names.get(words.TOKENS), names.get(words.MASK)}
     return one_of_each(model, steps.anatomy.attending) if plain else None
 
 
 def _before(model: PreTrainedModel, inputs: Inputs, sites: tuple[str, ...], cut: FirstLayers | None) -> Trace:
-    """Run the unpatched model, or its first layers, which tell how often modules in the others run."""
+    """Run the unpatched model, or its first layers, from which the calls of all modules follow."""
     if cut is None:
         return trace(model, inputs, sites)
     try:
@@ -152,13 +152,13 @@ def _before(model: PreTrainedModel, inputs: Inputs, sites: tuple[str, ...], cut:
 
 
 def _as_expected(model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Trace, cut: FirstLayers) -> Trace | None:
-    """Run the patched model's first layers, and all of it on two tokens; None where anything is not as expected.
+    """Run the patched model's first layers, and all of it on two tokens; None if anything is unexpected.
 
-    Decoding is then held to the same layers, so that the whole model has to run only once.
+    Decoding is then checked on the same layers, so that the whole model runs only once.
     """
     sites, rows = tuple(before.calls), {name: tensor[: len(tensor) // 2, :2] for name, tensor in inputs.items()}
     if not sites or one_of_each(model, steps.anatomy.attending) != cut:
-        return None  # nothing was seen to run, or the patch has made layers of one kind different
+        return None  # no module ran, or layers of one kind differ after the patch
     try:
         with tried(model, [cut]):
             after = trace(model, inputs, left(cut, sites))
@@ -172,7 +172,7 @@ def _as_expected(model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Tr
 
 @contextlib.contextmanager
 def patched(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None) -> Iterator[Report]:
-    """Patch for the length of a ``with`` block; afterwards the model is bitwise what it was."""
+    """Patch for the duration of a ``with`` block; afterwards the model is bitwise what it was."""
     reports: list[Report] = []
 
     def put_back() -> None:
@@ -187,7 +187,7 @@ def patched(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None
 def _bookkeeping(
     model: PreTrainedModel, steps: Plan, findings: Mapping[str, object]
 ) -> Iterator[SetAttribute | SetConfig | SetConfigClass]:
-    """Yield the edits that make the config remember, and save under our model type where stock would load it wrong."""
+    """Yield the edits of the record, and of the model type where stock transformers would load it wrongly."""
     recorded = [s for s in steps.steps if s.patch.recorded and s.proposal.edits]
     if not recorded:
         return
@@ -208,7 +208,7 @@ def _bookkeeping(
     )
     yield SetConfig("", record.FIELD, after.to_dict())
     source = record.loaded_from(model)
-    if source:  # what lies under that name is another model from here on
+    if source:  # the name now refers to another model
         yield SetAttribute("", record.LOADED_FROM, source)
         yield SetConfig("", "_name_or_path", record.IN_MEMORY)
         yield SetAttribute("", "name_or_path", record.IN_MEMORY)
@@ -218,7 +218,7 @@ def _bookkeeping(
 
 
 def _contexts(before: tuple[int, ...], change: tuple[int, int] | None) -> tuple[int, ...]:
-    """Return the lengths that a tokenizer may have been made for, and the last."""
+    """Return the lengths for which a tokenizer may have been made, and the last."""
     return before if change is None else (*before, *change) if change[0] not in before else (*before, change[1])
 
 
@@ -231,19 +231,20 @@ def _version() -> str:
 def _check(
     model: PreTrainedModel, steps: Plan, inputs: Inputs, before: Trace, reached: bool, after: Trace | None
 ) -> dict[str, str]:
-    """Run the patched model and hold it to what was promised.
+    """Run the patched model and check what the patches promise.
 
     Args:
-        model: patched.
-        steps: what was done.
-        inputs: of its forward.
-        before: what it computed unpatched.
+        model: the patched model.
+        steps: the plan that was carried out.
+        inputs: of the forward.
+        before: the trace of the unpatched model.
         reached: whether a probe calls a patched module.
-        after: what it computes now; None runs it.
+        after: the trace of the patched model; None runs it.
 
     Raises:
-        SelfCheckFailed: not finite, another shape, a patched site never called, or logits moved that must not.
-        UnsupportedArchitecture: the patched attention is given what it cannot compute with.
+        SelfCheckFailed: non-finite logits, another shape, a patched module that never ran, or logits that must not
+            change.
+        UnsupportedArchitecture: the patched attention receives arguments that it cannot compute with.
     """
     try:
         after = trace(model, inputs, tuple(before.calls)) if after is None else after
@@ -282,10 +283,10 @@ def _check(
 
 
 def _check_decoding(model: PreTrainedModel, steps: Plan, inputs: Inputs, writes: list[Write]) -> dict[str, str]:
-    """Hold cached decoding to the full forward; a fault that the model had before the patch is said, not refused.
+    """Compare cached decoding with the full forward; a fault that existed before the patch is reported, not refused.
 
     Raises:
-        SelfCheckFailed: the patched model decodes something else than it computes at once, and did not before.
+        SelfCheckFailed: the patched model decodes other logits than its full forward, and did not before.
     """
     promises = [s.proposal.promise for s in steps.steps if s.proposal.promise is not None]
     sites = steps.anatomy.attending

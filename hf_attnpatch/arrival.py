@@ -1,6 +1,6 @@
-"""Makes the model type of this package known to transformers the moment that it could be asked for, and not before.
+"""Registers this package's model type with transformers as soon as that is imported, and not before.
 
-Importing transformers takes seconds, with torch; ``attnpatch --help`` and whoever only reads a record need neither.
+Importing transformers takes seconds; ``attnpatch --help`` and reading a record do not need it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-AWAITED = "transformers.models.auto.configuration_auto"  # has the table that Auto classes look model types up in
+AWAITED = "transformers.models.auto.configuration_auto"  # the module with the table of model types
 
 
 def register_on_arrival() -> None:
-    """Register the model type now if transformers has its table of model types, otherwise once that is imported."""
+    """Register the model type now if transformers' table of model types is loaded, otherwise when it is imported."""
     if AWAITED in sys.modules:
         _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -30,7 +30,7 @@ def _register() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds nothing by itself: passes one module on to the finders behind it, to hear when it has been loaded."""
+    """Finds nothing itself; wraps the loader of one module to learn when it has been loaded."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != AWAITED or self not in sys.meta_path:
@@ -43,7 +43,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """Loads as the loader inside does, and registers the model type afterwards."""
+    """Loads a module as the inner loader does, then registers the model type."""
 
     def __init__(self, inner: Loader):
         self.inner = inner
@@ -57,6 +57,6 @@ class _Loader(Loader):
         try:
             self.inner.exec_module(module)
             _register()
-        except BaseException:  # Ctrl-C, say: the next import hears of it again
+        except BaseException:  # such as Ctrl-C: the next import tries again
             sys.meta_path.insert(0, _Finder())
             raise

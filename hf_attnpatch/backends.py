@@ -1,4 +1,4 @@
-"""Attention backends: which there are, fastest first, and what each needs to run here."""
+"""The attention backends, fastest first, and what each needs to run here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CAPABILITY = {"flash_attention_2": (8, 0), "flash_attention_3": (9, 0), "flash_
 
 @dataclass(frozen=True)
 class Candidate:
-    """What a backend is asked to serve: a model, its dtype, its largest head and whether gradients are needed."""
+    """The conditions for a backend: a model, its dtype, its largest head and whether gradients are needed."""
 
     model: PreTrainedModel
     dtype: torch.dtype
@@ -37,14 +37,14 @@ class Candidate:
 
 
 def ranked(device: torch.device) -> tuple[str, ...]:
-    """Return backends to try on this device, fastest first."""
+    """Return the backends to try on this device, fastest first."""
     if device.type == "cuda":
         return ("flash_attention_4", "flash_attention_3", "flash_attention_2", "sdpa", "flex_attention")
     return ("sdpa", "flex_attention")
 
 
 def obstacle(name: str, want: Candidate) -> str | None:
-    """Say what keeps a backend from running here, or None; nothing is run.
+    """Return what keeps a backend from running here, or None; nothing is run.
 
     Args:
         name: a backend or a kernels-hub repository.

@@ -1,4 +1,4 @@
-"""What ``apply`` asks of a patched model beside text: images, sound, types of tokens, positions of several axes."""
+"""Self-checks beside text: images, sound, token types, positions with several axes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .selfcheck import decoded_with
 
 @dataclass(frozen=True)
 class Before:
-    """What a model computed before the patch.
+    """Results of the unpatched model.
 
     Attributes:
-        inputs: what is in them -> inputs beside the main ones.
-        traces: likewise, what came of them.
-        decoding: likewise, what was wrong with decoding them, None where nothing was.
-        missing: what could not be tried, with the reason.
-        silent: paths of modules to be patched that none of the inputs reached.
+        inputs: name of what they contain -> inputs beside the main ones.
+        traces: name -> the trace.
+        decoding: name -> what was wrong with decoding, None if nothing was.
+        missing: name of what could not be tried -> the reason.
+        silent: paths of modules to be patched that no input reached.
     """
 
     inputs: Mapping[str, Inputs] = field(default_factory=dict)
@@ -34,13 +34,13 @@ class Before:
 
 
 def remember(model: PreTrainedModel, asked: Probes, main: Trace, sites: tuple[str, ...]) -> Before:
-    """Run what there is beside the main probe, before anything is patched.
+    """Run the inputs beside the main probe, before anything is patched.
 
     Args:
-        model: unpatched.
+        model: the unpatched model.
         asked: the probes.
-        main: what came of the main one.
-        sites: paths of the modules that are to be patched.
+        main: the trace of the main one.
+        sites: paths of the modules that will be patched.
     """
     traces = {what: trace(model, inputs, sites) for what, inputs in asked.more.items()}
     silent = tuple(s for s in sites if not any(s in t.calls for t in (main, *traces.values())))
@@ -49,15 +49,15 @@ def remember(model: PreTrainedModel, asked: Probes, main: Trace, sites: tuple[st
 
 
 def beside_text(model: PreTrainedModel, before: Before, preserves: bool) -> dict[str, str]:
-    """Run the same on the patched model, and return what to say of it.
+    """Run the same inputs on the patched model, and return the results as text.
 
     Args:
-        model: patched.
-        before: what it computed unpatched.
+        model: the patched model.
+        before: results of the unpatched model.
         preserves: whether the patch must not change the logits.
 
     Raises:
-        SelfCheckFailed: it does not run with something that it ran with before, or does so wrongly.
+        SelfCheckFailed: the patched model fails, or is wrong, on inputs that worked before.
     """
     found = {}
     for what, inputs in before.inputs.items():
@@ -90,7 +90,7 @@ def _after(model: PreTrainedModel, what: str, inputs: Inputs, before: Trace) -> 
     except AttnPatchError as error:
         cause = error.__cause__ or error
         hint = "several axes of positions (images)" if what == AXES else what
-        refused = isinstance(cause, AttnPatchError)  # with a reason: this cannot be, and nothing went wrong
+        refused = isinstance(cause, AttnPatchError)  # a refusal with a reason, not a failure
         raise (UnsupportedArchitecture if refused else SelfCheckFailed)(
             f"{type(model).__name__} runs with {hint} before the patch, and does not after it "
             f"({type(cause).__name__}: {' '.join(str(cause).split())[:240]}). The model is unchanged. Pass "

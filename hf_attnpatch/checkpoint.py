@@ -1,4 +1,4 @@
-"""Loading what was patched and saved, with the right class and without being told which."""
+"""Loads patched checkpoints with the right class."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from .showing import line
 _AUTO = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText")
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
-_WHERE = ("revision", "token", "cache_dir", "subfolder", "local_files_only")  # options that say where files are
+_WHERE = ("revision", "token", "cache_dir", "subfolder", "local_files_only")  # options that locate files
 
 
 def load(name: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
-    """Load a model of any task, patched or not, as the class that its config names, with every tensor that it needs.
+    """Load a model of any task, patched or not, as the class that its config names, with every tensor it needs.
 
-    A checkpoint that stock transformers can express is loaded by it; for another the recorded structure is rebuilt
-    first (:mod:`hf_attnpatch.foreign`). No code from the checkpoint runs, and none that its config names, unless
-    ``trust_remote_code=True`` is passed; nothing asks. See `docs/trust.md` of this package.
+    Stock transformers loads a checkpoint that it can express; for others the recorded structure is rebuilt first
+    (:mod:`hf_attnpatch.foreign`). No code from the checkpoint runs, and none that its config names, unless
+    ``trust_remote_code=True`` is passed; there is no prompt. See `docs/trust.md` of this package.
 
     Args:
         name: folder or hub repository.
         options: passed to ``from_pretrained``: ``dtype``, ``device_map``, ``revision``, ``attn_implementation`` ...
 
     Raises:
-        AttnPatchError: no such folder, the record is damaged or of a newer release, the config asks for code or for
-            absurd sizes, a tensor is missing, no Auto class knows the architecture, or the connection to the Hub broke.
+        AttnPatchError: no such folder, a damaged record or one of a newer release, a config that asks for code or
+            absurd sizes, a missing tensor, no Auto class for the architecture, or a broken connection to the Hub.
         OSError: transformers finds no such checkpoint.
     """
     options = {"trust_remote_code": False, **options}
@@ -52,7 +52,7 @@ def load(name: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
 
 
 def config_of(name: str | os.PathLike[str], **options: Any) -> PretrainedConfig:
-    """Return the config of a checkpoint, after looking at what it asks for; see :func:`load`."""
+    """Return the config of a checkpoint after checking what it asks for; see :func:`load`."""
     check_name(name)
     trust, hub = bool(options.get("trust_remote_code")), {key: options[key] for key in _WHERE if key in options}
     untrusted.check(str(name), hub, trusted=trust)
@@ -60,7 +60,7 @@ def config_of(name: str | os.PathLike[str], **options: Any) -> PretrainedConfig:
 
 
 def _check_whole(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
-    """Refuse a model some of whose tensors were in no file: transformers fills them with random numbers."""
+    """Refuse a model with tensors that no file contains; transformers fills them with random numbers."""
     missing = sorted(info["missing_keys"])
     if missing:
         few = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
@@ -71,7 +71,7 @@ def _check_whole(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -> 
 
 
 def check_name(name: object) -> None:
-    """Hold what is to be loaded to a folder that is there, or to what may be the name of a repository.
+    """Check that a name is an existing folder, or may be the name of a repository.
 
     Raises:
         AttnPatchError: it is neither.
@@ -86,7 +86,7 @@ def check_name(name: object) -> None:
 
 
 def tokenizer_of(name: str, **options: Any) -> Any | None:
-    """Return the tokenizer of a checkpoint, or None where it has none. No code from the checkpoint runs; see above.
+    """Return the tokenizer of a checkpoint, or None if it has none. No code from the checkpoint runs; see above.
 
     Args:
         name: folder or hub repository.
@@ -108,7 +108,7 @@ def tokenizer_of(name: str, **options: Any) -> Any | None:
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """Return what gives the architecture named in a config, task head included: an Auto class, or a patched class.
+    """Return what loads the architecture named in a config, task head included: an Auto class, or a patched class.
 
     Raises:
         AttnPatchError: no Auto class of the installed transformers knows it.
@@ -117,7 +117,9 @@ def auto_class(config: PretrainedConfig) -> Any:
     wanted = [name.removeprefix("Patched") for name in _architectures(config)]
     remote = {} if foreign.is_patched(config) else getattr(config, "auto_map", None) or {}
     for name in dict.fromkeys(names):
-        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)  # whose truth imports every family
+        mapping = getattr(
+            getattr(modeling_auto, name), "_model_mapping", None
+        )  # testing its truth imports every family
         found = mapping[type(config)] if mapping is not None and type(config) in mapping else ()
         classes = found if isinstance(found, (list, tuple)) else (found,)
         if any(cls.__name__.removeprefix("Patched") in wanted for cls in classes) or name in remote:
@@ -133,10 +135,10 @@ def auto_class(config: PretrainedConfig) -> Any:
 
 
 def _architectures(config: PretrainedConfig) -> list[str]:
-    """Return the class names in a config, which whoever made the checkpoint wrote.
+    """Return the class names in a config, which are data of whoever made the checkpoint.
 
     Raises:
-        AttnPatchError: they are no list of names.
+        AttnPatchError: they are not a list of names.
     """
     found = getattr(config, "architectures", None)
     if found is None:

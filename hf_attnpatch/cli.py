@@ -77,12 +77,12 @@ def options(
         bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print versions and exit.")
     ] = False,
 ) -> None:
-    """Take what stands before the command."""
+    """Handle the options before the command."""
 
 
 @command(app, "describe", "attnpatch describe embedded", "attnpatch describe openai-community/gpt2 --json")
 def describe(model: Model, revision: Revision = None, trust_remote_code: Trust = False) -> None:
-    """Say where a model attends and how it knows positions. Reads the config only; no weights are loaded."""
+    """Describe where a model attends and how it encodes positions. Reads the config only; no weights are loaded."""
     import hf_attnpatch as ap
 
     source = cli_models.Source(name=model, revision=revision, trust_remote_code=trust_remote_code)
@@ -108,7 +108,7 @@ def plan(
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Say what `apply` would do, and do nothing. Weights are loaded only for what is tried or measured to choose."""
+    """Show what `apply` would do, and do nothing. Weights are loaded only if a choice has to be tried or measured."""
     import hf_attnpatch as ap
 
     kept = voice.kept_patches(context)
@@ -187,7 +187,7 @@ def verify(
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Probe a checkpoint, patched or not, and pass or fail each invariant; exit with 1 if one fails."""
+    """Run a checkpoint, patched or not, and pass or fail each invariant; the exit code is 1 if one fails."""
     from .verify import verify as probe
 
     where = {"dtype": dtype, "device": device, "revision": revision, "trust_remote_code": trust_remote_code}
@@ -198,7 +198,7 @@ def verify(
 
 @command(app, "demo", "attnpatch demo", "attnpatch demo --output /tmp/demo --json")
 def demo(output: Annotated[Path, typer.Option(help="Folder for tables and figures.")] = Path("outputs/demo")) -> None:
-    """Patch, uptrain and evaluate the embedded model; prints a table and where the figures are."""
+    """Patch, train and evaluate the embedded model; prints a table and the place of the figures."""
     from .demo import run
 
     with voice.stdout_is_for_machines():
@@ -217,7 +217,7 @@ cli_listing.add(app)
 
 
 def main() -> None:
-    """Run the command line; asked to end, it ends as after an error: nothing half-made stays."""
+    """Run the command line; a signal ends it like an error: nothing unfinished stays."""
     try:
         with ended_by_signals():
             code = app(prog_name="attnpatch", standalone_mode=False)
@@ -234,13 +234,13 @@ def main() -> None:
 
 
 def _say_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print a traceback, in which names of a checkpoint or tokens may be quoted."""
+    """Print a traceback, which may quote names in a checkpoint or tokens."""
     told = "".join(traceback.format_exception(kind, error, trace))
     typer.echo(visible(confidential.hidden(told)), err=True)
 
 
 def _say_usage(error: Any) -> NoReturn:
-    """Say in one line what is wrong with a command line, what was wanted, and how it is used."""
+    """Return one line on what is wrong with a command line, what was wanted, and how it is used."""
     said, parameter, context = error.format_message(), getattr(error, "param", None), getattr(error, "ctx", None)
     if said.startswith("Missing") and parameter is not None:
         name = parameter.opts[0] if parameter.param_type_name == "option" else (parameter.metavar or parameter.name)

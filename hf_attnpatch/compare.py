@@ -1,4 +1,4 @@
-"""``compare``: what a patch cost and what it gained, as a folder to read, to show and to publish."""
+"""``compare``: measures what a patch costs and gains, and writes a report."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def compare(
 ) -> Comparison:
     """Measure two models side by side and write a report: what a patch cost and what it gained.
 
-    Every part (the loss of one model, the damage by layer ...) is kept in ``out/parts`` as soon as it is finished,
-    under a digest of all that it depends on: weights, configs, text, settings. So the same command goes on where it was
-    interrupted, and another patched model in the same folder re-uses what is known of the original.
+    Every part (the loss of one model, the damage by layer ...) is stored in ``out/parts`` when it is finished, under a
+    digest of all that it depends on: weights, configs, text, settings. The same command therefore continues where it
+    was interrupted, and another patched model in the same folder re-uses the results of the original.
 
     Args:
         original: a causal language model, or a folder or Hub name of one.
@@ -52,16 +52,16 @@ def compare(
         out: folder for ``report.md``, ``report.html``, ``metrics.json``, figures and parts.
         parts: of :data:`.comparing.settings.PARTS`; all by default.
         text: whole documents; by default those that ship with this package.
-        text_name: of the text, for a reader.
-        tokenizer: of both models; by default that of their checkpoints.
-        command: that repeats this, for a reader.
-        say: is told of every part that begins or ends.
+        text_name: name of the text in the report.
+        tokenizer: for both models; None takes that of their checkpoints.
+        command: that repeats the comparison, for the report.
+        say: called with a message for every part that begins or ends.
         loading: options of ``from_pretrained`` for models given by name: ``dtype``, ``trust_remote_code`` ...
         amounts: how much is measured: fields of :class:`.comparing.settings.Settings`.
 
     Raises:
-        EvaluationError: the tokenizers differ, there is too little text, a setting cannot be right, or a loss is not
-            finite; finished parts are kept.
+        EvaluationError: the tokenizers differ, there is too little text, a setting is invalid, or a loss is not finite;
+            finished parts are kept.
         AttnPatchError: a model cannot be loaded.
         MissingExtra: matplotlib is not installed.
     """
@@ -90,8 +90,8 @@ def _pair(
     amounts: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> Pair:
-    """Load what is given by name, and check that it can be compared."""
-    import_pyplot("drawing a comparison")  # before an hour of measuring, not after it; so is the folder
+    """Load the models given by name, and check that they can be compared."""
+    import_pyplot("drawing a comparison")  # checked, like the folder, before an hour of measuring
     if out.exists() and not out.is_dir():
         raise AttnPatchError(f"compare: {out} is a file; wanted a folder for the report.")
     check_results(out, FILES, METRICS, KEYS)
@@ -107,7 +107,7 @@ def _pair(
 
 
 def _measured(pair: Pair, store: Store, say: Callable[[str], None]) -> tuple[dict[str, Any], dict[str, float]]:
-    """Measure what is not in the store; return results by part, and seconds by piece of work, also of earlier runs."""
+    """Measure what is not in the store; return results by part, and seconds by piece of work of all runs."""
     left_out = why_not(pair)
     todo = [part for part in all_parts(pair) if part.name not in left_out]
     found: dict[str, Any] = {}
@@ -132,7 +132,7 @@ def _measured(pair: Pair, store: Store, say: Callable[[str], None]) -> tuple[dic
 
 
 def _name(model: Named) -> str:
-    """Return how a reader knows a model: a repository, or the last part of a path."""
+    """Return the name of a model for a reader: a repository, or the last part of a path."""
     name = record.loaded_from(model) if isinstance(model, PreTrainedModel) else str(model)
     return (Path(name).resolve().name if Path(name).exists() else name) or "a model in memory"
 

@@ -1,9 +1,10 @@
-"""Finding one's way in a model's tree of configs."""
+"""A model's tree of configs, and models built from a config on the meta device."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -48,12 +49,21 @@ def all_configs(model: PreTrainedModel) -> list[PretrainedConfig]:
     return list(found.values())
 
 
+def declared(config: PretrainedConfig, name: str, absent: Any = None) -> Any:
+    """Return a field of a config, or ``absent`` where its class does not declare it.
+
+    A checkpoint that was converted from another type often keeps fields that its model does not read.
+    """
+    known = inspect.signature(type(config).__init__).parameters
+    return getattr(config, name, absent) if config.attribute_map.get(name, name) in known else absent
+
+
 _BUILDING: ContextVar[bool] = ContextVar("hf_attnpatch_building", default=False)
 
 
 @contextlib.contextmanager
 def building() -> Iterator[None]:
-    """Let classes of transformers be built from a patched config: what is missing is restored, or only compared."""
+    """Allow building transformers' classes from a patched config, to restore what is missing or only to compare."""
     before = _BUILDING.get()
     with ensured(lambda: _BUILDING.set(before)):
         _BUILDING.set(True)
@@ -68,10 +78,10 @@ def is_building() -> bool:
 def skeleton(
     model: PreTrainedModel, change: Callable[[PretrainedConfig], None] | None = None, attention: str | None = None
 ) -> Any:
-    """Build a model's class once more, on the meta device: its modules without data. The model is only read.
+    """Build the model's class again on the meta device: its modules without data. The model is only read.
 
     Args:
-        model: whose class and config are used.
+        model: gives the class and the config.
         change: edits the copy of the config.
         attention: the attention implementation of the copy; None keeps the model's.
     """

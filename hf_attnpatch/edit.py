@@ -1,8 +1,8 @@
-"""What an edit is: one write with a claim (what it touches).
+"""Base class of edits: one write to a model, with a claim on what it touches and a way back.
 
-``prepare`` makes all that is to be written and returns a :class:`Write`, which does it, knows whether it still stands
-and takes it back: the very objects that were there are put back. Whoever writes keeps the :class:`Write` before it is
-done, so that an interruption at any moment finds the way back.
+``prepare`` makes everything that will be written and returns a :class:`Write`, which writes it, knows whether it is
+still in place, and undoes it by putting the very same objects back. Callers keep the :class:`Write` before it is done,
+so that an interruption at any moment finds the way back.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ ABSENT = object()
 
 @dataclass(frozen=True)
 class Write:
-    """One edit of one model, ready to be done and to be taken back, as often as wanted.
+    """One prepared edit of one model, which can be done and undone any number of times.
 
     Attributes:
         claim: what the edit touches.
-        stands: whether the edit is in place, that is, whether taking it back would undo it and nothing else.
+        stands: returns whether the edit is in place, that is, whether undoing it would change nothing else.
         do: writes.
-        undo: takes it back; nothing is lost if that was done before, or the write was not, or not wholly.
-        place: what is written over; of several writes to one place, the last one has to stand. None: nothing else is.
+        undo: undoes it; harmless if it was undone before, never done, or done in part.
+        place: identifies what is overwritten; of several writes to one place the last has to stand. None: nothing is.
+        settle: called when all writes of a call are done: what they made of this one's result is no outside change.
     """
 
     claim: str
@@ -43,6 +44,7 @@ class Write:
     do: Callable[[], None]
     undo: Callable[[], None]
     place: Hashable = None
+    settle: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Edit(ABC):
 
     Attributes:
         path: the module (or the config) it writes to, as in ``named_modules``; empty for the model itself.
-        rung: how deep this cuts: config, attribute, attention, weights, module, hook, model.
+        rung: the kind of edit: config, attribute, attention, weights, module, hook or model.
     """
 
     rung: ClassVar[str]
@@ -60,18 +62,18 @@ class Edit(ABC):
     @property
     @abstractmethod
     def claim(self) -> str:
-        """What is touched; two patches with an equal claim are in conflict."""
+        """What the edit touches; two patches with an equal claim are in conflict."""
 
     @abstractmethod
     def preview(self, model: PreTrainedModel) -> tuple[str, str]:
-        """Return what is there and what would be, as short texts."""
+        """Return the old and the new value as short texts."""
 
     @abstractmethod
     def prepare(self, model: PreTrainedModel) -> Write:
-        """Make what is to be written, and write nothing."""
+        """Prepare the write, and write nothing."""
 
     def run(self, model: PreTrainedModel) -> Write:
-        """Write, all or nothing, and return the way back."""
+        """Write all or nothing, and return the way back."""
         write = self.prepare(model)
         try:
             write.do()
@@ -82,7 +84,7 @@ class Edit(ABC):
 
 
 def swap(store: dict[str, Any], key: str, value: Any, claim: str) -> Write:
-    """Return the write of ``value`` under ``key``; it remembers the object, or the absence, that is there now."""
+    """Return the write of ``value`` under ``key``; it keeps the present object, or its absence, for the way back."""
     old = store.get(key, ABSENT)
     kinds = _kinds(value)
 
@@ -100,28 +102,31 @@ def swap(store: dict[str, Any], key: str, value: Any, claim: str) -> Write:
 
 
 def write_all(model: PreTrainedModel, edits: Sequence[Edit], writes: list[Write]) -> None:
-    """Prepare and do edits one after the other; each is in ``writes`` before it is done."""
+    """Prepare and do edits in order; each is in ``writes`` before it is done."""
     for edit in edits:
         write = edit.prepare(model)
         writes.append(write)
         write.do()
+    for write in writes:
+        if write.settle is not None:
+            write.settle()
 
 
 def lost(writes: Sequence[Write]) -> list[str]:
-    """Return the claims of writes over which something else was written since."""
+    """Return the claims of writes that were overwritten since."""
     last = {id(write) if write.place is None else write.place: write for write in writes}
     return [write.claim for write in last.values() if not write.stands()]
 
 
 def undo_all(writes: Sequence[Write]) -> None:
-    """Take writes back, the last one first; they stay in the list, so that this may be begun again."""
+    """Undo writes in reverse order; they stay in the list, so that this can be repeated."""
     for write in reversed(writes):
         write.undo()
 
 
 @contextlib.contextmanager
 def tried(model: PreTrainedModel, edits: Sequence[Edit]) -> Iterator[None]:
-    """Edit a model for the length of a block."""
+    """Edit a model for the duration of a block."""
     writes: list[Write] = []
     with ensured(lambda: undo_all(writes)):
         write_all(model, edits, writes)
@@ -129,7 +134,7 @@ def tried(model: PreTrainedModel, edits: Sequence[Edit]) -> Iterator[None]:
 
 
 def _kinds(value: Any) -> set[tuple[torch.dtype, torch.device]]:
-    """Dtypes and devices of a module's real numbers; none of what is no module, or has none in memory."""
+    """Return the dtypes and devices of a module's floating-point tensors in memory; empty for other values."""
     if not isinstance(value, nn.Module):
         return set()
     tensors = (t for t in (*value.parameters(), *value.buffers()) if t.is_floating_point() and not t.is_meta)
@@ -137,7 +142,7 @@ def _kinds(value: Any) -> set[tuple[torch.dtype, torch.device]]:
 
 
 def _follow(old: Any, new: Any, before: set[tuple[torch.dtype, torch.device]]) -> None:
-    """Cast and move a module that comes back as the one in its place was since, with the rest of the model."""
+    """Cast and move a module that is put back in the way that its replacement was since."""
     now = _kinds(new)
     if not isinstance(old, nn.Module) or not now or now == before:
         return
@@ -155,7 +160,7 @@ def short(value: Any) -> str:
 
 
 def check_hooks(path: str, old: nn.Module, new: nn.Module) -> None:
-    """Refuse to lose what a user has hung on a module that is replaced; patches know about hooks of this package.
+    """Refuse to lose a user's hooks on a module that is replaced; patches handle this package's own hooks.
 
     Raises:
         AttnPatchError: a hook or a parametrization of the old module is not on the new one.

@@ -1,4 +1,4 @@
-"""The only code that writes to a model. Every edit knows its way back before it writes (:mod:`.edit`)."""
+"""The edits: the only code that writes to a model. Every edit knows its way back before it writes (:mod:`.edit`)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class SetConfig(Edit):
-    """Set one field of a config (``path`` is the sub-config). The value is stored as given, aliases resolved."""
+    """Set one field of a config (``path`` is the sub-config). The value is stored as given, under its real name."""
 
     rung = "config"
     field: str
@@ -60,7 +60,7 @@ class SetConfig(Edit):
         return _short(getattr(config_at(model, self.path), self.field, None)), _short(self.value)
 
     def prepare(self, model: PreTrainedModel) -> Write:
-        """Let a copy of the config validate the value."""
+        """Validate the value on a copy of the config."""
         config = config_at(model, self.path)
         setattr(copy.copy(config), self.field, self.value)
         return _swap(vars(config), config.attribute_map.get(self.field, self.field), self.value, self.claim)
@@ -84,13 +84,13 @@ class SetAttribute(Edit):
         return _short(getattr(model.get_submodule(self.path), self.name, None)), _short(self.value)
 
     def prepare(self, model: PreTrainedModel) -> Write:
-        """It goes into the instance's dictionary."""
+        """Prepare the write to the instance's dictionary."""
         return _swap(vars(model.get_submodule(self.path)), self.name, self.value, self.claim)
 
 
 @dataclass(frozen=True)
 class ReplaceModule(Edit):
-    """Put another module in the place of one; its tensors are made only when the edit runs, not when it is planned.
+    """Replace a module; the new one's tensors are made only when the edit runs, not when it is planned.
 
     The way back keeps the old module, so both live until the report is dropped.
 
@@ -109,11 +109,11 @@ class ReplaceModule(Edit):
         return self.path
 
     def preview(self, model: PreTrainedModel) -> tuple[str, str]:
-        """What stands there and what will."""
+        """Return the old and the new module."""
         return _short(model.get_submodule(self.path)), self.after
 
     def prepare(self, model: PreTrainedModel) -> Write:
-        """Make the child that will take the old one's place in its parent's order."""
+        """Make the module that will take the old one's place in its parent's order."""
         parent, _, name = self.path.rpartition(".")
         old = model.get_submodule(self.path)
         new = self.make(old).train(old.training)
@@ -125,7 +125,7 @@ class ReplaceModule(Edit):
 
 @dataclass(frozen=True)
 class AddModule(Edit):
-    """Give a module a child that it did not have; ``make`` builds it from the parent when the edit runs."""
+    """Add a child to a module; ``make`` builds it from the parent when the edit runs."""
 
     rung = "module"
     name: str
@@ -138,18 +138,18 @@ class AddModule(Edit):
         return f"{self.path}.{self.name}".lstrip(".")
 
     def preview(self, model: PreTrainedModel) -> tuple[str, str]:
-        """What will stand there."""
+        """Return the new child."""
         return "-", self.after
 
     def prepare(self, model: PreTrainedModel) -> Write:
-        """Make it; it will stand behind the other children."""
+        """Make the child, which will follow the other children."""
         parent = model.get_submodule(self.path)
         return _swap(parent._modules, self.name, self.make(parent).train(parent.training), self.claim)
 
 
 @dataclass(frozen=True)
 class SetBuffer(Edit):
-    """Put another tensor in the place of a buffer; it is made from the old one when the edit runs."""
+    """Replace a buffer by a tensor made from the old one when the edit runs."""
 
     rung = "attribute"
     name: str
@@ -173,7 +173,7 @@ class SetBuffer(Edit):
 
 @dataclass(frozen=True)
 class AddPreHook(Edit):
-    """Register a forward pre-hook (with keyword arguments) on a module, behind those there are or before them."""
+    """Register a forward pre-hook (with keyword arguments) on a module, after the present hooks or before them."""
 
     rung = "hook"
     hook: Callable[..., Any]
@@ -190,20 +190,20 @@ class AddPreHook(Edit):
         return "-", self.after
 
     def prepare(self, model: PreTrainedModel) -> Write:
-        """It will be found again by its identity, so that nothing depends on what registering it returns."""
+        """Prepare the registration; the hook is found again by its identity, whatever registering it returns."""
         module = model.get_submodule(self.path)
         stores = (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
         return self._registered(module.register_forward_pre_hook, *stores)
 
     def _registered(self, register: Callable[..., Any], hooks: dict[int, Any], *marks: dict[int, Any]) -> Write:
-        """Return the write that registers the hook among ``hooks``, where ``marks`` say how each is called."""
+        """Return the write that registers the hook among ``hooks``; ``marks`` tell how each hook is called."""
 
         def ours() -> list[int]:
             return [key for key, hook in hooks.items() if hook is self.hook]
 
         def undo() -> None:
             for key in ours():
-                hooks.pop(key)  # first: without its marks it would be called with other arguments
+                hooks.pop(key)  # first: without its marks it would get other arguments
             for store in marks:
                 for key in [key for key in store if key not in hooks]:
                     store.pop(key)
@@ -216,7 +216,7 @@ class AddPreHook(Edit):
 
 @dataclass(frozen=True)
 class AddHook(AddPreHook):
-    """Register a forward hook (with keyword arguments) on a module: it may put another output in the place of its."""
+    """Register a forward hook (with keyword arguments) on a module, which may replace its output."""
 
     def prepare(self, model: PreTrainedModel) -> Write:
         """As before."""
@@ -227,7 +227,7 @@ class AddHook(AddPreHook):
 
 @dataclass(frozen=True)
 class RemoveHook(Edit):
-    """Take a forward hook or pre-hook off a module; the way back gives it its place in the order again."""
+    """Remove a forward hook or pre-hook from a module; undoing restores its place in the order."""
 
     rung = "hook"
     hook: Callable[..., Any]
@@ -238,11 +238,11 @@ class RemoveHook(Edit):
         return f"{self.path}@{type(self.hook).__name__}"
 
     def preview(self, model: PreTrainedModel) -> tuple[str, str]:
-        """What kind of hook goes."""
+        """Return the kind of hook."""
         return type(self.hook).__name__, "-"
 
     def prepare(self, model: PreTrainedModel) -> Write:
-        """It will be found by its identity."""
+        """Find the hook by its identity."""
         module = model.get_submodule(self.path)
         hooks, *marks = next(stores for stores in _hook_stores(module) if self.hook in stores[0].values())
         key = next(key for key, hook in hooks.items() if hook is self.hook)
@@ -250,7 +250,7 @@ class RemoveHook(Edit):
         orders = [(store, list(store)) for store in (hooks, *marks)]
 
         def do() -> None:
-            hooks.pop(key, None)  # first: without its marks it would be called with other arguments
+            hooks.pop(key, None)  # first: without its marks it would get other arguments
             for store, _ in marked:
                 store.pop(key, None)
 
@@ -272,20 +272,20 @@ def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
 
 
 def _hook_stores(module: nn.Module) -> Iterator[tuple[Any, ...]]:
-    """Yield the ordered dictionaries of hooks, each with those that say how its hooks are called."""
+    """Yield the ordered dictionaries of hooks, each with those that tell how its hooks are called."""
     yield module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
     yield module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called
 
 
 @dataclass(frozen=True)
 class SetAttention(Edit):
-    """Choose the attention function for the whole model.
+    """Set the attention implementation of the whole model.
 
     Attributes:
-        implementation: transformers' name for it.
-        register: makes the name known, where it is ours.
-        only_masks: for models that compute attention by themselves and ask for masks under this name.
-        configs: with ``only_masks``, paths of the configs that say so; None for all. An image tower may dispatch.
+        implementation: transformers' name of it.
+        register: registers the name, if it is this package's.
+        only_masks: for models that compute attention themselves and only ask for masks under this name.
+        configs: with ``only_masks``, paths of the configs to set; None for all. An image tower may dispatch.
     """
 
     rung = "attention"
@@ -304,7 +304,7 @@ class SetAttention(Edit):
         return _short(model.config._attn_implementation), self.implementation
 
     def prepare(self, model: PreTrainedModel) -> Write:
-        """Find everything where transformers keeps it; the way back restores each config's own value."""
+        """Find every config that holds the implementation; undoing restores each one's own value."""
         key = "_attn_implementation_internal"
         stores = [vars(config) for config in all_configs(model)]
         asking = stores if self.configs is None else [vars(config_at(model, path)) for path in self.configs]
@@ -325,7 +325,7 @@ class SetAttention(Edit):
                     store[key] = self.implementation
             else:
                 model.set_attn_implementation(self.implementation)
-            if model.config._attn_implementation != self.implementation:  # transformers only logs that it will not
+            if model.config._attn_implementation != self.implementation:  # transformers only logs a refusal
                 raise UnsupportedArchitecture(
                     f"{type(model).__name__} chooses its attention when it is built; load it with "
                     f"attn_implementation={self.implementation!r} instead of patching it."
@@ -342,7 +342,7 @@ class SetAttention(Edit):
 
 @dataclass(frozen=True)
 class FirstLayers(Edit):
-    """Let a list of layers (``path``) end after ``count`` of them; none is copied, changed or lost."""
+    """Shorten a list of layers (``path``) to the first ``count``; no layer is copied or changed."""
 
     rung = "module"
     count: int
@@ -353,7 +353,7 @@ class FirstLayers(Edit):
         return self.path
 
     def preview(self, model: PreTrainedModel) -> tuple[str, str]:
-        """How many there are, and how many stay."""
+        """Return the old and the new number of layers."""
         return f"{len(_children(model, self.path))} layers", f"the first {self.count}"
 
     def prepare(self, model: PreTrainedModel) -> Write:
@@ -369,11 +369,11 @@ def _children(model: nn.Module, path: str) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def whole_shapes(model: nn.Module) -> Iterator[None]:
-    """Let parameters that ZeRO-3 partitioned have their full shape for the length of a block, in which edits run.
+    """Give ZeRO-3's partitioned parameters their full shape for the duration of a block, in which edits run.
 
-    While a model is built, structure is read from shapes; numbers come from the checkpoint afterwards. What stands in
-    for a parameter holds one number. Modules that are put in the place of others are partitioned by DeepSpeed when they
-    are made; those that stay get their own parameters back.
+    While a model is built, structure is read from shapes; numbers come from the checkpoint later. The stand-in of a
+    parameter holds one number. DeepSpeed partitions new modules when they are made; modules that stay get their own
+    parameters back.
     """
     partitioned = {id(p): p for p in model.parameters() if is_partitioned(p)}
     if not partitioned:
@@ -399,7 +399,7 @@ def _exchange(model: nn.Module, others: dict[int, nn.Parameter]) -> None:
 
 @dataclass(frozen=True)
 class SetConfigClass(Edit):
-    """Give the config object another class, so that it saves under another model type; its identity stays."""
+    """Change the class of the config object, so that it saves under another model type; its identity stays."""
 
     rung = "config"
     cls: type[PretrainedConfig]
@@ -414,7 +414,7 @@ class SetConfigClass(Edit):
         return type(config_at(model, self.path)).__name__, self.cls.__name__
 
     def prepare(self, model: PreTrainedModel) -> Write:
-        """Its ``__class__`` will be set."""
+        """Prepare the assignment of its ``__class__``."""
         config, old = config_at(model, self.path), type(config_at(model, self.path))
 
         def do() -> None:
@@ -432,7 +432,7 @@ class BecomeModel(Edit):
 
     Attributes:
         make: builds a model of the other type around the same parameters.
-        model_type: of the result.
+        model_type: of the new type.
         after: text for the report.
         rewrites: whether modules get other parameters, so that other patches must be proposed on the result.
     """
@@ -453,10 +453,10 @@ class BecomeModel(Edit):
         return type(model).__name__, self.after
 
     def prepare(self, model: PreTrainedModel) -> Write:
-        """Build the other model, and let its modules hold this one's config.
+        """Build the other model, whose modules will hold this one's config.
 
         Raises:
-            AttnPatchError: a hook of the user's would be lost.
+            AttnPatchError: a user's hook would be lost.
             UnsupportedArchitecture: the model is spread over devices.
         """
         if any(hasattr(module, "_hf_hook") for module in model.modules()):
@@ -492,20 +492,35 @@ class BecomeModel(Edit):
                 thing.__class__ = old
             undo_all(swaps)
 
-        return Write(self.claim, lambda: type(model) is type(other), do, undo)
+        placed = [_placed(other)]
+
+        def stands() -> bool:
+            return type(model) is type(other) and _placed(model) == placed[0]
+
+        def settle() -> None:
+            placed[0] = _placed(model)
+
+        return Write(self.claim, stands, do, undo, settle=settle)
 
 
-# What a model keeps although its class changes: what torch hangs on every module, and what belongs to this very object.
+def _placed(model: nn.Module) -> list[tuple[int, str, int]]:
+    """Return which modules and parameters stand where below a model; adapters and new embeddings are others."""
+    below = [module for child in model.children() for module in child.modules()]
+    held = [(id(m), name, id(p)) for m in below for name, p in (*m._modules.items(), *m._parameters.items())]
+    return [*((0, name, id(child)) for name, child in model.named_children()), *held]
+
+
+# What a model keeps when its class changes: torch's module state, and what belongs to this object.
 _KEPT = frozenset({*vars(nn.Module()), "config", "generation_config", "name_or_path", "warnings_issued"})
 
 
 def _swapped(store: dict[str, Any], new: dict[str, Any], claim: str) -> Iterator[Write]:
-    """Yield the writes after which a dictionary holds ``new``; what it holds besides stays."""
+    """Yield the writes that update a dictionary with ``new``."""
     yield from (_swap(store, key, value, claim) for key, value in new.items() if store.get(key, _ABSENT) is not value)
 
 
 def _dropped(store: dict[str, Any], key: str, claim: str) -> Write:
-    """Return the write after which a dictionary lacks a key."""
+    """Return the write that removes a key from a dictionary."""
     old = store[key]
 
     def undo() -> None:
@@ -529,7 +544,7 @@ def _ordered(store: dict[str, Any], claim: str) -> Write:
 
 
 def _checkpointing(model: PreTrainedModel, other: PreTrainedModel) -> None:
-    """Let another model recompute activations where this one does."""
+    """Copy gradient checkpointing to another model."""
     for path, module in other.named_modules():
         mine = vars(dict(model.named_modules()).get(path, module))
         for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
@@ -538,7 +553,7 @@ def _checkpointing(model: PreTrainedModel, other: PreTrainedModel) -> None:
 
 
 def _own_hook(hook: Any) -> Any:
-    """Return Accelerate's hook for a module in the place of another: what is offloaded are its own weights."""
+    """Return a copy of Accelerate's hook for a replacement module, which offloads its own weights."""
     own = copy.copy(hook)
     if getattr(own, "hooks", None) is not None:
         own.hooks = tuple(map(_own_hook, own.hooks))

@@ -1,4 +1,4 @@
-"""What can go wrong, as one family under ``ValueError``.
+"""All errors of the package, subclasses of ``ValueError``.
 
 Every message says where, what was found, what was wanted and what to do.
 """
@@ -13,15 +13,15 @@ class UnsupportedArchitecture(AttnPatchError):
 
 
 class NoWeights(UnsupportedArchitecture):
-    """The model has to be run, and its weights are on the meta device."""
+    """The model has to run, but its weights are on the meta device."""
 
 
 class UpstreamChanged(UnsupportedArchitecture):
-    """The installed transformers lacks something, or does it otherwise than every release that is known."""
+    """The installed transformers lacks something, or behaves unlike every known release."""
 
 
 class PatchConflict(AttnPatchError):
-    """Two patches claim the same place, or a revert would cross a later patch."""
+    """Two patches write to the same place, or a revert would undo a later patch."""
 
 
 class SelfCheckFailed(AttnPatchError):
@@ -33,7 +33,7 @@ class CalibrationError(AttnPatchError):
 
 
 class EvaluationError(AttnPatchError):
-    """What was to be measured cannot be: no such task, too short a text, no cache, logits that are not finite."""
+    """The measurement is impossible: no such task, too short a text, no cache, non-finite logits."""
 
 
 class MissingExtra(AttnPatchError, ImportError):

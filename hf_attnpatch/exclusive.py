@@ -1,4 +1,4 @@
-"""One thread at a time writes to a model, or runs it in a way that must be put back."""
+"""Locks: one thread at a time patches or probes a model."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import nn
 
 from .interruption import ensured
 
-# By the id of the model's config, which the parts of a model share, and two models made from one. The locks stand here,
-# so that a model can be copied, pickled and saved.
+# Keyed by the id of the model's config, which the parts of a model share. The locks are kept here, so that a model can
+# be copied, pickled and saved.
 _LOCKS: dict[int, Any] = {}
 
 
 def lock_of(model: object) -> Any:
-    """Return the lock of a model; the same thread may take it again.
+    """Return the lock of a model, which is re-entrant.
 
     Args:
-        model: a model or a part of one that has its config; anything else gets a lock that nobody shares.
+        model: a model, or a part of one with its config; anything else gets a lock of its own.
     """
     if not isinstance(model, nn.Module):
         return threading.RLock()
     owner: Any = getattr(model, "config", model)
     owner = owner if hasattr(owner, "__weakref__") else model
     new = threading.RLock()
-    lock = _LOCKS.setdefault(id(owner), new)  # one step, also between threads
+    lock = _LOCKS.setdefault(id(owner), new)  # atomic
     if lock is new:
         weakref.finalize(owner, _LOCKS.pop, id(owner), None)
     return lock

@@ -1,16 +1,16 @@
-"""Checkpoints that stock transformers must refuse: a model type of our own, registered when the package is imported.
+"""The model type of patched checkpoints that stock transformers must refuse, registered on import.
 
-The config object of a patched GPT-2, say, becomes a ``PatchedGPT2Config``: in memory it behaves as GPT-2's (generation,
-PEFT and tokenizers look at ``model_type``), on disk it is written as model type ``hf_attnpatch`` with a stub for
-``trust_remote_code``. Reading it back gives a subclass of ``GPT2LMHeadModel``, whose constructor rebuilds the recorded
-structure before the weights are loaded; so sharding, dtypes, ``device_map``, ``from_config`` and saving again are
-transformers' own.
+The config of a patched GPT-2, for example, becomes a ``PatchedGPT2Config``. In memory it acts like GPT-2's (generation,
+PEFT and tokenizers look at ``model_type``); on disk it has model type ``hf_attnpatch`` and a stub for
+``trust_remote_code``. Loading it gives a subclass of ``GPT2LMHeadModel``, whose constructor rebuilds the recorded
+structure before the weights are loaded. Sharding, dtypes, ``device_map``, ``from_config`` and saving again are
+therefore transformers' own.
 
-The concrete classes of transformers never ask for the model type, so two more things keep them from building something
-unpatched: on disk the implementations of attention and experts have a name that no stock model class takes
-(:data:`SEAL`), and in memory the config stops any constructor but those made here (``_Config.name_or_path``). Config
-classes read the files, as Trainer and tokenizers want. The class in ``architectures`` has a name that transformers does
-not know, so that whoever looks it up there (TRL) asks an Auto class.
+The concrete classes of transformers never check the model type, so two more things keep them from building an unpatched
+model: on disk the attention and experts implementations have a name that no stock model class accepts (:data:`SEAL`),
+and in memory the config stops every constructor but those made here (``_Config.name_or_path``). Config classes can read
+the files, as Trainer and tokenizers require. The class in ``architectures`` has a name unknown to transformers, so that
+code that looks it up there (TRL) falls back to an Auto class.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from .configs import building, is_building
 from .errors import AttnPatchError
 from .upstream import words
 
-if TYPE_CHECKING:  # takes as long to import as all the rest, and whoever imports the package need not build a model
+if TYPE_CHECKING:  # takes as long to import as all the rest, and may not be needed
     from transformers import PreTrainedModel
 
 MODEL_TYPE = "hf_attnpatch"
 STUB = "modeling_hf_attnpatch"
 _BORROWED = "_of_"
-_PATCHED = "Patched"  # before the name of a class of transformers
-# Stands on disk where implementations do. Every constructor of a stock model asks whether it knows them, and its
-# complaint quotes the text: the one sentence of ours that a stock class can be made to say.
+_PATCHED = "Patched"  # prefix to the name of a transformers class
+# Takes the place of the implementations on disk. Every constructor of a stock model checks that it knows them, and its
+# error quotes the text: the only sentence of ours that a stock class can be made to say.
 SEAL = (
     "a checkpoint patched by hf_attnpatch: `pip install hf_attnpatch`, `import hf_attnpatch`, then load it with an "
     "Auto class or hf_attnpatch.load; this class cannot read it"
@@ -59,12 +59,12 @@ from hf_attnpatch.foreign import model_class
 
 
 class PatchedConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is not followed
-    """Reads a config of model type ``hf_attnpatch``: returns the patched class of the family underneath."""
+    """Reads a config of model type ``hf_attnpatch``: returns the patched class of the underlying family."""
 
     model_type = MODEL_TYPE
 
     def __new__(cls, **fields: Any) -> Any:
-        """Build the family's patched config, as ``AutoConfig.for_model`` does for a config inside another."""
+        """Build the family's patched config, as ``AutoConfig.for_model`` does for a nested config."""
         return cls.from_dict(fields)
 
     @classmethod
@@ -93,10 +93,10 @@ class _Config:
 
     @property
     def name_or_path(self) -> str | None:
-        """Where the model came from; or refuse.
+        """Return where the model came from; or refuse.
 
-        Every constructor of transformers reads it before it builds anything, which is the only moment to stop a class
-        that would build an unpatched model from this config without a word.
+        Every constructor of transformers reads this before it builds anything: the only moment to stop a class that
+        would silently build an unpatched model from this config.
 
         Raises:
             AttnPatchError: a model class that does not rebuild the record is being constructed.
@@ -118,12 +118,12 @@ class _Config:
 
     @property
     def auto_map(self) -> dict[str, str]:
-        """What TRL asks of a class that transformers does not know: whether it reads images. All else is registered."""
+        """Tell TRL, which asks this of classes that transformers does not know, whether the model reads images."""
         images = "AutoModelForImageTextToText"
         return {auto: code for auto, code in _auto_map(type(self).__mro__[2]).items() if auto == images}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form: our own model type and names of classes, and the seal."""
+        """Return the JSON form, with this package's model type, class names and the seal."""
         data: dict[str, Any] = super().to_dict()  # type: ignore[misc]  # mixed into PretrainedConfig
         named = data.get("architectures")
         if isinstance(named, list) and all(isinstance(name, str) for name in named):
@@ -132,7 +132,7 @@ class _Config:
         return {**data, "model_type": MODEL_TYPE, "auto_map": _auto_map(base), **dict.fromkeys(words.SEALED, SEAL)}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save, and lay the stub beside it."""
+        """Save, and write the stub next to it."""
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]  # mixed into PretrainedConfig
         base = type(self).__mro__[2]
         models = _auto_models(base).items()
@@ -145,7 +145,7 @@ class _Config:
 
 
 def _under_construction(frame: FrameType | None) -> PreTrainedModel | None:
-    """Return the model whose constructor reads the property of which this is the frame, or None."""
+    """Return the model whose constructor reads the property in this frame, or None."""
     frame = frame and frame.f_back
     while frame is not None and frame.f_code.co_name == "__getattribute__":  # configs have one, for their aliases
         frame = frame.f_back
@@ -168,7 +168,7 @@ class _Model:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Say no: weights are converted on loading and saving just as for the class underneath."""
+        """Return False: weights are converted on loading and saving as for the class underneath."""
         return False
 
     @classmethod
@@ -178,7 +178,7 @@ class _Model:
 
 @functools.cache
 def config_class(base: Any) -> Any:
-    """Return the patched twin of a config class, its models registered with the Auto classes that know the family."""
+    """Return the patched twin of a config class, with its models registered in the family's Auto classes."""
     if issubclass(base, _Config):
         return base
     cls = _bare_config_class(base)
@@ -191,7 +191,7 @@ def config_class(base: Any) -> Any:
 def model_class(name: str, config: str | None = None) -> type[PreTrainedModel]:
     """Return the patched twin of the transformers model class of this name, under the same name.
 
-    transformers looks weight conversions up by class name, and ``architectures`` in a config stays what it was.
+    transformers looks up weight conversions by class name, and ``architectures`` in a config stays unchanged.
 
     Args:
         name: of the stock class.
@@ -239,7 +239,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _auto_models(base: type[PretrainedConfig]) -> dict[str, str]:
-    """Return Auto class name -> model class name for a config class; models of a config inside it are left out."""
+    """Return Auto class name -> model class name for a config class, without the models of nested configs."""
     found = {}
     for auto in modeling_auto.__all__:
         mapping = getattr(getattr(modeling_auto, auto), "_model_mapping", None)
@@ -252,7 +252,7 @@ def _auto_models(base: type[PretrainedConfig]) -> dict[str, str]:
 
 
 def is_patched(config: PretrainedConfig) -> bool:
-    """Whether a config is of this package's type: its models are known here, whatever code it names."""
+    """Return whether a config is of this package's type, so that its models are known here, whatever code it names."""
     return isinstance(config, _Config)
 
 

@@ -1,7 +1,7 @@
-"""Putting things back although Ctrl-C may come at any line.
+"""Restores state even if Ctrl-C arrives at any line.
 
-Two rules hold everywhere: a way back is known before the first write, and it may be taken twice. So what was stopped on
-its way back starts again from the beginning, and signals wait until it is through.
+Two rules hold everywhere: the way back is known before the first write, and it may be taken twice. An interrupted way
+back starts again from the beginning, and signals are held until it is done.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ T = TypeVar("T")
 
 
 class _Waiting:
-    """Lets signals that have a handler in Python wait; only the main thread gets any."""
+    """Holds signals that have a Python handler; only the main thread receives any."""
 
     def __init__(self) -> None:
         self.handlers: dict[int, Any] = {}
         self.came: list[int] = []
 
     def begin(self) -> None:
-        """Only note signals from now on."""
+        """Only record signals from now on."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
@@ -41,7 +41,7 @@ class _Waiting:
         self.came.append(number)
 
     def end(self) -> None:
-        """Give the handlers back, and let them see what came."""
+        """Restore the handlers, and deliver the recorded signals."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         came, self.came = self.came, []
@@ -50,10 +50,10 @@ class _Waiting:
 
 
 def complete(put_back: Callable[[], object]) -> None:
-    """Call what puts things back; if it is interrupted, call it once more before the interruption goes on.
+    """Call a function that restores state; if it is interrupted, call it again before the interruption continues.
 
     Args:
-        put_back: does nothing where it has been called before.
+        put_back: does nothing if it was called before.
     """
     waiting = _Waiting()
     try:
@@ -72,7 +72,7 @@ def complete(put_back: Callable[[], object]) -> None:
 
 @contextlib.contextmanager
 def ensured(put_back: Callable[[], object]) -> Iterator[None]:
-    """Put things back at the end of a block, however it ends; after an exception twice.
+    """Restore state at the end of a block, however it ends; after an exception twice.
 
     Args:
         put_back: as for :func:`complete`.
@@ -88,7 +88,7 @@ def ensured(put_back: Callable[[], object]) -> Iterator[None]:
 
 
 def all_or_nothing(call: Callable[[], T], put_back: Callable[[], object]) -> T:
-    """Call something, and put things back where it does not come to its end.
+    """Call a function, and restore state if it does not finish.
 
     A function, since a ``with`` statement can be interrupted between its block and its manager.
 
@@ -108,7 +108,7 @@ def all_or_nothing(call: Callable[[], T], put_back: Callable[[], object]) -> T:
 
 
 def inside(manager: contextlib.AbstractContextManager[Any], call: Callable[[], T]) -> T:
-    """Call something inside of a context manager whose end must not be missed, such as one of torch's modes."""
+    """Call a function inside a context manager that must be exited, such as one of torch's modes."""
     open_: list[tuple[contextlib.AbstractContextManager[Any], Any]] = []
 
     def leave() -> None:
@@ -128,7 +128,7 @@ def inside(manager: contextlib.AbstractContextManager[Any], call: Callable[[], T
 
 @contextlib.contextmanager
 def entered(manager: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
-    """Enter a context manager whose end must not be missed."""
+    """Enter a context manager that must be exited."""
     open_: list[tuple[contextlib.AbstractContextManager[Any], Any]] = []
 
     def leave() -> None:
@@ -142,7 +142,7 @@ def entered(manager: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def removing() -> Iterator[list[RemovableHandle]]:
-    """Remove, at the end of a block, the hooks whose handles were put into the list."""
+    """Remove, at the end of a block, the hooks whose handles were added to the list."""
     handles: list[RemovableHandle] = []
 
     def remove() -> None:

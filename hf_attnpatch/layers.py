@@ -1,4 +1,4 @@
-"""What the attention of each layer of a decoder does, as far as a stock config may say it."""
+"""What the attention of each decoder layer does, as far as a stock config can express it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .configs import declared
 from .errors import AttnPatchError, UnsupportedArchitecture
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-SLOPE, STEP = "llama_4_scaling_beta", "original_max_position_embeddings"  # of rope_parameters
+SLOPE, STEP = "llama_4_scaling_beta", "original_max_position_embeddings"  # keys of rope_parameters
+_LARGEST = 2**63
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Temperature:
 
     Attributes:
         slope: 0 changes nothing.
-        step: in tokens; queries below it stay as they are.
+        step: in tokens; queries below it are unchanged.
     """
 
     slope: float
@@ -33,9 +35,9 @@ class Layers:
     """The layers of a decoder.
 
     Attributes:
-        bases: of the rotary frequencies, for each layer; None where the layer rotates nothing.
-        windows: how many tokens each layer sees, the query's own included; None where it sees all before it.
-        temperature: of all layers; None for none.
+        bases: base of the rotary frequencies for each layer; None if the layer does not rotate.
+        windows: how many tokens each layer attends to, the query included; None for all before it.
+        temperature: of all layers, or None.
     """
 
     bases: tuple[float | None, ...]
@@ -44,23 +46,23 @@ class Layers:
 
     @property
     def base(self) -> float | None:
-        """The one base of all layers that rotate; None where there are several, or none rotates."""
+        """The single base of all layers that rotate; None if there are several, or none rotates."""
         found = {base for base in self.bases if base is not None}
         return found.pop() if len(found) == 1 else None
 
     @property
     def window(self) -> int | None:
-        """The one window of all layers that have one; None where there are several, or none has one."""
+        """The single window of all layers that have one; None if there are several, or none."""
         found = {window for window in self.windows if window is not None}
         return found.pop() if len(found) == 1 else None
 
     @property
     def kinds(self) -> list[str]:
-        """Transformers' name for what each layer sees."""
+        """Transformers' name of each layer's attention pattern."""
         return [FULL if window is None else SLIDING for window in self.windows]
 
     def rotated(self, base: float | None, layers: Collection[int] | None = None) -> Layers:
-        """Return these layers with another base in some of them (None: all); a base of None rotates nothing.
+        """Return these layers with another base in some of them (None: all); a base of None disables rotation.
 
         Raises:
             AttnPatchError: there is no such layer.
@@ -76,12 +78,13 @@ class Layers:
 
 
 def read_layers(config: PretrainedConfig) -> Layers:
-    """Read what a config says of its layers.
+    """Read the layers from a config.
 
-    A family that says such things in fields of its own is misread here, so that what is read must be proved.
+    A field counts only where the family's config declares it: a converted checkpoint often keeps fields that its model
+    does not read. A family that uses its own fields for this is misread here, so the result must be verified.
 
     Raises:
-        UnsupportedArchitecture: it says what a home cannot hold, or there are configs within it.
+        UnsupportedArchitecture: the config says what no home can hold, or contains other configs.
     """
     count, rope = getattr(config, "num_hidden_layers", None), getattr(config, "rope_parameters", None)
     if config.sub_configs or not isinstance(count, int):
@@ -92,7 +95,7 @@ def read_layers(config: PretrainedConfig) -> Layers:
 
 
 def unrotated(model: PreTrainedModel) -> bool:
-    """Whether the config of a model with rotary modules says that none of its layers rotates."""
+    """Return whether the config of a model with rotary modules says that no layer rotates."""
     try:
         return not any(read_layers(model.config).bases)
     except UnsupportedArchitecture:
@@ -100,7 +103,7 @@ def unrotated(model: PreTrainedModel) -> bool:
 
 
 def _bases(config: PretrainedConfig, theta: float, count: int) -> tuple[float | None, ...]:
-    each, flags = getattr(config, "layer_rope_theta", None), getattr(config, "no_rope_layers", None)
+    each, flags = declared(config, "layer_rope_theta"), declared(config, "no_rope_layers")
     if isinstance(each, (list, tuple)):
         return tuple(float(base) if base else None for base in each[:count])
     if isinstance(flags, (list, tuple)):  # 1 where the layer does rotate
@@ -109,8 +112,8 @@ def _bases(config: PretrainedConfig, theta: float, count: int) -> tuple[float | 
 
 
 def _windows(config: PretrainedConfig, count: int) -> tuple[int | None, ...]:
-    width, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    if getattr(config, "use_sliding_window", True) is False:
+    width, kinds = declared(config, "sliding_window"), declared(config, "layer_types")
+    if declared(config, "use_sliding_window", True) is False:
         width = None
     if kinds is None:
         return (width,) * count
@@ -122,4 +125,8 @@ def _windows(config: PretrainedConfig, count: int) -> tuple[int | None, ...]:
 
 def _temperature(rope: Mapping[str, Any]) -> Temperature | None:
     slope, step = rope.get(SLOPE), rope.get(STEP)
-    return Temperature(float(slope), int(step)) if slope and step else None
+    if not slope or not step:
+        return None
+    if not all(isinstance(each, (int, float)) and abs(each) < _LARGEST for each in (slope, step)):
+        raise UnsupportedArchitecture(f"rope_parameters: {SLOPE} or {STEP} is no number")
+    return Temperature(float(slope), int(step))

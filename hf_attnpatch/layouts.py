@@ -1,7 +1,7 @@
-"""How families name and pack query, key, value and output: one row per naming scheme.
+"""How families name and pack query, key, value and output projections: one row per naming scheme.
 
-A layout says in which child modules the projections live and, for fused ones, which output rows belong to which head.
-A new architecture is a row at the end of this file; nothing else in the package knows a family's names.
+A layout tells which child modules are the projections and, for fused ones, which output rows belong to which head. A
+new architecture is a row at the end of this file; no other code of the package knows a family's names.
 """
 
 from __future__ import annotations
@@ -65,13 +65,14 @@ class Layout:
     """A naming scheme.
 
     Attributes:
-        name: what a report calls it.
-        query: path of the query projection below the attention module; equal to ``key`` where fused.
+        name: its name in reports.
+        query: path of the query projection below the attention module; equal to ``key`` if fused.
         key: path of the key projection.
         value: path of the value projection.
-        output: paths the output projection may have, the first that exists counts; ``..`` is the parent module.
-        packing: which rows are whose.
-        classes: class names it is limited to, where a name is packed differently elsewhere; such rows come first.
+        output: candidate paths of the output projection, of which the first existing one counts; ``..`` is the parent.
+        packing: which rows belong to which head.
+        classes: class names that it is limited to, if the same name is packed differently elsewhere; such rows come
+            first.
     """
 
     name: str
@@ -88,14 +89,14 @@ class Layout:
         return self.query == self.key
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether this module has the children that the scheme names."""
+        """Return whether this module has the children that the scheme names."""
         if self.classes and type(module).__name__ not in self.classes:
             return False
         return all(is_projection(module, path) for path in (self.query, self.key, self.value))
 
 
 def is_projection(module: nn.Module, path: str) -> bool:
-    """Whether a dotted path below ``module`` holds a plain projection (no adapter, no quantized one)."""
+    """Return whether a dotted path below ``module`` is a plain projection (no adapter, not quantized)."""
     child: object = module
     for name in path.split("."):
         child = getattr(child, name, None)
@@ -103,12 +104,12 @@ def is_projection(module: nn.Module, path: str) -> bool:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether the weight is stored (in, out), as transformers' Conv1D does."""
+    """Return whether the weight is stored as (in, out), as in transformers' Conv1D."""
     return isinstance(module, Conv1D)
 
 
 def weight_rows(module: nn.Module) -> Tensor:
-    """Return the weight as (out_features, in_features), whatever way it is stored; a view."""
+    """Return the weight as a view of shape (out_features, in_features)."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.t() if is_transposed(module) else weight

@@ -1,7 +1,7 @@
-"""Inputs beside text, as a model's processor makes them: images, sound, types of tokens, several axes of positions.
+"""Inputs beside text as a model's processor makes them: images, sound, token types, positions with several axes.
 
-What a forward takes is read from its signature, its ``main_input_name`` and its config. In which shape it takes it is
-found by trying: the first form that the model runs with. A model that takes text only is neither asked nor run.
+Which inputs a forward takes is read from its signature, its ``main_input_name`` and its config. Their form is found by
+trying: the first that the model runs with. A model that takes text only is neither tried nor run.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Inputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Probes:
-    """What a model is asked with.
+    """Inputs for probing a model.
 
     Attributes:
-        main: tokens; where a model does not run on tokens alone, the first of the others.
-        more: what else there is in it -> inputs of the forward, of two rows.
-        missing: what the model takes and no probe could be built for -> why.
+        main: tokens; if a model does not run on tokens alone, the first of the others.
+        more: name of what they contain -> inputs of the forward, two rows.
+        missing: name of an input for which no probe could be built -> the reason.
     """
 
     main: Mapping[str, Tensor]
@@ -44,14 +44,14 @@ class Probes:
 
 
 def probes(model: PreTrainedModel, text: Callable[[PreTrainedModel], Mapping[str, Tensor]] = brief_inputs) -> Probes:
-    """Return the inputs to ask a model with, every kind of them that its processor makes.
+    """Return the inputs for probing a model, of every kind that its processor makes.
 
     Args:
-        model: weights in memory; where it takes more than text, it is run.
-        text: makes the probe of tokens, two rows, by the model's own names.
+        model: weights in memory; it is run if it takes more than text.
+        text: makes the token probe, two rows, under the model's own argument names.
 
     Raises:
-        UnsupportedArchitecture: it reads no tokens, and nothing else that it takes could be built.
+        UnsupportedArchitecture: it reads no tokens, and no other input could be built.
     """
     if not _arguments(model) and not _may_have_axes(model):
         return Probes(text(model))
@@ -80,7 +80,7 @@ def _runs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
 
 
 def _media(model: PreTrainedModel, text: Mapping[str, Tensor] | None) -> tuple[dict[str, Inputs], dict[str, str]]:
-    """Build the inputs beside text that a model takes, without padding; and say what could not be built."""
+    """Build a model's inputs beside text, without padding; with the reasons for those that could not be built."""
     mask = roles_of(model).names.get(words.MASK)
     text = None if text is None else {k: torch.ones_like(v) if k == mask else v for k, v in text.items()}
     axes = None if text is None else _several_axes(model, text)
@@ -114,7 +114,7 @@ def _arguments(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _left_out(model: PreTrainedModel, what: str) -> bool:
-    """Whether a model was built without the part that reads images or sound, which its family may have."""
+    """Return whether a model was built without the image or sound part that its family may have."""
     parts = [(n, c) for n, c in vars(model.config).items() if n.endswith("_config")]
     own = [config for name, config in parts if any(word in name for word in words.MEDIA_CONFIGS[what])]
     return bool(own) and not any(own)
@@ -126,7 +126,7 @@ def _text_names(model: PreTrainedModel) -> set[str]:
 
 
 def _convolves(model: nn.Module) -> int:
-    """Return over how many dimensions the first convolution goes, 0 where there is none."""
+    """Return the number of dimensions of the first convolution, 0 if there is none."""
     ranks = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 2}
     return next((rank for m in model.modules() for kind, rank in ranks.items() if isinstance(m, kind)), 0)
 
@@ -157,9 +157,9 @@ def _run(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def _placed(model: PreTrainedModel, what: str, form: Inputs, text: Mapping[str, Tensor]) -> Inputs | str:
-    """Put placeholders between the first two tokens and the rest, as many as there are features; or say why not."""
+    """Insert as many placeholders as there are features after the first two tokens; or return why not."""
     roles = roles_of(model)
-    if not roles.takes(words.TOKENS):  # it reads what it is given, and writes text
+    if not roles.takes(words.TOKENS):  # it reads other inputs, and generates text
         return {**text, **form}
     name, token = roles.name(words.TOKENS), _number(_configs(model, ""), words.PLACEHOLDERS[what])
     if token is None:
@@ -184,7 +184,7 @@ def _placed(model: PreTrainedModel, what: str, form: Inputs, text: Mapping[str, 
 
 
 def _features(model: PreTrainedModel, what: str, form: Inputs) -> int | None:
-    """Return how many rows of features a model makes of a form; None where it does not say."""
+    """Return the number of feature rows that a model makes of a form; None if it does not tell."""
     makers = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     make = next((f for m in makers for n in words.FEATURES[what] if callable(f := getattr(m, n, None))), None)
     if make is None:
@@ -202,7 +202,7 @@ def _features(model: PreTrainedModel, what: str, form: Inputs) -> int | None:
 
 
 def _typed(model: PreTrainedModel, what: str, probe: Inputs) -> Inputs | None:
-    """Return a probe with types of tokens, 1 in the places of features, where a model takes them beside media."""
+    """Return a probe with token types, 1 at the features, if the model takes them."""
     roles = roles_of(model)
     segments, token = roles.names.get(words.SEGMENTS), _number(_configs(model, ""), words.PLACEHOLDERS[what])
     if segments not in roles.parameters or token is None or segments is None:
@@ -220,7 +220,7 @@ def _may_have_axes(model: PreTrainedModel) -> bool:
 
 
 def _several_axes(model: PreTrainedModel, text: Mapping[str, Tensor]) -> Inputs | None:
-    """Return positions of three axes that differ, where the model takes such: equal ones change nothing there."""
+    """Return positions with three different axes, if the model takes them: equal axes change nothing."""
     roles = roles_of(model)
     if not roles.takes(words.POSITIONS, words.TOKENS):
         return None
@@ -239,7 +239,7 @@ def _several_axes(model: PreTrainedModel, text: Mapping[str, Tensor]) -> Inputs 
 
 
 def _configs(model: PreTrainedModel, what: str) -> list[PretrainedConfig]:
-    """Return the configs that may say something of images or sound: those of that part first, then the model's own."""
+    """Return the configs that may describe images or sound: those of that part first, then the model's own."""
     parts = [(n, c) for n, c in vars(model.config).items() if isinstance(c, PretrainedConfig)]
     inner = [(m, c) for _, part in parts for m, c in vars(part).items() if isinstance(c, PretrainedConfig)]
     known = words.MEDIA_CONFIGS.get(what, ())
@@ -248,7 +248,7 @@ def _configs(model: PreTrainedModel, what: str) -> list[PretrainedConfig]:
 
 
 def _number(configs: list[PretrainedConfig], names: tuple[str, ...]) -> int | None:
-    """Return the first whole number that a config has under one of these names; of pairs, the first."""
+    """Return the first whole number that a config has under one of these names; the first of a pair."""
     for config in configs:
         for name in names:
             value = getattr(config, name, None)
@@ -265,7 +265,7 @@ def _noise(model: PreTrainedModel, *shape: int) -> Tensor:
 
 
 def _pictures(model: PreTrainedModel, name: str) -> Iterator[Inputs]:
-    """Yield forms of two pictures: patches with a grid, whole ones, whole ones as a list of one, tiles."""
+    """Yield forms of two images: patches with a grid, whole images, a list of one, tiles."""
     configs = _configs(model, IMAGE)
     channels = _number(configs, ("num_channels", "in_channels", "in_chans")) or 3
     patch = _number(configs, ("patch_size", "spatial_patch_size")) or 16
@@ -303,7 +303,7 @@ def _pictures(model: PreTrainedModel, name: str) -> Iterator[Inputs]:
 
 
 def _sounds(model: PreTrainedModel, name: str) -> Iterator[Inputs]:
-    """Yield forms of two sounds: frames of a spectrogram, either way round, and samples; with a mask and without."""
+    """Yield forms of two sounds: spectrogram frames in either orientation, and samples; with and without a mask."""
     configs = _configs(model, SOUND)
     bins = _number(configs, ("num_mel_bins", "feature_size", "input_feat_per_channel", "input_dim", "mel_bins")) or 80
     longest = _number(configs, ("max_source_positions", "max_length", "max_position_embeddings"))

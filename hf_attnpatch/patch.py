@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from .anatomy import Anatomy
     from .edits import Edit
 
-_LONGEST = 600  # characters of what a patch says of its fields
+_LONGEST = 600  # characters of a message about fields
 _PLAIN = (int, float, str, list, tuple, Mapping)
 REGISTRY: dict[str, type[Patch]] = {}
-# Names that people try first, and names of earlier versions -> the one word that every patch has for the idea. Only
-# what means exactly the same stands here; a name that a patch has itself is that patch's.
+# Synonyms and names of earlier versions -> the one name of a field in all patches. They mean exactly the same; a name
+# that a patch has itself takes precedence.
 ALIASES = {
     **{"target": "target_length", "length": "target_length", "max_position_embeddings": "target_length"},
     **{"trained": "trained_length", "original_max_position_embeddings": "trained_length"},
@@ -42,20 +42,20 @@ ALIASES = {
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a patch would do to one model, before anything is done.
+    """What a patch would do to one model.
 
     Attributes:
         edits: the writes, in order.
         sites: paths of the attention modules whose behaviour changes; the self-check counts their calls.
         notes: sentences for the report: what was chosen and why, what is left alone.
         stock: whether a checkpoint of the result loads in transformers without this package.
-        claims: what else is taken, beside what the edits touch; two patches with an equal claim are in conflict.
-        preserves: whether the logits must stay what they were (up to rounding).
-        patch: the patch with its open choices made (a default that depends on the model, "auto"); None if it had none.
-        promise: is shown the cache of a text that the patched model has decoded, and says what is not as promised.
-        release: lets go of what ``prepare`` made for the edits, once they are written: a report is kept for long.
-        prepare: work that the edits need and a plan must not do (running the model over calibration text); called by
-            ``apply`` on the untouched model before the first edit; returns what it found, for the report.
+        claims: what else is taken, besides what the edits touch; two patches with an equal claim are in conflict.
+        preserves: whether the logits must stay the same (up to rounding).
+        patch: the patch with its open choices resolved (a default that depends on the model, "auto"); None without any.
+        promise: is called with the cache of a text that the patched model decoded; returns what is wrong with it.
+        release: frees what ``prepare`` made for the edits once they are written, since a report lives long.
+        prepare: work that the edits need and a plan must not do (running the model on calibration text); ``apply``
+            calls it on the untouched model before the first edit; returns its findings for the report.
     """
 
     edits: tuple[Edit, ...]
@@ -71,9 +71,9 @@ class Proposal:
 
 
 class _Kind(ABCMeta):
-    """What a patch's class does when it is called: it takes any name of a field, and says what is wrong with others."""
+    """Metaclass of patches: accepts synonyms of fields, and explains errors in them."""
 
-    if not TYPE_CHECKING:  # to a type checker, a dataclass says more by itself
+    if not TYPE_CHECKING:  # type checkers read the dataclass itself
 
         def __call__(cls, *unnamed: Any, **fields: Any) -> Any:
             """Make a patch.
@@ -92,23 +92,23 @@ class _Kind(ABCMeta):
 
     @property
     def __signature__(cls) -> inspect.Signature:
-        """The fields, for ``help`` and for completion at a prompt."""
+        """The signature by fields, for ``help`` and completion."""
         own = inspect.signature(cls.__init__)  # type: ignore[misc]  # of the dataclass
         return own.replace(parameters=list(own.parameters.values())[1:], return_annotation=own.empty)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Patch(metaclass=_Kind):
-    """A method. Its fields are the hyper-parameters; ``propose`` says what it would do and touches nothing."""
+    """A method. Its fields are the hyper-parameters; ``propose`` returns the edits and touches nothing."""
 
     name: ClassVar[str]
-    experimental: ClassVar[bool] = False  # whether names and defaults of fields may still change between versions
-    hints: ClassVar[Mapping[str, str]] = {}  # a field of other patches -> what to do here in its place
-    transient: ClassVar[frozenset[str]] = frozenset()  # fields that a record never holds (data, handles)
-    changes_positions: ClassVar[bool] = False  # whether it changes what the model knows positions by
-    wraps: ClassVar[bool] = False  # whether all it does is around attention, so that another may be put around it
-    height: ClassVar[int] = 0  # 1 where it stands on positions, 2 where it stands on all that is around attention
-    recorded: ClassVar[bool] = True  # False where a checkpoint has nothing to remember, as for a kernel choice
+    experimental: ClassVar[bool] = False  # whether fields may still change between versions
+    hints: ClassVar[Mapping[str, str]] = {}  # a field of other patches -> what to use here instead
+    transient: ClassVar[frozenset[str]] = frozenset()  # fields that are never recorded (data, handles)
+    changes_positions: ClassVar[bool] = False  # whether it changes how the model encodes positions
+    wraps: ClassVar[bool] = False  # whether it only wraps attention, so that another may wrap it
+    height: ClassVar[int] = 0  # 1 if it builds on positions, 2 if on everything around attention
+    recorded: ClassVar[bool] = True  # False if a checkpoint does not depend on it, as for a kernel
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -116,7 +116,7 @@ class Patch(metaclass=_Kind):
         REGISTRY[cls.name] = cls
 
     def __repr__(self) -> str:
-        """Return how it is written in Python, fields at their default left out."""
+        """Return the Python expression, without fields at their default."""
         off = {name: getattr(self, name) for name, field in fields_of(type(self)).items() if field.repr}
         defaults = {name: field.default for name, field in fields_of(type(self)).items()}
         said = ", ".join(f"{name}={value!r}" for name, value in off.items() if value != defaults[name])
@@ -124,30 +124,30 @@ class Patch(metaclass=_Kind):
 
     @abstractmethod
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
-        """Say which edits this patch would make.
+        """Return the edits that this patch would make. The model is only read, or probed and restored.
 
         Raises:
-            UnsupportedArchitecture: where the model has no place for it.
-            AttnPatchError: where an argument does not fit this model.
+            UnsupportedArchitecture: the model has no place for it.
+            AttnPatchError: an argument does not fit this model.
         """
 
     def _normalise(self, name: str, value: Any) -> None:
-        """Give one of its own fields its standard form while it is being made: YAML's list becomes a tuple, say."""
+        """Set one of its own fields to its standard form during construction, such as a tuple for YAML's list."""
         object.__setattr__(self, name, value)
 
     def structure(self) -> Patch:
-        """Return the patch that gives a fresh model the same modules without computing their weights."""
-        return self
+        """Return the patch that gives a fresh model the same modules, without computing weights or running it."""
+        return changed(self, proved=True) if "proved" in internal_fields(type(self)) else self
 
     def to_record(self, finding: object = None) -> dict[str, Any]:
-        """Return the JSON-able form that a checkpoint keeps; ``finding`` is what ``prepare`` returned."""
+        """Return the JSON form for a checkpoint; ``finding`` is the result of ``prepare``."""
         left = self.transient | internal_fields(type(self)).keys()
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left}
         return {"patch": self.name, **fields}
 
 
 class _Missing:
-    """Stands where a field must be given, so that the patch itself says what it wants there."""
+    """Default of a required field, so that the patch itself reports what it needs."""
 
     def __repr__(self) -> str:
         return "missing"
@@ -157,14 +157,14 @@ _MISSING = _Missing()
 
 
 def internal_fields(cls: type[Patch]) -> dict[str, Any]:
-    """Return the fields that only the package fills in, with what stands there otherwise."""
+    """Return the fields that only the package sets, with their default values."""
     return {f.name: f.default for f in dataclasses.fields(cls) if not f.init}
 
 
 def changed(patch: P, **values: Any) -> P:
-    """Return a patch with other values in some fields, which are checked; those that the package fills in may change.
+    """Return a patch with other, validated values in some fields, including those that only the package sets.
 
-    In the place of ``dataclasses.replace``, which empties them.
+    Use it instead of ``dataclasses.replace``, which resets those.
     """
     inner = internal_fields(type(patch))
     given = {f.name: getattr(patch, f.name) for f in dataclasses.fields(patch) if f.init}
@@ -173,7 +173,7 @@ def changed(patch: P, **values: Any) -> P:
 
 
 def decided(patch: Patch, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
-    """Return what a patch would do in which an open choice was just made, so that the choice is remembered."""
+    """Return the proposal of a patch whose open choice was just resolved, so that the choice is recorded."""
     found = patch.propose(model, anatomy)
     return dataclasses.replace(found, patch=found.patch or patch)
 
@@ -186,7 +186,7 @@ def _filled(patch: P, inner: Mapping[str, Any]) -> P:
 
 
 def fields_of(cls: type[Patch]) -> dict[str, dataclasses.Field[Any]]:
-    """Return the fields that a user chooses, by name and in order."""
+    """Return the fields that a user sets, by name and in order."""
     return {f.name: f for f in dataclasses.fields(cls) if f.init}
 
 
@@ -194,7 +194,7 @@ def named(cls: type[Patch], unnamed: tuple[Any, ...], fields: Mapping[str, Any])
     """Return arguments of a patch under the names of its fields.
 
     Raises:
-        AttnPatchError: a field is unknown, given twice, without its name, or filled in by the package alone.
+        AttnPatchError: a field is unknown, given twice, without its name, or set by the package only.
     """
     known, found = fields_of(cls), dict[str, Any]()
     if unnamed:
@@ -215,7 +215,7 @@ def named(cls: type[Patch], unnamed: tuple[Any, ...], fields: Mapping[str, Any])
 
 
 def by_any_name(function: Callable[Q, R]) -> Callable[Q, R]:
-    """Let ``patch_x(model, ...)`` take every name that the patch takes, and say what is wrong with others."""
+    """Let ``patch_x(model, ...)`` accept every synonym that the patch accepts, and explain errors."""
     cls = REGISTRY[function.__name__.removeprefix("patch_")]
 
     @functools.wraps(function)
@@ -232,7 +232,7 @@ def _choices(cls: type[Patch]) -> str:
 
 
 def _nearest(cls: type[Patch], name: str) -> str:
-    """Return what somebody may have meant who gave a field that is not there."""
+    """Return a suggestion for an unknown field."""
     said = cls.hints.get(ALIASES.get(name, name))
     if said is not None:
         return f" ({said})"
@@ -245,12 +245,12 @@ def from_spec(spec: Mapping[str, Any], *, recorded: bool = False, trust_remote_c
     """Build a patch from ``{"patch": name, field: value, ...}``, the form of records, recipes and the command line.
 
     Args:
-        spec: of the patch.
-        recorded: whether it stands in a checkpoint's record, which holds no patch that leaves nothing to remember.
+        spec: the mapping.
+        recorded: whether it comes from a checkpoint's record, which holds no patch that leaves no trace.
         trust_remote_code: whether it may name a repository of kernels, whose code would run.
 
     Raises:
-        AttnPatchError: for an unknown patch or field, with the ones there are, or a field that is not for its giver.
+        AttnPatchError: an unknown patch or field, with the known ones, or a field that this caller may not set.
     """
     known = sorted(_registered())
     if not isinstance(spec, Mapping):
@@ -285,7 +285,7 @@ def _registered() -> Mapping[str, type[Patch]]:
 
 
 def _check_giver(cls: type[Patch], spec: Mapping[str, Any], recorded: bool) -> None:
-    """Refuse what only the package fills in: a rotation that was given would be compared with itself."""
+    """Refuse fields that only the package sets: a rotation that was given would be compared with itself."""
     if recorded and not cls.recorded:
         raise AttnPatchError(f"{cls.name}: stands in no record, for a checkpoint has nothing to remember of it.")
     for name, default in internal_fields(cls).items():
@@ -309,7 +309,7 @@ __all__ = [
 
 
 def off_default(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a patch in a record that a user may choose and that are not at their default."""
+    """Return the user's fields of a recorded patch that differ from their defaults."""
     cls = _registered()[spec["patch"]]
     defaults = {name: field.default for name, field in fields_of(cls).items()}
     under = {key if key in defaults else ALIASES.get(key, key): value for key, value in spec.items()}

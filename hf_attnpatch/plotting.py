@@ -1,4 +1,4 @@
-"""Matplotlib, imported only where something is drawn."""
+"""Imports matplotlib, only where something is drawn."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from .errors import missing_extra
 
 
 def import_pyplot(purpose: str = "drawing a figure") -> Any:
-    """Import pyplot; with the backend that needs no screen, unless the caller's process uses pyplot already.
+    """Import pyplot; with the non-interactive backend, unless the caller's process uses pyplot already.
 
     Args:
-        purpose: what it is for, the subject of the error's sentence.
+        purpose: subject of the sentence in the error message.
 
     Raises:
         MissingExtra: matplotlib is not installed.

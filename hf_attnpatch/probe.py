@@ -1,4 +1,4 @@
-"""Run a model on a few tokens without leaving a trace: random state, mode and gradients stay as they were."""
+"""Runs a model on a few tokens without side effects: random state, mode and gradients are restored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .upstream import words
 from .upstream.roles import predicted, roles_of
 from .weightless import is_weightless
 
-# Largest difference of logits, relative to their largest magnitude, that rounding alone explains.
+# Largest difference of logits, relative to the largest logit, that rounding alone explains.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 Inputs = Mapping[str, Tensor]
@@ -33,17 +33,17 @@ _ABSENT = object()
 
 @dataclass(frozen=True)
 class Trace:
-    """One forward: the logits (or hidden states) at tokens that are not padding, and how often each module ran."""
+    """One forward: the logits (or hidden states) at tokens that are no padding, and how often each module ran."""
 
     logits: Tensor
     calls: Mapping[str, int]
 
 
 def default_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return two rows of ten tokens, the second left-padded by three where the model takes a mask.
+    """Return two rows of ten tokens, the second left-padded by three if the model takes a mask.
 
     Raises:
-        NoWeights: there is nothing to be run.
+        NoWeights: the weights are not in memory.
         UnsupportedArchitecture: it reads no tokens.
     """
     check_in_memory(model)
@@ -62,16 +62,16 @@ def default_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def brief_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return two rows of eight of the default tokens, the second left-padded by two: what ``apply`` runs by itself.
+    """Return two rows of eight of the default tokens, the second left-padded by two: the probe of ``apply``.
 
     Raises:
-        NoWeights: there is nothing to be run.
+        NoWeights: the weights are not in memory.
     """
     return {name: tensor[:, 1:9] for name, tensor in default_inputs(model).items()}
 
 
 def reads_tokens(model: PreTrainedModel) -> bool:
-    """Whether a model's forward takes token ids, of its only or its second sequence."""
+    """Return whether a model's forward takes token ids, for one of its sequences."""
     roles = roles_of(model)
     vocabulary = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
     return isinstance(vocabulary, int) and (roles.takes(words.TOKENS) or roles.takes(words.DECODER_TOKENS))
@@ -83,7 +83,7 @@ def tokens_of(model: PreTrainedModel, inputs: Inputs) -> Tensor:
 
 
 def check_in_memory(model: PreTrainedModel) -> None:
-    """Refuse weights that are not there.
+    """Refuse weights that are not in memory.
 
     Raises:
         NoWeights: some are on the meta device, and not because Accelerate has offloaded them.
@@ -99,7 +99,7 @@ def check_in_memory(model: PreTrainedModel) -> None:
 
 
 def check_loaded(model: PreTrainedModel, path: str) -> None:
-    """Refuse to put new parameters beside those of a module that are offloaded: nothing would bring them back.
+    """Refuse to add parameters to a module whose own are offloaded: nothing would load the new ones.
 
     Raises:
         UnsupportedArchitecture: Accelerate has offloaded them.
@@ -120,15 +120,15 @@ def codebooks(model: PreTrainedModel) -> int:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Return where inputs belong; Accelerate's hooks move them on where all weights are offloaded."""
+    """Return the device of the inputs; Accelerate's hooks move them on if all weights are offloaded."""
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def checked_inputs(name: str, inputs: object) -> Inputs:
-    """Return inputs of a forward as they are.
+    """Return inputs of a forward unchanged, if they are valid.
 
     Args:
-        name: the argument they were passed as, for the error.
+        name: the argument's name, for the error.
         inputs: what the user gave.
 
     Raises:
@@ -154,8 +154,8 @@ def trace(
         model: any transformers model.
         inputs: keyword arguments of its forward.
         watch: paths of modules whose calls are counted.
-        use_cache: whether keys and values pass through a cache on the way.
-        padded: whether the logits at padding are kept.
+        use_cache: whether keys and values pass through a cache.
+        padded: whether logits at padding are kept.
 
     Raises:
         AttnPatchError: the forward fails on these inputs.
@@ -180,14 +180,14 @@ def trial(
     """Try edits that must not change the logits, and take them back.
 
     Args:
-        model: as it should be left.
+        model: left unchanged.
         edits: what to try.
         inputs: keyword arguments of the forward.
         reference: logits without them.
         backward: also require a backward pass.
 
     Returns:
-        None if the logits agree, otherwise why the edits will not do.
+        None if the logits agree, otherwise why the edits are rejected.
     """
     try:
         with tried(model, edits):
@@ -201,13 +201,13 @@ def trial(
 
 
 def logits_under(model: PreTrainedModel, edits: Sequence[Edit], inputs: Inputs, padded: bool = False) -> Tensor:
-    """Return the logits that the model would have, and leave it as it was.
+    """Return the logits of the edited model; the edits are undone.
 
     Args:
         model: any model.
         edits: what to try.
         inputs: keyword arguments of the forward.
-        padded: whether those at padding are returned, too.
+        padded: whether logits at padding are returned, too.
 
     Raises:
         AttnPatchError: an edit is refused, or the edited model does not run on these inputs.
@@ -217,7 +217,7 @@ def logits_under(model: PreTrainedModel, edits: Sequence[Edit], inputs: Inputs, 
 
 
 def disagreement(reference: Tensor, found: Tensor) -> str | None:
-    """Say how far two sets of logits are apart, or None if rounding explains it."""
+    """Return how far two sets of logits differ, or None if rounding explains it."""
     if reference.shape != found.shape:
         return f"shape {tuple(found.shape)} instead of {tuple(reference.shape)}"
     if not all_finite(found):
@@ -251,17 +251,17 @@ def _forward(model: PreTrainedModel, inputs: Inputs, use_cache: bool = False) ->
 
 
 def valid(model: PreTrainedModel, logits: Tensor, inputs: Inputs) -> Tensor:
-    """Return the predictions at tokens that are no padding, (tokens, ...); all of them where there is no mask."""
+    """Return the predictions at tokens that are no padding, (tokens, ...); all of them without a mask."""
     mask = inputs.get(roles_of(model).names.get(words.MASK, ""))
     return logits[mask.bool()] if mask is not None and logits.shape[:2] == mask.shape else logits
 
 
 @contextlib.contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluate, and put back what a forward writes: modes, states and children of modules, configs, random state.
+    """Switch to eval mode, and restore what a forward writes: modes, states and children of modules, configs, seeds.
 
-    No other thread may patch or probe the model meanwhile. One that runs it sees eval mode, and may find what a forward
-    leaves in modules put back; that cannot be guarded.
+    No other thread can patch or probe the model meanwhile. A thread that runs it sees eval mode, and what its forward
+    stored in modules may be reset; that cannot be prevented.
     """
     with alone(lock_of(model)), unchanged(model), own_random_state(model):
         model.eval()
@@ -270,13 +270,13 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back, at the end of a block, what modules and configs hold (not what tensors do), and torch's modes."""
+    """Restore, at the end of a block, attributes of modules and configs (not tensor data) and torch's modes."""
     with ensured(way_back(model)):
         yield
 
 
 def way_back(model: nn.Module) -> Callable[[], None]:
-    """Return a function that makes what modules and configs hold, and torch's modes, what they are now."""
+    """Return a function that restores the present attributes of modules and configs, and torch's modes."""
     stores = [vars(m) for m in model.modules()]
     stores += [vars(c) for c in all_configs(model)] if isinstance(model, PreTrainedModel) else []
     if isinstance(model, PreTrainedModel) and model.can_generate() and model.generation_config is not None:
@@ -294,9 +294,9 @@ def way_back(model: nn.Module) -> Callable[[], None]:
 
 
 def remembered(store: dict[str, Any]) -> Callable[[], None]:
-    """Return a function that makes a namespace, and the plain containers directly in it, what they are now.
+    """Return a function that restores a namespace, and the plain containers directly in it.
 
-    What is missing is added before what is new is taken away, so that another thread never finds less than there was.
+    Missing entries are added before new ones are removed, so that another thread never finds fewer.
     """
     containers: list[Any] = [(v, dict(v)) for v in (store, *store.values()) if isinstance(v, dict)]
     containers += [(v, list(v)) for v in store.values() if isinstance(v, list)]
@@ -324,10 +324,10 @@ def _make_equal(found: dict[Any, Any], wanted: dict[Any, Any]) -> None:
 
 @contextlib.contextmanager
 def own_random_state(model: nn.Module) -> Iterator[None]:
-    """Put torch's random state back where this block has drawn.
+    """Restore torch's random state if this block drew from it.
 
-    Generators belong to the whole process. If their state has moved while other threads were there, it was most likely
-    one of them that drew, as models draw nothing in eval mode: then their numbers go on, and none comes twice.
+    Generators belong to the whole process. If their state moved while other threads existed, most likely one of those
+    drew, as models draw nothing in eval mode: the state is then kept, and no number comes twice.
     """
     put_back = random_states(model)
     with ensured(lambda: _other_threads() or put_back()):
@@ -335,7 +335,7 @@ def own_random_state(model: nn.Module) -> Iterator[None]:
 
 
 def random_states(model: nn.Module) -> Callable[[], None]:
-    """Return a function that puts the random state of the CPU, and of the devices of the model, back where it moved."""
+    """Return a function that restores the random state of the CPU and of the model's devices, where it moved."""
     devices = [d for d in dict.fromkeys(p.device for p in model.parameters()) if d.type not in ("cpu", "meta")]
     before, states = torch.get_rng_state(), [torch.get_device_module(d).get_rng_state(d) for d in devices]
 
@@ -349,7 +349,7 @@ def random_states(model: nn.Module) -> Callable[[], None]:
 
 
 def _other_threads() -> bool:
-    """Whether a thread beside this one may draw; progress bars have one that does not."""
+    """Return whether another thread may draw random numbers; those of progress bars do not."""
     others = (t for t in threading.enumerate() if t is not threading.current_thread())
     return any(type(thread).__name__ != "TMonitor" for thread in others)
 

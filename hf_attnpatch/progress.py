@@ -1,4 +1,4 @@
-"""Progress of long work with the time that is left: a bar on a terminal or in a notebook, lines in a log."""
+"""Progress of long work with the remaining time: a bar on a terminal or in a notebook, lines in a log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SILENT: ContextVar[bool] = ContextVar("silent", default=False)
 
 @contextmanager
 def spoken(aloud: bool) -> Iterator[None]:
-    """Let long work in the block say how far it is, also where there is no terminal; or let it be silent."""
+    """Report the progress of long work in the block, even without a terminal; or silence it."""
     lines, silent = _LINES.set(aloud), _SILENT.set(not aloud)
     try:
         yield
@@ -28,12 +28,12 @@ def spoken(aloud: bool) -> Iterator[None]:
 
 
 def is_silent() -> bool:
-    """Whether nothing is to be said of progress."""
+    """Return whether progress is silenced."""
     return _SILENT.get()
 
 
 def bar(*columns: Any, **options: Any) -> Any:
-    """Return rich's progress display on stderr, off where nobody looks."""
+    """Return rich's progress display on stderr, disabled if nobody watches."""
     from rich.console import Console  # they take a while to import, which --help need not wait for
     from rich.progress import Progress
 
@@ -43,11 +43,11 @@ def bar(*columns: Any, **options: Any) -> Any:
 
 
 def track(items: Sequence[T], what: str, **options: Any) -> Iterator[T]:
-    """Yield the items and show how many are done and how long the rest will take.
+    """Yield the items, and show how many are done and the remaining time.
 
     Args:
         items: done one after another.
-        what: is done with them.
+        what: is done with them, for the display.
         options: of rich's ``Progress``.
     """
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -61,7 +61,7 @@ def track(items: Sequence[T], what: str, **options: Any) -> Iterator[T]:
 
 
 def _logged(items: Sequence[T], what: str) -> Iterator[T]:
-    """Yield the items, and say to stderr now and then how far they are."""
+    """Yield the items, and print progress to stderr now and then."""
     began, due = time.monotonic(), FIRST
     for done, item in enumerate(items, 1):
         yield item

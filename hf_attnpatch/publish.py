@@ -1,4 +1,4 @@
-"""``push_to_hub``: a patched model with a card that says what was done, how to load it and what it is worth."""
+"""``push_to_hub``: publishes a patched model with a card that says what was done, how to load it and what it loses."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from .showing import Shown, line
 
 Reports: TypeAlias = Report | Comparison | str | Path | Sequence[Report | Comparison | str | Path]
 FIGURES = "attnpatch"  # folder of the repository for figures and metrics
-_UNTOUCHED = {".gitattributes"}  # all that a new repository holds
+_UNTOUCHED = {".gitattributes"}  # what a new repository contains
 
 
 @dataclass(frozen=True)
 class Published(Shown):
-    """What is on the Hub now.
+    """A published repository.
 
     Attributes:
         repo_id: owner/name.
         url: of the repository.
-        commit: that holds it; ``revision=`` of ``from_pretrained``.
-        files: that were sent.
-        notes: what the user may want to mend.
+        commit: its commit, for ``revision=`` of ``from_pretrained``.
+        files: the uploaded files.
+        notes: what the user may want to fix.
     """
 
     repo_id: str
@@ -71,32 +71,32 @@ def push_to_hub(
     max_shard_size: str = "5GB",
     token: str | None = None,
 ) -> Published:
-    """Publish a patched model: weights, tokenizer and a card, as one commit that is there whole or not at all.
+    """Publish a patched model as one commit, all or nothing: weights, tokenizer and a card.
 
-    What is sent is what ``save_pretrained`` of model and tokenizer writes, with what the checkpoint that ``load`` read
-    holds beside it (tensors that no class loads) or in other dtypes (fp32 norms in bf16), the base model's licence
-    files, the card, and what ``compare`` measured; a token in it, or where something lies on this machine, is refused.
-    The card names the base model, what was done to it, how to load it with and without this package, what ``compare``
-    measured, the command that made it, and the base model's licence.
+    The upload contains what ``save_pretrained`` of model and tokenizer writes, tensors of the loaded checkpoint that no
+    class loads or that had other dtypes (fp32 norms in bf16), the base model's licence files, the card, and the results
+    of ``compare``; a token or a local path in it is refused. The card names the base model, what was done to it, how to
+    load it with and without this package, the results of ``compare``, the command that made it, and the base model's
+    licence.
 
     Args:
         model: patched by this package.
-        repo_id: ``owner/name``; made if it is not there.
-        report: what ``apply`` or ``compare`` returned for this model, the folder of ``compare``, or several of these.
-        tokenizer: by default the one of the checkpoint that the model was loaded from, if it has one.
-        base_model: repository of the base model. Without it the one that the record names is asked for, if it is
-            public; a folder that the record names is not looked into.
-        license: identifier of the Hub, in the place of the one in the base model's card.
-        license_files: licences and notices of this disk that are to stand beside the model.
-        command: that made the model, in the place of what its record says.
-        private: of a repository that is made; by default as the Hub does. One that is there must agree.
-        overwrite: replace the model in a repository that holds files: weights, card, tokenizer, figures. Others stay.
-        max_shard_size: of a weights file; the largest piece that a broken upload loses.
-        token: by default the one that huggingface_hub finds. It stands in no error, log or file.
+        repo_id: ``owner/name``; created if it does not exist.
+        report: the result of ``apply`` or ``compare`` for this model, the folder of ``compare``, or several of these.
+        tokenizer: None takes that of the checkpoint from which the model was loaded, if it has one.
+        base_model: repository of the base model; None takes the recorded one, if it is public. A recorded folder is not
+            read.
+        license: identifier on the Hub, instead of the one in the base model's card.
+        license_files: local licences and notices to upload.
+        command: that made the model, instead of the recorded one.
+        private: visibility of a new repository; None uses the Hub's default. An existing one must agree.
+        overwrite: replace the model in a repository with files: weights, card, tokenizer, figures. Others stay.
+        max_shard_size: of a weights file; at most this much has to be uploaded again after a failure.
+        token: None takes the one that huggingface_hub finds. It appears in no error, log or file.
 
     Raises:
-        AttnPatchError: the model is not patched, the report is of another model, no licence is known, the repository
-            holds files, or the Hub refuses or cannot be reached; then nothing was published.
+        AttnPatchError: the model is not patched, the report belongs to another model, no licence is known, the
+            repository contains files, or the Hub refuses or cannot be reached; nothing was published then.
     """
     found, hub = _checked(model, repo_id), Hub(token, _version())
     head = _place(hub, repo_id, private, overwrite)
@@ -133,7 +133,7 @@ def _checked(model: PreTrainedModel, repo_id: str) -> record.Record:
 
 
 def _place(hub: Hub, repo_id: str, private: bool | None, overwrite: bool) -> Head | None:
-    """Return what is there; refuse where it is in the way."""
+    """Return the files of the repository; refuse if they are in the way."""
     head = hub.look(repo_id)
     if head is None:
         return None
@@ -155,11 +155,11 @@ def _place(hub: Hub, repo_id: str, private: bool | None, overwrite: bool) -> Hea
 def _stage(
     model: PreTrainedModel, tokenizer: Any, folder: Path, found: record.Record, base: origin.Origin, max_shard_size: str
 ) -> tuple[record.Record, tuple[str, ...]]:
-    """Save everything but the card; the record names the base model as others know it. Say what was carried over."""
+    """Save everything but the card, with a public name of the base model in the record; return notes."""
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     carried = carry_read(model, folder)
     if tokenizer is not None:
-        longer = copy.copy(tokenizer)  # the caller's stays as it is
+        longer = copy.copy(tokenizer)  # the caller's is not changed
         fitted = lengthened(longer, *found.contexts)
         carried = (*carried, *((fitted,) if fitted else ()))
         longer.save_pretrained(folder)
@@ -171,7 +171,7 @@ def _stage(
 
 
 def _with_reports(facts: card.Facts, model: PreTrainedModel, report: Any, folder: Path) -> card.Facts:
-    """Add what reports say, after checking that they are of this model."""
+    """Add results from reports, after checking that they belong to this model."""
     for each in report if isinstance(report, (list, tuple)) else [] if report is None else [report]:
         if isinstance(each, Report):
             if json.dumps(each.record) != json.dumps(getattr(model.config, record.FIELD)):

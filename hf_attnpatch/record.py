@@ -1,4 +1,4 @@
-"""``config.attnpatch``: what was done to a model, versioned, carried by its checkpoints."""
+"""``config.attnpatch``: the versioned record of a model's patches, saved in its checkpoints."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Record:
-    """The patches of a model, in the order they were applied.
+    """The patches of a model, in the order in which they were applied.
 
     Attributes:
-        patches: each as ``Patch.to_record`` gives it.
+        patches: each in the form of ``Patch.to_record``.
         base_model: repository that the model was loaded from, or ``./name`` of a folder; see :func:`source_of`.
-        base_model_type: transformers' model type underneath.
+        base_model_type: transformers' model type of the unpatched model.
         stock: whether transformers alone loads the checkpoint.
         versions: of this package and of transformers when it was written.
-        commands: command lines that made the checkpoint, in order; empty where a script did.
-        contexts: tokens that the model declared to take, before each patch that raised them and after the last.
+        commands: command lines that made the checkpoint, in order; empty if a script did.
+        contexts: context that the model declared, in tokens, before each patch that raised it and after the last.
     """
 
     patches: tuple[Mapping[str, Any], ...]
@@ -59,13 +59,13 @@ class Record:
         }
 
     def restore(self) -> list[Patch]:
-        """Return the patches whose structure the config alone does not give; their weights come from the checkpoint."""
+        """Return the patches whose structure does not follow from the config; their weights are in the checkpoint."""
         return [_patch_of(spec).structure() for spec in self.patches if not spec.get("stock")]
 
 
 @dataclass(frozen=True)
 class _Written:
-    """A record as JSON has it; see :class:`Record`."""
+    """A record in JSON form; see :class:`Record`."""
 
     version: int
     patches: list[dict[str, Any]]
@@ -79,7 +79,7 @@ class _Written:
 
 _MOST, _LONGEST = 64, 16_384  # entries of a list, characters of a text
 _TYPE = re.compile(r"[\w.-]{1,64}", re.ASCII)
-# What records of earlier releases say of modules, which is found again: patch -> field.
+# Fields of earlier releases that are now found by analysing the model: patch -> field.
 _FOUND_AGAIN = {
     **dict.fromkeys(("self_extend", "dual_chunk", "re_rope", "jet_long", "attention_sinks"), "found"),
     **{"segment_recurrence": "turning", "rotary": "counted"},
@@ -87,10 +87,10 @@ _FOUND_AGAIN = {
 
 
 def parse(data: object) -> Record:
-    """Read a record, which a stranger may have written.
+    """Read a record, which anybody may have written.
 
-    Nothing in it is taken for a path of a file or for code. Patches are those that leave something to remember, with
-    fields that a user could have chosen. What earlier releases wrote beside those is left out: it is found out again.
+    Nothing in it is used as a path or as code. Patches must leave a trace in a checkpoint, with fields that a user can
+    set. Fields that earlier releases added are ignored and found again.
 
     Raises:
         AttnPatchError: a field is missing, unknown or of the wrong type, or a newer version wrote it.
@@ -136,27 +136,27 @@ def _check_sizes(found: _Written) -> None:
 
 
 def _chosen(number: int, spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a user chose of a patch in a record, without what earlier releases found out and kept."""
+    """Return the user's fields of a recorded patch, without what earlier releases added."""
     name = spec.get("patch")
     again = _FOUND_AGAIN.get(name) if isinstance(name, str) else None
     if again in spec:
         warnings.warn(
-            f"config.{FIELD}.patches[{number}].{again} is left out: an earlier release wrote it, and this one finds "
-            "out by itself how a model turns its keys. Save the checkpoint again to be rid of it.",
+            f"config.{FIELD}.patches[{number}].{again} is ignored: an earlier release wrote it, and this one finds out "
+            "by itself how a model rotates its keys. Save the checkpoint again to remove it.",
             stacklevel=2,
         )
     return {key: value for key, value in spec.items() if key != again}
 
 
 def _patch_of(spec: Mapping[str, Any]) -> Patch:
-    """Return a patch of a record, tuples being lists there."""
+    """Build a patch from a record, in which tuples are lists."""
     if not isinstance(spec.get("stock", False), bool):
         raise AttnPatchError(f"stock is {brief(spec['stock'])}; it must be true or false.")
     return from_spec({key: value for key, value in spec.items() if key != "stock"}, recorded=True)
 
 
 def note_command(folder: Path, command: str) -> None:
-    """Write the command line that made a saved checkpoint into the record of its config; without one, do nothing."""
+    """Add the command line that made a saved checkpoint to the record in its config; without one, do nothing."""
     data = json.loads((folder / "config.json").read_text("utf-8")).get(FIELD)  # which save_pretrained has just written
     if data is not None:
         found = parse(data)
@@ -164,30 +164,30 @@ def note_command(folder: Path, command: str) -> None:
 
 
 def rewrite(folder: Path, record: Record) -> None:
-    """Put a record in the place of the one in a saved checkpoint's config."""
+    """Replace the record in a saved checkpoint's config."""
     file = folder / "config.json"
     config = {**json.loads(file.read_text("utf-8")), FIELD: record.to_dict()}
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-# What a model is called that is not, or no longer, what lies under the name it was loaded by. An adapter trained on it
-# (PEFT), or a trainer that wants a reference (TRL), names its base so; loading that is an error that quotes this, where
-# the old name would give the unpatched model without a word. Plain text, as it is written into YAML.
+# The name of a model that differs from what its old name refers to. An adapter trained on it (PEFT), or a trainer that
+# needs a reference model (TRL), stores this as the base; loading it raises an error that quotes the text, where the old
+# name would silently give the unpatched model. Plain text, because it is written into YAML.
 IN_MEMORY = "patched in memory by hf_attnpatch: save_pretrained, load from there, and go on"
 LOADED_FROM = "attnpatch_loaded_from"  # attribute of such a model
 READ = "attnpatch_read"  # attribute of a model from ``load``: its checkpoint, and the names there that no class loads
 
 
 def loaded_from(model: PreTrainedModel) -> str:
-    """Return the name or path that a model was loaded by, whether it was patched since; empty where it was built."""
+    """Return the name or path from which a model was loaded, patched since or not; empty if it was built."""
     found = vars(model).get(LOADED_FROM) or getattr(model.config, "_name_or_path", None) or ""
     return str(found)
 
 
 def source_of(model: PreTrainedModel) -> str:
-    """Return where a model came from, for its record: a repository, or ``./name`` for a folder of this machine.
+    """Return where a model came from, for its record: a repository, or ``./name`` for a local folder.
 
-    No repository begins so, and where the folder lies is nobody's business.
+    No repository name begins like that, and the path of the folder is private.
     """
     name = loaded_from(model)
     return f"./{Path(name).resolve().name}" if name and Path(name).exists() else name

@@ -1,4 +1,4 @@
-"""What happened, as data; ``str()`` is a table and ``revert()`` takes it back."""
+"""The result of ``apply`` as data; printing it gives a table, and ``revert()`` undoes the patches."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Report(Shown):
     """The outcome of ``apply``; ``str()`` is a table.
 
     Attributes:
-        plan: what was done, with the state before and after of each edit.
-        checks: name -> what the self-check found.
-        record: what the model's config now says, as data.
-        findings: patch name -> what it measured before it wrote, such as the damage of sharing heads.
+        plan: the edits, with the state before and after each.
+        checks: name -> result of the self-check.
+        record: the record in the model's config.
+        findings: patch name -> measurements made before writing, such as the damage of sharing heads.
     """
 
     plan: Plan
@@ -56,32 +56,32 @@ class Report(Shown):
 
     @property
     def stock(self) -> bool:
-        """Whether transformers alone loads what ``save_pretrained`` now writes."""
+        """Whether transformers alone loads what ``save_pretrained`` writes now."""
         return self.plan.stock
 
     @property
     def context(self) -> tuple[int, int] | None:
-        """The context that the model declared, in tokens, and the longer one now; None where it is what it was."""
+        """The declared context in tokens, before and after; None if it did not change."""
         return self.plan.context
 
     def lengthen(self, tokenizer: Any) -> str | None:
-        """Raise the length at which a tokenizer truncates, where it had the model's old one.
+        """Raise the length at which a tokenizer truncates, if it equals the model's old context.
 
         Args:
             tokenizer: of the model; changed in place.
 
         Returns:
-            A sentence on what was changed; None where nothing was.
+            A sentence on the change; None if there was none.
         """
         return None if self.context is None else lengthened(tokenizer, *self.context)
 
     def revert(self) -> None:
-        """Put back every object that was there before, bitwise; a second call does nothing.
+        """Restore every previous object, bitwise; a second call does nothing.
 
-        If it is interrupted, everything is put back nevertheless; if that fails twice, another call goes on.
+        If it is interrupted, everything is restored anyway; if that fails twice, another call continues.
 
         Raises:
-            PatchConflict: something was written over a place of this patch since; nothing is reverted.
+            PatchConflict: something was written over this patch since; nothing is reverted.
         """
         if not self._writes:
             return
@@ -90,18 +90,18 @@ class Report(Shown):
             if changed and not self._reverting:
                 raise PatchConflict(
                     f"{changed[0]} was changed after this patch ({len(changed)} such places); revert the later patch "
-                    "first."
+                    "first, or take off what was put on since (an adapter, say)."
                 )
             self._reverting = True
             complete(self._put_back)
 
     def _put_back(self) -> None:
         undo_all(self._writes)
-        self._writes.clear()  # forgotten only now that all is back
+        self._writes.clear()  # only once everything is restored
         self._reverting = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what was done and found, as JSON has it."""
+        """Return the edits and results as JSON."""
         damage = None if self.damage is None else self.damage.to_dict()
         return {**self.plan.to_dict(), "checks": dict(self.checks), "damage": damage}
 

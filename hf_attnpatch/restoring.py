@@ -1,4 +1,4 @@
-"""The structure of a patched checkpoint, given to a model that is being loaded."""
+"""Restores the structure of a patched checkpoint while it is loaded."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .weightless import restoring
 
 
 def restore(model: PreTrainedModel) -> None:
-    """Give a freshly built model the structure its config records; the weights come from the checkpoint.
+    """Give a new model the structure that its config records; the weights follow from the checkpoint.
 
-    Called by the constructors of :mod:`hf_attnpatch.foreign`; steps that the config alone expresses are there already.
+    Called by the constructors of :mod:`hf_attnpatch.foreign`; what the config alone expresses is in place already.
     """
     found = record.read(model.config)
     if found is None:

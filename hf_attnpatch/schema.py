@@ -1,8 +1,7 @@
-"""Data from files that anybody may have written: read by type and within bounds, or refused in one short line.
+"""Reads data from files that anybody may have written: by type and within bounds, or refused in one short line.
 
-Records, plans, results, metrics and tables of rates go through here. What comes out is what JSON can say, finite, of
-bounded size and of the types that a dataclass declares; all that is wrong is an :class:`AttnPatchError` that names the
-key.
+Records, plans, results, metrics and tables of rates pass through here. The result is plain JSON data, finite, of
+bounded size and of the types that a dataclass declares; anything else is an :class:`AttnPatchError` that names the key.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from .errors import AttnPatchError
 T = TypeVar("T")
 LARGEST_FILE = 64 << 20  # bytes of JSON: the losses of many documents
 LARGEST_YAML = 64 << 10  # bytes: a plan, a table of rates, the head of a card
-_PART = 1 << 16  # bytes that are read at first
+_PART = 1 << 16  # bytes of the first read
 _LARGEST_INTEGER, _LONGEST_TEXT, _DEEPEST, _MOST_VALUES = 2**63, 1 << 20, 32, 1 << 20
 
 
-# What YAML says beyond JSON, and what can multiply: a merge copies what it names.
+# YAML's features beyond JSON, and those that multiply data: a merge copies what it names.
 _BEYOND = {f"tag:yaml.org,2002:{name}" for name in ("timestamp", "binary", "omap", "pairs", "set", "merge")}
 _RESOLVERS = {
     first: [(tag, pattern) for tag, pattern in found if tag not in _BEYOND]
@@ -36,7 +35,7 @@ _CONSTRUCTORS = {tag: made for tag, made in yaml.SafeLoader.yaml_constructors.it
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that says no more than JSON does: no dates, no sets or bytes, no aliases."""
+    """A YAML loader restricted to JSON's data model: no dates, sets, bytes or aliases."""
 
     yaml_implicit_resolvers = _RESOLVERS
     yaml_constructors = _CONSTRUCTORS
@@ -49,7 +48,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Aliasing(_Loader):
-    """The same with aliases, which name what stands once: how often it is named is counted afterwards."""
+    """The same with aliases; their expansion is counted afterwards."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Compose a node of the document."""
@@ -81,15 +80,15 @@ def from_json(text: str, where: str, *, finite: bool = True, unique: bool = Fals
     Args:
         text: of a file.
         where: for the message.
-        finite: whether infinities and numbers that are none are refused.
-        unique: whether a key that stands twice is refused.
+        finite: whether infinities and nan are refused.
+        unique: whether duplicate keys are refused.
 
     Raises:
-        AttnPatchError: it is none, or nested or sized beyond what such files are.
+        AttnPatchError: not JSON, or nested or sized beyond what such files are.
     """
     try:
         found = json.loads(text, object_pairs_hook=_once if unique else None)
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError, too
+    except (ValueError, RecursionError) as error:  # including numbers with thousands of digits
         raise AttnPatchError(f"{where}: not JSON ({brief(str(error))}).") from error
     return plain(found, where, finite=finite)
 
@@ -104,15 +103,15 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def from_yaml(text: str, where: str, *, aliases: bool = False) -> Any:
-    """Read YAML that says what JSON can.
+    """Read YAML with JSON's data model.
 
     Args:
         text: of a file.
         where: for the message.
-        aliases: whether they are read; what they name counts as often as it is named.
+        aliases: whether aliases are allowed; each use counts in full.
 
     Raises:
-        AttnPatchError: it is none, says more, or is nested or sized beyond what such files are.
+        AttnPatchError: not YAML, more than JSON's data model, or nested or sized beyond what such files are.
     """
     if len(text) > LARGEST_YAML:
         raise AttnPatchError(f"{where}: {len(text):,} characters, wanted at most {LARGEST_YAML:,}.")
@@ -124,15 +123,15 @@ def from_yaml(text: str, where: str, *, aliases: bool = False) -> Any:
 
 
 def plain(value: Any, where: str, *, finite: bool = True) -> Any:
-    """Return a value that JSON can say, after holding it to bounds.
+    """Return a JSON value after checking its bounds.
 
     Args:
         value: from JSON or YAML.
         where: for the message.
-        finite: whether infinities and numbers that are none are refused.
+        finite: whether infinities and nan are refused.
 
     Raises:
-        AttnPatchError: something else is in it, or it is too large, too deep or not finite.
+        AttnPatchError: it contains something else, or is too large, too deep or not finite.
     """
     left = [_MOST_VALUES]
     _check(value, where, _DEEPEST, left, finite)
@@ -168,7 +167,7 @@ def _refuse(wrong: bool, value: Any, where: str, wanted: str) -> None:
 
 
 def typed(hint: Any, value: Any, where: str) -> Any:
-    """Return a value of a type, built from what JSON says.
+    """Build a value of a type from JSON data.
 
     Args:
         hint: ``int``, ``float``, ``str``, ``bool``, ``Any``, a dataclass, ``Literal``, ``X | None``, or ``tuple``,
@@ -177,7 +176,7 @@ def typed(hint: Any, value: Any, where: str) -> Any:
         where: for the message.
 
     Raises:
-        AttnPatchError: it is of another type; says where, what was found and what was wanted.
+        AttnPatchError: another type; names the place, what was found and what was wanted.
     """
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any or hint is Hashable:
@@ -244,13 +243,13 @@ def _mapping(inner: tuple[Any, ...], value: Any, where: str) -> dict[Any, Any]:
 
 
 def fields_of(kind: type[T], value: Any, where: str, *, whole: bool = False) -> T:
-    """Return a dataclass from a mapping with a value for each of its fields, and for nothing else.
+    """Build a dataclass from a mapping with exactly its fields.
 
     Args:
         kind: the dataclass.
         value: from JSON.
         where: for the message.
-        whole: whether fields that have a default must be there, too.
+        whole: whether fields with a default are required, too.
 
     Raises:
         AttnPatchError: a field is missing, unknown or of another type, or the class refuses it.
@@ -275,7 +274,7 @@ def fields_of(kind: type[T], value: Any, where: str, *, whole: bool = False) -> 
 
 
 def brief(value: Any, limit: int = 80) -> str:
-    """Return how a value is quoted in an error: on one line, short however large it is, nothing in it acting."""
+    """Quote a value for an error message: on one line, shortened, without control characters."""
     if isinstance(value, str):
         text = " ".join(value[: 4 * limit].split())
         return ascii(text[:limit] + ("..." if len(value) > limit else "")) if not text.isprintable() else text[:limit]
@@ -289,5 +288,5 @@ def brief(value: Any, limit: int = 80) -> str:
 
 
 def quoted(value: Any) -> str:
-    """Return a value as :func:`brief` does, text in quotes."""
+    """Quote a value like :func:`brief`, with text in quotes."""
     return repr(brief(value)) if isinstance(value, str) else brief(value)

@@ -1,4 +1,4 @@
-"""What ``apply`` asks of a patched model beyond one forward: that it decodes what it computes at once."""
+"""The decoding part of the self-check: a patched model must decode what its full forward computes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .stepwise import STEPS, NoCache, in_pieces, remembers, rereads, unmasked, w
 from .upstream import words
 from .upstream.roles import predicted, roles_of
 
-Promise = Callable[[Any], str | None]  # is shown the cache of a decoded text, and says what is wrong with it
+Promise = Callable[[Any], str | None]  # gets the cache of a decoded text, and returns what is wrong with it
 _TEXT = (words.TOKENS, words.MASK, words.POSITIONS, words.DECODER_TOKENS)
 NO_CACHE = "generate was seen to read the whole text again for each token: there is no cache to check"
 
@@ -33,18 +33,18 @@ def decoding(
 ) -> tuple[str | None, str]:
     """Compare decoding with the full forward: a prefill, two single tokens and two at once, one row left-padded.
 
-    The first layers are asked, as many as it takes to have one of each kind; where they disagree, or a promise is
-    about all of them, the whole model.
+    Only the first layers run, as many as contain one of each kind; the whole model runs if they disagree, or if a
+    promise concerns all layers.
 
     Args:
         model: patched or not; left as it was.
-        sites: paths of all modules that attend.
-        inputs: of its forward; what is no text goes with the first tokens.
-        promises: of patches about the cache.
+        sites: paths of all attention modules.
+        inputs: of the forward; inputs other than text go with the first tokens.
+        promises: the patches' checks of the cache.
         steps: tokens of each step after the prefill.
 
     Returns:
-        What is wrong, or None; and what was found, in a few words.
+        What is wrong, or None; and the result in a few words.
 
     Raises:
         SelfCheckFailed: a promise is broken, or the model generates with a cache that was not found.
@@ -93,7 +93,7 @@ def _asked(
 
 
 def _without_a_cache(model: PreTrainedModel, given: Inputs) -> str | None:
-    """Say how a model generates that hands no cache back, where that is proved to be right; None where it is not."""
+    """Return how a model generates without returning a cache, if that is proved correct; else None."""
     roles = roles_of(model)
     ids = {roles.names.get(words.TOKENS), roles.names.get(words.DECODER_TOKENS)}
     hidden = {roles.names.get(words.MASK), roles.names.get(words.POSITIONS)}
@@ -110,11 +110,11 @@ def _without_a_cache(model: PreTrainedModel, given: Inputs) -> str | None:
 
 
 def decoded_with(model: PreTrainedModel, given: Inputs) -> str | None:
-    """Say what is wrong with decoding inputs that are more than text, read with the first tokens; None for nothing.
+    """Return what is wrong with decoding inputs beside text, read with the first tokens; None if nothing is.
 
     Args:
         model: patched or not; left as it was.
-        given: of its forward, without padding.
+        given: inputs of the forward, without padding.
     """
     roles = roles_of(model)
     if not model.can_generate() or not {roles.names.get(r) for r in (words.TOKENS, words.DECODER_TOKENS)} & set(given):
@@ -132,7 +132,7 @@ def decoded_with(model: PreTrainedModel, given: Inputs) -> str | None:
 
 
 def _placed(model: PreTrainedModel, inputs: Inputs) -> dict[str, Tensor]:
-    """Return the inputs with positions as ``generate`` passes them, where the model takes any and none are given."""
+    """Return the inputs with positions as ``generate`` passes them, if the model takes positions and none are given."""
     roles = roles_of(model)
     mask = inputs.get(roles.names.get(words.MASK, ""))
     if mask is None or not roles.takes(words.POSITIONS) or roles.name(words.POSITIONS) in inputs:
@@ -154,7 +154,7 @@ def _whole(model: PreTrainedModel, given: Inputs) -> Tensor:
 
 
 def _apart(model: PreTrainedModel, given: Inputs, wanted: Tensor, found: Tensor) -> str | None:
-    """Say how far apart both are, or None where rounding explains it: usually, or as measured in this model."""
+    """Return how far both differ, or None if rounding explains it, by the usual tolerance or this model's own."""
     problem = disagreement(valid(model, wanted, given), valid(model, found, given))
     if problem is None or wanted.shape != found.shape or not all_finite(found):
         return problem

@@ -1,7 +1,7 @@
-"""Text from elsewhere, made harmless for where it is shown: a terminal, Markdown, a code block, a notebook.
+"""Escapes foreign text for where it is shown: a terminal, Markdown, a code block, a notebook.
 
-Names, notes and commands come from checkpoints and result files, which strangers make. Nothing of them may move the
-cursor of a terminal, run as HTML, become a link or an image, or end the block that it stands in.
+Names, notes and commands come from checkpoints and result files that anybody can write. They must not move the cursor
+of a terminal, run as HTML, become a link or an image, or end the block that contains them.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-WIDTH = 140  # columns of a table that goes to no terminal
+WIDTH = 140  # columns of a table outside a terminal
 _LONGEST = 160  # characters of a repr
 _COLUMNS: ContextVar[int] = ContextVar("columns", default=WIDTH)
 
 _UNSEEN = {"Cc", "Cs", "Co", "Cn", "Zl", "Zp"}  # controls, half characters, private and unassigned ones, separators
-_JOINERS = "\u200c\u200d"  # which some scripts and emoji are written with
+_JOINERS = "\u200c\u200d"  # used by some scripts and emoji
 _MARKS = re.compile(r"[\\`*\[\]<>|~$&]|(?<!\w)_|_(?!\w)|(?<=:)/(?=/)|(?<=www)\.", re.IGNORECASE)
 
 
 def visible(text: str) -> str:
-    r"""Return a text for a terminal: what would act there, or not be seen, is spelled out, as ``\x1b``; lines stay."""
+    r"""Escape a text for a terminal: control and invisible characters are written as ``\x1b``; newlines stay."""
     return "".join(c if c in "\n\t" or _is_plain(c) else _spelled(c) for c in text)
 
 
 def line(text: str, limit: int = 10_000) -> str:
-    """Return a text on one line, cut where it is longer than ``limit`` characters."""
+    """Return a text on one line, cut to ``limit`` characters."""
     flat = visible(" ".join(text.split()))
     return flat if len(flat) <= limit else f"{flat[: limit - 4]} ..."
 
 
 def prose(text: str) -> str:
-    """Return a text for a line or a table cell of Markdown: it reads as it is, and is no markup, link or HTML."""
+    """Escape a text for a line or a table cell of Markdown: no markup, link or HTML."""
     return _MARKS.sub(lambda found: f"\\{found[0]}", line(text))
 
 
 def code(text: str) -> str:
-    """Return a text as inline code of Markdown, whatever backticks it holds."""
+    """Return a text as inline code of Markdown, with a fence longer than its backticks."""
     flat = line(text)
     fence = "`" * (_longest(flat) + 1)
     padding = " " if flat.startswith("`") or flat.endswith("`") or not flat.strip() else ""
@@ -53,14 +53,14 @@ def code(text: str) -> str:
 
 
 def fenced(text: str, language: str = "") -> str:
-    """Return a text as a code block of Markdown, behind a fence that nothing in it can close."""
+    """Return a text as a code block of Markdown, with a fence that it cannot close."""
     fence = "`" * max(3, _longest(text) + 1)
     return f"{fence}{language}\n{visible(text)}\n{fence}"
 
 
 @contextmanager
 def columns(width: int) -> Iterator[None]:
-    """Let tables of the block be as wide as this, in characters."""
+    """Set the width of tables in the block, in characters."""
     token = _COLUMNS.set(width)
     try:
         yield
@@ -69,7 +69,7 @@ def columns(width: int) -> Iterator[None]:
 
 
 def rendered(*parts: RenderableType) -> str:
-    """Return text and tables as plain text, :data:`WIDTH` columns wide unless :func:`columns` says otherwise."""
+    """Render text and tables as plain text, :data:`WIDTH` columns wide unless :func:`columns` sets another width."""
     from rich.console import Console, Group  # takes a while to import, and not every command shows a table
 
     console = Console(width=_COLUMNS.get(), color_system=None, force_terminal=False)
@@ -79,7 +79,7 @@ def rendered(*parts: RenderableType) -> str:
 
 
 class Shown:
-    """Mixin of dataclasses that hold what was found: a short repr, and a page for notebooks made of ``str()``."""
+    """Mixin of result dataclasses: a short repr, and a notebook page made from ``str()``."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -89,16 +89,16 @@ class Shown:
         return f"<{type(self).__name__}: {line(self._in_short(), _LONGEST)}>"
 
     def _in_short(self) -> str:
-        """Return what it is in a few words; by default its fields, the long ones by their size."""
+        """Return a summary in a few words; by default the fields, long ones by their size."""
         fields = dataclasses.fields(self)  # type: ignore[arg-type]  # every subclass is a dataclass
         return ", ".join(f"{f.name}={_in_short(getattr(self, f.name))}" for f in fields if f.repr)
 
     def _tables(self) -> Iterable[RenderableType]:
-        """Return the tables and lines that a report shows of it; none by default."""
+        """Return the tables and lines for the notebook page; none by default."""
         return ()
 
     def _figures(self) -> Iterable[bytes]:
-        """Return PNG pictures; none by default, or where matplotlib is not installed."""
+        """Return PNG pictures for the notebook page; none by default, or without matplotlib."""
         return ()
 
     def _repr_html_(self) -> str:

@@ -1,4 +1,4 @@
-"""Where a model attends: every attention module with its layout and head counts, read from modules and weights."""
+"""Finds a model's attention modules, their layouts and head counts, from modules and weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .upstream.calls import says_causal
 from .upstream.dispatching import dispatches
 
 _CONVOLVED = "keys pass a convolution of their own for each head, which shared heads cannot"
-# What a module's own children and parameters are called where it keeps something else than keys and values.
+# Names of children and parameters that show that a module caches something other than keys and values.
 _OTHER = {
     "latent attention caches a compressed vector, which has no heads to share": r"kv_[ab]_proj.*|kv_lora.*",
     "one projection gives keys and values, spread over heads in the module's own way": r"kv_proj",
@@ -42,8 +42,8 @@ class Site:
         num_kv_heads: key-value heads, read from the weight.
         head_dim: of queries and keys.
         v_head_dim: of values.
-        output: path of the output projection, empty where none was recognised.
-        causal: whether it looks back only; ``None`` where the module does not say.
+        output: path of the output projection, empty if none was recognised.
+        causal: whether attention is causal; ``None`` if the module does not say.
         cross: whether keys and values come from another sequence.
         dispatches: whether it calls the attention function registered under the model's implementation.
         config: dotted path of the sub-config that built it, empty for the model's own.
@@ -64,24 +64,24 @@ class Site:
 
     @property
     def tower(self) -> bool:
-        """Whether it belongs to an image or audio tower beside the language model."""
+        """Whether it belongs to an image or audio tower next to the language model."""
         return any(word in self.config for word in _TOWERS)
 
     def rows(self, num_kv_heads: int | None = None) -> Rows:
-        """Return which output rows belong to which head, for this or another number of key-value heads."""
+        """Return the output rows of each head, for this or another number of key-value heads."""
         kv = self.num_kv_heads if num_kv_heads is None else num_kv_heads
         return self.layout.packing(self.num_heads, kv, self.head_dim, self.v_head_dim)
 
 
 @dataclass(frozen=True)
 class Place:
-    """A self-attention module that asks the registry for its attention function, whatever its projections are like.
+    """A self-attention module that dispatches its attention, whatever its projections.
 
     Attributes:
         path: as in ``named_modules``.
-        num_heads: query heads; None where they were not read.
-        causal: whether it looks back only; None where the module does not say.
-        config: dotted path of the config whose implementation it asks for.
+        num_heads: query heads; None if unknown.
+        causal: whether attention is causal; None if the module does not say.
+        config: dotted path of the config whose attention implementation it reads.
     """
 
     path: str
@@ -96,7 +96,7 @@ def dispatching(
     """Return every self-attention module of the language model that dispatches.
 
     Raises:
-        UnsupportedArchitecture: one does not dispatch, or one that does was not read.
+        UnsupportedArchitecture: one does not dispatch, or a dispatching one was not read.
     """
     places = []
     for site in sites:
@@ -119,7 +119,7 @@ def dispatching(
 
 
 def read_sites(model: PreTrainedModel) -> tuple[tuple[Site, ...], dict[str, str], dict[str, str]]:
-    """Return the attention modules, those that keep something else than keys and values, and those not read."""
+    """Return the attention modules, those that cache something other than keys and values, and those not read."""
     sites: list[Site] = []
     other: dict[str, str] = {}
     unread: dict[str, str] = {}
@@ -145,7 +145,7 @@ def read_sites(model: PreTrainedModel) -> tuple[tuple[Site, ...], dict[str, str]
 
 
 def _no_row(module: nn.Module) -> str:
-    """Say which projections a module has, and by which names they were looked for."""
+    """Describe which projections a module has, and which names were tried."""
     there = [path for path, _ in module.named_modules() if path and is_projection(module, path)]
     wanted = dict.fromkeys(row.query for row in LAYOUTS)
     return (
@@ -155,13 +155,13 @@ def _no_row(module: nn.Module) -> str:
 
 
 def _outermost(found: dict[str, str], inner: list[str]) -> dict[str, str]:
-    """Drop wrappers around places that were read, and places inside others."""
+    """Drop modules that contain attention modules which were read, and modules inside others."""
     outer = {p: why for p, why in found.items() if not any(i.startswith(p + ".") for i in inner)}
     return {p: why for p, why in outer.items() if not any(p.startswith(o + ".") for o in outer)}
 
 
 def _other_state(module: nn.Module) -> str | None:
-    """Say what a module keeps instead of keys and values, or None."""
+    """Return what a module caches instead of keys and values, or None."""
     names = [*module._modules, *module._parameters, *module._buffers]
     if "q_proj" in names and "k_proj" not in names:
         return "takes keys and values from an earlier layer"
@@ -169,19 +169,19 @@ def _other_state(module: nn.Module) -> str | None:
 
 
 def _convolved(module: nn.Module, layout: Layout) -> bool:
-    """Whether the projection of keys stands in a module beside other weights: its rows are not yet the keys."""
+    """Return whether the key projection is inside a module with other weights, so its rows are not yet the keys."""
     wrapper, _, name = layout.key.rpartition(".")
     inner = module.get_submodule(wrapper).named_parameters() if wrapper else ()
     return any(not path.startswith(f"{name}.") for path, _ in inner)
 
 
 def in_tower(path: str) -> bool:
-    """Whether a path lies in an image or audio tower beside the language model."""
+    """Return whether a path is in an image or audio tower next to the language model."""
     return any(word in path.lower() for word in (*_TOWERS, "visual"))
 
 
 def bias_tables(model: PreTrainedModel) -> tuple[str, ...]:
-    """Return the paths of embeddings that hold one number for each head: biases by distance, as T5 learns them."""
+    """Return the paths of embeddings with one number for each head: learned relative biases, as in T5."""
     config = model.config.get_text_config(decoder=True)
     heads = {n for owner in (config, *model.modules()) if (n := _first_int(owner, _HEADS))}
     tables = ((p, m) for p, m in model.named_modules() if isinstance(m, nn.Embedding) and m.embedding_dim in heads)
@@ -193,7 +193,7 @@ def _looks_like_attention(module: nn.Module) -> bool:
 
 
 def _site(model: PreTrainedModel, path: str, module: nn.Module, layout: Layout) -> Site | str:
-    """Read one attention module, or say in a sentence why it cannot be read."""
+    """Read one attention module, or return a sentence why it cannot be read."""
     config = getattr(module, "config", None) or model.config.get_text_config(decoder=True)
     heads = _first_int(module, _HEADS) or _first_int(config, ("num_attention_heads",))
     outs = [weight_rows(module.get_submodule(p)).shape[0] for p in (layout.query, layout.key, layout.value)]
@@ -226,7 +226,7 @@ def _is_cross(path: str, module: nn.Module) -> bool:
 
 
 def _owner(model: PreTrainedModel, module: nn.Module) -> str:
-    """Return the path of the config that built a module; the language model's where the module does not say."""
+    """Return the path of the config that built a module; the language model's if the module does not say."""
     path = config_path(model, getattr(module, "config", None))
     return path if path is not None else config_path(model, model.config.get_text_config(decoder=True)) or ""
 
@@ -241,7 +241,7 @@ def _counts(module: nn.Module, heads: int, head_dim: int, outs: list[int]) -> tu
 
 
 def _derived_head_dim(config: object, layout: Layout, heads: int | None, query_rows: int) -> int | None:
-    """Return the head size of a module that does not name it: its query rows, or the hidden size, over the heads."""
+    """Return the head size of a module without a field for it: its query rows, or the hidden size, over the heads."""
     width = (_first_int(config, ("hidden_size",)) or 0) if layout.fused else query_rows
     return width // heads or None if heads else None
 

@@ -1,6 +1,6 @@
-"""Patches that stand on others: position remapping stands on positions, a memory on everything around attention.
+"""Patches that build on others: position remapping on positions, a segment memory on everything around attention.
 
-A patch that comes beneath them takes them off, is applied, and they are put on again, as if it had been applied first.
+A patch that goes beneath them removes them, is applied, and puts them back, as if it had been applied first.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from .errors import AttnPatchError, PatchConflict
 from .patch import REGISTRY, Patch
 from .recurrence.modules import recalling_of
 
-_OWNER = "attnpatch_patch"  # attribute of wrappers and hooks: the name of the patch that put them there
+_OWNER = "attnpatch_patch"  # attribute of wrappers and hooks: the name of their patch
 
 
 @dataclass(frozen=True)
 class Lifted:
-    """Patches that are taken off a model so that another one comes beneath them.
+    """Patches that are removed from a model so that another can go beneath them.
 
     Attributes:
-        edits: that take them off.
-        patches: in the order in which they are put on again.
+        edits: that remove them.
+        patches: in the order in which they are put back.
     """
 
     edits: tuple[Edit, ...] = ()
@@ -34,7 +34,7 @@ class Lifted:
 
 
 def own(name: str, edits: Iterable[Edit]) -> None:
-    """Mark the hooks and wrappers of a patch's edits as its own: they are found again on any copy of a model."""
+    """Mark the hooks and wrappers of a patch's edits with its name, so that they are found on any copy of a model."""
     for edit in edits:
         if isinstance(edit, AddPreHook):
             vars(edit.hook)[_OWNER] = name
@@ -43,15 +43,15 @@ def own(name: str, edits: Iterable[Edit]) -> None:
 
 
 def in_order(patches: Iterable[Patch]) -> tuple[Patch, ...]:
-    """Return patches with those first on which others stand."""
+    """Return patches sorted so that each follows those that it builds on."""
     return tuple(sorted(patches, key=lambda patch: patch.height))
 
 
 def lift(model: PreTrainedModel, patch: Patch) -> Lifted:
-    """Return what has to be taken off a model before a patch can come beneath it; nothing for most.
+    """Return what must be removed from a model before a patch can go beneath it; usually nothing.
 
     Raises:
-        PatchConflict: it cannot be put on again: its record is lost, or a stream is open.
+        PatchConflict: it could not be put back: its record is lost, or a stream is open.
     """
     least = 1 if patch.changes_positions else 2 if patch.wraps else None
     if least is None:
@@ -73,7 +73,7 @@ def lift(model: PreTrainedModel, patch: Patch) -> Lifted:
 
 
 def _owned(model: PreTrainedModel) -> Iterator[tuple[Edit, str]]:
-    """Yield, for each wrapper and hook of ours, the edit that takes it off and the name of its patch."""
+    """Yield the removing edit, and the patch's name, for each of this package's wrappers and hooks."""
     for path, module in model.named_modules():
         for wrapper in wrappers_of(module):
             yield RemoveWrapper(path, wrapper.name), vars(wrapper).get(_OWNER, "")

@@ -1,4 +1,4 @@
-"""Read a text in pieces through a cache, as decoding does, to compare it with the full forward."""
+"""Decodes a text in pieces through a cache, for a comparison with the full forward."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .errors import AttnPatchError
 from .upstream import words
 from .upstream.roles import predicted, resumed, roles_of
 
-# After the prefill: two steps of one token, then two tokens at once, which have to see each other.
+# After the prefill: two steps of one token, then two tokens at once, which must see each other.
 STEPS = (1, 1, 2)
 
 
 class NoCache(AttnPatchError):
-    """A model that generates gives back nothing to go on from.
+    """A model that generates returns no cache to continue from.
 
     Attributes:
-        found: its predictions for all tokens, each piece read for itself: right where modules keep their own state.
+        found: predictions for all tokens, each piece read by itself: correct if modules keep their own state.
     """
 
     def __init__(self, message: str, found: Tensor):
@@ -33,17 +33,17 @@ class NoCache(AttnPatchError):
 def in_pieces(
     model: nn.Module, inputs: Mapping[str, Tensor], sizes: Sequence[int], seen: Callable[[Any], None] | None = None
 ) -> Tensor:
-    """Return the predictions for all tokens, (batch, length, ...), fed in pieces of these sizes through a cache.
+    """Return the predictions for all tokens, (batch, length, ...), read through a cache in pieces of these sizes.
 
     Args:
         model: a decoder, or an encoder-decoder, of which the second sequence is cut.
-        inputs: of its forward, by its own names; a mask and positions of all tokens among them, or none.
-            What is no text goes with the first piece.
+        inputs: of the forward, by its own names, optionally with a mask and positions of all tokens. Inputs other than
+            text go with the first piece.
         sizes: tokens of each piece, together the whole length.
-        seen: is shown the last cache.
+        seen: called with the last cache.
 
     Raises:
-        NoCache: the forward returns no cache that it would take again.
+        NoCache: the forward returns no cache that it accepts again.
     """
     roles = roles_of(model)
     both = roles.names.get(words.DECODER_TOKENS) in inputs
@@ -51,7 +51,7 @@ def in_pieces(
     mask, positions = roles.names.get(words.MASK, ""), roles.names.get(words.POSITIONS, "")
     state: dict[str, Any] = {}
     text = {roles.names.get(role) for role in (words.TOKENS, words.MASK, words.POSITIONS)}
-    each = {stream: inputs[stream]}  # what has a number for each token
+    each = {stream: inputs[stream]}  # inputs with one number for each token
     if not both:
         alike = {name: t for name, t in inputs.items() if t.shape == inputs[stream].shape and name not in text}
         each |= alike
@@ -64,7 +64,7 @@ def in_pieces(
         if positions in inputs:
             piece[positions] = inputs[positions][..., start:end]
         if mask in inputs and not both:
-            piece[mask] = inputs[mask][:, 0 if state else start : end]  # without a cache, of what is read alone
+            piece[mask] = inputs[mask][:, 0 if state else start : end]  # without a cache, for the piece only
         output = model(**piece, **roles.call(**{words.USE_CACHE: True}), **state)
         state = resumed(model, output)
         returned = returned or bool(state)
@@ -79,16 +79,16 @@ def in_pieces(
 
 
 def unmasked(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return inputs without a mask that hides nothing: some count the positions of a later piece by the whole mask."""
+    """Drop a mask that hides nothing: some models count the positions of a later piece by the whole mask."""
     mask = roles_of(model).names.get(words.MASK)
     return {name: t for name, t in inputs.items() if name != mask or not t.all()}
 
 
 def rereads(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
-    """Whether ``generate`` reads the whole text again for each token: the proof that a model keeps no cache.
+    """Return whether ``generate`` reads the whole text again for each token, which proves that there is no cache.
 
     Args:
-        model: that can generate.
+        model: a model that can generate.
         inputs: of its forward, by its own names, without padding.
     """
     roles, lengths = roles_of(model), Counter[int]()
@@ -107,10 +107,10 @@ def rereads(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
 
 
 def remembers(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
-    """Whether modules of a model keep tensors from one forward to the next, beside what the model hands back.
+    """Return whether modules keep tensors between forwards, beside what the model returns.
 
     Args:
-        model: that can generate; what it keeps is for the caller to put back.
+        model: a model that can generate; the caller restores its state.
         inputs: of its forward, by its own names, without padding.
     """
     before = _held(model)
@@ -123,12 +123,12 @@ def _held(model: nn.Module) -> list[tuple[str, int]]:
 
 
 def writes_as_it_reads(model: PreTrainedModel, inputs: Mapping[str, Tensor], tokens: int = 4) -> bool:
-    """Whether the tokens that ``generate`` writes greedily are those that full forwards without a cache predict.
+    """Return whether greedy ``generate`` gives the tokens that full forwards without a cache predict.
 
     Args:
-        model: that can generate.
+        model: a model that can generate.
         inputs: token ids alone, by the model's own name, without padding.
-        tokens: to write.
+        tokens: number of tokens to generate.
     """
     (name, ids), roles = next(iter(inputs.items())), roles_of(model)
     written = model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)

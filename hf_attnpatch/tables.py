@@ -1,4 +1,4 @@
-"""A plan and an anatomy as tables for people."""
+"""Renders plans and anatomies as tables."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def render_plan(plan: Plan) -> str:
-    """Return a plan as tables, one for each patch."""
+    """Render a plan as tables, one for each patch."""
     return rendered(*steps_of(plan))
 
 
 def render_anatomy(anatomy: Anatomy) -> str:
-    """Return an anatomy as a table, equal places on one line."""
+    """Render an anatomy as a table, with equal modules on one line."""
     head = (
         f"{anatomy.architecture} ({anatomy.model_type}): positions {anatomy.positions}, "
         f"context {anatomy.max_positions or 'not declared'}"
@@ -57,7 +57,7 @@ def steps_of(plan: Plan) -> Iterable[RenderableType]:
 
 
 def title(step: Step) -> str:
-    """Return the patch as it would be written, fields at their default left out."""
+    """Return the patch as a Python call, without fields at their default."""
     chosen = off_default(step.patch.to_record())
     return f"{step.patch.name}({', '.join(f'{k}={v}' for k, v in chosen.items())})"
 
@@ -71,7 +71,7 @@ def _step_table(step: Step) -> Table:
 
 
 def _folded(rows: Sequence[tuple[str, tuple[str, ...]]]) -> Iterable[tuple[str, tuple[str, ...]]]:
-    """Join places that differ in a layer number only and say the same."""
+    """Join modules that differ in the layer index only."""
     groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for path, what in rows:
         groups.setdefault((re.sub(r"\.\d+(?=\.|$)", ".*", path), what), []).append(path)

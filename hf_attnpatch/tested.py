@@ -1,4 +1,4 @@
-"""Between which releases of transformers this package is tested, and a word about one that is newer."""
+"""The tested range of transformers releases, and a warning for newer ones."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ NEWEST = "5.24.0"  # what constraints.txt pins, written by `make lock`; CI runs 
 
 @functools.cache
 def warn_if_newer() -> None:
-    """Warn, once in a process, where the installed transformers is newer than any that was tested.
+    """Warn once per process if the installed transformers is newer than any tested release.
 
-    Called where a model is first patched or loaded, not on import: nobody is told who does not use the package.
+    Called when a model is first patched or loaded, not on import, so that nobody is warned without using the package.
     """
     if Version(transformers.__version__) > Version(NEWEST):
         warnings.warn(

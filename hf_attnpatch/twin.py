@@ -1,8 +1,8 @@
-"""What transformers itself would build from another config, found by building it on the meta device.
+"""Compares a model with what transformers would build from an edited config, both on the meta device.
 
-No table of attributes per family: the difference between the module tree of the model's own config and that of an
-edited copy *is* what has to change, so a family is expressible in stock transformers exactly if the difference is
-confined to the places that were meant.
+This replaces a table of attributes per family: the difference between the module trees of the model's own config and of
+an edited copy *is* what has to change. Stock transformers can express a patch exactly if the difference is confined to
+the intended places.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from .configs import skeleton
-from .edits import SetConfig
+from .edits import Edit, SetAttribute, SetConfig
+from .errors import UnsupportedArchitecture
 
 Plain = (bool, int, float, str, tuple, list, type(None))
 
@@ -46,13 +47,13 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Difference:
-    """How the twin's module tree differs.
+    """The difference between both module trees.
 
     Attributes:
         before: the model built from its own config, on the meta device.
         twin: the model built from the edited config, on the meta device.
-        modules: paths of modules with a parameter or buffer of another shape, or with other such names, outermost.
-        attributes: (path, name) -> value of plain attributes that differ, outside of those modules.
+        modules: paths of the outermost modules whose parameters or buffers have other shapes or names.
+        attributes: (path, name) -> value of plain attributes that differ, outside those modules.
     """
 
     before: nn.Module
@@ -60,16 +61,30 @@ class Difference:
     modules: tuple[str, ...]
     attributes: dict[tuple[str, str], Any]
 
+    def edits(self, changes: Sequence[Change], paths: Sequence[str], where: str) -> list[Edit]:
+        """Return the edits of configs and attributes; modules at ``paths`` are rebuilt by the caller.
+
+        Raises:
+            UnsupportedArchitecture: another module's tensors would have to change as well.
+        """
+        longer = [path for path in self.modules if path not in paths]
+        if longer:
+            raise UnsupportedArchitecture(
+                f"{longer[0] or where}: has tensors as long as the context, which this would not resize."
+            )
+        attributes = (SetAttribute(*key, value) for key, value in self.attributes.items() if key[0] not in paths)
+        return [*(change.edit() for change in changes), *attributes]
+
 
 def difference(model: PreTrainedModel, changes: Sequence[Change]) -> Difference | str:
-    """Build the model's class from its config and from a changed copy, and compare.
+    """Build the model's class from its config and from an edited copy, and compare them.
 
     Args:
-        model: the model whose class and config are used; it is not touched and its weights are not read.
+        model: gives the class and the config; it is not touched and its weights are not read.
         changes: fields to set on the copy.
 
     Returns:
-        The difference, or a sentence saying why there is none to be had.
+        The difference, or a sentence why there is none.
     """
     try:
         before, after = _build(model, ()), _build(model, changes)
@@ -98,7 +113,7 @@ def _build(model: PreTrainedModel, changes: Sequence[Change]) -> nn.Module:
     def changed(config: PretrainedConfig) -> None:
         for change in changes:
             change.assign(config)
-        validate = getattr(config, "validate", None)  # what from_pretrained will hold the saved config to
+        validate = getattr(config, "validate", None)  # the check that from_pretrained will run
         if changes and validate is not None:
             validate()
 
@@ -137,7 +152,7 @@ def _plain(module: nn.Module) -> dict[str, Any]:
 
 
 def converted(model: PreTrainedModel, name: str) -> bool:
-    """Whether transformers fuses or splits this parameter when it saves and loads (not merely renames it)."""
+    """Return whether transformers fuses or splits this parameter on saving and loading (not merely renames it)."""
     transforms = get_model_conversion_mapping(model)
     fused = [t for t in transforms if isinstance(t, WeightConverter)]
     return any(re.search(pattern, name) for t in fused for pattern in t.target_patterns)

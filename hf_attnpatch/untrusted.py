@@ -1,9 +1,9 @@
-"""What a checkpoint's small files may not ask for: code, other files, sizes that no machine has.
+"""Refuses checkpoints whose small files ask for code, for other files, or for absurd sizes.
 
-transformers acts on some of these without ``trust_remote_code``: an attention implementation that is a repository is
-downloaded and imported, an index may name weights anywhere on the disk, an adapter's base model is loaded from whatever
-path its config names, and early releases open the vocabulary that a tokenizer's config names, wherever that lies. Here
-all of them are refused before transformers sees them.
+transformers acts on some of these without ``trust_remote_code``: it downloads and imports an attention implementation
+that is a repository, an index may name weights anywhere on the disk, an adapter's base model is loaded from the path in
+its config, and early releases open the vocabulary that a tokenizer's config names, wherever it is. All of them are
+refused here before transformers sees them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .publishing import confidential
 from .schema import brief, text_of
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SHARD = re.compile(r"[\w-][\w.-]*", re.ASCII)  # a file of weights: beside its index, nowhere else
+_SHARD = re.compile(r"[\w-][\w.-]*", re.ASCII)  # a file of weights, in the folder of its index
 _SMALL = 16 << 20  # bytes of a config: a million labels
 _TEXTS = (".json", ".txt", ".jinja", ".model")  # endings of a tokenizer's files
 _DEEPEST = 32  # configs in configs
-# What lists, modules and tables are built from before a weight is read: far more than any model has, far less than a
-# machine can hold. The first pattern that fits a key counts.
+# Numbers from which lists, modules and tables are built before a weight is read: far above any model's, far below what
+# fills a machine's memory. The first pattern that matches a key counts.
 _LARGEST = (
     (re.compile(r"num_labels"), 1 << 20),
     (re.compile(r".*vocab_size.*"), 1 << 24),
@@ -39,20 +39,20 @@ _LARGEST = (
 
 
 def check(name: str, where: Mapping[str, Any], *, trusted: bool) -> None:
-    """Look at a checkpoint before anything of it is built.
+    """Check the small files of a checkpoint before anything is built from them.
 
     Args:
         name: folder or hub repository.
-        where: options that say which revision and the like.
-        trusted: whether the caller lets code run that the checkpoint carries or names.
+        where: options that locate the files, such as the revision.
+        trusted: whether the caller allows code that the checkpoint carries or names.
 
     Raises:
-        AttnPatchError: says the file, what it asks for, and what to do.
+        AttnPatchError: names the file, what it asks for, and what to do.
         OSError: there is no such checkpoint.
     """
     config = _json(name, "config.json", where)
     if config is None:
-        return  # transformers says what it found in its place
+        return  # transformers reports what is there instead
     _check_sizes(config, f"{name}/config.json")
     _check_dtypes(config, f"{name}/config.json")
     _check_weights(name, config, where)
@@ -68,7 +68,7 @@ def check(name: str, where: Mapping[str, Any], *, trusted: bool) -> None:
 
 
 def check_tokenizer(name: str, where: Mapping[str, Any]) -> None:
-    """Look at a tokenizer's config before it is read: the files of a tokenizer lie beside it.
+    """Check a tokenizer's config before it is read: all its files must be in its folder.
 
     Raises:
         AttnPatchError: it names another file, which is there, or one of its files is a link out of the checkpoint:
@@ -85,19 +85,19 @@ def check_tokenizer(name: str, where: Mapping[str, Any]) -> None:
 
 
 def _json(name: str, file: str, where: Mapping[str, Any]) -> Any:
-    """Return what a small file of a checkpoint says; None where it is not there."""
+    """Return the data of a small file of a checkpoint; None if it does not exist."""
     found = cached_file(name, file, **where, _raise_exceptions_for_missing_entries=False)
     if found is None:
         return None
     text = text_of(Path(found), _SMALL)
     try:
-        return json.loads(text)  # what its numbers may be is transformers' business
+        return json.loads(text)  # transformers validates the values
     except (ValueError, RecursionError) as error:
         raise AttnPatchError(f"{name}/{file}: not JSON ({brief(str(error))}).") from error
 
 
 def _items(config: Any, where: str) -> Iterator[tuple[str, Any]]:
-    """Yield the keys and values of a config, and of those inside it.
+    """Yield the keys and values of a config and of its nested configs.
 
     Raises:
         AttnPatchError: they are nested more deeply than any model's.
@@ -113,7 +113,7 @@ def _items(config: Any, where: str) -> Iterator[tuple[str, Any]]:
 
 
 def _check_weights(name: str, config: Any, where: Mapping[str, Any]) -> None:
-    """Refuse files of weights that lie elsewhere: an index or a config may name them."""
+    """Refuse weight files outside the checkpoint, which an index or a config may name."""
     named = [("config.json", config.get("transformers_weights"))] if isinstance(config, Mapping) else []
     found = {path.name for path in Path(name).glob("*.index*.json")} if Path(name).is_dir() else set()
     for file in (*_INDEXES, *found - set(_INDEXES)):
@@ -140,7 +140,7 @@ def _check_kernels(config: Any, where: str) -> None:
 
 
 def _check_dtypes(config: Any, where: str) -> None:
-    """Hold dtypes to torch's: transformers takes any name that torch has, or none."""
+    """Refuse dtypes unknown to torch: transformers takes any name that torch has."""
     inner = [item for key, item in _pairs(config) if key.endswith("config") and key != "quantization_config"]
     for key, value in (pair for each in (config, *inner) for pair in _pairs(each)):
         if key in ("dtype", "torch_dtype") and value is not None:
@@ -154,7 +154,7 @@ def _pairs(config: Any) -> list[tuple[str, Any]]:
 
 
 def _check_sizes(config: Any, where: str) -> None:
-    """Refuse numbers from which lists and modules would be built for hours, or until the memory is full."""
+    """Refuse numbers that would build lists and modules for hours, or fill the memory."""
     for key, value in _items(config, where):
         number = value if isinstance(value, int) and not isinstance(value, bool) else 0
         most = next((most for pattern, most in _LARGEST if pattern.fullmatch(key)), None)

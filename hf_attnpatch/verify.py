@@ -1,4 +1,4 @@
-"""Probe the user's own model, patched or not, against what every correct model keeps to, and leave it as it was."""
+"""``verify``: checks the invariants of a correct model on the user's own model, and leaves it unchanged."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _LENGTH = 24  # tokens in a row of the default probe
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found for one invariant.
+    """The result for one invariant.
 
     Attributes:
         invariant: a key of ``INVARIANTS`` or ``WAYS``.
         outcome: ``pass``, ``fail`` or ``not applicable``.
-        measured: the figure, or None where nothing was measured.
-        tolerance: the largest figure that passes.
-        note: what the figure is; why the invariant does not apply; the error where the model did not run.
+        measured: the measurement, or None.
+        tolerance: the largest value that passes.
+        note: what the measurement is; why the invariant does not apply; or the error if the model did not run.
     """
 
     invariant: str
@@ -87,25 +87,25 @@ class Verification(Shown):
 def verify(
     model: PreTrainedModel, *, inputs: Mapping[str, Tensor] | None = None, save: bool = True, ways: bool = True
 ) -> Verification:
-    """Probe a model on a few tokens and say, invariant by invariant, whether it does what a correct model does.
+    """Run a model on a few tokens and check, invariant by invariant, that it behaves as a correct model does.
 
-    The model is bitwise what it was afterwards: modes, gradients, config, random state, attention implementation and
-    whatever its modules remember between forwards. A model that transformers itself computes inconsistently (dynamic
-    rope with a cache, say) fails here unpatched, too.
+    The model is restored bitwise: modes, gradients, config, random state, attention implementation, and what its
+    modules keep between forwards. A model that transformers itself computes inconsistently (dynamic rope with a cache,
+    for example) fails unpatched as well.
 
     Args:
         model: a transformers model, weights in memory.
-        inputs: of its forward, without padding or mask; by default two rows of 24 tokens. Give rows longer than the
-            original context to see what a rope scaling that switches by length does there.
+        inputs: of the forward, without padding or mask; by default two rows of 24 tokens. Pass rows longer than the
+            original context to test a rope scaling that switches by length.
         save: whether to save and load it twice in a temporary directory.
         ways: whether to run it as ``generate`` and its callers do: a static cache with chunked prefill, assisted
-            decoding, beams, a learned prefix in the cache; and with images, sound and positions of several axes, where
+            decoding, beams, a learned prefix in the cache; and with images, sound and positions with several axes, if
             it takes any.
 
     Raises:
         UnsupportedArchitecture: not a ``PreTrainedModel``, or one that reads no tokens.
-        AttnPatchError: inputs that are no mapping of tensors, have no token ids, fewer than two rows of eight tokens,
-            or padding.
+        AttnPatchError: inputs that are not a mapping of tensors, have no token ids, fewer than two rows of eight
+            tokens, or padding.
     """
     anatomy = describe(model)
     given = _default_inputs(model) if inputs is None else _checked(model, checked_inputs("inputs", inputs))
@@ -121,7 +121,7 @@ def verify(
 
 
 def find(name: str, ask: Callable[[Subject], Answer], subject: Subject) -> Finding:
-    """Ask one question of a model and leave the model as it was."""
+    """Check one invariant, and restore the model."""
     with untouched(subject.model), torch.no_grad():
         subject.model.eval()
         try:
@@ -132,22 +132,22 @@ def find(name: str, ask: Callable[[Subject], Answer], subject: Subject) -> Findi
             return _failed(name, error)
     if isinstance(answer, str):
         return Finding(name, NOT_APPLICABLE, None, None, answer)
-    outcome = PASS if answer.figure <= answer.tolerance else FAIL  # not a number fails
+    outcome = PASS if answer.figure <= answer.tolerance else FAIL  # nan fails
     return Finding(name, outcome, answer.figure, answer.tolerance, answer.what)
 
 
 @contextlib.contextmanager
 def untouched(model: PreTrainedModel) -> Iterator[None]:
-    """Put back, at the end, all that forwards, backwards and saving may leave behind, weights excepted."""
+    """Restore, at the end, what forwards, backwards and saving change, except weights."""
     with alone(lock_of(model)), ensured(_way_back(model)):
         yield
 
 
 def _way_back(model: PreTrainedModel) -> Callable[[], None]:
-    """Return what does so: :func:`way_back`, buffers, gradients and the random state.
+    """Return the function for that: :func:`way_back`, buffers, gradients and the random state.
 
-    Some invariants draw, seeded and in training mode. A thread that draws meanwhile gets numbers of that seed, and may
-    get some of its own once more.
+    Some invariants draw random numbers, seeded and in training mode. A thread that draws meanwhile gets numbers of that
+    seed, and may get some of its own again.
     """
     structure, states = way_back(model), random_states(model)
     buffers = [(b, b.clone()) for b in model.buffers()]
@@ -187,7 +187,7 @@ def _checked(model: PreTrainedModel, given: Mapping[str, Tensor]) -> Mapping[str
 
 
 def _default_inputs(model: PreTrainedModel) -> Mapping[str, Tensor]:
-    """Return two different rows of ordinary tokens: no id that the config gives a meaning."""
+    """Return two different rows of ordinary tokens, without ids that have a special meaning in the config."""
     if not reads_tokens(model):
         raise UnsupportedArchitecture(
             f"{type(model).__name__}: reads {model.main_input_name}; verify asks with tokens."

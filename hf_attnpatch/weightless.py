@@ -1,9 +1,8 @@
-"""Run a model that has no weights yet: how its keys turn with position is a matter of structure.
+"""Runs a model without weights, to find from its structure how keys are rotated.
 
-A model that is being loaded stands on the meta device, so that nothing could be found out about it by running it; a
-record that said so instead would be believed without a check. Here buffers (frequencies) are real and small, and every
-result that a weight would have decided is random, the same in each forward. What is computed between weights, rotation
-and attention, is computed.
+A model that is being loaded is on the meta device, where running it shows nothing; believing a record instead would be
+unchecked. Here buffers (frequencies) are real, and every result that depends on a weight is random, the same in each
+forward. What is computed between weights, rotation and attention, is computed.
 """
 
 from __future__ import annotations
@@ -31,18 +30,18 @@ _ACTIVE: ContextVar[bool] = ContextVar("hf_attnpatch_weightless", default=False)
 
 
 def is_weightless() -> bool:
-    """Whether this thread is inside :func:`weightless`, where a model runs without weights."""
+    """Return whether this thread is inside :func:`weightless`, where a model runs without weights."""
     return _ACTIVE.get()
 
 
 def is_restoring() -> bool:
-    """Whether this thread is inside :func:`restoring`: what a user chose has been tried, and cannot be tried again."""
+    """Return whether this thread is inside :func:`restoring`, where a user's choices cannot be tried again."""
     return _RESTORING.get()
 
 
 @contextlib.contextmanager
 def restoring() -> Iterator[None]:
-    """Give a model, for the length of a block, the structure of a record, before its weights come."""
+    """Restore the structure of a record, before the weights are loaded, for the duration of a block."""
     before = _RESTORING.get()
     with ensured(lambda: _RESTORING.set(before)):
         _RESTORING.set(True)
@@ -50,18 +49,18 @@ def restoring() -> Iterator[None]:
 
 
 def runnable(model: PreTrainedModel, following: bool = False) -> contextlib.AbstractContextManager[None]:
-    """Return a block in which a model runs: without its weights where they are to come; see :func:`weightless`."""
+    """Return a context in which a model runs, without weights if they are yet to come; see :func:`weightless`."""
     return weightless(model, following) if is_restoring() else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def weightless(model: PreTrainedModel, following: bool = False) -> Iterator[None]:
-    """Let a model run on the CPU for the length of a block, whatever its parameters hold; both are put back.
+    """Run a model on the CPU without its parameters' data for the duration of a block; both are restored.
 
     Args:
-        model: with or without data; nothing in it is written to.
-        following: whether a result is another one where anything that went in is, by a single bit. Otherwise nothing
-            comes of that behind the next weight, so that all layers are given the same.
+        model: with or without data; nothing is written to it.
+        following: whether results change with any bit of their inputs. Otherwise nothing depends on inputs before the
+            last weight, so that all layers get the same.
     """
     numbers, before = _Numbers(following), _ACTIVE.get()
     ways = [*_exchanged(model), model.register_forward_pre_hook(numbers.begin).remove]
@@ -77,7 +76,7 @@ def weightless(model: PreTrainedModel, following: bool = False) -> Iterator[None
 
 
 def _exchanged(model: PreTrainedModel) -> list[Callable[[], None]]:
-    """Put parameters without data and real buffers into a model; return what takes them back."""
+    """Replace parameters by ones without data and buffers by real ones; return the functions that undo it."""
     buffers = dict(_real_buffers(model)) if any(b.is_meta for b in model.buffers()) else {}
     others: dict[int, Any] = {}
     ways = []
@@ -112,14 +111,14 @@ def _with_data(buffer: Tensor, real: Tensor | None) -> Tensor:
 
 
 def _real_buffers(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield the buffers that the model's class makes from its config, without making parameters."""
+    """Yield the buffers that the model's class computes from its config, without making parameters."""
     cls: Any = getattr(type(model), "unpatched", type(model))
     with building(), torch.device("cpu"), _EmptyOnMeta():
         yield from cls(copy.deepcopy(model.config)).named_buffers()
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Makes what is to be filled later, as parameters are, without memory; frequencies are computed."""
+    """Creates uninitialised tensors, such as parameters, on the meta device; frequencies are computed."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function of torch."""
@@ -130,21 +129,21 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
-    """Gives every result of numbers and something without data numbers of its own."""
+    """Returns random numbers for every operation on both real tensors and tensors without data."""
 
     def __init__(self, following: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.following, self.count = following, 0
 
     def begin(self, *_: object) -> None:
-        """Begin anew: another forward finds the same numbers."""
+        """Restart the sequence, so that each forward gets the same numbers."""
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation as it is, or on the meta device where it needs data that is not there."""
+        """Run an operation, on the meta device if it needs data that is missing."""
         kwargs = dict(kwargs or {})
         if kwargs.get("device") == torch.device("meta") and torch.get_default_device().type == "cpu":
-            kwargs["device"] = torch.device("cpu")  # of a weight, for what is no weight
+            kwargs["device"] = torch.device("cpu")  # the device was copied from a weight
         given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
         real = [t for t in given if not t.is_meta]
         if len(real) == len(given):
@@ -170,12 +169,12 @@ class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
 
 
 def _same(func: Any, args: Any, result: Any) -> Any:
-    """Return what an operation on the meta device gave; what it wrote in place is its argument itself."""
+    """Return the result on the meta device; an in-place operation returns its argument."""
     return args[0] if func._schema.is_mutable and isinstance(result, Tensor) and isinstance(args[0], Tensor) else result
 
 
 def _shapes(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operation on the meta device; some kernels have it in bfloat16 only (grouped products of experts)."""
+    """Run an operation on the meta device, in bfloat16 if it exists in that dtype only (grouped expert products)."""
     try:
         return func(*tree_map_only(Tensor, _shape, args), **tree_map_only(Tensor, _shape, kwargs))
     except RuntimeError:

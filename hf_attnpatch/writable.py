@@ -1,7 +1,7 @@
-"""What may be written to: plain parameters of a model that nothing else has in its hands.
+"""Refuses models whose parameters something else holds: only plain parameters can be replaced.
 
-A wrapper that holds the parameters (DDP, FSDP, DeepSpeed, tensor parallelism, an adapter, a quantizer) has read them
-when it was built. Parameters that a patch puts in their place are synchronised, sharded or trained by nobody.
+A wrapper (DDP, FSDP, DeepSpeed, tensor parallelism, an adapter, a quantizer) reads the parameters when it is built. It
+would not synchronise, shard or train those that a patch puts in their place.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .edits import Edit, ReplaceModule
 from .errors import UnsupportedArchitecture
 from .upstream.partitioned import is_partitioned
 
-# Module and class of what reads the parameters once, when it is built, and moves gradients or shards from then on.
+# Module and class of wrappers that read the parameters once, when they are built, and move gradients or shards later.
 _HOLDERS = (
     ("torch.nn.parallel.distributed", "DistributedDataParallel"),
     ("torch.distributed.fsdp", "FullyShardedDataParallel"),
@@ -54,8 +54,8 @@ def check_writable(model: PreTrainedModel) -> None:
     holder = next(_holders(model), None)
     if holder is not None:
         raise UnsupportedArchitecture(
-            f"{kind} is inside a {type(holder).__name__}, which read its parameters when it was built: those of a "
-            "patch would be synchronised and trained by nobody. Patch the model first, then wrap it, then make the "
+            f"{kind} is inside a {type(holder).__name__}, which read its parameters when it was built and would not "
+            "synchronise or train those of a patch. Patch the model first, then wrap it, then make the "
             "optimizer."
         )
 
@@ -78,34 +78,33 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
 
 
 def _holders(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield what holds the parameters of a model from outside; a module does not know by whom it is held."""
+    """Yield the wrappers that hold a model's parameters; a module has no reference to them."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return  # none of them is built without
+        return  # wrappers need it
     found = (getattr(sys.modules.get(module), name, None) for module, name in _HOLDERS)
     kinds = tuple(kind for kind in found if kind is not None)
     parts = {id(part) for part in model.modules()}
     for thing in gc.get_objects():
-        if issubclass(type(thing), kinds):  # not isinstance, which asks proxies what they stand for
+        if issubclass(type(thing), kinds):  # not isinstance, which evaluates proxies
             holder: nn.Module = thing
             if id(holder) in parts or any(part is model for part in holder.modules()):
                 yield holder
 
 
 def check_replaced(model: PreTrainedModel, edits: Iterable[Edit]) -> None:
-    """Refuse to replace modules that are no longer of the class that the model's family builds.
+    """Refuse to replace modules whose class is not the one that the model's family builds.
 
-    A subclass of a linear layer does more than to multiply: it fakes a quantization (torchao's QAT), holds quantized
-    weights (quanto, bitsandbytes), or gathers its input. In its place would stand a plain one.
+    A subclass of a linear layer does more than multiply: it fakes quantization (torchao's QAT), holds quantized weights
+    (quanto, bitsandbytes), or gathers its input. A plain module would replace it.
 
     Raises:
-        UnsupportedArchitecture: one is of a class of its own.
+        UnsupportedArchitecture: a module has another class.
     """
     strange = [
         (edit.path, type(module))
         for edit in edits
         if isinstance(edit, ReplaceModule) and isinstance(module := model.get_submodule(edit.path), _PLAIN)
-        if type(module) not in _PLAIN
-        and not parametrize.is_parametrized(module)  # which are refused where they are read
+        if type(module) not in _PLAIN and not parametrize.is_parametrized(module)  # refused elsewhere
     ]
     if not strange:
         return
@@ -113,6 +112,6 @@ def check_replaced(model: PreTrainedModel, edits: Iterable[Edit]) -> None:
     for path, kind in strange:
         if type(own.get(path)) is not kind:
             raise UnsupportedArchitecture(
-                f"{path} is a {kind.__module__}.{kind.__name__}, of which this patch would make a plain module without "
-                "a word; patch the model first, then prepare it for quantization (or whatever made that class)."
+                f"{path} is a {kind.__module__}.{kind.__name__}, which this patch would silently replace by a plain "
+                "module; patch the model first, then prepare it for quantization (or whatever made that class)."
             )

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Writes files atomically."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 
 def write(file: Path, data: str | bytes) -> None:
-    """Write a file that is there whole or not at all, also where the machine stops in the middle."""
+    """Write a file completely or not at all, even if the machine stops in between."""
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
     try:
-        with open(aside, "xb") as target:  # not mkstemp, whose files only their owner may read: the umask says who may
+        with open(aside, "xb") as target:  # not mkstemp, which ignores the umask
             target.write(data.encode() if isinstance(data, str) else data)
             target.flush()
             os.fsync(target.fileno())

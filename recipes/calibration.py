@@ -1,4 +1,4 @@
-"""Text for patches that are fitted on some, such as grouped heads: read like any other, drawn with a seed."""
+"""Calibration text for patches that are fitted to text, such as grouped heads."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CalibrationConfig(DataConfig):
     own: int = 0
 
     def written(self) -> OwnText | None:
-        """What the model is to write."""
+        """The text that the model will generate."""
         rows = self.sequences if self.source == SELF else self.own
         return OwnText(sequences=rows, length=self.block, seed=self.seed) if rows else None
 
@@ -57,7 +57,7 @@ class Calibration:
     own: OwnText | None = None
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must share: the tokens themselves, or how they are written."""
+        """What a resumed run must share: the tokens themselves, or how they are generated."""
         own = None if self.own is None else dataclasses.asdict(self.own)
         if self.ids is None:
             return {"source": self.source, "own": own}
@@ -65,14 +65,14 @@ class Calibration:
         return {"source": self.source, "shape": list(self.ids.shape), "tokens": digest, "own": own}
 
     def give(self, patches: Sequence[Patch]) -> list[Patch]:
-        """Returns the patches, those that take text with it."""
+        """Returns the patches, with their text where they take some."""
         parts = [part for part in (self.ids, self.own) if part is not None]
         text = parts[0] if len(parts) == 1 else parts
         return [dataclasses.replace(p, **{FIELD: text}) if takes_text(p) else p for p in patches]
 
 
 def takes_text(patch: Patch) -> bool:
-    """Whether a patch can be fitted on text."""
+    """Whether a patch can be fitted to text."""
     return any(field.name == FIELD for field in dataclasses.fields(patch))
 
 

@@ -20,12 +20,12 @@ from accelerate import Accelerator
 
 
 class ResumeError(ValueError):
-    """A run cannot go on from what is in its folder; the message says why and what to do."""
+    """A run cannot continue from the contents of its folder; the message says why and what to do."""
 
 
 @dataclass
 class Progress:
-    """How far a run has come: what a resumed run needs beside tensors and random states."""
+    """The progress of a run: what a resumed run needs besides tensors and random states."""
 
     step: int = 0
     tokens: int = 0
@@ -60,7 +60,7 @@ def sync(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Removes a checkpoint so that a kill in between never leaves half of it under its name."""
+    """Removes a checkpoint; a kill in between never leaves a partial one under its name."""
     hidden = path.with_name(f".old-{path.name}")
     os.replace(path, hidden)
     shutil.rmtree(hidden)

@@ -1,4 +1,4 @@
-"""Any text as data: a file, a folder or a `datasets` name, packed into token blocks of one length.
+"""Text from any source as data: a file, a folder or a `datasets` name, packed into token blocks of one length.
 
 Documents are tokenised one after another with the end-of-sequence token between them and cut into blocks, without
 padding. The tokens are written once to a memory-mapped cache whose name is the digest of everything they depend on, so

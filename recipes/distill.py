@@ -1,4 +1,4 @@
-"""Distillation from the unpatched self: the patched model learns what the original gives."""
+"""Distillation from the unpatched model: the patched model learns to give the original's outputs."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def divergence(given: Tensor, wanted: Tensor, counted: Tensor) -> Tensor:
 
 
 class _Divergence(torch.autograd.Function):
-    """The gradient of KL(p || q) by the logits of q is q - p: known in the forward, chunk by chunk."""
+    """The gradient of KL(p || q) by the logits of q is q - p: computed in the forward, chunk by chunk."""
 
     @staticmethod
     def forward(ctx: Any, given: Tensor, wanted: Tensor, counted: Tensor) -> Tensor:

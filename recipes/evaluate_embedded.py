@@ -98,26 +98,21 @@ def measure(domain: str) -> Figures:
     tokens, size = sum(map(len, documents)), sum(len(text.encode()) for text in texts)
     loss = model_loss(model, documents, tokenizer.eos_token_id, model.config.max_position_embeddings)
     unigram = unigram_loss(unigram_counts(), documents)
-    return Figures(
-        domain=domain,
-        documents=len(texts),
-        tokens=tokens,
-        bytes=size,
-        loss=loss / tokens,
-        unigram=unigram / tokens,
-        bits_per_byte=loss / size / math.log(2),
-        unigram_bits_per_byte=unigram / size / math.log(2),
-    )
+    return _figures(domain, len(texts), tokens, size, loss, unigram)
 
 
 def together(parts: Sequence[Figures]) -> Figures:
-    """The figures over all domains: sums of losses over sums of tokens and bytes."""
-    tokens, size = sum(part.tokens for part in parts), sum(part.bytes for part in parts)
-    loss = sum(part.loss * part.tokens for part in parts)
-    unigram = sum(part.unigram * part.tokens for part in parts)
+    """Return the figures over all domains: sums of losses over sums of tokens and bytes."""
+    tokens, size, documents = (sum(getattr(p, n) for p in parts) for n in ("tokens", "bytes", "documents"))
+    loss, unigram = (sum(getattr(part, name) * part.tokens for part in parts) for name in ("loss", "unigram"))
+    return _figures("all", documents, tokens, size, loss, unigram)
+
+
+def _figures(domain: str, documents: int, tokens: int, size: int, loss: float, unigram: float) -> Figures:
+    """Return figures from losses in nats, summed over tokens."""
     return Figures(
-        domain="all",
-        documents=sum(part.documents for part in parts),
+        domain=domain,
+        documents=documents,
         tokens=tokens,
         bytes=size,
         loss=loss / tokens,

@@ -1,4 +1,4 @@
-"""Documents read in order: row r of a batch goes on where row r of the batch before stopped.
+"""Documents read in order: row r of a batch continues where row r of the previous batch stopped.
 
 Each document stands in one row, one after another, cut into blocks; the last block of a document is padded on the
 right, and the first one says that the row begins anew. Which tokens a row holds at a step is a function of seed, row
@@ -77,7 +77,7 @@ class Lanes:
             epoch += 1
 
     def _plan(self, epoch: int) -> list[list[tuple[int, int]]]:
-        """Deal the documents of an epoch out: each goes to the row that has least so far."""
+        """Distribute the documents of an epoch: each goes to the row with the least tokens so far."""
         if epoch not in self._plans:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             loads, rows = [(0, row) for row in range(self.rows)], [[] for _ in range(self.rows)]  # type: ignore[var-annotated]

@@ -1,4 +1,4 @@
-"""The page and the figure of segment recurrence, from what two commands measured.
+"""The page and the figure of segment recurrence, from the results of two commands.
 
     python scripts/bench_recurrence.py --stream 200000 --out recipes/results/recurrence/bench.json
     python recipes/train_recurrent.py --config recipes/configs/train_recurrent_embedded.yaml
@@ -66,7 +66,7 @@ def speed(bench: Json) -> Iterator[str]:
 
 
 def finding(bench: Json, runs: Sequence[Json]) -> str:
-    """What a memory gives and reading costs, in a few sentences."""
+    """What a memory gains and costs, in a few sentences."""
     one = bench["comparisons"][0]
     gains = []
     for run in runs:

@@ -1,4 +1,4 @@
-"""Loads a checkpoint in a process of its own and compares its logits with those it had before it was saved.
+"""Loads a checkpoint in its own process and compares its logits with those before it was saved.
 
     python recipes/reload.py FOLDER PROBE [--import hf_attnpatch]
 

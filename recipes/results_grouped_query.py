@@ -64,7 +64,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check(wanted: Sequence[Cell], text: str) -> None:
-    """Looks for models and texts before anything is run.
+    """Checks that models and texts exist before anything runs.
 
     Raises:
         SettingsError: something is missing; says what makes it.
@@ -83,7 +83,7 @@ def check(wanted: Sequence[Cell], text: str) -> None:
 
 
 def check_corpus() -> None:
-    """Holds the corpus to the one that the embedded model was pretrained on.
+    """Checks that the corpus is the one that the embedded model was pretrained on.
 
     Another Python has another standard library, of which near copies of evaluation documents could be in the training
     part: the split goes by digests of whole documents.

@@ -1,4 +1,4 @@
-"""One uptraining under way: what it was given, what it has measured, and the file that says so."""
+"""A running uptraining: its job, its measurements, and the file with both."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from recipes.job import Job
 
 @dataclass
 class Run:
-    """One uptraining under way.
+    """A running uptraining.
 
     Args:
         job: what to do.

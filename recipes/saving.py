@@ -1,4 +1,4 @@
-"""The result of a recipe on disk: written whole or not at all, and loaded again to see that it is the same model."""
+"""Saves the result of a recipe, whole or not at all, and loads it again to check that it is the same model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STOCK_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flas
 
 
 class ReloadError(RuntimeError):
-    """A saved model cannot be loaded again, or is another model when it is."""
+    """A saved model cannot be loaded again, or differs when it is."""
 
 
 def save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:

@@ -74,7 +74,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def indices(config: TrainConfig, length: int, step: int) -> list[int]:
-    """Which examples optimizer step `step` sees, in order: a new permutation every epoch, nothing remembered."""
+    """The examples of optimizer step `step`, in order: a new permutation every epoch, without state."""
     chosen: list[int] = []
     first = step * config.batch_size
     permutations: dict[int, torch.Tensor] = {}
@@ -88,6 +88,6 @@ def indices(config: TrainConfig, length: int, step: int) -> list[int]:
 
 
 def order(config: TrainConfig, data: Any, step: int) -> list[int]:
-    """Which examples a step sees: data whose rows go on from batch to batch (`lanes.Lanes`) says so itself."""
+    """The examples of a step: data whose rows continue from batch to batch (`lanes.Lanes`) decides itself."""
     own = getattr(data, "order", None)
     return indices(config, len(data), step) if own is None else list(own(step))

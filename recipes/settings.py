@@ -1,4 +1,4 @@
-"""Reads a recipe's YAML into dataclasses; a key that nothing reads is an error, not a silence."""
+"""Reads a recipe's YAML into dataclasses; unknown keys are errors."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def clearly(main: Callable[[], None], *errors: type[Exception]) -> None:
-    """Runs a recipe; what its user can mend is one line and exit code 1, anything else keeps its traceback."""
+    """Runs a recipe; an error that its user can fix is one line and exit code 1, anything else keeps its traceback."""
     try:
         main()
     except errors as error:

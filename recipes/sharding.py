@@ -1,4 +1,4 @@
-"""A model that was sharded for training, as a plain one again: to be measured, saved and loaded like any other."""
+"""Turns a model that was sharded for training into a plain one, to be measured, saved and loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNSHARDED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MU
 
 
 def check(accelerator: Accelerator) -> None:
-    """Refuses what the loop cannot train rightly: it scales gradients itself, which DeepSpeed and FSDP 1 keep hidden.
+    """Refuses what the loop cannot train correctly: it scales gradients itself, which DeepSpeed and FSDP 1 prevent.
 
     Raises:
         SettingsError: the launcher asked for another kind of parallelism than DDP or FSDP 2.
@@ -28,12 +28,12 @@ def check(accelerator: Accelerator) -> None:
 
 
 def blueprint(accelerator: Accelerator, model: nn.Module) -> nn.Module | None:
-    """Keeps a plain copy of a model that is about to be sharded, on the CPU; None where nothing will be."""
+    """Keeps a plain copy of a model that is about to be sharded, on the CPU; None if none will be."""
     return copy.deepcopy(model).cpu() if accelerator.distributed_type == DistributedType.FSDP else None
 
 
 def gather(model: nn.Module, plain: nn.Module | None) -> nn.Module:
-    """Puts the weights of a sharded model into its blueprint; every process calls it and has all of them afterwards.
+    """Copies the weights of a sharded model into its plain copy; every process calls it and gets all of them.
 
     Args:
         model: after training.

@@ -1,4 +1,4 @@
-"""Positions with gaps: short blocks stand for long ones in training (PoSE, 2309.10400, section 3.1).
+"""Position skipping: short blocks stand for long ones in training (PoSE, 2309.10400, section 3.1).
 
 A block of L tokens is cut into chunks, and each chunk's positions are moved on by an offset that grows from chunk to
 chunk, so that all distances up to the target occur while only L tokens are computed. The text itself stays contiguous.
@@ -29,7 +29,7 @@ def check(block: int, target: int, chunks: int) -> None:
 
 
 def check_model(model: PreTrainedModel, target: int | None) -> None:
-    """Refuses a model that ends before the target, and one that does not read the positions that it is given.
+    """Refuses a model that ends before the target, or that ignores position ids.
 
     Args:
         model: to be trained.

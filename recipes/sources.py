@@ -1,4 +1,4 @@
-"""What the names in a configuration mean: models, and the two parts of the text that ships with the package."""
+"""Resolves names in a configuration: models, and the two parts of the text that ships with the package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does it cost to give a pretrained model other positions, and how much does a short training mend?
+"""What does it cost to replace the positions of a pretrained model, and how much does a short training recover?
 
     python recipes/switch_positions.py                      # `make results-switch-positions`
     python recipes/switch_positions.py --cells 'rope/*'

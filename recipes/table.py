@@ -1,4 +1,4 @@
-"""The one table that an uptraining ends with, made from its metrics.json."""
+"""The table at the end of an uptraining, from its metrics.json."""
 
 from __future__ import annotations
 

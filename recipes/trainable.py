@@ -1,4 +1,4 @@
-"""What learns: the attention modules, everything, or low-rank adapters that are merged at the end."""
+"""Which parameters learn: the attention modules, everything, or low-rank adapters that are merged at the end."""
 
 from __future__ import annotations
 

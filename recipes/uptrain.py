@@ -1,4 +1,4 @@
-"""How much of a patch's damage does a little training mend? Patches a model, uptrains it, measures it at every stage.
+"""How much of a patch's damage does a little training repair? Patches, uptrains and measures a model at every stage.
 
     accelerate launch recipes/uptrain.py --config recipes/configs/grouped_query_tiny.yaml
 
@@ -72,7 +72,7 @@ def start(job: Job, resume: bool) -> Run:
 
 
 def convert(run: Run, model: PreTrainedModel) -> ap.Report:
-    """Applies the patches and writes down what they changed."""
+    """Applies the patches and records what they changed."""
     with run.clock("convert"):
         report = ap.apply(model, *run.patches())
     if run.accelerator.is_main_process:
@@ -107,7 +107,7 @@ def uptrain(run: Run, model: PreTrainedModel, loss: Loss, resume: bool) -> tuple
 
 
 def heldout_during(run: Run, student: nn.Module) -> Evaluate:
-    """The evaluation for the loop: a few documents, all on every process, on the model that no wrapper is around."""
+    """The evaluation for the loop: a few documents, all on every process, on the unwrapped model."""
     chosen = run.during()
 
     def evaluate(_: nn.Module) -> dict[str, float]:

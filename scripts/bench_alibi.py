@@ -1,4 +1,4 @@
-"""ALiBi by further dimensions against plain attention and against bias matrices; BLOOM and MPT with a fused kernel.
+"""ALiBi by extra dimensions against plain attention and bias matrices; BLOOM and MPT with a fused kernel.
 
     python scripts/bench_alibi.py            # about ten minutes on an idle core, 14 GB for the stock models at 8192
     python scripts/bench_alibi.py --quick --out /tmp/alibi
@@ -91,7 +91,7 @@ def build(family: str, length: int, layers: int, dtype: torch.dtype = torch.floa
 
 @torch.inference_mode()
 def prefill(family: str, length: int, layers: int, rounds: int) -> Row:
-    """A whole model reads a prompt: stock, and with a fused kernel inside its forward."""
+    """The prefill of a whole model: stock, and with a fused kernel inside its forward."""
     model, ids = build(family, length, layers), torch.randint(0, 1024, (1, length))
     fused = build(family, length, layers)
     fused.load_state_dict(model.state_dict())
@@ -110,7 +110,7 @@ def prefill(family: str, length: int, layers: int, rounds: int) -> Row:
 
 @torch.inference_mode()
 def truth(family: str, length: int = 1024) -> Row:
-    """How far the stock model and the fused one are from the stock model in fp64."""
+    """How far the stock model and the fused one differ from the stock model in fp64."""
     ids = torch.randint(0, 1024, (1, length))
     exact, model = build(family, length, 2, torch.float64), build(family, length, 2)
     exact.load_state_dict(model.state_dict())

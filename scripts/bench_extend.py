@@ -30,9 +30,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import hf_attnpatch as ap
 from hf_attnpatch.evaluation.hardware import processor
 from hf_attnpatch.functional import rotary, spanned
-from hf_attnpatch.functional.rerotation import Turning
-from hf_attnpatch.functional.spans import Span
-from hf_attnpatch.spans.attention import Spanned, span_of
+from hf_attnpatch.functional.rerotation import RotaryPlanes
+from hf_attnpatch.functional.spans import Remapping
+from hf_attnpatch.spans.attention import RemapPositions, span_of
 from hf_attnpatch.upstream import words
 from hf_attnpatch.upstream.roles import run
 
@@ -60,10 +60,10 @@ def patched(method: str, trained: int) -> LlamaForCausalLM:
     return model
 
 
-def default_span(method: str, trained: int) -> Span:
+def default_span(method: str, trained: int) -> Remapping:
     """The distances that a patch gives such a model."""
     found = span_of(patched(method, trained).model.layers[0].self_attn)
-    assert isinstance(found, Spanned)
+    assert isinstance(found, RemapPositions)
     return found.span
 
 
@@ -77,12 +77,12 @@ def attention(length: int, queries: int, rounds: int) -> Row:
     """Attention alone: a prefill where there are as many queries as keys, a step of decoding where there is one."""
     query, key, value = states(length, queries)
     places, scale = torch.arange(length)[None], WIDTH**-0.5
-    turning = Turning(rotary.default(10000.0, WIDTH))
+    turning = RotaryPlanes(rotary.default(10000.0, WIDTH))
 
     def plain() -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, is_causal=queries > 1)
 
-    def merged(span: Span) -> Callable[[], Tensor]:
+    def merged(span: Remapping) -> Callable[[], Tensor]:
         return lambda: spanned.attend(query, key, value, places, span, turning, scale)
 
     rivals = {"plain": plain} | {name: merged(default_span(name, length // 4)) for name in METHODS}
@@ -116,7 +116,7 @@ def _step(model: LlamaForCausalLM, cache: DynamicCache, steps: int) -> Callable[
 def peak(name: str, length: int) -> float:
     """MiB by which this process's peak grows in attention over so many tokens."""
     torch.set_num_threads(2)
-    tensors, turning = states(length, length), Turning(rotary.default(10000.0, WIDTH))
+    tensors, turning = states(length, length), RotaryPlanes(rotary.default(10000.0, WIDTH))
     if name == "plain":
         return grows(lambda: F.scaled_dot_product_attention(*tensors, is_causal=True))
     span, places = default_span(name, length // 4), torch.arange(length)[None]

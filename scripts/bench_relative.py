@@ -1,4 +1,4 @@
-"""Transformer-XL's attention by further dimensions against the paper's shifted matrix, and against plain attention.
+"""Transformer-XL's attention by extra dimensions against the paper's shifted matrix, and against plain attention.
 
     python scripts/bench_relative.py            # minutes on an idle core
     python scripts/bench_relative.py --quick --out /tmp/relative

@@ -1,4 +1,4 @@
-"""Decode steps of two states of this code, in turns: what a change made faster.
+"""Decode steps of two versions of this code, interleaved: what a change made faster or slower.
 
     git worktree add ../before HEAD~10
     python scripts/bench_step.py ../before .            # prints a table; CPU milliseconds of a step, medians

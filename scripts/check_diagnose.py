@@ -1,4 +1,4 @@
-"""How far `diagnose` is off: predicted against measured prefill and decoding, and the gains of its prescriptions.
+"""The error of `diagnose`: predicted against measured prefill and decoding, and the gains of its prescriptions.
 
     python scripts/check_diagnose.py                            # half an hour on one core, 9 GB
     python scripts/check_diagnose.py --quick --out /tmp/check   # does it run

@@ -1,4 +1,4 @@
-"""Checkpoints of every own kind, written on one release of transformers, give equal logits on another, or say why not.
+"""Checks that checkpoints written on one release of transformers give equal logits on another, or are refused.
 
     python scripts/check_releases.py write FOLDER     # tiny patched models, and what they answer
     OTHER/bin/python scripts/check_releases.py read FOLDER
@@ -68,7 +68,7 @@ def write(folder: Path) -> None:
 
 
 def read(folder: Path) -> list[str]:
-    """Load every checkpoint and return what is wrong; a refusal in this package's words is printed, and not wrong."""
+    """Load every checkpoint and return what is wrong; a refusal by this package is printed, and not wrong."""
     wrong, places = [], sorted(path.parent for path in folder.glob("*/answers.st"))
     if not places:
         return [f"{folder}: no checkpoints; write them first"]

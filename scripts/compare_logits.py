@@ -1,4 +1,4 @@
-"""Says how far two checkpoints' logits are apart on a text.
+"""Measures how far two checkpoints' logits differ on a text.
 
     python scripts/compare_logits.py data/smollm2 data/smollm2-mha
     python scripts/compare_logits.py embedded outputs/demo/converted --text README.md

@@ -1,4 +1,4 @@
-"""This project beside its peers on equal work, as far as they run without a GPU, each in an environment of its own.
+"""Compares this project with its peers on equal work, as far as they run without a GPU, each in its own environment.
 
     python scripts/compare_peers.py                  # half an hour on two cores, 5 GB below --environments
     python scripts/compare_peers.py --only survive

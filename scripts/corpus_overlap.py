@@ -1,4 +1,4 @@
-"""How much of the embedded model's held-out text is also in its pretraining text, in runs of 13 tokens.
+"""Measures how much of the embedded model's held-out text is also in its pretraining text, in runs of 13 tokens.
 
     python scripts/build_corpus.py && python scripts/corpus_overlap.py
 

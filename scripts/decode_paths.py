@@ -1,4 +1,4 @@
-"""What `bench_decode` steps through: a model per count of key-value heads, filled caches, the ways to attend.
+"""The models, caches and attention formulations that `bench_decode` measures.
 
 A path is `CACHE+ATTENTION` or `CACHE+ATTENTION+glibc`:
 

@@ -1,4 +1,4 @@
-"""What `bench_decode` measured, as tables, a figure and the README's part."""
+"""Renders the results of `bench_decode` as tables, a figure and the README's part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the times that `bench_decode` wrote down to the rows that it reports."""
+"""Turns the times of `bench_decode` into the rows of its report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checkpoints that are taken downstream, what is refused of them, and the prompts that all of them get."""
+"""The checkpoints for other runtimes, checks of them, and the prompts that all of them get."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a runtime's answer is from the reference: tokens, log-probabilities, and what a departure means."""
+"""Compares a runtime's answer with the reference: tokens, log-probabilities, and the meaning of a departure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The runtimes that a checkpoint is taken to."""
+"""The runtimes in which checkpoints are tested."""
 
 from __future__ import annotations
 

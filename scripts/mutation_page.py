@@ -11,7 +11,8 @@ _HEAD = """# Mutation pass
 
 `make mutation` (`scripts/mutation.yaml` names modules, tests and samples; `scripts/mutants.py` changes, mutmut's and
 a few more): one change at a time, and the tests that reach it are run until one fails. *First* is what the tests did
-before the pass, *now* what they do since. A timeout counts as noticed.
+before the pass, *now* what they do since. A timeout counts as noticed. The tests of a module are few and fast, so that
+a mutant costs a second or so; what those do not reach, others may.
 
 """
 _COLUMNS = {

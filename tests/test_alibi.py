@@ -488,7 +488,7 @@ def test_flash_attention_gets_slopes_or_columns(version, padded, kv, monkeypatch
 @pytest.mark.parametrize(
     ("version", "fields", "options", "words"),
     [
-        (3, {}, {"is_causal": False}, "looks both ways"),
+        (3, {}, {"is_causal": False}, "attention is bidirectional"),
         (2, {"distance_clip": 4}, {}, "clipped"),
         (2, {"exact": False}, {}, "rounded"),
         (4, {}, {"softcap": 30.0}, "soft-capped"),

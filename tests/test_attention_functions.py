@@ -273,7 +273,7 @@ def test_documents_are_read_from_a_mask_where_there_is_one(kind):
 
 
 def test_a_rounded_bias_is_not_flex_attention_s():
-    with pytest.raises(AttnPatchError, match="flex_attention has the exact bias only; pass exact=True"):
+    with pytest.raises(AttnPatchError, match="flex_attention computes the exact bias only; pass exact=True"):
         KERNEL["flex"](module(exact=False), *states(), None)
     with pytest.raises(AttnPatchError, match="passes a mask of its own, which flex_attention does not take"):
         KERNEL["flex"](module("relative"), *states(), causal(KEYS))

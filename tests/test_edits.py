@@ -1,5 +1,7 @@
 """Every edit and its inverse, alone."""
 
+import contextlib
+
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
@@ -10,8 +12,7 @@ from transformers import SmolLM3ForCausalLM
 
 import hf_attnpatch as ap
 from hf_attnpatch import foreign
-from hf_attnpatch.attention.listener import Listener
-from hf_attnpatch.attention.wrapper import HELD, AddWrapper, RemoveWrapper
+from hf_attnpatch.attention.wrapper import HELD, AddWrapper, Listener, RemoveWrapper
 from hf_attnpatch.edit import short
 from hf_attnpatch.edits import (
     AddHook,
@@ -27,6 +28,7 @@ from hf_attnpatch.edits import (
     SetBuffer,
     SetConfig,
     SetConfigClass,
+    whole_shapes,
 )
 from hf_attnpatch.homes.fitting import rebuilt
 from hf_attnpatch.rope.request_angles import RequestAngles
@@ -97,6 +99,83 @@ def test_an_edit_stands_until_its_inverse_takes_it_back(edit):
     inverse.undo()
     assert not inverse.stands()
     assert snapshot(model) == before
+    inverse.undo()  # as where Ctrl-C comes while it is undone
+    assert snapshot(model) == before
+
+
+def test_layers_behind_the_first_do_not_run():
+    model = tiny_model("llama", num_hidden_layers=3)
+    layers = list(model.model.layers)
+    inverse = FirstLayers("model.layers", 2).run(model)
+    assert list(model.model.layers) == layers[:2]
+    inverse.undo()
+    assert list(model.model.layers) == layers
+
+
+def test_a_model_that_becomes_another_has_its_class_its_modules_and_its_fields():
+    model = tiny_model("llama")
+    wanted, layer, config = _smollm3(model), model.model.layers[0], model.config
+    config.of_this_one = 1
+    write = BecomeModel("", _smollm3, "smollm3", "another class").prepare(model)
+    assert model.model.layers[0] is layer
+    write.do()
+    assert type(model) is SmolLM3ForCausalLM
+    assert type(model.model) is type(wanted.model)
+    assert model.config is config
+    assert vars(config).keys() == vars(wanted.config).keys()
+    assert (config.no_rope_layers, config.model_type) == ([1, 0], "smollm3")
+    assert [name for name, m in model.named_modules() if "config" in vars(m)] == [
+        name for name, m in wanted.named_modules() if "config" in vars(m)
+    ]
+    assert all(vars(m).get("config", config) is config for m in model.modules())
+    write.undo()
+    assert model.model.layers[0] is layer
+    assert config.of_this_one == 1
+
+
+def test_a_model_that_is_spread_over_devices_does_not_become_another():
+    model = tiny_model("llama")
+    add_hook_to_module(model.model.layers[1], AlignDevicesHook(execution_device="cpu"))
+    before = snapshot(model)
+    with pytest.raises(ap.UnsupportedArchitecture, match="spread over devices or offloaded; load it without"):
+        EDITS["the class of the model"].run(model)
+    assert snapshot(model) == before
+
+
+def test_parameters_that_are_partitioned_have_their_whole_shape_for_a_while():
+    """DeepSpeed's marks alone; its own are tested on two ranks."""
+    model = tiny_model("llama")
+    here, there = model.lm_head.weight, model.model.norm.weight
+    parted = nn.Parameter(torch.empty(0), requires_grad=False)
+    learning = nn.Parameter(torch.empty(0))
+    parted.ds_shape, learning.ds_shape = (7, 5), (3,)
+    model.model.norm.weight, model.model.layers[0].input_layernorm.weight = parted, learning
+    model.model.layers[1].input_layernorm.weight = learning  # shared
+    with contextlib.suppress(RuntimeError), whole_shapes(model):
+        whole, one = model.model.norm.weight, model.model.layers[0].input_layernorm.weight
+        assert (tuple(whole.shape), whole.requires_grad) == ((7, 5), False)
+        assert (tuple(one.shape), one.requires_grad) == ((3,), True)
+        assert model.model.layers[1].input_layernorm.weight is one
+        assert whole.untyped_storage().nbytes() == whole.element_size()  # one number
+        assert model.lm_head.weight is here
+        model.model.layers[1].input_layernorm.weight = there  # another in its place stays
+        raise RuntimeError
+    assert model.model.norm.weight is parted
+    assert model.model.layers[0].input_layernorm.weight is learning
+    assert model.model.layers[1].input_layernorm.weight is there
+
+
+def test_a_hook_is_taken_off_once():
+    """Without a second call for what is gone already, and with its place in the order on the way back."""
+    model = subject()
+    hooks = model.model.layers[0].mlp._forward_pre_hooks
+    order = list(hooks.values())
+    write = EDITS["a hook that is there"].prepare(model)
+    write.do()
+    write.do()
+    assert list(hooks.values()) == order[1:]
+    write.undo()
+    assert list(hooks.values()) == order
 
 
 def test_every_edit_is_tested_here():
@@ -146,8 +225,23 @@ def test_a_config_that_names_no_attention_names_none_again():
     del model.config.vision_config.__dict__["_attn_implementation_internal"]
     inverse = SetAttention("", "eager").run(model)
     assert model.config.vision_config._attn_implementation == "eager"
+    for _ in range(2):
+        inverse.undo()
+        assert "_attn_implementation_internal" not in vars(model.config.vision_config)
+
+
+def test_masks_alone_are_asked_for_where_it_is_said():
+    """The image tower dispatches by itself: its function is not exchanged."""
+    model = tiny_model("gemma3")
+    configs = (model.config, model.config.text_config, model.config.vision_config)
+    old = configs[2]._attn_implementation
+    assert old != "eager"
+    inverse = SetAttention("", "eager", only_masks=True, configs=("", "text_config")).run(model)
+    assert [config._attn_implementation for config in configs] == ["eager", "eager", old]
     inverse.undo()
-    assert "_attn_implementation_internal" not in vars(model.config.vision_config)
+    assert {config._attn_implementation for config in configs} == {old}
+    SetAttention("", "eager", only_masks=True).run(model)
+    assert {config._attn_implementation for config in configs} == {"eager"}
 
 
 def test_a_family_that_chooses_its_attention_when_built_is_left_as_it_was():

@@ -9,6 +9,7 @@ from standing import Standing
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import hf_attnpatch as ap
+from hf_attnpatch import few
 from hf_attnpatch.homes.fitting import current, find
 from hf_attnpatch.homes.rows import HOMES
 from hf_attnpatch.layers import Layers, Temperature
@@ -263,3 +264,149 @@ def test_a_hook_of_the_users_is_not_lost():
 def test_the_oracle_rotates_as_the_model_does():
     model = made("llama")
     assert (slow(model, current(model)) - logits(model)).abs().max() < 1e-5 * logits(model).abs().max()
+
+
+UNREAD = {
+    "sliding_window": 16,
+    "no_rope_layers": [1, 0, 1, 0],
+    "layer_types": ["sliding_attention"] * 4,
+    "layer_rope_theta": [1.0, 2.0, 3.0, 4.0],
+}
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [ap.NoPosition(layers=[1]), ap.Rotary(theta=300.0, layers=[1]), ap.ScoreTemperature(slope=0.3, step=8)],
+    ids=lambda patch: patch.name,
+)
+def test_fields_that_a_family_does_not_read_say_nothing(patch):
+    """As in checkpoints that were converted from another type; a window shows on long texts alone."""
+    plain, model = made("llama"), made("llama", **UNREAD)
+    assert torch.equal(logits(model), logits(plain))
+    for each in (plain, model):
+        ap.apply(each, patch)
+    assert type(model) is type(plain)
+    assert torch.equal(logits(model), logits(plain))
+
+
+def test_a_memory_is_not_cut_by_a_window_that_the_family_does_not_read():
+    """Oracle: with a memory of all that went before, the model is what it was."""
+    model = made("llama", sliding_window=16, alibi=True)
+    before = logits(model)
+    ap.apply(model, ap.SegmentRecurrence(segment_length=8, memory_length=64, num_sinks=0))
+    assert (logits(model) - before).abs().max() < 2e-5 * before.abs().max()
+    assert not ap.describe(model).alibi
+
+
+def test_what_shows_on_long_texts_only_is_proved(monkeypatch):
+    """A family that declares a window and does not look at it; the probe has ten tokens, the window sixteen."""
+    monkeypatch.setattr(transformers.models.mistral.modeling_mistral, "create_sliding_window_causal_mask",
+                        transformers.models.mistral.modeling_mistral.create_causal_mask)  # fmt: skip
+    model = made("mistral, windows", sliding_window=16)
+    with pytest.raises(
+        ap.UnsupportedArchitecture, match="smollm3 computes other logits .*where sliding_window would be"
+    ):
+        ap.apply(model, ap.NoPosition(layers=[1]))
+
+
+def test_a_temperature_that_is_written_and_not_read_is_not_there_already():
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    model = made("llama", rope_parameters={**rope, "llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 64})
+    with pytest.raises(ap.UnsupportedArchitecture, match="ministral3 computes other logits"):
+        ap.apply(model, ap.ScoreTemperature(slope=0.5, step=64))
+    report = ap.apply(made("llama"), ap.ScoreTemperature(slope=0.5, step=64))
+    assert report.changed
+
+
+class Faked(torch.nn.Linear):
+    """As torchao's QAT makes them."""
+
+
+def as_in_qat(model):
+    model.model.layers[0].mlp.up_proj.__class__ = Faked
+
+
+def with_a_forward(model):
+    layer = model.model.layers[1].mlp
+    layer.forward = type(layer).forward.__get__(layer)
+
+
+def with_other_frequencies(model):
+    model.model.rotary_emb.inv_freq /= 4
+
+
+@pytest.mark.parametrize("change", [as_in_qat, with_a_forward, with_other_frequencies])
+@pytest.mark.parametrize("patch", [ap.NoPosition(layers=[1]), ap.Rotary(theta=300.0, layers=[1])], ids=lambda p: p.name)
+def test_what_the_config_does_not_make_is_not_lost(change, patch):
+    """Also where the home runs eagerly and its logits are not the model's own bit for bit."""
+    model = made("llama")
+    change(model)
+    before, as_it_was = logits(model), state(model)
+    with pytest.raises(ap.UnsupportedArchitecture, match="patch the model as it was loaded"):
+        ap.apply(model, patch)
+    assert state(model) == as_it_was
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(("dropped", "stock"), [(0.0, True), (0.5, False)])
+def test_what_is_dropped_in_training_is_kept(dropped, stock):
+    torch.manual_seed(0)
+    config = transformers.SeedOssConfig(
+        **{**SIZE, "head_dim": 16}, attention_bias=False, attention_dropout=0.0, residual_dropout=dropped
+    )
+    report = ap.apply(transformers.SeedOssForCausalLM(config).eval(), ap.NoPosition())
+    assert report.stock is stock
+    assert stock or "in training" in str(report)
+
+
+def test_patches_of_one_call_and_of_two_come_off_again():
+    model = made("llama")
+    before, as_it_was = logits(model), state(model)
+    shared = ap.GroupedQuery(num_kv_heads=1, method="mean")
+    ap.apply(model, ap.NoPosition(layers=[1]), shared).revert()
+    assert state(model) == as_it_was
+    first, second = ap.apply(model, ap.NoPosition(layers=[1])), ap.apply(model, shared)
+    with pytest.raises(ap.PatchConflict, match="revert the later patch"):
+        first.revert()
+    second.revert()
+    first.revert()
+    assert state(model) == as_it_was
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("value", ["x", [1], float("inf"), 10**400])
+def test_what_a_stranger_wrote_for_a_temperature_is_no_traceback(value):
+    model = made("llama")
+    model.config.rope_parameters |= {"llama_4_scaling_beta": 0.5, "original_max_position_embeddings": value}
+    assert ap.describe(model).positions == "rotary"
+    with pytest.raises(ap.UnsupportedArchitecture, match="is no number"):
+        ap.apply(model, ap.ScoreTemperature(slope=0.5, step=64))
+
+
+def test_revert_does_not_throw_away_what_was_put_on_since():
+    peft = pytest.importorskip("peft")
+    model = made("llama")
+    before = logits(model)
+    report = ap.apply(model, ap.NoPosition(layers=[1]))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ap.PatchConflict, match="take off what was put on since"):
+        report.revert()
+    assert sum("lora" in name for name, _ in adapted.named_parameters()) == 8
+    adapted.unload()
+    report.revert()
+    assert torch.equal(logits(model), before)
+    report = ap.apply(model, ap.NoPosition(layers=[1]))
+    model.resize_token_embeddings(101, mean_resizing=False)
+    with pytest.raises(ap.PatchConflict, match="take off what was put on since"):
+        report.revert()
+    assert logits(model).shape[-1] == 101
+
+
+def test_layers_that_a_list_of_the_config_tells_apart_are_of_several_kinds():
+    """Their modules are alike: the model turns by ``layer_rope_theta``, so that the first layer stands for no other."""
+    model = made("llama")
+    sites = [f"model.layers.{n}.self_attn" for n in range(4)]
+    assert few.one_of_each(model, sites).count == 1
+    report = ap.apply(model, ap.Rotary(theta=300.0, layers=[1]))
+    assert few.one_of_each(model, sites).count == 2
+    assert "in the first 2 of its layers" in report.checks["cached decoding"]

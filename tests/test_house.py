@@ -49,14 +49,14 @@ MAY_IMPORT = {
     "tested.py": set(),
     "configs.py": {"errors", "interruption"},
     "layouts.py": {"errors", "modules"},
-    "layers.py": {"errors"},
+    "layers.py": {"configs", "errors"},
     "sites.py": {"configs", "errors", "layouts", "upstream"},
     "anatomy.py": {
         *("attention", "configs", "errors", "layers", "layouts", "modules", "showing", "sites", "tables", "upstream"),
     },
     "edit.py": {"errors", "interruption"},
     "edits.py": {"configs", "edit", "errors", "interruption", "upstream"},
-    "few.py": {"edits", "errors", "upstream"},
+    "few.py": {"configs", "edits", "errors", "upstream"},
     "modules/": {"attention", "errors", "functional", "upstream"},
     "tables.py": {
         "anatomy",

@@ -196,15 +196,13 @@ def test_the_more_room_the_less_damage_and_text_helps():
     assert torch.equal(logits(model), before)
 
 
-def test_grouped_heads_can_become_a_latent_in_one_call():
+def test_grouped_heads_become_a_latent_in_a_call_of_its_own():
     model = made("llama", **MULTI)
-    report = ap.apply(model, ap.GroupedQuery(num_kv_heads=2, method="mean"), ap.Latent())
+    with pytest.raises(ap.PatchConflict, match="apply them in separate calls"):
+        ap.apply(model, ap.GroupedQuery(num_kv_heads=2, method="mean"), ap.Latent())
+    ap.patch_grouped_query(model, num_kv_heads=2, method="mean")
+    ap.patch_latent(model)
     assert (model.config.kv_lora_rank, model.config.qk_rope_head_dim) == (33, 32)
-    report.revert()
-    assert type(model) is transformers.LlamaForCausalLM
-    with pytest.raises(ap.PatchConflict, match="apply the patches in two calls"):
-        ap.apply(model, ap.GroupedQuery(num_kv_heads=2, method="mean"), ap.Latent(cache_target=0.5))
-    assert type(model) is transformers.LlamaForCausalLM
 
 
 def test_the_constant_that_serves_an_unrotated_key_best():

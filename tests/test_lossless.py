@@ -276,7 +276,7 @@ def test_heads_that_must_keep_their_places_are_not_moved(model_type):
     replicate(model, 2)
     shuffle(model, 1)
     before = logits(model)
-    with pytest.raises(ap.UnsupportedArchitecture, match=r"cannot be put in another order; use grouping='adjacent'"):
+    with pytest.raises(ap.UnsupportedArchitecture, match=r"cannot be reordered; use grouping='adjacent'"):
         convert(model, 2, "calibrated", "similar")
     assert torch.equal(before, logits(model))
 

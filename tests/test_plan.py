@@ -240,6 +240,31 @@ def test_an_anatomy_prints_every_place():
         assert word in text, text
 
 
+def test_a_plan_is_data_and_a_line():
+    model = tiny_model("llama")
+    plan = ap.plan(model, ap.NoPosition(home=None), ap.GroupedQuery(num_kv_heads=2, method="first"))
+    found = plan.to_dict()
+    assert {name: found[name] for name in ("model", "stock", "context")} == {
+        "model": "LlamaForCausalLM",
+        "stock": False,
+        "context": None,
+    }
+    none, shared = sorted(found["patches"], key=lambda one: one["patch"], reverse=True)
+    assert (none["patch"], none["stock"], shared["patch"], shared["stock"]) == (
+        *("no_position", False),
+        *("grouped_query", True),
+    )
+    assert shared["num_kv_heads"] == 2
+    assert {"where": "config.num_key_value_heads", "rung": "config", "before": "4", "after": "2"} in shared["edits"]
+    assert len(none["edits"]) + len(shared["edits"]) == len(plan.edits)
+    longer = ap.plan(model, ap.RopeScaling(kind="yarn", factor=4))
+    assert longer.to_dict()["context"] == [128, 512]
+    assert longer.to_dict()["stock"] is True
+    assert repr(longer) == (
+        f"<Plan: LlamaForCausalLM, {len(longer.edits)} edits, checkpoint for stock: rope_scaling(kind=yarn, factor=4)>"
+    )
+
+
 def test_proposals_are_frozen():
     with pytest.raises(AttributeError):
         Proposal(()).stock = False

@@ -46,7 +46,7 @@ def test_a_table_gives_its_rows_and_says_where_it_ends():
     found = table(EMBEDDINGS, torch.tensor([[0, 4, 2]]))
     assert torch.equal(found, EMBEDDINGS + table.weight[[0, 4, 2]])
     assert table.weight.requires_grad
-    with pytest.raises(AttnPatchError, match="a token at position 5; the position table has 5 rows"):
+    with pytest.raises(AttnPatchError, match="position 5 is beyond the position table, which has 5 rows"):
         table(EMBEDDINGS, torch.tensor([[0, 5, 2]]))
     assert "length=5, width=8" in repr(table)
 
@@ -58,7 +58,7 @@ def test_on_a_gpu_only_the_length_is_looked_at():
         places = torch.tensor([[0, 4, 2]]).to(CUDA)
         places.max = None
         assert table(EMBEDDINGS.to(CUDA), places).device == CUDA
-        with pytest.raises(AttnPatchError, match="the position table has 5 rows"):
+        with pytest.raises(AttnPatchError, match="the position table, which has 5 rows"):
             table(EMBEDDINGS.to(CUDA), torch.arange(6).to(CUDA)[None])
         assert table(torch.zeros(1, 5, 8).to(CUDA), torch.arange(5).to(CUDA)[None]).shape == (1, 5, 8)
 

@@ -134,7 +134,7 @@ def test_a_new_table_is_trained_saved_and_made_longer(tmp_path):
     model.save_pretrained(tmp_path / "one")
     again = ap.load(tmp_path / "one")
     assert torch.equal(_logits(again, ids), trained)
-    with pytest.raises(ap.AttnPatchError, match="the position table has 30 rows"):
+    with pytest.raises(ap.AttnPatchError, match="the position table, which has 30 rows"):
         _logits(again, torch.randint(5, 99, (1, 31)))
     ap.patch_position_table(again, length=60, method="tile")
     assert torch.equal(_logits(again, ids), trained)

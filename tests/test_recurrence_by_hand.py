@@ -11,12 +11,12 @@ from transformers import DynamicCache
 
 import hf_attnpatch as ap
 from hf_attnpatch.attention.call import AttentionCall
-from hf_attnpatch.attention.masks import Handed
+from hf_attnpatch.attention.masks import MemoryMask
 from hf_attnpatch.functional.segments import NOBODY, Segments
 from hf_attnpatch.recurrence.attention import _known, met
 from hf_attnpatch.recurrence.call import Call, Tokens
 from hf_attnpatch.recurrence.memory import Memory, RecurrentCache
-from hf_attnpatch.recurrence.modules import Recalling, _check_gaps, _check_packed, _check_shapes
+from hf_attnpatch.recurrence.modules import MemoryHook, _check_gaps, _check_packed, _check_shapes
 from hf_attnpatch.recurrence.sinks import Sinks
 from hf_attnpatch.recurrence.state import check_state
 from hf_attnpatch.upstream import words
@@ -424,7 +424,7 @@ def test_what_attention_is_handed_beside_the_memory_is_looked_at():
     passed = {"position_ids": torch.arange(3)[None], "cu_seq_lens_q": torch.tensor([0, 3])}
     assert asked(None, passed) == {}  # flash attention would read documents from them
     for bad, said in (
-        ({"sliding_window": 6}, "asks for a window of 6 tokens, and had one of 7"),
+        ({"sliding_window": 6}, "asks for a window of 6 tokens; when it was patched, the window was 7"),
         ({"output_attentions": True}, "attention weights"),
         ({"cu_seq_lens_q": torch.tensor([0, 1, 3])}, "passes cu_seq_lens_q to its attention"),
         ({words.SCORE_BIAS: torch.ones(1)}, f"passes {words.SCORE_BIAS} to its attention"),
@@ -432,8 +432,8 @@ def test_what_attention_is_handed_beside_the_memory_is_looked_at():
         with pytest.raises(ap.AttnPatchError, match=said):
             asked(7, bad)
     call = Call(CUT, Tokens(*(torch.ones(1, 2, dtype=torch.int64),) * 3), None, 1)
-    assert met(module, Handed(call)).call is call
-    for other, mask in ((module, None), (module, torch.ones(1, 1, 2, 2)), (torch.nn.Linear(2, 2), Handed(call))):
+    assert met(module, MemoryMask(call)).call is call
+    for other, mask in ((module, None), (module, torch.ones(1, 1, 2, 2)), (torch.nn.Linear(2, 2), MemoryMask(call))):
         with pytest.raises(ap.AttnPatchError, match="in the place of the memory"):
             met(other, mask)
 
@@ -461,14 +461,14 @@ def test_a_thread_opens_one_stream_and_closes_it_whatever_happens():
 
 def test_a_stream_whose_opening_is_interrupted_is_closed(monkeypatch):
     model = with_memory(tiny_model("llama", num_hidden_layers=1))
-    plain = Recalling.open
+    plain = MemoryHook.open
 
     def interrupted(self, memory):
         plain(self, memory)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Recalling, "open", interrupted)
+        patch.setattr(MemoryHook, "open", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ap.stream(model).__enter__()
     with ap.stream(model):  # or another would be open

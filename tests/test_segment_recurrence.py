@@ -270,7 +270,7 @@ def test_flash_attention_is_told_which_keys_there_are():
     assert found.tolist() == [[False] * 2 + [True] * 8 + [False], [True] * 11]
     assert keys_alone(torch.ones(2, 4, 11, dtype=torch.bool).tril(7), torch.ones(2, 4).bool()) is None
     seen[0, 2, 3] = False
-    with pytest.raises(ap.AttnPatchError, match="which keys there are"):
+    with pytest.raises(ap.AttnPatchError, match="which keys are present"):
         keys_alone(seen, call.tokens.keep)
 
 
@@ -415,9 +415,9 @@ def test_revert_is_bitwise():
         ("cpmant", "no memory can be handed to it"),
         ("gpt_neo", "sees a window only"),
         ("roformer", "takes no positions"),
-        ("roberta", "something of its own with positions"),
+        ("roberta", "uses positions or masks in its own way"),
         ("mamba", "keeps a state, not keys and values"),
-        ("bart", "a memory is of one text"),
+        ("bart", "segment memory holds one text"),
     ],
 )
 def test_models_without_a_place_for_a_memory_are_refused(model_type, words):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from architectures import tiny_model
 from snapshot import snapshot
+from transformers import LlamaConfig
 
 import hf_attnpatch as ap
 from hf_attnpatch import api
@@ -116,6 +117,65 @@ def test_what_a_patch_prepares_sees_the_model_before_the_first_edit(odd):
     assert seen == [old]
     assert report.findings == {"odd": {"found": 3}}
     assert model.model.layers[0].self_attn.mark == 1
+
+
+def test_what_was_made_for_the_edits_is_let_go(odd):
+    let_go = []
+    ap.apply(_one_layer(), odd(SetAttribute(ATTENTION, "mark", 1), release=lambda: let_go.append(1)))
+    assert let_go == [1]
+
+
+@pytest.mark.parametrize("preserves", [True, False])
+def test_logits_that_were_not_finite_before_are_said_to_be_the_model_s(preserves, odd):
+    model = _one_layer()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    before = snapshot(model)
+    with pytest.raises(ap.AttnPatchError, match="not finite before anything is patched") as caught:
+        ap.apply(model, odd(EDIT, preserves=preserves))
+    assert not isinstance(caught.value, ap.SelfCheckFailed)
+    assert snapshot(model) == before
+
+
+def test_how_much_of_the_model_was_compared_is_said(odd):
+    model = tiny_model("llama")
+    said = ap.apply(model, odd(_hook(lambda out: out * 1.5))).checks["largest change of a logit"]
+    assert said == "0.5 of the largest logit, in the first 1 of its layers"
+
+
+# -- what the config remembers -----------------------------------------------------------------------------------------
+
+
+def test_a_record_goes_on_from_the_one_before():
+    """Of two patches one of which stock transformers cannot read, neither call loses what the other wrote."""
+    for first, second in (
+        (ap.NoPosition(home=None), ap.GroupedQuery(num_kv_heads=2, method="first")),
+        (ap.GroupedQuery(num_kv_heads=2, method="first"), ap.NoPosition(home=None)),
+    ):
+        each, once = _one_layer(), _one_layer()
+        ap.apply(each, first)
+        assert each.config.attnpatch["stock"] is (first.name == "grouped_query")
+        assert (type(each.config) is LlamaConfig) is each.config.attnpatch["stock"]
+        ap.apply(each, second)
+        ap.apply(once, first, second)
+        for model in (each, once):
+            kept = model.config.attnpatch
+            assert {one["patch"]: one["stock"] for one in kept["patches"]} == {
+                "no_position": False,
+                "grouped_query": True,
+            }
+            assert len(kept["patches"]) == 2
+            assert kept["base_model_type"] == "llama"
+            assert kept["stock"] is False
+            assert type(model.config) is not LlamaConfig
+
+
+def test_contexts_are_those_that_a_tokenizer_may_have_been_made_for():
+    assert api._contexts((), None) == ()
+    assert api._contexts((8, 16), None) == (8, 16)
+    assert api._contexts((), (8, 16)) == (8, 16)
+    assert api._contexts((8, 16), (16, 32)) == (8, 16, 32)
+    assert api._contexts((8, 16), (24, 32)) == (8, 16, 24, 32)  # raised by other hands
 
 
 # -- cached decoding: whose fault it is --------------------------------------------------------------------------------

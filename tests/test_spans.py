@@ -185,8 +185,11 @@ def test_sinks_keep_a_cache_of_fixed_size_in_a_long_text():
     assert all(isinstance(layer, SinkLayer) for layer in cache.layers)
     assert {layer.keys.shape[2] for layer in cache.layers} == {PAD + 2 + 6 - 1}
     assert cache.get_seq_length() == LENGTH + 59
-    with pytest.raises(ap.AttnPatchError, match="let go of tokens"):
+    with pytest.raises(ap.AttnPatchError, match="has evicted tokens"):
         cache.crop(-1)
+    cache.crop(0)
+    assert cache.get_seq_length() == LENGTH + 59  # nothing was taken back
+    assert {layer.get_mask_sizes(1) for layer in cache.layers} == {(PAD + 2 + 6, PAD + 2)}
 
 
 def test_beams_are_reordered_in_a_cache_that_lets_go():

@@ -57,6 +57,39 @@ def test_a_model_that_is_patched_already_is_left_alone(tmp_path):
         Trainer(model, TrainingArguments(str(tmp_path), **OPTIONS), callbacks=[PatchCallback(GROUPED, ap.Alibi())])
 
 
+@pytest.mark.parametrize("patch", [ap.GroupedQuery(num_kv_heads=1), ap.GroupedQuery(num_kv_heads=2, method="first")])
+def test_a_model_that_is_patched_otherwise_is_refused(patch, tmp_path):
+    model = tiny_model("llama")
+    ap.apply(model, GROUPED)
+    before = model.state_dict()
+    with pytest.raises(ap.AttnPatchError, match=r"has grouped_query already with \w+=.* asks for"):
+        Trainer(model, TrainingArguments(str(tmp_path), **OPTIONS), callbacks=[PatchCallback(patch)])
+    check(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("patch", [GROUPED, ap.Flash(backend="sdpa")], ids=lambda patch: patch.name)
+def test_a_model_that_the_trainer_builds_later_is_not_trained_unpatched(patch, tmp_path):
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, **OPTIONS)
+
+    def unpatched():
+        return tiny_model("llama", attn_implementation="eager").train()
+
+    def patched():
+        model = unpatched()
+        ap.apply(model, patch)
+        return model
+
+    trainer = Trainer(args=arguments, model_init=unpatched, train_dataset=rows(), callbacks=[PatchCallback(patch)])
+    with pytest.raises(ap.AttnPatchError, match="let model_init apply the patches"), torch.random.fork_rng([]):
+        trainer.train()
+    if not patch.recorded:
+        return
+    trainer = Trainer(args=arguments, model_init=patched, train_dataset=rows(), callbacks=[PatchCallback(patch)])
+    with torch.random.fork_rng([]):
+        trainer.train()
+    assert trainer.model.model.layers[0].self_attn.k_proj.out_features == 32
+
+
 def test_alibi_is_warmed_up_and_goes_on_where_it_was(tmp_path):
     strengths = []
 

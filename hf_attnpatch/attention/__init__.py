@@ -1,1 +1,1 @@
-"""Attention: one call, one mask, one list of wrappers on each module, and the kernels beneath."""
+"""Attention: the call, the mask, the wrappers of each module and the kernels that compute it."""

@@ -1,4 +1,4 @@
-"""ALiBi around attention: a bias by distance, through each kernel in its own way."""
+"""ALiBi: adds a bias linear in distance to the scores, in the way that each kernel supports."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from .wrapper import Term, Wrapper, wrapper_of
 
 
 class AlibiBias(Term):
-    """The slopes of a model, shared by its attention modules.
+    """The ALiBi bias of a model, shared by all of its attention modules.
 
-    Not a module and no buffer: slopes follow from the config, must stay exact when the model is cast, and are there
-    when it is built on the meta device.
+    Neither a module nor a buffer: the slopes follow from the config, stay exact when the model is cast, and exist when
+    the model is built on the meta device.
 
     Args:
-        given: the slopes of the heads, or None for the paper's.
-        clip: distances above it count as this one, or None.
-        exact: whether slope times position is exact; otherwise it is rounded to the model's dtype, as BLOOM's is.
-        strength: factor on the slopes, in [0, 1] while a model is warmed up to them.
-        heads: query heads of the whole module, of which a rank of tensor parallelism has some; None where not read.
+        given: slopes of the query heads, or None for the paper's.
+        clip: larger distances count as this one; None does not clip.
+        exact: whether slope times position is exact; False rounds it to the model's dtype, as BLOOM does.
+        strength: factor on the slopes, in [0, 1], used while a model is warmed up.
+        heads: query heads of the whole module, of which a tensor-parallel rank holds a part; None if unknown.
     """
 
     name, what = "alibi", "ALiBi"
@@ -47,16 +47,17 @@ class AlibiBias(Term):
         return "the paper's slopes" if self.given is None else f"{len(self.given)} given slopes"
 
     def distance(self, heads: int, dtype: torch.dtype, module: nn.Module | None = None) -> Distance:
-        """What counts as distance, for so many heads of an attention module: all of them, or those of this rank.
+        """Return the slopes of these heads: of all heads of a module, or of those on this tensor-parallel rank.
 
         Raises:
-            AttnPatchError: heads are missing, and nothing says which.
+            AttnPatchError: heads are missing, and no tensor parallelism explains which.
         """
         whole = heads if self.heads is None else self.heads
         if self.heads is None and module is not None and sharding(module) is not None:
             raise AttnPatchError(
-                f"{type(module).__name__} is sharded over devices, and how many heads there are in all was not read: "
-                "whose slopes these heads have is unknown. Load the model without tp_plan."
+                f"{type(module).__name__} is sharded over devices and its total number of heads is unknown, so the "
+                f"slopes of "
+                "these heads cannot be determined. Load the model without tp_plan."
             )
         slope = slopes(whole) if self.given is None else torch.tensor(self.given, dtype=torch.float64)
         slope = slope[share(module, heads, whole)]
@@ -66,7 +67,7 @@ class AlibiBias(Term):
         return self.distance(call.query.shape[1], call.query.dtype, call.module)
 
     def attend(self, call: AttentionCall, sight: Sight) -> Tensor:
-        """Torch's kernels, the bias as further dimensions."""
+        """Attend by torch's kernels, with the bias as extra dimensions of queries and keys."""
         made, states = mask_of(call.mask), (call.query, call.key, call.value)
         if made is None:
             return attend(*states, self._of(call), sight, call.scale, call.dropout)
@@ -75,17 +76,17 @@ class AlibiBias(Term):
         return attend(*states, distance, sight, call.scale, call.dropout, once)
 
     def dense(self, call: AttentionCall, sight: Sight) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Rows of biases."""
+        """Return the bias as a matrix."""
         exact = torch.promote_types(call.query.dtype, torch.float32)
         rows = bias_rows(self._of(call), positions(call.query, call.key, sight), call.key, sight)
         return call.query.to(exact), call.key.to(exact), rows.to(exact)
 
     def flex(self, call: AttentionCall) -> Output:
-        """The bias as flex attention's ``score_mod``."""
+        """Attend by flex attention, with the bias as a ``score_mod``."""
         call.refuse(self.what, words.SINKS, words.SCORE_BIAS, words.CACHE, words.DROPOUT)
         if not self.exact:
             raise AttnPatchError(
-                f"{type(call.module).__name__}: flex_attention has the exact bias only; pass exact=True."
+                f"{type(call.module).__name__}: flex_attention computes the exact bias only; pass exact=True."
             )
         slope = self._of(call).slope.to(call.query.device, torch.float32)
         offset = getattr(call.mask, "query_offset", call.key.shape[2] - call.query.shape[2])
@@ -111,7 +112,7 @@ class AlibiBias(Term):
         return out.transpose(1, 2).contiguous(), None
 
     def flash(self, call: AttentionCall, packed: bool) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """``alibi_slopes`` where the library has them, else further dimensions."""
+        """Pass ``alibi_slopes`` where the library supports them; otherwise return states with extra dimensions."""
         self._refuse_on_flash(call)
         query, key = call.query, call.key
         if call.kernel == "flash_attention_2" and call.mask is None and not packed:
@@ -121,7 +122,7 @@ class AlibiBias(Term):
         return extended(query, key, call.value, columns(slope, call.scale, here, key.shape[2], query.dtype))
 
     def _by_slopes(self, call: AttentionCall) -> Tensor:
-        """FlashAttention 2 adds -slope |i + k - q - j| in fp32 by itself, also where attention looks both ways."""
+        """Call FlashAttention 2, which adds -slope |i + k - q - j| in fp32, also for bidirectional attention."""
         library, window = importlib.import_module("flash_attn"), call.given.get(words.WINDOW)
         reach = (-1, -1) if window is None or call.key.shape[2] <= window else (window - 1, window - 1)
         out: Tensor = library.flash_attn_func(
@@ -142,7 +143,7 @@ class AlibiBias(Term):
             "the bias is rounded (exact=False)": not self.exact,
             "attention sinks": call.given.get(words.SINKS) is not None,
             "soft-capped scores": call.given.get(words.SOFTCAP) is not None and not slopes,
-            "attention looks both ways": not call.causal and not slopes,
+            "attention is bidirectional": not call.causal and not slopes,
         }
         problem = next((said for said, there in problems.items() if there), None)
         if problem is not None:
@@ -153,12 +154,12 @@ class AlibiBias(Term):
 
 
 def _shared(mask: AttentionMask, bias: AlibiBias, form: Hashable, make: Callable[[], Any]) -> Any:
-    """Make what all layers with one bias and one mask share once."""
+    """Compute a form of the bias once for all layers that share the bias and the mask."""
     return mask.once((bias, form), make)
 
 
 class NoBias(Wrapper):
-    """Held by an attention module whose own bias by distance is to be left out."""
+    """Marks an attention module whose own ALiBi bias is left out."""
 
     name, order = "alibi", Term.order
 
@@ -167,10 +168,10 @@ class NoBias(Wrapper):
 
 
 def bias_left_out(module: nn.Module) -> bool:
-    """Whether an attention module's own bias by distance was taken out."""
+    """Return whether the module's own ALiBi bias was removed."""
     return wrapper_of(module, NoBias) is not None
 
 
 def alibi_of(module: nn.Module) -> AlibiBias | None:
-    """Return the bias of an attention module that this package gave one, or None."""
+    """Return the ALiBi bias that this package gave an attention module, or None."""
     return wrapper_of(module, AlibiBias)

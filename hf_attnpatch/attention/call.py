@@ -1,4 +1,4 @@
-"""One call of attention, as a module makes it: the only place that knows how transformers passes its parts."""
+"""One attention call: the only place with the signature of transformers' attention functions."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Output = tuple[Tensor, Tensor | None]  # (batch, q, heads, d_v), and attention w
 
 
 class AttentionCall:
-    """What one attention module asks of its kernel.
+    """The arguments of one attention call.
 
     Args:
-        kernel: that computes it, by transformers' name: ``sdpa``, say.
-        module: that asks.
+        kernel: transformers' name of the kernel, such as ``sdpa``.
+        module: the attention module that makes the call.
         query: (batch, heads, q, d).
         key: (batch, kv heads, k, d).
         value: (batch, kv heads, k, d_v).
-        mask: an attention mask in the kernel's form, made by :mod:`.masks` or the caller's own; or None.
-        given: the other keywords, under the names of :mod:`hf_attnpatch.upstream.words`.
-        term: added to the scores where the module's own wrappers do not say what is; see :class:`.wrapper.Term`.
+        mask: the attention mask in the kernel's form, from :mod:`.masks` or from the caller; or None.
+        given: the other keyword arguments, under the names of :mod:`hf_attnpatch.upstream.words`.
+        term: a term to add to the scores, where it is not one of the module's wrappers; see :class:`.wrapper.Term`.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class AttentionCall:
         mask: Any,
         given: Mapping[str, Any],
         term: Any = None,
-    ):  # no dataclass: torch.compile builds this one
+    ):  # not a dataclass, so that torch.compile can construct it
         self.kernel, self.module, self.mask, self.given, self.term = kernel, module, mask, given, term
         self.query, self.key, self.value = query, key, value
 
@@ -49,37 +49,37 @@ class AttentionCall:
         value: Tensor | None = None,
         given: Mapping[str, Any] | None = None,
     ) -> AttentionCall:
-        """Return the call with other states or keywords."""
+        """Return the call with other queries, keys, values or keyword arguments."""
         states = (self.query if query is None else query, self.key if key is None else key)
         value, given = self.value if value is None else value, self.given if given is None else given
         return AttentionCall(self.kernel, self.module, *states, value, self.mask, given, self.term)
 
     def masked(self, mask: Any) -> AttentionCall:
-        """Return the call with another mask, which may be None."""
+        """Return the call with another mask, or with none."""
         states = (self.query, self.key, self.value)
         return AttentionCall(self.kernel, self.module, *states, mask, self.given, self.term)
 
     @property
     def scale(self) -> float:
-        """What scores are multiplied by: one over the root of the head's width unless given."""
+        """The factor on the scores: as given, else 1 / sqrt(head_dim)."""
         given = self.given.get(words.SCALING)
         return self.query.shape[-1] ** -0.5 if given is None else float(given)
 
     @property
     def causal(self) -> bool:
-        """Whether queries look back only: what is passed, else what the module says, else yes."""
+        """Whether attention is causal: as given, else what the module says, else True."""
         return looks_back(self.module, self.given.get(words.IS_CAUSAL))
 
     @property
     def dropout(self) -> float:
-        """Probability of dropping an attention weight."""
+        """The probability of dropping an attention weight."""
         return self.given.get(words.DROPOUT) or 0.0
 
     def refuse(self, what: str, *names: str) -> None:
-        """Refuse keywords that this kernel cannot compute together with ``what``.
+        """Refuse keyword arguments that this kernel cannot compute together with ``what``.
 
         Raises:
-            AttnPatchError: one of ``names`` is given.
+            AttnPatchError: one of ``names`` was passed.
         """
         for name in names:
             if not (self.given.get(name) is None or (name == words.DROPOUT and not self.given[name])):

@@ -1,9 +1,9 @@
-"""Flash attention inside a forward that computes its scores by itself, without touching that forward.
+"""Deferred attention: routes a forward that computes its own scores through a fused kernel, without changing its code.
 
-The module's cache hands it keys and values that are not computed with but take notes: which queries they are
-multiplied by, what is added, scaled, masked and dropped. When the attention weights are multiplied by the values, the
-whole is known, and a fused kernel computes it. Shapes are those of tensors on the meta device, so that torch itself
-checks every step; an operation that is not listed here raises, and then the patch is refused, never silently wrong.
+The module's cache returns lazy keys and values. They record what the forward does with them: the queries they are
+multiplied by, and every bias, scale, mask and dropout. When the attention weights meet the values, the whole call is
+known and a fused kernel computes it. Shapes are those of meta tensors, so that torch checks each step. An operation
+that is not listed here raises, and the patch is refused; results are never silently wrong.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from ..functional.biased import HIDDEN, UNSEEN, Sight, hiding
 from ..upstream import words
 from .call import AttentionCall
 from .kernels import attend
-from .masks import Handed
-from .noted import Noted
+from .masks import MemoryMask
+from .noted import LazyStates
 from .own_bias import OwnBias
-from .rotation import Turn
+from .rotation import KeyRotation
 from .wrapper import Term
 
 
 @dataclass(frozen=True)
-class Keys(Noted):
-    """Keys on their way to the queries.
+class Keys(LazyStates):
+    """Lazy keys, which wait to be multiplied by the queries.
 
     Attributes:
         data: (batch, kv heads, k, d).
-        shadow: of what the forward believes to hold.
-        module: whose they are.
-        sight: what queries see, as far as the mask was taken from the forward; None where the forward adds it itself.
-        term: added to the scores in the place of the forward's own bias; None keeps that.
-        turn: the rotation of the queries; these keys have been rotated.
-        handed: by a memory in the place of a mask, or None.
+        shadow: a meta tensor with the shape and dtype that the forward sees.
+        module: the attention module.
+        sight: which keys the queries see, if the mask was taken from the forward; None if the forward adds its own.
+        term: added to the scores instead of the forward's own bias; None keeps that bias.
+        turn: how the queries are rotated; these keys are rotated already.
+        handed: the mask that a segment memory passes instead of the usual one, or None.
     """
 
     data: Tensor
@@ -45,16 +45,16 @@ class Keys(Noted):
     module: nn.Module
     sight: Sight | None
     term: Term | None = None
-    turn: Turn | None = None
-    handed: Handed | None = None
+    turn: KeyRotation | None = None
+    handed: MemoryMask | None = None
 
     @property
     def _held(self) -> Tensor:
         return self.data
 
     def _on_matmul(self, left: Any, right: Any) -> Scores:
-        if isinstance(left, Noted) or self.shadow.shape[-2] != self.data.shape[-1]:
-            raise NotImplementedError("keys that are not multiplied by queries, transposed")
+        if isinstance(left, LazyStates) or self.shadow.shape[-2] != self.data.shape[-1]:
+            raise NotImplementedError("keys used for something other than queries times keys")
         return Scores(left, self, left.to("meta") @ self.shadow, 1.0, None, None)
 
     _on_bmm = _on_matmul
@@ -82,8 +82,8 @@ class Keys(Noted):
 
 
 @dataclass(frozen=True)
-class Values(Noted):
-    """Values, waiting for the attention weights: (batch, kv heads, k, d_v)."""
+class Values(LazyStates):
+    """Lazy values, which wait for the attention weights: (batch, kv heads, k, d_v)."""
 
     data: Tensor
     shadow: Tensor
@@ -94,16 +94,17 @@ class Values(Noted):
 
 
 @dataclass(frozen=True)
-class Scores(Noted):
-    """Scores that were never computed.
+class Scores(LazyStates):
+    """Lazy attention scores.
 
     Attributes:
         query: (batch, heads, q, d) or (batch * heads, q, d).
-        keys: theirs.
+        keys: the lazy keys.
         shadow: (batch, heads, q, k) or (batch * heads, q, k).
-        scale: on the inner products.
-        bias: by head and key, (batch or 1, heads or 1, 1, k).
-        mask: by query too, (batch or 1, heads or 1, q, k), added; or bool, True where a key is seen.
+        scale: factor on the inner products.
+        bias: depends on head and key only, (batch or 1, heads or 1, 1, k).
+        mask: depends on the query too, (batch or 1, heads or 1, q, k); added if float, True where a key is seen if
+            bool.
     """
 
     knows_more: ClassVar[bool] = True
@@ -121,7 +122,7 @@ class Scores(Noted):
 
     def _on_where(self, seen: Tensor, scores: Any, hidden: Any) -> Scores:
         if scores is not self or not isinstance(hidden, Tensor) or hidden.numel() != 1:
-            raise NotImplementedError("scores chosen among others")
+            raise NotImplementedError("torch.where between scores")
         found: Scores = self.masked_fill(~seen, float(hidden))
         return found
 
@@ -146,7 +147,7 @@ class Scores(Noted):
     __rmul__, __imul__, __itruediv__, __iadd__, __radd__ = __mul__, __mul__, __truediv__, __add__, __add__
 
     def masked_fill(self, hidden: Tensor, value: float) -> Scores:
-        """Hide some scores, with a value that means no attention."""
+        """Mask some scores with a value that means no attention."""
         if value > -1e4:
             raise NotImplementedError(f"scores filled with {value}")
         wide = self._wide(torch.zeros(()).to(hidden.device).masked_fill(hidden, HIDDEN))
@@ -168,7 +169,7 @@ class Scores(Noted):
         return Weights(self, self.shadow if dtype is None else self.shadow.to(dtype), 0.0)
 
     def _wide(self, added: Tensor) -> Tensor:
-        """Give a tensor that broadcasts to the scores the dimensions of (batch, heads, q, k)."""
+        """Expand a tensor that broadcasts to the scores to four dimensions, (batch, heads, q, k)."""
         if self.shadow.dim() == 4 or added.dim() < 3:
             return added[(None,) * (4 - added.dim())]
         batch = self.keys.data.shape[0]
@@ -176,8 +177,8 @@ class Scores(Noted):
 
 
 @dataclass(frozen=True)
-class Weights(Noted):
-    """Attention weights that will never be computed."""
+class Weights(LazyStates):
+    """Lazy attention weights."""
 
     knows_more: ClassVar[bool] = True
 
@@ -194,7 +195,7 @@ class Weights(Noted):
 
     def _on_matmul(self, left: Any, right: Any) -> Tensor:
         if left is not self or not isinstance(right, Values):
-            raise NotImplementedError("attention weights multiplied by something else than the values")
+            raise NotImplementedError("attention weights multiplied by something other than the values")
         out = attended(self, right)
         return out.reshape((self.shadow @ right.shadow.to(self.dtype)).shape)
 
@@ -205,7 +206,7 @@ class Weights(Noted):
 
 
 def attended(weights: Weights, values: Values) -> Tensor:
-    """Compute what was noted, (batch, heads, q, d_v): the same call that a module would make which dispatches."""
+    """Compute the recorded attention, (batch, heads, q, d_v), by the call that a dispatching module would make."""
     scores, keys, value = weights.scores, weights.scores.keys, values.data
     query = scores.query.reshape(keys.data.shape[0], -1, *scores.query.shape[-2:]).to(value.dtype)
     sight, term = _told(scores, query)
@@ -219,7 +220,7 @@ def attended(weights: Weights, values: Values) -> Tensor:
 
 
 def _told(scores: Scores, query: Tensor) -> tuple[Sight | None, Term]:
-    """Return what the queries see, and what is added to their scores; of a memory, what they see is not known yet."""
+    """Return which keys the queries see (None if a segment memory decides) and the term added to the scores."""
     keys = scores.keys
     if keys.handed is not None and not keys.handed.call.plain:
         assert keys.term is not None
@@ -238,29 +239,28 @@ def _told(scores: Scores, query: Tensor) -> tuple[Sight | None, Term]:
     return sight, keys.term
 
 
-def _handed(scores: Scores, handed: Handed, sight: Sight | None) -> Handed:
-    """Return what the wrapper of a memory reads in the place of a mask.
+def _handed(scores: Scores, handed: MemoryMask, sight: Sight | None) -> MemoryMask:
+    """Return the mask that the segment memory reads.
 
     Raises:
-        AttnPatchError: the module hides more than what comes later.
+        AttnPatchError: the module masks more than the future (a window, say).
     """
     mask = scores.mask
     if not handed.call.plain and mask is not None:
         causal = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril(mask.shape[-1] - mask.shape[-2])
         if not bool(((hiding(mask) > UNSEEN) == causal).all()):
             raise AttnPatchError(
-                "the module hides more from its queries than what comes after them (a window, say), of which a memory "
-                "knows nothing."
+                "the module masks more than future tokens (a window, say), of which a memory knows nothing."
             )
-    return Handed(handed.call, sight)
+    return MemoryMask(handed.call, sight)
 
 
 def _sight(scores: Scores, query: Tensor) -> Sight:
-    """Join the mask that was taken from the forward with the one that it added."""
+    """Combine the mask that was taken from the forward with the one that the forward added."""
     sight, mask = scores.keys.sight, scores.mask
     if mask is None:
         if sight is None and query.shape[2] > 1:
-            raise NotImplementedError("scores without a mask")
+            raise NotImplementedError("scores without an attention mask")
         return sight or Sight(True)
     mask = mask if sight is None else _joined(mask, sight, query.shape[2])
     mask = mask.clamp(min=HIDDEN).to(torch.promote_types(query.dtype, torch.float32))
@@ -268,7 +268,7 @@ def _sight(scores: Scores, query: Tensor) -> Sight:
 
 
 def _joined(added: Tensor, sight: Sight, queries: int) -> Tensor:
-    """What the forward added, and what was taken from it; one that hides nothing is no mask, but a bias."""
+    """Combine what the forward added with the mask taken from it; a tensor that masks nothing is a bias."""
     seen = sight.mask
     if seen is None and (queries == 1 or not sight.causal or bool((added < UNSEEN).any())):
         return added

@@ -1,7 +1,6 @@
-"""FlashAttention 2, 3 and 4, with what is added to the scores as ``alibi_slopes`` or as further dimensions.
+"""FlashAttention 2, 3 and 4, with the term passed as ``alibi_slopes`` or as extra dimensions.
 
-Nothing here ran on a GPU; the tests run it against functions that stand in for the libraries and compute what those say
-they compute.
+None of this has run on a GPU. The tests run it against stand-ins that compute what the libraries document.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from .wrapper import term_of
 
 
 def attention(call: AttentionCall) -> Tensor:
-    """Attend by one generation of the library, (batch, q, heads, d_v)."""
-    target, width = _target(call), call.value.shape[-1]  # before anything is put beside them
+    """Attend by one generation of FlashAttention, (batch, q, heads, d_v)."""
+    target, width = _target(call), call.value.shape[-1]  # before extra dimensions are added
     call = call.but(call.query.to(target), call.key.to(target), call.value.to(target))
     term = term_of(call)
     scale, states = call.scale, (call.query, call.key, call.value)
@@ -50,14 +49,14 @@ def attention(call: AttentionCall) -> Tensor:
 
 
 def _flash_attention_forward(*args: Any, **kwargs: Any) -> Any:
-    """Transformers' own way to the library, which unpads and unpacks."""
+    """Call transformers' wrapper of the library, which unpads and repads."""
     return find("_flash_attention_forward", "modeling_flash_attention_utils", "ALiBi on FlashAttention")(
         *args, **kwargs
     )
 
 
 def _target(call: AttentionCall) -> torch.dtype:
-    """The dtype that the library is to compute in: that of the model where queries came out of it as fp32."""
+    """Return the dtype in which the library computes: the model's, if the queries were upcast to fp32."""
     found = find("get_target_dtype", "integrations.flash_attention", "ALiBi on FlashAttention")(call.query, call.module)
     return found if isinstance(found, torch.dtype) else call.query.dtype
 

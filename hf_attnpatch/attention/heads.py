@@ -1,4 +1,4 @@
-"""Which of a module's heads are here: tensor parallelism shares them among devices."""
+"""Which of a module's heads a tensor-parallel rank holds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..errors import AttnPatchError
 
 
 def sharding(module: nn.Module) -> tuple[int, int] | None:
-    """Return the rank and the number of ranks among which tensor parallelism shares a module's rows; None without."""
+    """Return the tensor-parallel rank and world size of a module's weights; None if they are not sharded."""
     sharded = (tensor for tensor in map(_plain, module.parameters()) if isinstance(tensor, DTensor))
     for parameter in sharded:
         for number, placement in enumerate(parameter.placements):
@@ -19,27 +19,28 @@ def sharding(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """Return a parameter as what it is besides; the type checker takes the two classes for strangers."""
+    """Return a parameter typed as a plain tensor, for the type checker."""
     return tensor
 
 
 def share(module: nn.Module | None, heads: int, whole: int) -> slice:
-    """Return which of a module's heads these are: all, or as many as a rank of tensor parallelism has.
+    """Return which heads of a module these are: all of them, or the part that a tensor-parallel rank holds.
 
     Args:
-        module: an attention module; None where nothing is sharded.
-        heads: that its queries have here.
-        whole: heads that it has in all.
+        module: an attention module; None if nothing is sharded.
+        heads: query heads here.
+        whole: query heads of the whole module.
 
     Raises:
-        AttnPatchError: some are missing, and no sharding over devices explains it.
+        AttnPatchError: heads are missing, and no tensor parallelism explains it.
     """
     if heads == whole:
         return slice(None)
     rank, ranks = (None if module is None else sharding(module)) or (0, 1)
     if heads * ranks != whole:
         raise AttnPatchError(
-            f"{type(module).__name__}: queries of {heads} heads on rank {rank} of {ranks}, where the module has "
-            f"{whole} in all: which of them these are is unknown."
+            f"{type(module).__name__}: got queries of {heads} heads on rank {rank} of {ranks}, but the module has "
+            f"{whole} "
+            f"heads; cannot tell which of them these are."
         )
     return slice(rank * heads, (rank + 1) * heads)

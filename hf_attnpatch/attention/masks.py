@@ -261,7 +261,7 @@ def mask_function(kernel: str, written: bool = False) -> Callable[..., Any]:
     return mask
 
 
-class Handed:
+class MemoryMask:
     """What attention modules are handed in the place of a mask, by a memory.
 
     Args:
@@ -272,9 +272,9 @@ class Handed:
     def __init__(self, call: Any, own: Any = None):
         self.call, self.own = call, own
 
-    def to(self, *args: Any, **kwargs: Any) -> Handed:
+    def to(self, *args: Any, **kwargs: Any) -> MemoryMask:
         """As the kernel's own mask is cast; MPT wants it to be bool."""
-        return Handed(self.call, None if self.own is None else self.own.to(*args, **kwargs))
+        return MemoryMask(self.call, None if self.own is None else self.own.to(*args, **kwargs))
 
 
 def mask_of(handed: Any) -> AttentionMask | None:

@@ -1,4 +1,4 @@
-"""What stands for a tensor of attention that is never computed: it has a shape, and notes what is done to it."""
+"""Base class of lazy attention states: they have a shape and a dtype, and record what is done to them."""
 # ruff: noqa: D102 - the methods are those of torch.Tensor
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 
-class Noted:
-    """Looks like a tensor to the forward; ``shadow`` is its shape and dtype."""
+class LazyStates:
+    """Looks like a tensor to the forward; ``shadow`` is a meta tensor with its shape and dtype."""
 
     shadow: Tensor
     knows_more: ClassVar[bool] = False  # than the keys or values beside it
@@ -19,9 +19,9 @@ class Noted:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", str(func))
-        noted = next(a for a in [*args, *(kwargs or {}).values()] if isinstance(a, Noted))
+        noted = next(a for a in [*args, *(kwargs or {}).values()] if isinstance(a, LazyStates))
         for each in [*args, *(kwargs or {}).values()]:
-            if isinstance(each, Noted) and each.knows_more:
+            if isinstance(each, LazyStates) and each.knows_more:
                 noted = each
         method = getattr(type(noted), f"_on_{name.strip('_')}", None)
         if method is None:
@@ -45,8 +45,8 @@ class Noted:
 
     @property
     def _held(self) -> Tensor:
-        """A tensor that this stands for, or is made of."""
-        raise NotImplementedError(f"{type(self).__name__} hold no tensor")
+        """A real tensor that this was made from."""
+        raise NotImplementedError(f"{type(self).__name__} holds no tensor")
 
     def size(self, *dim: int) -> Any:
         return self.shadow.size(*dim)

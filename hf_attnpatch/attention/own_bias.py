@@ -1,4 +1,4 @@
-"""What a forward that computes its scores by itself adds to them: a bias by head and key, or nothing."""
+"""The bias that a forward which computes its own scores adds to them: by head and key, or none."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .wrapper import Term
 
 
 class OwnBias(Term):
-    """A bias that depends on head and key alone, as BLOOM's and MPT's ALiBi does; torch's kernels only.
+    """A bias that depends on head and key only, such as BLOOM's and MPT's ALiBi; for torch's kernels.
 
     Args:
-        bias: (batch or 1, heads, k), or None for nothing.
+        bias: (batch or 1, heads, k), or None.
     """
 
     name, what = "own_bias", "a bias of its own"
@@ -22,5 +22,5 @@ class OwnBias(Term):
         self.bias, self.by_distance = bias, bias is not None
 
     def attend(self, call: AttentionCall, sight: Sight) -> Tensor:
-        """Further dimensions, or rows of biases for few queries."""
+        """Attend with the bias as extra dimensions, or as rows of a matrix for few queries."""
         return attend_with(call.query, call.key, call.value, self.bias, sight, call.scale, call.dropout)

@@ -1,4 +1,4 @@
-"""One name for each kernel in transformers' tables, under which the wrappers of a module run around it."""
+"""Registers one name for each kernel in transformers' tables; under it, a module's wrappers run around the kernel."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from .kernels import attend
 from .masks import mask_function
 from .wrapper import wrappers_of
 
-PREFIX = "attnpatch_"  # before the kernel's own name: transformers reads from that what a family supports
-FUSED = "fused_by_hf_attnpatch"  # no attention function of this name: the families that get it do not ask for one
+PREFIX = "attnpatch_"  # precedes the kernel's name, from which transformers infers what a family supports
+FUSED = "fused_by_hf_attnpatch"  # masks only: families that get it call no attention function
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 KERNELS = ("eager", "sdpa", "flex_attention", *FLASH)
 
 
 def register() -> None:
-    """Make the kernels known, each with the masks that it takes; and masks for families that only ask for those.
+    """Register the kernels and their mask functions, and the masks for families that compute attention themselves.
 
-    There is no attention function beside ``FUSED`` on purpose: ``from_pretrained(attn_implementation=...)`` then
-    refuses the name, and nobody gets these masks without the hooks that understand them.
+    ``FUSED`` has no attention function on purpose: ``from_pretrained(attn_implementation=...)`` then refuses the name,
+    so that no model gets these masks without the hooks that understand them.
     """
     AttentionMaskInterface.register(FUSED, mask_registered(mask_function("sdpa", True)))
-    for kernel in KERNELS:  # masks first: interrupted here, the name is not known
+    for kernel in KERNELS:  # masks first: if interrupted here, the name stays unknown
         AttentionMaskInterface.register(PREFIX + kernel, mask_registered(mask_function(kernel)))
         AttentionInterface.register(PREFIX + kernel, attention_registered(attention_function(kernel)))
 
 
 @functools.cache
 def attention_function(kernel: str) -> Callable[..., Output]:
-    """Return the attention function of a kernel: always the same."""
+    """Return the attention function of a kernel; the same object each time."""
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any) -> Output:
         return attend(AttentionCall(kernel, module, query, key, value, mask, given))
@@ -47,40 +47,40 @@ def attention_function(kernel: str) -> Callable[..., Output]:
 
 
 def kernel_of(implementation: str) -> str:
-    """Return the kernel beneath an attention implementation: itself, where it is none of this package's."""
+    """Return the kernel of an attention implementation: the name itself, unless this package registered it."""
     return implementation.removeprefix(PREFIX)
 
 
 def dense(implementation: str) -> str:
-    """Return the implementation that computes every score, around which the same wrappers run."""
+    """Return the implementation that computes every score (eager), with the same wrappers around it."""
     return (PREFIX if implementation.startswith(PREFIX) else "") + "eager"
 
 
 def set_kernel(kernel: str) -> SetAttention:
-    """Return the edit by which a model attends through its modules' wrappers, and by this kernel beneath them."""
+    """Return the edit that makes a model attend through the wrappers of its modules and this kernel."""
     return SetAttention("", PREFIX + kernel, register)
 
 
 def chosen(model: PreTrainedModel, kernel: str) -> SetAttention:
-    """Return the edit by which a model attends by another kernel, beneath the wrappers of its modules if it has any."""
+    """Return the edit that switches a model to another kernel, below the wrappers of its modules if it has any."""
     if kernel in KERNELS and any(wrappers_of(module) for module in model.modules()):
         return set_kernel(kernel)
     return SetAttention("", kernel)
 
 
 def keep_wrappers(config: Any) -> None:
-    """Choose the name of the same kernel that wrappers run around, where a user chose transformers' own."""
+    """Switch a config to the wrapped name of its kernel, if a user selected transformers' own name."""
     if config._attn_implementation in KERNELS:
         config._attn_implementation = PREFIX + config._attn_implementation
 
 
 def guarded(model: PreTrainedModel, base: str | None, places: Iterable[tuple[str, str]]) -> Iterator[Edit]:
-    """Yield the hooks that let no kernel run without the wrappers, where they are not there yet.
+    """Yield hooks that prevent any kernel from running without the wrappers, where they are missing.
 
     Args:
-        model: that is patched.
-        base: path of what makes the masks; None for the model itself.
-        places: paths of attention modules, and of the configs whose attention implementation they ask for.
+        model: the patched model.
+        base: path of the module that makes the masks; None for the model itself.
+        places: paths of attention modules, each with the path of the config whose attention implementation it reads.
     """
     for path, config in places:
         if not _has(model.get_submodule(path), Guard):
@@ -96,33 +96,33 @@ def _has(module: nn.Module, kind: type) -> bool:
 
 
 class Keeper:
-    """Forward pre-hook of what makes the masks: a kernel that a user chooses later runs beneath the wrappers.
+    """Forward pre-hook of the module that makes masks: keeps the wrappers when a user selects another kernel.
 
     Args:
-        configs: whose attention implementation modules with wrappers ask for.
+        configs: the configs whose attention implementation the wrapped modules read.
     """
 
     def __init__(self, configs: list[Any]):
         self.configs = configs
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Look at the name, and choose ours for the same kernel."""
+        """Replace the kernel's own name by the wrapped one."""
         for config in self.configs:
             keep_wrappers(config)
 
 
 class Guard:
-    """Forward pre-hook of an attention module: stops one whose wrappers would be passed over.
+    """Forward pre-hook of an attention module: raises if its wrappers would be skipped.
 
     Args:
-        config: whose attention implementation the module asks for.
+        config: the config whose attention implementation the module reads.
     """
 
     def __init__(self, config: Any):
         self.config = config
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Look, and change nothing."""
+        """Check, and change nothing."""
         found, held = self.config._attn_implementation, wrappers_of(module)
         if held and not found.startswith(PREFIX):
             raise AttnPatchError(

@@ -1,4 +1,4 @@
-"""Transformer-XL's position terms around attention: u, v and W in a child of each module, and how kernels add them."""
+"""Transformer-XL's relative position terms: the parameters u, v and W of each module, and how kernels add them."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from .heads import share
 from .kernels import plain_flex, refuse_tensor_mask
 from .wrapper import Term, wrapper_of
 
-CHILD = "relative_xl"  # of an attention module; what its parameters' keys in a checkpoint end with
-_LOUD = 4.0  # elements of v where a bias is written into v W: what queries add to v counts little beside it
+CHILD = "relative_xl"  # child of an attention module, so part of the parameters' names in a checkpoint
+_LOUD = 4.0  # elements of v when a bias is encoded in v W; large, so that the queries' part matters little
 
 
 class RelativeTerms(nn.Module):
-    """u, v and W of the paper, by query head.
+    """The parameters u, v and W of the paper, by query head.
 
     Args:
-        heads: of queries.
-        head_dim: of a head.
+        heads: number of query heads.
+        head_dim: dimensions of a head.
         size: dimensions of R.
-        theta: base of its wavelengths.
-        like: for device and dtype.
+        theta: base of R's wavelengths.
+        like: gives device and dtype.
     """
 
     def __init__(self, heads: int, head_dim: int, size: int, theta: float, like: Tensor):
@@ -49,7 +49,7 @@ class RelativeTerms(nn.Module):
         return f"heads={heads}, size={size}, theta={self.theta:g}"
 
     def look_back(self, scale: float, reach: int) -> None:
-        """Begin with ALiBi's preference for what is near (its slopes, within ``reach`` tokens), by v W alone."""
+        """Initialise to ALiBi's preference for near tokens (its slopes, within ``reach`` tokens), encoded in v W."""
         heads, head_dim, size = self.weight.shape
         wanted = relative.recency(slopes(heads), scale, size, self.theta, reach) / (_LOUD * head_dim)
         with torch.no_grad():
@@ -57,26 +57,28 @@ class RelativeTerms(nn.Module):
             self.weight.copy_(wanted[:, None].expand(-1, head_dim, -1))
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return u, v and W: called rather than read, as Accelerate and DeepSpeed bring parameters here for a call."""
+        """Return u, v and W; a call, because Accelerate and DeepSpeed gather parameters for calls."""
         return self.u, self.v, self.weight
 
     def of(self, query: Tensor, scale: float, module: nn.Module | None = None) -> RelativeTerm:
-        """Return the terms of some queries.
+        """Return the terms of these queries.
 
         Args:
             query: (batch, heads, q, d).
-            scale: by which their scores are multiplied.
-            module: the attention module, which says which heads a rank of tensor parallelism has.
+            scale: factor on the scores.
+            module: the attention module, which tells which heads a tensor-parallel rank holds.
 
         Raises:
-            AttnPatchError: heads are missing, or they would be trained on several ranks, each on its own share.
+            AttnPatchError: heads are missing, or training under tensor parallelism would give each rank other
+                parameters.
         """
         u, v, weight = self()
         mine = share(module, query.shape[1], u.shape[0])
         if query.shape[1] != u.shape[0] and torch.is_grad_enabled() and u.requires_grad:
             raise AttnPatchError(
-                f"{CHILD}: under tensor parallelism each rank would train its own heads' terms, and none "
-                "would know the others'; train with FSDP or DeepSpeed, or freeze them (requires_grad_(False))."
+                f"{CHILD}: under tensor parallelism each rank would train the terms of its own heads only, and they "
+                f"would "
+                "diverge; train with FSDP or DeepSpeed, or freeze them (requires_grad_(False))."
             )
         return RelativeTerm(u[mine], v[mine], weight[mine], self.theta, query, scale)
 
@@ -90,7 +92,7 @@ class RelativeTerms(nn.Module):
         dropout: float,
         module: nn.Module | None = None,
     ) -> Tensor:
-        """Attend by torch's kernel; the arguments are those of :func:`hf_attnpatch.functional.biased.attend`."""
+        """Attend by torch's kernels; arguments as for :func:`hf_attnpatch.functional.biased.attend`."""
         return _attend(query, key, value, self, sight, scale, dropout, module)
 
 
@@ -111,15 +113,15 @@ def _attend(
 
 @dataclass(frozen=True)
 class RelativeTerm:
-    """The terms of some queries; an :class:`hf_attnpatch.functional.biased.Extension`.
+    """The terms for some queries; implements :class:`hf_attnpatch.functional.biased.Extension`.
 
     Attributes:
         u: of the paper, (heads, d).
         v: of the paper, (heads, d).
         weight: W, (heads, d, size).
         theta: base of R's wavelengths.
-        query: (batch, heads, q, d), as the module hands them to its attention function.
-        scale: by which scores are multiplied.
+        query: (batch, heads, q, d), as the module passes them to its attention function.
+        scale: factor on the scores.
     """
 
     u: Tensor
@@ -131,11 +133,11 @@ class RelativeTerm:
 
     @property
     def content(self) -> Tensor:
-        """The queries with u added, whose product with keys is the other part of the scores."""
+        """The queries plus u, whose product with the keys is the content part of the scores."""
         return self.query + self.u[:, None].to(self.query.dtype)
 
     def columns(self, here: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
-        """The further dimensions of queries at these places, and of so many keys; a multiple of eight."""
+        """Return the extra dimensions of queries at these positions and of the keys, a multiple of 8."""
         like = self.query
         left = relative.query_columns(like, *self._given(), here, self.theta).to(like.dtype)
         right = relative.key_columns(num_keys, self.weight.shape[2], self.theta, like.device).to(like.dtype)
@@ -143,7 +145,7 @@ class RelativeTerm:
         return nn.functional.pad(left, (0, blank)), nn.functional.pad(right, (0, blank))
 
     def rows(self, here: Tensor, num_keys: int) -> Tensor:
-        """The same multiplied out and scaled."""
+        """Return the position term as a matrix, scaled."""
         return self.scale * relative.bias_rows(self.query, *self._given(), here, num_keys, self.theta)
 
     def _given(self) -> tuple[Tensor, Tensor]:
@@ -151,7 +153,7 @@ class RelativeTerm:
 
 
 class Relative(Term):
-    """The terms around attention; what they are is in the module's child, whose parameters are trained."""
+    """Adds Transformer-XL's terms around attention; the trained parameters are in a child of the module."""
 
     name, what = CHILD, "Transformer-XL's position terms"
 
@@ -159,12 +161,12 @@ class Relative(Term):
         return "u, v, W"
 
     def attend(self, call: AttentionCall, sight: Sight) -> Tensor:
-        """Torch's kernels, with further dimensions, or rows of biases for few queries."""
+        """Attend by torch's kernels, with extra dimensions, or rows of a matrix for few queries."""
         states = (call.query, call.key, call.value)
         return _terms(call).attend(*states, sight, call.scale, call.dropout, call.module)
 
     def dense(self, call: AttentionCall, sight: Sight) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Further dimensions in fp32."""
+        """Return states with extra dimensions in fp32."""
         exact = torch.promote_types(call.query.dtype, torch.float32)
         here = positions(call.query, call.key, sight)
         query, key, _ = _extended(call.but(call.query.to(exact), call.key.to(exact)), here)
@@ -194,7 +196,7 @@ def _terms(call: AttentionCall) -> RelativeTerms:
 
 
 def _extended(call: AttentionCall, here: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Put the further dimensions before those of queries and keys, and zeros behind those of values."""
+    """Prepend the extra dimensions to queries and keys, and append zeros to values."""
     term = _terms(call).of(call.query, call.scale, call.module)
     left, right = term.columns(here, call.key.shape[2])
     query, key = (
@@ -205,12 +207,12 @@ def _extended(call: AttentionCall, here: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def relative_of(module: nn.Module) -> RelativeTerms | None:
-    """Return the terms of an attention module that this package gave some, or None.
+    """Return the terms that this package gave an attention module, or None.
 
-    Where PEFT trains a copy of them (``modules_to_save``), that copy, while its adapter is on.
+    If PEFT trains a copy of them (``modules_to_save``), that copy, as long as its adapter is active.
 
     Raises:
-        AttnPatchError: something else stands in their place.
+        AttnPatchError: the child is something else.
     """
     if wrapper_of(module, Relative) is None:
         return None
@@ -226,5 +228,5 @@ def relative_of(module: nn.Module) -> RelativeTerms | None:
 
 
 def default_size(head_dim: int) -> int:
-    """As many dimensions of R as the head has, made even: the kernel's heads become twice as wide, no more."""
+    """Return the dimensions of R: those of the head, made even, so that the kernel's heads at most double in width."""
     return 2 * math.ceil(head_dim / 2)

@@ -1,15 +1,15 @@
-"""What rotates queries and keys in models that do not: a hook before attention, a view of its cache, a wrapper after.
+"""Rotary position embedding for models without it: a pre-hook, a cache that rotates keys, and an attention wrapper.
 
-Keys are rotated on their way into the cache, once, at their own position; queries when the wrapper gets them. Not at
-the projections: an adapter on those adds its part after any hook, and it would stay unrotated. Nothing is remembered
-between modules but in a context variable that the wrapper empties, so that threads, copies and gradient checkpointing
-(which runs the hook again) just work.
+Keys are rotated once, at their own position, when they enter the cache; queries are rotated in the wrapper. Rotating at
+the projections would be wrong: an adapter adds its part after any hook, unrotated. Between modules, state lives only in
+a context variable that the wrapper consumes, so that threads, copies and gradient checkpointing (which reruns the hook)
+work.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -23,28 +23,28 @@ from ..functional import rotary
 from ..functional.turning import angles, turned
 from ..upstream import words
 from ..upstream.caches import Storing, view
-from ..upstream.roles import Arguments, Roles
+from ..upstream.roles import ArgumentHook, Arguments
 from .call import AttentionCall, Output
 from .wrapper import Wrapper, wrapper_of
 
-PLACES = "rotary_places"  # keyword under which position_ids travel to attention modules that do not get them
+PLACES = "rotary_places"  # keyword that carries position_ids to attention modules which do not receive them
 KINDS = ("default", "linear", "yarn", "llama3")
 
 
 @dataclass(frozen=True)
 class Rotation(Wrapper):
-    """How a model rotates, shared by its attention modules.
+    """Rotary position embedding, shared by the attention modules of a model.
 
-    Not a module and no buffer: angles follow from these numbers, stay exact when the model is cast, and are there when
-    it is built on the meta device.
+    Neither a module nor a buffer: the angles follow from these numbers, stay exact when the model is cast, and exist
+    when the model is built on the meta device.
 
     Attributes:
         theta: base of the frequencies.
-        rotary_dim: dimensions of a head that are rotated.
-        interleaved: whether pairs are neighbours; see :func:`hf_attnpatch.functional.turning.turned`.
-        kind: ``default``, ``linear``, ``yarn`` or ``llama3``.
-        factor: of the kind.
-        trained: window in tokens that the kind refers to.
+        rotary_dim: number of dimensions of a head that are rotated.
+        interleaved: whether adjacent dimensions form a pair; see :func:`hf_attnpatch.functional.turning.turned`.
+        kind: scaling of the frequencies: ``default``, ``linear``, ``yarn`` or ``llama3``.
+        factor: factor of the scaling.
+        trained: context window in tokens on which the scaling is based.
     """
 
     name, order = "rotation", 0
@@ -57,7 +57,7 @@ class Rotation(Wrapper):
     trained: int = 0
 
     def frequencies(self) -> Tensor:
-        """Radians per position, (rotary_dim / 2,), fp32."""
+        """Frequencies in radians per position, (rotary_dim / 2,), fp32."""
         plain = rotary.default(self.theta, self.rotary_dim)
         if self.kind == "linear":
             return rotary.linear(plain, self.factor)
@@ -66,24 +66,24 @@ class Rotation(Wrapper):
         return rotary.llama3(plain, self.factor, self.trained) if self.kind == "llama3" else plain
 
     def angles(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine at these positions, on their device."""
+        """Return cosine and sine at these positions, on their device."""
         attention = rotary.yarn_attention(self.factor) if self.kind == "yarn" else 1.0
-        watched = _get_current_dispatch_mode() is not None  # tensors without data must not meet those that are kept
+        watched = _get_current_dispatch_mode() is not None  # fake tensors must not be mixed with cached real ones
         frequencies = self.frequencies() if watched else _frequencies(self, places.device)
         return angles(frequencies, places, attention)
 
     def around(self, call: AttentionCall, inner: Callable[[AttentionCall], Output]) -> Output:
-        """Rotate queries, and keys that met no cache."""
+        """Rotate the queries, and the keys if they went through no cache."""
         owner, turn = _TURN.get() or (0, None)
         _TURN.set(None)
         if turn is None or owner != id(call.module):
-            raise AttnPatchError(f"{type(call.module).__name__}: attends without having been told its positions.")
+            raise AttnPatchError(f"{type(call.module).__name__}: attends, but no positions were passed to it.")
         return inner(call.but(*turn.both(call.query, call.key)))
 
 
 @functools.lru_cache(maxsize=64)
 def _frequencies(rotation: Rotation, device: torch.device) -> Tensor:
-    """The frequencies on a device, made once: a copy for each layer would stop a GPU's queue."""
+    """Return the frequencies on a device, cached: a copy in each layer would stall a GPU's queue."""
     with torch.inference_mode(False):
         return rotation.frequencies().to(device)
 
@@ -91,12 +91,12 @@ def _frequencies(rotation: Rotation, device: torch.device) -> Tensor:
 _TURN: ContextVar[tuple[int, Any] | None] = ContextVar("hf_attnpatch_turn", default=None)
 
 
-class Turn:
-    """The rotation of one attention module in one forward.
+class KeyRotation:
+    """Rotates the queries and keys of one attention module in one forward.
 
     Args:
-        rotation: how.
-        places: positions of the new tokens, (batch or 1, length); None counts from the end of the cache.
+        rotation: frequencies and layout.
+        places: positions of the new tokens, (batch or 1, length); None counts on from the end of the cache.
     """
 
     def __init__(self, rotation: Rotation, places: Tensor | None):
@@ -104,7 +104,7 @@ class Turn:
         self._angles: tuple[Tensor, Tensor] | None = None
 
     def begins(self, module: nn.Module) -> None:
-        """Say that the next attention in this thread is that of the module, in this forward."""
+        """Announce that the next attention call in this thread belongs to this module and forward."""
         _TURN.set((id(module), self))
 
     def stored(self, storing: Storing, key: Tensor, value: Tensor) -> Any:
@@ -112,14 +112,14 @@ class Turn:
         return storing.store(self.keys(key, storing.past()), value)
 
     def keys(self, key: Tensor, past: Any) -> Tensor:
-        """Rotate new keys before they are stored behind ``past`` others."""
+        """Rotate new keys that follow ``past`` cached ones."""
         if self.places is None:
             self.places = torch.arange(key.shape[2], device=key.device)[None] + past
         self.keys_done = True
         return self._turned(key)
 
     def both(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate queries, and keys that met no cache."""
+        """Rotate the queries, and the keys if they went through no cache."""
         if not self.keys_done:
             key = self.keys(key, 0)
         return self._turned(query), key
@@ -131,72 +131,53 @@ class Turn:
         return turned(states, *self._angles, self.rotation.interleaved)
 
 
-class Turning:
-    """Forward pre-hook of a module that asks the registry for its attention: keys will be rotated, queries too.
+class RotateKeys(ArgumentHook):
+    """Forward pre-hook of a module that dispatches its attention: rotates its keys and queries."""
 
-    Args:
-        roles: of the arguments of the module's forward.
-    """
-
-    def __init__(self, roles: Roles):
-        self.roles = roles
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Hand over a cache that rotates."""
+    def edit(self, module: nn.Module, given: Arguments) -> bool | None:
+        """Pass a cache that rotates keys."""
         rotation = rotation_of(module)
         if rotation is None:
-            return None
-        given = self.roles.bind(args, kwargs)
-        turn, cache = Turn(rotation, taken_places(given)), given.get(words.CACHE)
+            return False
+        turn, cache = KeyRotation(rotation, taken_places(given)), given.get(words.CACHE)
         if cache is not None:
             given.put(words.CACHE, view(cache, turn.stored))
         turn.begins(module)
-        return given.back()
+        return None
 
 
 def taken_places(given: Arguments) -> Tensor | None:
-    """Return the positions among a module's arguments, (batch or 1, length), or None; our own keyword is taken out.
+    """Return the positions among a module's arguments, (batch or 1, length), or None; removes this package's keyword.
 
     Raises:
-        AttnPatchError: positions that are not one number for each token.
+        AttnPatchError: the positions are not one number for each token.
     """
     handed = given.pop(PLACES)
     found = given.get(words.POSITIONS) if handed is None else handed
     if found is not None and found.dim() != 2:
         raise AttnPatchError(
-            f"position_ids of shape {tuple(found.shape)}; one row of positions for each row of tokens."
+            f"position_ids has shape {tuple(found.shape)}; pass one row of positions for each row of tokens."
         )
     return found if isinstance(found, Tensor) else None
 
 
-class HandPlaces:
-    """Forward pre-hook of the language model: hands positions to attention modules that would not get them.
+class HandPlaces(ArgumentHook):
+    """Forward pre-hook of the language model: passes positions to attention modules that do not receive them."""
 
-    Args:
-        roles: of the arguments of its forward.
-    """
-
-    def __init__(self, roles: Roles):
-        self.roles = roles
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Pass them on under another name, where there are any."""
-        found = self.roles.bind(args, kwargs).get(words.POSITIONS)
-        return None if found is None else (args, {**kwargs, PLACES: found})
+    def edit(self, module: nn.Module, given: Arguments) -> bool | None:
+        """Pass the positions, if there are any, under another keyword."""
+        given.named[PLACES] = given.get(words.POSITIONS)
+        return given.named[PLACES] is not None
 
 
 def rotation_of(module: nn.Module) -> Rotation | None:
-    """Return the rotation of an attention module that this package gave one, or None."""
+    """Return the rotary embedding that this package gave an attention module, or None."""
     return wrapper_of(module, Rotation)
 
 
 def frequencies_of(buffer: Any) -> Tensor:
-    """Return frequencies in radians per position: of a buffer, of GPT-J's and CodeGen's tables, of a rotation."""
-    if isinstance(buffer, tuple):  # the wrappers of a module that this package made rotate
+    """Return frequencies in radians per position, from a buffer, from a table (GPT-J, CodeGen), or from wrappers."""
+    if isinstance(buffer, tuple):  # the wrappers of a module that this package rotates
         return next(each.frequencies() for each in buffer if isinstance(each, Rotation))
     found: Tensor = buffer
     return found if found.dim() == 1 else rotary.default(10_000.0, found.shape[-1])

@@ -1,4 +1,4 @@
-"""Wrappers: what this package puts around the attention of a module, which holds its own in one list, in order."""
+"""Attention wrappers: code that runs around the attention of a module, held by the module as an ordered tuple."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ W = TypeVar("W", bound="Wrapper")
 
 
 class Wrapper:
-    """Something around attention; no module and no buffer, so that it adds nothing to a checkpoint.
+    """Runs around attention. Neither a module nor a buffer, so that a checkpoint does not contain it.
 
     Attributes:
-        name: of its kind, of which a module has one at most.
-        order: the smaller, the farther out.
+        name: the kind of wrapper; a module has at most one of each.
+        order: wrappers of lower order are further out.
     """
 
     name: ClassVar[str]
     order: ClassVar[int]
 
     def around(self, call: AttentionCall, inner: Callable[[AttentionCall], Output]) -> Output:
-        """Attend; by default, as what is inside does."""
+        """Compute attention; by default unchanged."""
         return inner(call)
 
 
 class Term(Wrapper, ABC):
-    """A wrapper that adds a term to the scores, which every kernel has its own best way to compute."""
+    """A wrapper that adds a term to the scores, computed by each kernel in the way that suits it."""
 
     order = 3
-    what: ClassVar[str]  # it is called, in errors
-    by_distance: bool = True  # so that a key which is there twice would count twice
+    what: ClassVar[str]  # name of the term in error messages
+    by_distance: bool = True  # depends on distance, so that a duplicated key would count twice
 
     @abstractmethod
     def attend(self, call: AttentionCall, sight: Sight) -> Tensor:
         """Return the output of torch's kernels, (batch, heads, q, d_v)."""
 
     def dense(self, call: AttentionCall, sight: Sight) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return queries and keys in fp32, and rows that are added to scores and hide what is not seen, or None."""
+        """Return queries and keys in fp32 and a matrix to add to the scores, which masks as well; or None instead."""
         raise self._not_by(call)
 
     def flex(self, call: AttentionCall) -> Output:
@@ -57,11 +57,25 @@ class Term(Wrapper, ABC):
         raise self._not_by(call)
 
     def flash(self, call: AttentionCall, packed: bool) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Return what FlashAttention computed, (batch, q, heads, d_v), or further dimensions of all three states."""
+        """Return FlashAttention's output, (batch, q, heads, d_v), or all three states with extra dimensions."""
         raise self._not_by(call)
 
     def _not_by(self, call: AttentionCall) -> AttnPatchError:
         return AttnPatchError(f"{type(call.module).__name__}: {call.kernel} does not compute {self.what}; use 'sdpa'.")
+
+
+class Listener(Wrapper):
+    """Records the attention calls of one module while a model is analysed, and changes nothing."""
+
+    name, order = "listener", -1
+
+    def __init__(self) -> None:
+        self.calls: list[AttentionCall] = []
+
+    def around(self, call: AttentionCall, inner: Callable[[AttentionCall], Output]) -> Output:
+        """Record the call."""
+        self.calls.append(call.but(call.query.detach(), call.key.detach(), call.value.detach()))
+        return inner(call)
 
 
 def wrappers_of(module: nn.Module) -> tuple[Wrapper, ...]:
@@ -71,7 +85,7 @@ def wrappers_of(module: nn.Module) -> tuple[Wrapper, ...]:
 
 
 def wrapper_of(module: nn.Module, kind: type[W]) -> W | None:
-    """Return the wrapper of a kind that a module has, or None."""
+    """Return the wrapper of this kind that a module has, or None."""
     for wrapper in wrappers_of(module):
         if isinstance(wrapper, kind):
             return wrapper
@@ -79,62 +93,61 @@ def wrapper_of(module: nn.Module, kind: type[W]) -> W | None:
 
 
 def term_of(call: AttentionCall) -> Term | None:
-    """Return what is added to the scores of a call, or None."""
+    """Return the term that is added to the scores of a call, or None."""
     found: Term | None = wrapper_of(call.module, Term) or call.term  # type: ignore[type-abstract]  # of any kind
     return found
 
 
 def wrapped(module: nn.Module, wrapper: Wrapper) -> tuple[Wrapper, ...]:
-    """Return a module's wrappers with one more, in the place of the one of its name if there is such."""
+    """Return a module's wrappers with one added, or replaced if there is one of its name."""
     return tuple(sorted((*without(module, wrapper.name), wrapper), key=lambda each: each.order))
 
 
 def without(module: nn.Module, name: str) -> tuple[Wrapper, ...]:
-    """Return a module's wrappers but for the one of a name."""
+    """Return a module's wrappers without the one of this name."""
     return tuple(each for each in wrappers_of(module) if each.name != name)
 
 
 @dataclass(frozen=True)
-class AddWrapper(Edit):
-    """Put a wrapper around the attention of a module."""
-
+class _WrapperEdit(Edit):
     rung = "attention"
-    wrapper: Wrapper
+
+    @abstractmethod
+    def _change(self) -> tuple[str, Wrapper | None]:
+        """Return the kind of wrapper, and the one that a module gets."""
 
     @property
     def claim(self) -> str:
         """The kind of wrapper at this path."""
-        return f"attention wrapper {self.wrapper.name} at {self.path}"
+        return f"attention wrapper {self._change()[0]} at {self.path}"
 
     def preview(self, model: PreTrainedModel) -> tuple[str, str]:
-        """The wrapper of this kind that is there, and the new one."""
-        held = (each for each in wrappers_of(model.get_submodule(self.path)) if each.name == self.wrapper.name)
-        return short(next(held, "-")), short(self.wrapper)
+        """Return the present and the new wrapper of this kind."""
+        kind, new = self._change()
+        held = (each for each in wrappers_of(model.get_submodule(self.path)) if each.name == kind)
+        return short(next(held, "-")), short(new or "-")
 
     def prepare(self, model: PreTrainedModel) -> Write:
-        """Make the new list."""
-        module = model.get_submodule(self.path)
-        return swap(vars(module), HELD, wrapped(module, self.wrapper), self.claim)
+        """Make the new tuple of wrappers."""
+        (kind, new), module = self._change(), model.get_submodule(self.path)
+        return swap(vars(module), HELD, wrapped(module, new) if new else without(module, kind), self.claim)
 
 
 @dataclass(frozen=True)
-class RemoveWrapper(Edit):
-    """Take a kind of wrapper from around the attention of a module."""
+class AddWrapper(_WrapperEdit):
+    """Put a wrapper around the attention of a module."""
 
-    rung = "attention"
+    wrapper: Wrapper
+
+    def _change(self) -> tuple[str, Wrapper | None]:
+        return self.wrapper.name, self.wrapper
+
+
+@dataclass(frozen=True)
+class RemoveWrapper(_WrapperEdit):
+    """Remove the wrapper of a kind from around the attention of a module."""
+
     name: str
 
-    @property
-    def claim(self) -> str:
-        """The kind of wrapper at this path."""
-        return f"attention wrapper {self.name} at {self.path}"
-
-    def preview(self, model: PreTrainedModel) -> tuple[str, str]:
-        """The wrapper that is there."""
-        held = (each for each in wrappers_of(model.get_submodule(self.path)) if each.name == self.name)
-        return short(next(held, "-")), "-"
-
-    def prepare(self, model: PreTrainedModel) -> Write:
-        """Make the shorter list."""
-        module = model.get_submodule(self.path)
-        return swap(vars(module), HELD, without(module, self.name), self.claim)
+    def _change(self) -> tuple[str, Wrapper | None]:
+        return self.name, None

@@ -1,1 +1,1 @@
-"""The commands of ``attnpatch``, beside those that :mod:`hf_attnpatch.cli` has."""
+"""The commands of ``attnpatch``, besides those in :mod:`hf_attnpatch.cli`."""

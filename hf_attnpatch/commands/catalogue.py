@@ -1,4 +1,4 @@
-"""The patches with their fields, read from the source of the one-liners: no model class is imported for it."""
+"""The patches and their fields, read from the source of the one-liners, without importing a model class."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _told(section: str) -> Iterator[tuple[str, str]]:
 
 
 def completed_patches(incomplete: str) -> Iterator[str]:
-    """Yield how ``--patch`` may go on: names, then fields that are not there yet."""
+    """Yield completions of ``--patch``: names, then fields that are still missing."""
     name, sign, rest = incomplete.partition(":")
     if not sign:
         yield from (entry.name for entry in entries() if entry.name.startswith(name))
@@ -88,7 +88,7 @@ def completed_patches(incomplete: str) -> Iterator[str]:
 
 
 def completed_models(incomplete: str) -> Iterator[str]:
-    """Yield the embedded model and folders that hold a config."""
+    """Yield the embedded model and folders that contain a config."""
     if "embedded".startswith(incomplete):
         yield "embedded"
     parent = Path(incomplete if incomplete.endswith("/") else Path(incomplete).parent)

@@ -1,4 +1,4 @@
-"""What every command of the command line has: --json, --quiet, --config, examples, one-line errors, a way to go on."""
+"""Common features of all commands: --json, --quiet, --config, examples, one-line errors, advice on resuming."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing beside 
 
 
 def _configured(context: typer.Context, file: Path | None) -> Path | None:
-    """Take options and arguments from a YAML file; what stands on the command line wins."""
+    """Read options and arguments from a YAML file; the command line takes precedence."""
     if file is not None:
         with clear_errors():
             context.default_map = {**(context.default_map or {}), **_settings(context, file)}
@@ -50,7 +50,7 @@ _COMMON = {"as_json": (_Json, False), "quiet": (_Quiet, False), "config": (_Conf
 def command(
     app: typer.Typer, name: str, *examples: str, go_on: str = "the same command starts anew.", help: str | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a function to an app as a command that has what every command has.
+    """Add a function to an app as a command with the common features.
 
     Args:
         app: to add it to.
@@ -82,7 +82,7 @@ def command(
 
 
 def how_to_go_on() -> str:
-    """Return what to do after the running command was stopped; empty where none runs."""
+    """Return advice on resuming the running command after it was stopped; empty if none runs."""
     return _RUNNING[-1] if _RUNNING else ""
 
 
@@ -94,7 +94,7 @@ def _stoppable(go_on: str) -> Iterator[None]:
 
 
 def _settings(context: typer.Context, file: Path) -> dict[str, Any]:
-    """Return the values of a YAML file under the names by which the command knows them."""
+    """Return the values of a YAML file under the command's names for them."""
     from ..errors import AttnPatchError
     from ..schema import LARGEST_YAML, brief, from_yaml, text_of
 
@@ -122,7 +122,7 @@ def _spelled(parameter: Any) -> str:
 
 
 def _value(value: Any, parameter: Any, where: str) -> Any:
-    """Return a value as the command line would spell it: numbers and paths are checked there."""
+    """Return a value in command-line form, where numbers and paths are checked."""
     from ..errors import AttnPatchError
     from ..schema import brief
 

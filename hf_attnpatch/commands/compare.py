@@ -39,7 +39,7 @@ def compare(
     patched_revision: Annotated[str | None, typer.Option(metavar="NAME", help="Of PATCHED on the Hub.")] = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure two checkpoints: report.md, report.html, figures, metrics.json. The same command goes on after a stop."""
+    """Measure two checkpoints: report.md, report.html, figures, metrics.json. The same command resumes after a stop."""
     import hf_attnpatch as ap
 
     from .models import Source

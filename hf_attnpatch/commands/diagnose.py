@@ -1,4 +1,4 @@
-"""``attnpatch diagnose``: what a checkpoint lacks for some work on some machine, and which patch answers it."""
+"""``attnpatch diagnose``: finds what a checkpoint lacks for some work on a machine, and the patch that helps."""
 
 from __future__ import annotations
 

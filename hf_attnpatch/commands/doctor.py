@@ -1,4 +1,4 @@
-"""``attnpatch doctor``: what works in this installation; who reads which field of a checkpoint's config."""
+"""``attnpatch doctor``: tests this installation, and tells who reads which field of a checkpoint's config."""
 
 from __future__ import annotations
 

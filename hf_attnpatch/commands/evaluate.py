@@ -1,4 +1,4 @@
-"""``attnpatch eval MODEL``: measurements of one checkpoint, printed as they are found and written as JSON."""
+"""``attnpatch eval MODEL``: measures one checkpoint, prints results as they are found and writes them as JSON."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _OTHERS = ("perplexity", "positions", "fidelity", "decoding")
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What the options ask for; see the command for each."""
+    """The measurements that the options select; see the command for each."""
 
     lengths: tuple[int, ...]
     targets: int | None
@@ -201,7 +201,7 @@ def _read(file: Path) -> list[str]:
 
 
 def _first_token(tokenizer: Any) -> int | None:
-    """The token that this tokenizer puts before every text, or None."""
+    """Return the token that this tokenizer puts before every text, or None."""
     ids, bos = tokenizer("")["input_ids"], getattr(tokenizer, "bos_token_id", None)
     return bos if bos is not None and list(ids[:1]) == [bos] else None
 
@@ -216,7 +216,7 @@ def _tokenizer(source: Source) -> Any:
 
 
 def _names(suite: str | None, tasks: str | None) -> list[str]:
-    """Return what is to be measured, in the order of the command.
+    """Return the selected measurements, in the order of the command.
 
     Raises:
         AttnPatchError: no such suite.
@@ -235,7 +235,7 @@ def _names(suite: str | None, tasks: str | None) -> list[str]:
 
 
 def _usual(model: Any) -> tuple[int, ...]:
-    """A quarter, a half and all of the context that the model declares, at most 2,048 tokens."""
+    """Return a quarter, a half and all of the declared context, at most 2,048 tokens."""
     longest = min(2048, getattr(model.config, "max_position_embeddings", None) or 2048)
     return tuple(max(2, longest // part) for part in (4, 2, 1))
 
@@ -245,7 +245,7 @@ def _words(text: str | None) -> list[str]:
 
 
 def _numbers(text: str | None, kind: Callable[[str], Any], option: str, least: int = 0) -> Any:
-    """Return the numbers of an option, or None where it is not given.
+    """Return the numbers of an option, or None if it is not given.
 
     Raises:
         AttnPatchError: one is no number of this kind, or below ``least``.

@@ -1,4 +1,4 @@
-"""``attnpatch patches`` and ``attnpatch env``: what there is, without importing any of it."""
+"""``attnpatch patches`` and ``attnpatch env``: lists patches and versions without importing them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ VARIABLES = (  # that change what is loaded, from where and on what; none of the
 
 
 def versions() -> dict[str, str]:
-    """Return what is installed, this package and Python first."""
+    """Return the installed packages, this one and Python first."""
     from .. import __version__
 
     found = {"hf_attnpatch": __version__, "python": platform.python_version()}
@@ -60,12 +60,12 @@ def env() -> None:
 
 
 def _harmless(value: str) -> str:
-    """Return a setting without what an issue report should not hold: a name in a path, a password in an address."""
+    """Return a setting without private parts: a name in a path, a password in an address."""
     return re.sub(r"//[^/@]*@", "//...@", value.replace(os.path.expanduser("~"), "~"))
 
 
 def _gpus() -> list[str]:
-    """Return what the driver's own tool sees; importing torch would take seconds."""
+    """Return the output of the driver's own tool; importing torch would take seconds."""
     if shutil.which("nvidia-smi") is None:
         return []
     ask = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
@@ -87,7 +87,7 @@ Name = Annotated[
 
 
 def patches(name: Name = None) -> None:
-    """List the patches, or the fields of one: what each is, its default, its unit."""
+    """List the patches, or the fields of one with their meaning, default and unit."""
     entries = catalogue.entries()
     if name is None:
         answered = _table(entries)

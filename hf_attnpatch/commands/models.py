@@ -1,4 +1,4 @@
-"""Models for the command line: load what a name means, save what was made of it."""
+"""Models for the command line: loads what a name refers to, and saves the result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EMBEDDED = "embedded"
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a model comes from and how it is to be loaded.
+    """Where a model comes from and how it is loaded.
 
     Attributes:
         name: a folder, a hub name, or ``embedded``.
@@ -52,7 +52,7 @@ class Source:
 
     @cached_property
     def options(self) -> dict[str, Any]:
-        """How files are asked for: those that are here already where the Hub cannot be reached, and not five times."""
+        """The options for fetching files: local ones if the Hub cannot be reached, without five retries."""
         from ..publishing.hub import is_reachable
 
         here = Path(self.location).exists() or is_reachable()
@@ -61,7 +61,7 @@ class Source:
 
     @property
     def where(self) -> dict[str, str]:
-        """Which state of a repository is asked for.
+        """The revision of a repository.
 
         Raises:
             AttnPatchError: a folder has no revisions.
@@ -109,11 +109,11 @@ class Source:
         return model.eval()
 
     def model(self) -> PreTrainedModel:
-        """Return the model with its weights, of the class that the config's ``architectures`` names."""
+        """Return the model with its weights, of the class named in the config's ``architectures``."""
         return self.model_with_info()[0]
 
     def model_with_info(self) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-        """Return the same, and what transformers says of the names in its files."""
+        """Return the same, and transformers' report on the names in its files."""
         from ..checkpoint import load
 
         self._check_dtype()
@@ -123,7 +123,7 @@ class Source:
             return model.to(self.device).eval(), info
 
     def tokenizer(self) -> Any | None:
-        """Return the tokenizer, or None where the checkpoint has none."""
+        """Return the tokenizer, or None if the checkpoint has none."""
         from ..checkpoint import tokenizer_of
 
         with self._explained():
@@ -138,7 +138,7 @@ class Source:
             raise AttnPatchError(f"--dtype {self.dtype}: choose auto, float32, bfloat16 or float16.")
 
     def _check_device(self) -> None:
-        """Refuse a device that is not here, before weights are read that would go there."""
+        """Refuse a device that does not exist, before weights are loaded onto it."""
         import torch
 
         from ..errors import AttnPatchError
@@ -155,12 +155,12 @@ class Source:
 
 
 def size_of(model: PreTrainedModel) -> int:
-    """Return the bytes of a model's tensors, each counted once: those of its checkpoint, near enough."""
+    """Return the bytes of a model's tensors, each counted once: about the size of its checkpoint."""
     return sum(tensor.nbytes for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
 
 
 def check_numbers(model: PreTrainedModel, name: str) -> None:
-    """Refuse weights that hold infinities or what is no number, in rows that no probe touches, too.
+    """Refuse weights with infinity or NaN, also in rows that no probe reads.
 
     Raises:
         AttnPatchError: says which tensor.
@@ -197,7 +197,7 @@ def save(model: PreTrainedModel, tokenizer: Any | None, folder: Path, command: s
 
 @contextlib.contextmanager
 def writing() -> Iterator[None]:
-    """Say in one line that weights cannot be written."""
+    """Return one line saying that weights cannot be written."""
     from safetensors import SafetensorError
 
     from ..errors import AttnPatchError
@@ -210,7 +210,7 @@ def writing() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Turn what transformers says about a checkpoint it cannot load into one line; a bug keeps its traceback."""
+    """Shorten transformers' error about a checkpoint that it cannot load to one line; a bug keeps its traceback."""
     from ..errors import AttnPatchError
 
     try:
@@ -227,7 +227,7 @@ def _explained(name: str) -> Iterator[None]:
 
 
 def _is_about_the_checkpoint(error: Exception) -> bool:
-    """Tell a damaged file, a config that cannot be, a missing device or package from a mistake in code."""
+    """Tell a damaged file, an invalid config, a missing device or package from a bug."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 

@@ -1,4 +1,4 @@
-"""What the commands of the command line share: their arguments, and how an error is shown."""
+"""Shared arguments of the commands, and the display of errors."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ Revision = Annotated[
 
 
 def _shard_size(size: str) -> str:
-    """Refuse what is no size, before the work whose outcome it is for."""
+    """Refuse an invalid size before the work whose result it limits."""
     if not re.fullmatch(r"[1-9]\d*[KMGT]?B", size):
         raise typer.BadParameter(f"{size!r} is no size; wanted bytes such as 500MB or 5GB.")
     return size
@@ -79,7 +79,7 @@ _COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 
 def check_file(path: Path | None, option: str, keys: Collection[str]) -> None:
-    """Refuse a file that could not or must not be written, before the work whose outcome it is to hold.
+    """Refuse a file that cannot or must not be written, before the work whose result it will hold.
 
     Args:
         path: of JSON; None for none.
@@ -104,7 +104,7 @@ def check_file(path: Path | None, option: str, keys: Collection[str]) -> None:
 
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
-    """Show what a user can mend in one line, with exit code 1; anything else is a bug and keeps its traceback."""
+    """Show an error that a user can fix in one line, with exit code 1; a bug keeps its traceback."""
     from ..errors import AttnPatchError
 
     try:
@@ -118,7 +118,7 @@ def clear_errors() -> Iterator[None]:
 
 
 def _said(error: Exception) -> str:
-    """Return what an error says; one of the system without its number, the name of the file first."""
+    """Return an error's message; one of the system without its number, the file name first."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}"
     return str(error)

@@ -1,4 +1,4 @@
-"""What stands at OUT, and whether it may be replaced: found out before any work, and never guessed."""
+"""Checks what exists at OUT and whether it may be replaced, before any work."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def check_target(target: Path, overwrite: bool, inputs: Mapping[str, str | Path 
 
 
 def check_room(target: Path, size: int) -> None:
-    """Refuse a disk that has no room for a checkpoint, before the work that would end there.
+    """Refuse a disk without room for a checkpoint, before the work that would end there.
 
     Args:
         target: where it is wanted; need not be there.
@@ -68,7 +68,7 @@ def check_room(target: Path, size: int) -> None:
 
 
 def _check_kind(target: Path) -> None:
-    """Refuse what cannot or must not take another folder's place, whatever it holds."""
+    """Refuse paths that cannot or must not be replaced, whatever they contain."""
     if target.is_symlink():
         raise AttnPatchError(f"{target} is a link to {os.readlink(target)}; name the folder itself, or another OUT.")
     if os.path.lexists(target) and not target.is_dir():
@@ -87,7 +87,7 @@ def _check_input(target: Path, name: str, path: Path) -> None:
 
 
 def _check_checkpoint(folder: Path) -> None:
-    """Hold a folder to be a checkpoint and nothing else: what is replaced is deleted."""
+    """Check that a folder is a checkpoint and nothing else, because what is replaced is deleted."""
     advice = "--overwrite replaces a checkpoint and nothing else; choose another OUT"
     others = sorted(entry.name for entry in folder.iterdir() if not _OURS.fullmatch(entry.name))
     if others:
@@ -109,7 +109,7 @@ Picture = tuple[tuple[str, int, int, int], ...]
 
 
 def picture(folder: Path) -> Picture:
-    """Return what tells a folder and its files from others and from other states of them; empty for no entries."""
+    """Return a fingerprint of a folder's files and their state; empty for no entries."""
     return tuple(sorted(_entries(folder)))
 
 

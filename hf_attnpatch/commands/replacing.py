@@ -1,4 +1,4 @@
-"""A folder that is built beside its place and takes its name in one step, or not at all.
+"""Builds a folder beside its place and gives it its name in one step, or not at all.
 
 It is built in a hidden folder beside it, ``.NAME.attnpatch-XXXXXXXX``, which holds a lock for as long as its process
 lives. Killed at any point, a run leaves what stood there under its name, or the new folder under it, and at most that
@@ -35,7 +35,7 @@ _CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)  # the system or the file 
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM, SIGHUP and SIGINT end the block as an error would, so that nothing half-made stays.
+    """Let SIGTERM, SIGHUP and SIGINT end the block like an error, so that nothing unfinished stays.
 
     A library may swallow the exception that a signal raises, or turn it into another. The signal is kept: the block
     ends with it all the same, before :func:`replacing` gives a folder its name. The handlers of before are put back.
@@ -70,7 +70,7 @@ def _end(number: int, _: object) -> NoReturn:
 
 
 def _leave() -> None:
-    """End the command if a signal asked for it.
+    """End the command if a signal requested it.
 
     Raises:
         SystemExit: it did.
@@ -81,7 +81,7 @@ def _leave() -> None:
 
 @contextlib.contextmanager
 def replacing(target: Path, overwrite: bool, inputs: Mapping[str, str | Path | None] | None = None) -> Iterator[Path]:
-    """Give an empty folder beside ``target`` that takes its name once everything is written, or vanishes.
+    """Provide an empty folder beside ``target`` that takes its name once everything is written, or is removed.
 
     Args:
         target: where the folder is wanted; must not exist, or be empty.
@@ -110,7 +110,7 @@ def replacing(target: Path, overwrite: bool, inputs: Mapping[str, str | Path | N
 
 @contextlib.contextmanager
 def _writable(target: Path) -> Iterator[None]:
-    """Name the folder that the user wanted where one cannot be made: the system names another, or a hidden one."""
+    """Name the user's folder in an error about a folder that cannot be made; the system names a hidden one."""
     try:
         yield
     except OSError as error:
@@ -121,7 +121,7 @@ def _writable(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _workplace(target: Path) -> Iterator[Path]:
-    """Give a hidden folder that is locked while it is in use; it is gone afterwards."""
+    """Provide a hidden folder that is locked while it is in use, and removed afterwards."""
     with _writable(target):
         place = Path(tempfile.mkdtemp(prefix=f".{target.name}.attnpatch-", dir=target.parent))
     with FileLock(place / "lock"):
@@ -132,7 +132,7 @@ def _workplace(target: Path) -> Iterator[Path]:
 
 
 def _take_place(new: Path, target: Path, before: Picture, old: Path) -> None:
-    """Let ``new`` take the name of ``target``, if that is still what it was; the old content ends in the workplace."""
+    """Give ``new`` the name of ``target`` if that is unchanged; the old content moves to the hidden folder."""
     try:
         if not before:
             os.rename(new, target)  # fails over anything but nothing or an empty folder
@@ -151,7 +151,7 @@ def _take_place(new: Path, target: Path, before: Picture, old: Path) -> None:
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Swap two names in one step; False where that cannot be done here.
+    """Swap two names in one step; False if that is impossible here.
 
     Raises:
         OSError: it failed for another reason.
@@ -169,7 +169,7 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 
 def _moved(new: Path, target: Path, before: Picture, old: Path) -> None:
-    """The same in two steps: whoever looks in between finds nothing; see :func:`_recovered` for a kill there."""
+    """Swap in two steps, between which nothing has the name; see :func:`_recovered` for a kill there."""
     os.rename(target, old)
     try:
         if picture(old) != before:
@@ -181,14 +181,14 @@ def _moved(new: Path, target: Path, before: Picture, old: Path) -> None:
 
 
 def _kept(new: Path, target: Path) -> Path:
-    """Put a whole checkpoint that found its place taken under a name of its own beside it."""
+    """Keep a complete checkpoint whose place was taken under its own name beside it."""
     beside = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
     os.rename(new, beside)  # over the empty folder
     return beside
 
 
 def clear_dead(folder: Path) -> None:
-    """Remove what runs that were killed have left in a folder, and put back what one of them had moved aside.
+    """Remove what killed runs have left in a folder, and put back what one of them had moved aside.
 
     A run that is alive holds its lock, on other machines that share the folder too, and is left alone; so is
     everything that another user owns.
@@ -202,7 +202,7 @@ def clear_dead(folder: Path) -> None:
 
 
 def _is_own(place: Path) -> bool:
-    """Whether a folder is of this user, holds only what :func:`_workplace` puts there, and is not just being made."""
+    """Return whether a folder is this user's, contains only what :func:`_workplace` creates, and is not in use."""
     try:
         about = place.lstat()
         if place.is_symlink() or (hasattr(os, "getuid") and about.st_uid != os.getuid()):
@@ -223,7 +223,7 @@ def _recovered(place: Path, target: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Flush a folder to the disk, so that a power cut after the swap finds it whole."""
+    """Flush a folder to disk, so that a power failure after the swap finds it complete."""
     for root, _, files in os.walk(folder):
         for name in files:
             with open(Path(root, name), "rb") as file:

@@ -1,4 +1,4 @@
-"""A checkpoint that a command patches and writes: what it holds is carried over, and what was written is read again."""
+"""Patches and writes a checkpoint: what it contains besides the model is carried over, and the result is read again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Rewriting:
-    """A checkpoint from before its patch until it is written.
+    """A checkpoint, from before its patch until it is written.
 
     Args:
         source: of the checkpoint.
@@ -36,7 +36,7 @@ class Rewriting:
         self.strange = strange_in(self.model, self.weights, info["unexpected_keys"])
 
     def save(self, report: Report, folder: Path, command: str, max_shard_size: str) -> tuple[str, ...]:
-        """Write the model as it is now, with its tokenizer and the tensors that no patch has touched.
+        """Write the model with its tokenizer and the tensors that no patch has touched.
 
         Args:
             report: of the patch.
@@ -61,7 +61,7 @@ class Rewriting:
         return (*said, *([fitted] if fitted else ()))
 
     def release(self) -> Marks:
-        """Let go of the model, so that what was written can be read again; return what it has to be."""
+        """Free the model, so that the written one can be read again; return what that must equal."""
         from ..rewriting.rereading import marks_of
 
         found = marks_of(self.model)
@@ -70,7 +70,7 @@ class Rewriting:
 
 
 def reread(folder: Path, wanted: Marks, source: cli_models.Source) -> None:
-    """Read a checkpoint that was just written, and hold it to the model in memory.
+    """Read a checkpoint that was just written, and compare it with the model in memory.
 
     Raises:
         AttnPatchError: it comes back as something else.

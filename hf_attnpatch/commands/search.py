@@ -1,4 +1,4 @@
-"""``attnpatch search-rope MODEL``: LongRoPE's search on one's own text, and a checkpoint of what it found."""
+"""``attnpatch search-rope MODEL``: LongRoPE's search on your own text, and a checkpoint of the result."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def search_rope(
     trust_remote_code: Trust = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it is there.")] = False,
 ) -> None:
-    """Search the divisors of rotary frequencies that read your text best, as LongRoPE does; any machine, any time.
+    """Search the divisors of rotary frequencies with the lowest loss on your text, as LongRoPE does; can be resumed.
 
     An interrupted search goes on where --state was written.
     """
@@ -142,13 +142,13 @@ def read_windows(file: Path, source: cli_models.Source, count: int, length: int)
 
 
 def _parted(texts: list[Tensor], windows: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Return windows to search on and others, each spread over the whole."""
+    """Return windows for the search and others for validation, both spread over the whole text."""
     chosen = {number * len(texts) // windows for number in range(windows)}
     return [t for i, t in enumerate(texts) if i in chosen], [t for i, t in enumerate(texts) if i not in chosen]
 
 
 def _judged(model: Any, found: Any, texts: list[Tensor], target: int, targets: int) -> dict[str, Any]:
-    """Return the losses of what was found and of the known kinds on text that was not searched on."""
+    """Return the losses of the result and of the known kinds on validation text."""
     import hf_attnpatch as ap
 
     from ..evaluation import perplexity
@@ -171,7 +171,7 @@ def _told(judged: Mapping[str, Any], windows: int) -> str:
 
 
 def _spec(patch: Any) -> str:
-    """Return the patch as --patch takes it; a study's configuration takes the fields as they stand."""
+    """Return the patch in the form of --patch; a study's configuration takes its fields."""
     lists = {name: getattr(patch, name) for name in ("long_factor", "short_factor") if getattr(patch, name)}
     fields = {"kind": patch.kind, "factor": patch.factor, "attention_factor": patch.attention_factor}
     said = [f"{name}={value}" for name, value in fields.items() if value is not None]

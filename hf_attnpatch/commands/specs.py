@@ -1,4 +1,4 @@
-"""Patches as the command line spells them: ``name:field=value,field=[1,2]`` or a YAML list of specs."""
+"""Patches in command-line form: ``name:field=value,field=[1,2]`` or a YAML list of specs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COMMA = re.compile(r",(?![^\[]*\])")  # a comma that stands in no list
 def patches(
     plan: Path | None, texts: Sequence[str], *, trusted: bool = False, kept: Sequence[Mapping[str, Any]] = ()
 ) -> list[Patch]:
-    """Build the patches of ``--plan``, those of a ``--config`` file and then those of ``--patch``, in order.
+    """Build the patches of ``--plan``, then those of a ``--config`` file, then those of ``--patch``.
 
     Args:
         plan: a file, which somebody else may have written.
@@ -86,7 +86,7 @@ def read_plan(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def spelled(context: typer.Context) -> str:
-    """Return the command line that a command was called with: its arguments, then the options off their default.
+    """Return the command line of a command: its arguments, then the options that are not at their default.
 
     It is written into checkpoints and reports, so of a path from the root of this machine only the last part is told.
     """

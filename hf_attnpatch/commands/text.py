@@ -19,7 +19,7 @@ _LARGEST = 1 << 30  # bytes of text to be tokenised at once
 
 
 def with_text(patches: Sequence[Patch], file: Path | None, source: Source, sequences: int, length: int) -> list[Patch]:
-    """Give the text to the patches that are fitted on some.
+    """Pass the text to the patches that are fitted to text.
 
     Args:
         patches: as the command line spelled them.
@@ -85,7 +85,7 @@ def _document(row: Any, where: str) -> str:
 
 
 def check_figure(path: Path) -> None:
-    """Refuse a figure that could not be written, before the work that it would show.
+    """Refuse a figure that cannot be written, before the work that it shows.
 
     Raises:
         AttnPatchError: no folder to write it in, or an ending that names no format of matplotlib.

@@ -1,4 +1,4 @@
-"""How a command speaks: for people in the width and colour of their terminal, or JSON for machines."""
+"""Output of the commands: for people in the width and colour of their terminal, or JSON for machines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..showing import visible
 
 @dataclasses.dataclass(frozen=True)
 class Voice:
-    """What --json and --quiet ask for."""
+    """The output selected by --json and --quiet."""
 
     json: bool = False
     quiet: bool = False
@@ -37,7 +37,7 @@ _SPECS = "hf_attnpatch.patches"  # of a --config file, which somebody else may h
 
 @contextmanager
 def speaking(as_json: bool, quiet: bool) -> Iterator[None]:
-    """Speak so in the block; tables are as wide as the terminal."""
+    """Use this output in the block; tables are as wide as the terminal."""
     token = _NOW.set(Voice(as_json, quiet or as_json))
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else showing.WIDTH
     try:
@@ -48,7 +48,7 @@ def speaking(as_json: bool, quiet: bool) -> Iterator[None]:
 
 
 def answer(found: Any, data: Mapping[str, Any] | None = None) -> None:
-    """Print what was asked for; names and notes in it come from checkpoints, and nothing in them acts on the terminal.
+    """Print the answer, with names and notes from checkpoints escaped.
 
     Args:
         found: as text for people, by ``str()``.
@@ -61,14 +61,14 @@ def answer(found: Any, data: Mapping[str, Any] | None = None) -> None:
 
 
 def answer_for_machines(data: Mapping[str, Any]) -> None:
-    """Print what a command has done, where JSON is wanted; people have read it in notes."""
+    """Print what a command has done, if JSON is wanted; people have read it in notes."""
     if _NOW.get().json:
         typer.echo(json.dumps(_plain(data), indent=1))
 
 
 @contextmanager
 def stdout_is_for_machines() -> Iterator[None]:
-    """Send what a block and its child processes print to stderr where JSON is wanted, and nowhere with --quiet."""
+    """Send what a block and its child processes print to stderr if JSON is wanted, and nowhere with --quiet."""
     if not _NOW.get().quiet:
         yield
         return
@@ -85,7 +85,7 @@ def stdout_is_for_machines() -> Iterator[None]:
 
 
 def note(said: object) -> None:
-    """Print what goes beside the answer; not with --quiet, and not with --json."""
+    """Print a note beside the answer; not with --quiet, and not with --json."""
     if not _NOW.get().quiet:
         typer.echo(visible(str(said)))
 
@@ -97,18 +97,18 @@ def aside(said: str) -> None:
 
 
 def is_json() -> bool:
-    """Whether JSON is wanted."""
+    """Return whether JSON is wanted."""
     return _NOW.get().json
 
 
 def complain(text: str) -> None:
-    """Print an error to stderr, red where the terminal and its user have colours."""
+    """Print an error to stderr, in red if the terminal and its user allow colours."""
     colours = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     typer.secho(text, fg=typer.colors.RED if colours else None, err=True)
 
 
 def patches_of_a_file(context: typer.Context, value: Any, where: str) -> list[str]:
-    """Keep the mappings of ``patch:`` in a file for :func:`kept_patches`; return what is spelled as on a command line.
+    """Keep the mappings of ``patch:`` in a file for :func:`kept_patches`; return those in command-line form.
 
     Raises:
         AttnPatchError: neither mappings that name a patch nor text.
@@ -127,13 +127,13 @@ def patches_of_a_file(context: typer.Context, value: Any, where: str) -> list[st
 
 
 def kept_patches(context: typer.Context) -> list[Mapping[str, Any]]:
-    """Return the patches that a --config file spells as mappings."""
+    """Return the patches that a --config file gives as mappings."""
     kept: list[Mapping[str, Any]] = context.meta.get(_SPECS, [])
     return kept
 
 
 def _plain(value: Any) -> Any:
-    """Return what JSON can hold: numbers that are not finite become null, everything strange its text."""
+    """Return a JSON value: non-finite numbers become null, unknown objects their text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

@@ -1,1 +1,1 @@
-"""What ``compare`` is made of: parts that are measured once and kept, tables, figures, pages."""
+"""The parts of ``compare``: measurements that are kept, tables, figures, pages."""

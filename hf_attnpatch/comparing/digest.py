@@ -1,4 +1,4 @@
-"""Digests: of a model by what it computes with, of settings, of texts."""
+"""Digests of models, settings and texts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model_digest(model: PreTrainedModel) -> str:
 
 
 def digest_of(settings: Any) -> str:
-    """Return a digest of what JSON can say."""
+    """Return a digest of JSON data."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -51,7 +51,7 @@ def tokens_digest(documents: Sequence[Tensor]) -> str:
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return weights and buffers by name, those that Accelerate keeps elsewhere too."""
+    """Return weights and buffers by name, including those that Accelerate offloads."""
     found: dict[str, Tensor] = model.state_dict()
     absent = [name for name, tensor in found.items() if tensor.is_meta]
     if absent and any(map(has_offloaded_params, model.modules())):
@@ -63,7 +63,7 @@ def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _structure(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the config as the next process reads it, and the patches of its record, less what is volatile."""
+    """Return the config as the next process reads it, and the patches of its record, without volatile fields."""
     config = json.loads(model.config.to_json_string(use_diff=False))
     patches = (config.pop(record.FIELD, None) or {}).get("patches")
     kept = {key: value for key, value in config.items() if key not in _VOLATILE and not key.startswith("_")}

@@ -160,7 +160,7 @@ FIGURES: tuple[tuple[str, str, str, str, Draw], ...] = (
 
 
 def draw(metrics: Metrics) -> list[Figure]:
-    """Draw what was measured.
+    """Draw the figures of what was measured.
 
     Raises:
         MissingExtra: matplotlib is not installed.

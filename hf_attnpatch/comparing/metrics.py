@@ -1,4 +1,4 @@
-"""``metrics.json`` as what it must be: types, and what its tables and figures count on."""
+"""The schema of ``metrics.json``, and what its tables and figures rely on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LONGEST = 16_384  # characters of a text that is shown
 
 @dataclass(frozen=True)
 class Metrics:
-    """A finished comparison of two models, as its file has it."""
+    """A finished comparison of two models, as stored in its file."""
 
     version: int
     original: Model
@@ -34,7 +34,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Model:
-    """What is said of a model; ``record`` is what its config carries, or None."""
+    """Facts about a model; ``record`` is the record in its config, or None."""
 
     name: str
     digest: str
@@ -81,7 +81,7 @@ KEYS = {field.name for field in fields(Metrics)}
 
 
 def check(found: Any, where: str) -> None:
-    """Hold metrics to what reports are made of.
+    """Check metrics before reports are made from them.
 
     Args:
         found: from JSON.
@@ -125,7 +125,7 @@ def _check_model(model: Model, where: str) -> None:
 
 
 def _wanted(part: Any) -> Iterable[tuple[bool, str]]:
-    """Yield whether a part is as wanted, and what was wanted."""
+    """Yield whether a part is valid, and what was expected."""
     if isinstance(part, Losses):
         yield from _losses(part)
     elif isinstance(part, Fidelity):

@@ -1,4 +1,4 @@
-"""The two models of a comparison: how they are loaded, whether they can be compared, what is said of them."""
+"""The two models of a comparison: loading, comparability, and facts for the report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Named: TypeAlias = PreTrainedModel | str | os.PathLike[str]
 
 
 def loaded(model: Named, loading: Mapping[str, Any], say: Callable[[str], None]) -> PreTrainedModel:
-    """Return a model, loaded where a name was given.
+    """Return a model, loaded if a name was given.
 
     Raises:
         AttnPatchError: it is neither, or cannot be loaded.
@@ -54,7 +54,7 @@ def context(model: PreTrainedModel) -> int | None:
 
 
 def about(model: PreTrainedModel, digest: str, name: str) -> dict[str, Any]:
-    """Return what a report says of a model."""
+    """Return the facts about a model for the report."""
     found = record.read(model.config)
     return {
         "name": name,
@@ -69,7 +69,7 @@ def about(model: PreTrainedModel, digest: str, name: str) -> dict[str, Any]:
 
 
 def _cache(model: PreTrainedModel) -> float | None:
-    """Return the bytes of cache for a token, or None for a model that keeps no keys and values."""
+    """Return the cache bytes per token, or None for a model without keys and values."""
     try:
         return cache_bytes_per_token(model)
     except EvaluationError:
@@ -77,7 +77,7 @@ def _cache(model: PreTrainedModel) -> float | None:
 
 
 def check_vocabulary(original: PreTrainedModel, patched: PreTrainedModel) -> None:
-    """Hold two models to logits over the same tokens.
+    """Check that two models give logits over the same tokens.
 
     Raises:
         EvaluationError: they have other numbers of tokens.

@@ -1,4 +1,4 @@
-"""The report as one HTML file that asks nothing of anybody: figures inside, light and dark, no script."""
+"""The report as one self-contained HTML file: inline figures, light and dark theme, no script."""
 
 from __future__ import annotations
 

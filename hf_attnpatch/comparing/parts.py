@@ -24,7 +24,7 @@ SEQUENCE = 512  # tokens of a row for fidelity and layers: attention outputs of 
 
 @dataclass(frozen=True)
 class Pair:
-    """What is compared.
+    """The inputs of a comparison.
 
     Attributes:
         models: ``original`` and ``patched``.
@@ -43,7 +43,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Part:
-    """One piece of work that is kept once it is finished.
+    """One measurement, which is kept once it is finished.
 
     Attributes:
         name: such as ``loss``.
@@ -59,12 +59,12 @@ class Part:
 
     @property
     def title(self) -> str:
-        """For the progress line, and its name on disk."""
+        """Its name on the progress line and on disk."""
         return f"{self.name}, {self.which}" if self.which else self.name
 
 
 def all_parts(pair: Pair) -> Iterator[Part]:
-    """Yield what the settings ask for, in order."""
+    """Yield the parts that the settings select, in order."""
     text = tokens_digest(pair.text.documents)
     for name in pair.settings.parts:
         settings, run, both = MEASURES[name]
@@ -75,7 +75,7 @@ def all_parts(pair: Pair) -> Iterator[Part]:
 
 
 def why_not(pair: Pair) -> dict[str, str]:
-    """Return the parts asked for that these two models do not have, with the reason."""
+    """Return the selected parts that do not apply to these two models, with the reason."""
     if "layers" not in pair.settings.parts:
         return {}
     try:
@@ -88,7 +88,7 @@ def why_not(pair: Pair) -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """Return where and with what is measured."""
+    """Return the machine and the versions of the measurement."""
     from .. import __version__
 
     return {
@@ -101,7 +101,7 @@ def machine() -> dict[str, Any]:
 
 
 def _held(pair: Pair, which: str) -> list[str]:
-    """Return a model's digest and how it is held: the same weights give other numbers in another dtype or kernel."""
+    """Return a model's digest with its dtype and kernel, on which the results depend, too."""
     model = pair.models[which]
     versions = [torch.__version__, transformers.__version__]
     return [
@@ -163,13 +163,13 @@ def _decoding(pair: Pair, which: str) -> Any:
 
 
 def _rows(pair: Pair, tokens: int) -> list[Tensor]:
-    """Return the beginnings of windows, together about so many tokens."""
+    """Return the beginnings of windows, with about this many tokens in all."""
     length = min(SEQUENCE, pair.settings.lengths[-1], tokens)
     return pair.text.first(max(1, tokens // length), length)
 
 
 def _adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer begins every text with a token that the models were trained with."""
+    """Return whether the tokenizer starts every text with a token that the models were trained with."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
 

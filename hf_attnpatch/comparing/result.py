@@ -1,4 +1,4 @@
-"""What ``compare`` returns and keeps: metrics, tables, figures, pages in one folder."""
+"""The result of ``compare``: metrics, tables, figures and pages in one folder."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Comparison(Shown):
         return cls(Path(folder), found)
 
     def check_model(self, model: PreTrainedModel) -> None:
-        """Hold a model to be the patched one of this comparison.
+        """Check that a model is the patched one of this comparison.
 
         Raises:
             AttnPatchError: its weights or its config are others.
@@ -69,7 +69,7 @@ class Comparison(Shown):
             )
 
     def save(self) -> None:
-        """Write the folder: metrics first, then what is made of them.
+        """Write the folder: metrics first, then tables, figures and pages.
 
         Raises:
             MissingExtra: matplotlib is not installed.
@@ -83,7 +83,7 @@ class Comparison(Shown):
         write(self.folder / "report.html", page.render(report, drawn))
 
     def for_card(self, folder: Path, path: str) -> Evaluation:
-        """Copy figures, report and metrics into a folder and return what a model card says of them.
+        """Copy figures, report and metrics into a folder and return their text for a model card.
 
         Paths of this machine that stand in the metrics are shortened to their last part.
 

@@ -1,4 +1,4 @@
-"""The rows of the summary: one function for each measure, which gives nothing where it was not taken."""
+"""The rows of the summary: one function for each measure, which yields nothing if it was not measured."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def decoding(metrics: Metrics) -> Iterable[Row]:
 
 
 def layers(metrics: Metrics) -> Iterable[Row]:
-    """The attention module that lost most."""
+    """The attention module with the largest damage."""
     found = metrics["parts"].get("layers")
     if found is not None:
         worst = max(range(len(found["alone"])), key=lambda i: float(found["alone"][i]))

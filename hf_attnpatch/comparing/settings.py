@@ -1,4 +1,4 @@
-"""What is compared and how much of it."""
+"""The settings of a comparison: which parts, and how much of each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PARTS = ("loss", "fidelity", "layers", "retrieval", "decoding")
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured; the defaults are for minutes on two cores and a model of 135 million parameters.
+    """The amounts of a comparison; the defaults take minutes on two cores with a model of 135 million parameters.
 
     Attributes:
         parts: names of :data:`PARTS`.
@@ -69,7 +69,7 @@ def choose(
     lengths: Sequence[int] | None = None,
     **amounts: Any,
 ) -> Settings:
-    """Return the settings, what is left open chosen to fit both models.
+    """Return the settings with open choices filled in to fit both models.
 
     Args:
         parts: to measure; all by default.

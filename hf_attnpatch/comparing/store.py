@@ -1,4 +1,4 @@
-"""Finished parts of a comparison on disk: each appears whole or not at all, under the digest of what it depends on."""
+"""Stores finished parts of a comparison: written atomically, under the digest of what they depend on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..writing import write
 
 @dataclass(frozen=True)
 class _Kept:
-    """A part as its file has it."""
+    """A part as stored in its file."""
 
     part: str
     key: str
@@ -35,7 +35,7 @@ class Store:
     folder: Path
 
     def get(self, name: str, key: str) -> Any | None:
-        """Return the result of a part that depends on just this, or None where it is not finished.
+        """Return the result of a part with this digest, or None if it is not finished.
 
         Raises:
             AttnPatchError: the file is there and damaged.
@@ -51,7 +51,7 @@ class Store:
         return found.result if found.key == key else None
 
     def put(self, name: str, key: str, result: Any) -> None:
-        """Keep the result of a part."""
+        """Store the result of a part."""
         write(self._file(name, key), json.dumps({"part": name, "key": key, "result": result}, indent=1) + "\n")
 
     def _file(self, name: str, key: str) -> Path:
@@ -59,7 +59,7 @@ class Store:
 
 
 def is_result(file: Path, keys: Collection[str]) -> bool:
-    """Whether a file is JSON with at least these keys: a result that was written here, and may be written again."""
+    """Return whether a file is JSON with at least these keys: a result of ours, which may be overwritten."""
     try:
         found = from_json(text_of(file), str(file), finite=False)
     except (OSError, AttnPatchError):  # no file, no text, no JSON
@@ -68,7 +68,7 @@ def is_result(file: Path, keys: Collection[str]) -> bool:
 
 
 def check_results(folder: Path, names: Collection[str], metrics: str, keys: Collection[str]) -> None:
-    """Refuse a folder in which results would take the place of somebody else's files.
+    """Refuse a folder in which results would replace foreign files.
 
     Args:
         folder: need not be there.

@@ -1,4 +1,4 @@
-"""How figures look: Okabe and Ito's colours with markers that differ too, on white or on dark."""
+"""The style of figures: Okabe and Ito's colours with different markers, on white or dark."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def marks(theme: str) -> Mapping[str, tuple[str, str, str]]:
 
 @contextlib.contextmanager
 def drawing(theme: str) -> Iterator[Any]:
-    """Give pyplot in a theme.
+    """Provide pyplot with a theme.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -40,7 +40,7 @@ def drawing(theme: str) -> Iterator[Any]:
 
 
 def png(pyplot: Any, figure: Any) -> bytes:
-    """Return a figure as PNG, the same bytes for the same figure, and forget it."""
+    """Return a figure as PNG, the same bytes for the same figure, and close it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
     pyplot.close(figure)

@@ -13,7 +13,7 @@ BOTH = ("original", "patched")
 
 
 def losses(metrics: Metrics) -> dict[str, LossByLength] | None:
-    """Return the losses of both models, or None where they were not measured."""
+    """Return the losses of both models, or None if they were not measured."""
     found = metrics["parts"].get("loss")
     return None if found is None else {which: LossByLength.from_dict(found[which]) for which in BOTH}
 
@@ -45,7 +45,7 @@ def loss_by_length(metrics: Metrics) -> str | None:
 
 
 def fidelity(metrics: Metrics) -> str | None:
-    """How near the patched model is to the original."""
+    """Fidelity of the patched model to the original."""
     found = metrics["parts"].get("fidelity")
     if found is None:
         return None
@@ -59,7 +59,7 @@ def fidelity(metrics: Metrics) -> str | None:
 
 
 def retrievals(metrics: Metrics) -> dict[str, Retrieval] | None:
-    """Return what both models found, or None where it was not measured."""
+    """Return the retrieval results of both models, or None if they were not measured."""
     found = metrics["parts"].get("retrieval")
     return None if found is None else {which: Retrieval.from_dict(found[which]) for which in BOTH}
 

@@ -44,7 +44,7 @@ def render(metrics: Metrics, figures: Sequence[Figure]) -> str:
 
 
 def explain(metrics: Metrics, part: str) -> str:
-    """Say what a part measured."""
+    """Describe what a part measured."""
     shown = {key: prose(value) if isinstance(value, str) else value for key, value in facts(metrics, part).items()}
     return WHAT[part].format(**shown)
 

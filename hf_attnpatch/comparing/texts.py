@@ -1,4 +1,4 @@
-"""The text that two models are compared on, as token ids."""
+"""The texts of a comparison, as token ids."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Text:
     documents: tuple[Tensor, ...]
 
     def first(self, count: int, length: int) -> list[Tensor]:
-        """Return the beginnings of so many documents."""
+        """Return the beginnings of this many documents."""
         return [ids[:length] for ids in self.documents[:count]]
 
 
@@ -59,7 +59,7 @@ def read(texts: Sequence[str], tokenizer: Any, *, name: str, count: int, length:
 
 
 def check_same(original: Any, patched: Any) -> None:
-    """Hold two tokenizers to the same vocabulary and the same tokens.
+    """Check that two tokenizers have the same vocabulary and give the same tokens.
 
     Raises:
         EvaluationError: losses of the two models would be of different tokens.
@@ -83,7 +83,7 @@ def check_same(original: Any, patched: Any) -> None:
 
 
 def _windows(ids: Tensor, count: int, length: int) -> list[Tensor]:
-    """Return up to ``count`` windows that do not overlap, spread evenly."""
+    """Return up to ``count`` disjoint windows, spread evenly."""
     room = len(ids) // length
     count = min(count, room)
     starts = [number * (len(ids) - length) // max(1, count - 1) for number in range(count)]

@@ -1,1 +1,1 @@
-"""From a cost to a lack, to the patch that answers it, as a page."""
+"""The diagnosis: from costs to what is lacking, to the patch that helps, as a page."""

@@ -1,4 +1,4 @@
-"""What ``diagnose`` found, as data; ``str()`` is a page."""
+"""The result of ``diagnose`` as data; ``str()`` is a page."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Memory(Result):
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum."""
         return self.weights + self.cache + self.gradients_and_optimizer + self.activations
 
 
 @dataclass(frozen=True)
 class Work(Result):
-    """What one model costs: ``phases`` and ``memory`` have an entry for each phase that it has."""
+    """The cost of one model, with an entry in ``phases`` and ``memory`` for each of its phases."""
 
     phases: dict[str, Phase]
     memory: dict[str, Memory]
@@ -57,7 +57,7 @@ class Lack(Result):
 
 @dataclass(frozen=True)
 class Setting(Result):
-    """One strength of a patch.
+    """One setting of a patch.
 
     Attributes:
         spec: of the patch, as ``--patch`` takes it.
@@ -101,7 +101,7 @@ class Prescription(Result):
 
 @dataclass(frozen=True)
 class Diagnosis(Result):
-    """A model at some work on some hardware.
+    """The diagnosis of a model for some work on some hardware.
 
     Attributes:
         model: class name.
@@ -177,7 +177,7 @@ def _prescribed(each: Prescription) -> Iterable[RenderableType]:
 
 
 def seconds(value: float) -> str:
-    """Return a time for people."""
+    """Format a time."""
     for unit, factor in (("s", 1.0), ("ms", 1e3)):
         if value * factor >= 1:
             return f"{value * factor:.3g} {unit}" if value * factor < 1000 else f"{value * factor:.0f} {unit}"
@@ -185,7 +185,7 @@ def seconds(value: float) -> str:
 
 
 def size(value: float) -> str:
-    """Return bytes for people."""
+    """Format a number of bytes."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if value >= factor:
             return f"{value / factor:.3g} {unit}" if value / factor < 1000 else f"{value / factor:.0f} {unit}"

@@ -1,4 +1,4 @@
-"""From a lack to the patch that answers it, if one exists and applies, and what it would gain."""
+"""Finds the patch that answers a lack, if one exists and applies, and its predicted gain."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Price = Callable[[dict[str, Pass], PreTrainedModel], Work]
 
 @dataclass
 class Bench:
-    """A model at some work: what it computes, and what it would compute with patches.
+    """A model and its work: what it computes, and what it would compute with patches.
 
     Attributes:
         model: as it is.
@@ -74,7 +74,7 @@ class Bench:
         return found
 
     def patched(self, steps: Plan, patch: Patch) -> PreTrainedModel:
-        """Return a copy without data that has been patched so."""
+        """Return a patched copy without data."""
         copy: Any = without_data(self.model)
         made = steps.steps[0].patch
         # a kernel was proved on the model itself; new weights take the cheapest method, whose shapes are the same
@@ -86,7 +86,7 @@ class Bench:
 
 @dataclass
 class Answers:
-    """What is prescribed, and why not."""
+    """The prescriptions, and the reasons where there are none."""
 
     prescriptions: list[Prescription] = field(default_factory=list)
     declined: list[str] = field(default_factory=list)
@@ -128,7 +128,7 @@ def _context(bench: Bench, now: Work, price: Price, lack: Lack) -> Prescription:
 
 
 def _cache(bench: Bench, now: Work, price: Price, lack: Lack) -> Prescription | str:
-    """Return the mildest number of shared heads that lifts the lack, with all that are worth it; else the mildest."""
+    """Return the mildest number of shared heads that removes the lack, with all useful ones; else the mildest."""
     sites = [s for s in bench.anatomy.sites if not s.cross and not s.tower]
     tried: list[tuple[GroupedQuery, Plan, Work, bool]] = []
     last = now.phases["decode"].seconds
@@ -155,12 +155,12 @@ def _cache(bench: Bench, now: Work, price: Price, lack: Lack) -> Prescription | 
 
 
 def _shape(bench: Bench, patch: GroupedQuery) -> GroupedQuery:
-    """Return what says the shapes: how heads are merged cannot be tried without weights, and costs nothing later."""
+    """Return a patch with the same shapes that needs no weights; the method of merging costs nothing later."""
     return patch if all(not p.is_meta for p in bench.model.parameters()) else replace(patch, method="mean")
 
 
 def _lifted(bench: Bench, lack: Lack, after: Work) -> bool:
-    """Whether a lack is none any more: it fits, or keys and values do not take most of a step."""
+    """Return whether a lack is removed: the work fits, or keys and values no longer take most of a step."""
     if lack.kind == "memory":
         return after.memory[lack.where].total <= bench.memory_bytes
     step = after.phases["decode"]
@@ -168,7 +168,7 @@ def _lifted(bench: Bench, lack: Lack, after: Work) -> bool:
 
 
 def _lost(bench: Bench, sites: Sequence[Site], counts: Sequence[int]) -> Mapping[int | str, float]:
-    """Return the share of energy that merging loses, by number of heads, predicted from the weights where they are."""
+    """Return the share of energy that merging loses, by number of heads, predicted from the weights if present."""
     if not bench.losses or any(p.is_meta for p in bench.model.parameters()):
         return {}
     try:
@@ -179,7 +179,7 @@ def _lost(bench: Bench, sites: Sequence[Site], counts: Sequence[int]) -> Mapping
 
 
 def _counts(sites: Sequence[Site]) -> list[int]:
-    """Return the numbers of key-value heads to which all sites can go down, largest first."""
+    """Return the numbers of key-value heads that all sites can have, largest first."""
     fits = [{n for n in range(1, s.num_kv_heads) if s.num_kv_heads % n == 0} for s in sites]
     return sorted(set.intersection(*fits), reverse=True) if fits else []
 
@@ -244,7 +244,7 @@ def _default(patch: Patch, name: str) -> Any:
 
 
 def _gains(now: Work, after: Work) -> Iterator[tuple[str, float]]:
-    """Yield what falls by a factor that is worth it."""
+    """Yield what shrinks by a relevant factor."""
     pairs = [(f"{n} seconds", now.phases[n].seconds, after.phases[n].seconds) for n in now.phases]
     pairs += [(f"{n} memory", now.memory[n].total, after.memory[n].total) for n in now.phases]
     pairs += [("cache bytes", now.cache_bytes, after.cache_bytes)] if now.cache_bytes else []
@@ -252,7 +252,7 @@ def _gains(now: Work, after: Work) -> Iterator[tuple[str, float]]:
 
 
 def _staying(now: Work, after: Work) -> Iterator[str]:
-    """Yield the parts that take, with the patch, what they took before."""
+    """Yield the parts that take as long with the patch as before."""
     for name, phase in now.phases.items():
         same = [
             p

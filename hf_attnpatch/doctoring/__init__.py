@@ -1,1 +1,1 @@
-"""What ``attnpatch doctor`` finds out: about this installation by running it, about a checkpoint by reading it."""
+"""The parts of ``attnpatch doctor``: trials of this installation, and facts about a checkpoint's config."""

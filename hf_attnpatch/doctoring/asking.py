@@ -41,7 +41,7 @@ _PLAIN = (bool, int, float, str, tuple, type(None))
 
 @dataclass(frozen=True)
 class Answer:
-    """What transformers makes of a config file.
+    """What transformers reads from a config file.
 
     Attributes:
         reads: dotted name of a field of the built config, those in dictionaries included -> modules that read it.
@@ -58,7 +58,7 @@ class Answer:
     ran: bool
 
     def reader_of(self, field: str) -> tuple[str, ...]:
-        """Return the names under which a field of the file is read: its own, what it becomes, or none at all."""
+        """Return the names under which a field of the file is read: its own, its new one, or none."""
         own = (field,) if field in self.needed or (field in self.kept and self._is_read(field)) else ()
         return (*own, *(name for name in self.becomes.get(field, ()) if self._is_read(name)))
 
@@ -67,7 +67,7 @@ class Answer:
 
 
 def config_of(raw: Mapping[str, Any], where: str) -> PretrainedConfig:
-    """Return the config object that transformers makes of a config file; no code of a checkpoint runs.
+    """Return the config object that transformers builds from a config file; no code of a checkpoint runs.
 
     Raises:
         AttnPatchError: a family that the installed release does not know, or values that it refuses.
@@ -89,7 +89,7 @@ def config_of(raw: Mapping[str, Any], where: str) -> PretrainedConfig:
 
 
 def ask(raw: Mapping[str, Any], where: str) -> Answer:
-    """Say which fields of a config file the installed transformers reads.
+    """Return which fields of a config file the installed transformers reads.
 
     Raises:
         AttnPatchError: it knows no such family, refuses a value, or can build no model from it.
@@ -112,7 +112,7 @@ def ask(raw: Mapping[str, Any], where: str) -> Answer:
 
 
 def computed(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return all that a model takes from its config beside weights: buffers (angles among them) and plain attributes.
+    """Return everything that a model takes from its config besides weights: buffers (including angles) and attributes.
 
     Raises:
         AttnPatchError: transformers builds no model from it.
@@ -126,7 +126,7 @@ def computed(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def first_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
-    """Return the name of something in which two answers of :func:`computed` differ by a bit, or None."""
+    """Return the name of something in which two results of :func:`computed` differ by a bit, or None."""
     for name in sorted({*before, *after}):
         old, new = before.get(name, _NONE), after.get(name, _NONE)
         tensors = isinstance(old, Tensor) and isinstance(new, Tensor)
@@ -136,7 +136,7 @@ def first_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str
 
 
 def _skeleton(config: PretrainedConfig, where: str) -> PreTrainedModel:
-    """Return the model of a config: parameters without data, buffers with theirs."""
+    """Return the model of a config: parameters without data, buffers with data."""
     try:
         with building(), init_empty_weights(include_buffers=False):
             model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=False)
@@ -148,7 +148,7 @@ def _skeleton(config: PretrainedConfig, where: str) -> PreTrainedModel:
 
 
 def _reads(config: PretrainedConfig, where: str) -> tuple[dict[str, frozenset[str]], bool]:
-    """Build and run a model from a config that notes who reads it; return fields and readers, and whether it ran."""
+    """Build and run a model from a config that records its readers; return fields and readers, and whether it ran."""
     model_class = type(_skeleton(copy.deepcopy(config), where))
     model_class = getattr(model_class, "unpatched", model_class)
     reads: _Reads = defaultdict(set)
@@ -168,7 +168,7 @@ def _reads(config: PretrainedConfig, where: str) -> tuple[dict[str, frozenset[st
 
 
 def _noting(config: PretrainedConfig, prefix: str, reads: _Reads) -> PretrainedConfig:
-    """Make a config, and those in it, note which fields modelling code reads."""
+    """Make a config, and its nested ones, record which fields modelling code reads."""
     base: Any = type(config)
     names = dict(getattr(base, "attribute_map", {}))
 
@@ -188,7 +188,7 @@ def _noting(config: PretrainedConfig, prefix: str, reads: _Reads) -> PretrainedC
 
 
 class _Noting(dict[str, Any]):
-    """A dictionary that notes which keys modelling code reads."""
+    """A dictionary that records which keys modelling code reads."""
 
     def __init__(self, content: Mapping[str, Any], prefix: str, reads: _Reads):
         inner = {k: _Noting(v, f"{prefix}{k}.", reads) if isinstance(v, dict) else v for k, v in content.items()}
@@ -200,7 +200,7 @@ class _Noting(dict[str, Any]):
         return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return a value, as a dictionary does, and note the key where there is one."""
+        """Return a value, as a dictionary does, and record the key if it exists."""
         if key in self:
             _note(sys._getframe(1), f"{self._prefix}{key}", self._reads)
         return super().get(key, default)
@@ -210,7 +210,7 @@ class _Noting(dict[str, Any]):
 
 
 def _note(frame: FrameType, field: str, reads: _Reads) -> None:
-    """Note that a frame reads a field, where it belongs to code that computes and is no method of a config."""
+    """Record that a frame reads a field, if it belongs to code that computes and is not a method of a config."""
     module = str(frame.f_globals.get("__name__", ""))
     computes = module.startswith(_COMPUTE) and ".configuration_" not in module
     if computes and not isinstance(frame.f_locals.get("self"), PretrainedConfig):
@@ -226,7 +226,7 @@ _NONE = _Nothing()
 
 
 def fields(raw: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of a file's fields: those of configs and dictionaries in it, and these themselves."""
+    """Yield the dotted names of a file's fields: configs and dictionaries in it, and what they contain."""
     for name, value in raw.items():
         yield f"{prefix}{name}"
         if isinstance(value, Mapping):
@@ -244,7 +244,7 @@ def _flat(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def without(raw: Mapping[str, Any], field: str) -> dict[str, Any]:
-    """Return a file's fields less the one of this dotted name."""
+    """Return a file's fields without the one of this dotted name."""
     name, _, rest = field.partition(".")
     if not rest:
         return {key: value for key, value in raw.items() if key != name}

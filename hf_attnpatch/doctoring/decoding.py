@@ -1,4 +1,4 @@
-"""Cached decoding, held to forwards of each text alone: no mask, no padding, no cache.
+"""Compares cached decoding with forwards of each text alone: no mask, no padding, no cache.
 
 ``generate`` passes the cache on by itself; in forwards of one's own :mod:`..stepwise` does. Where there is none, an
 error says so.
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..evaluation.announcing import announced
 from ..interruption import removing
 from ..probe import largest_difference
-from ..rope.request_length import request, requests_of
 from ..stepwise import NoCache, in_pieces
 from ..upstream import words
 from ..upstream.roles import predicted, roles_of, run
@@ -29,7 +29,7 @@ PIECES = (16, 1, 1, 2)  # of the first text, in forwards of one's own
 
 @dataclass(frozen=True)
 class Decoded:
-    """How ``generate`` went.
+    """The result of ``generate``.
 
     Attributes:
         difference: largest difference to the forwards without a cache, relative to their largest logit.
@@ -48,7 +48,7 @@ def texts(model: PreTrainedModel) -> list[Tensor]:
 
 
 def alone(model: PreTrainedModel, text: Tensor, more: int = 0) -> Tensor:
-    """Return the logits of a text, (length, vocabulary), in fp32 on the CPU, by a forward of its own.
+    """Return the logits of a text, (length, vocabulary), in fp32 on the CPU, by its own forward.
 
     Args:
         model: in eval mode.
@@ -80,7 +80,7 @@ def generated(model: PreTrainedModel, prompts: Sequence[Tensor], steps: int = ST
 
 
 def by_hand(model: PreTrainedModel, text: Tensor, pieces: Sequence[int] = PIECES) -> float:
-    """Decode a text by forwards of one's own that hand on the cache, and return the largest difference.
+    """Decode a text by forwards that pass on the cache, and return the largest difference.
 
     Nothing is said to the model but the tokens and the cache: no positions, no mask, no length of the request.
 
@@ -91,11 +91,6 @@ def by_hand(model: PreTrainedModel, text: Tensor, pieces: Sequence[int] = PIECES
     with torch.no_grad():
         found = in_pieces(model, ids, pieces)[0].float().cpu()
     return largest_difference(alone(model, text), found)
-
-
-def announced(model: PreTrainedModel, length: int) -> contextlib.AbstractContextManager[None]:
-    """Say how long the request will be, to a model whose angles follow from that."""
-    return contextlib.nullcontext() if requests_of(model) is None else request(model, length)
 
 
 def _generate(model: PreTrainedModel, prompts: Sequence[Tensor], steps: int) -> Any:
@@ -118,7 +113,7 @@ def _generate(model: PreTrainedModel, prompts: Sequence[Tensor], steps: int) -> 
 
 @contextlib.contextmanager
 def _sizes(model: PreTrainedModel) -> Iterator[list[int]]:
-    """Collect how many tokens of a row each forward embeds."""
+    """Record how many tokens of a row each forward embeds."""
     sizes: list[int] = []
 
     def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -130,7 +125,7 @@ def _sizes(model: PreTrainedModel) -> Iterator[list[int]]:
 
 
 def _lengths(values: Any, seen: set[int]) -> Iterator[int]:
-    """Yield the lengths of keys and values, (rows, heads, length, head size), that caches among the values hold."""
+    """Yield the shapes of keys and values, (rows, heads, length, head size), in the caches among some values."""
     for value in values:
         if id(value) in seen:
             continue

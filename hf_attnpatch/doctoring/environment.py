@@ -1,4 +1,4 @@
-"""What is installed here, whether that was tested, and which extras can be imported."""
+"""The installed packages, whether they were tested, and which extras can be imported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ INSTALLED, ABSENT = "works", "not installed"
 
 @dataclass(frozen=True)
 class Package:
-    """A package as it is installed.
+    """An installed package.
 
     Attributes:
         name: of the distribution.
@@ -39,7 +39,7 @@ class Package:
 
     @property
     def standing(self) -> str:
-        """``tested``, ``newer than tested``, ``older than tested``, ``not installed``; empty where nothing is known."""
+        """``tested``, ``newer than tested``, ``older than tested``, ``not installed``; empty if unknown."""
         if self.version is None:
             return ABSENT
         if self.tested is None:
@@ -68,12 +68,12 @@ class Extra:
 
     @property
     def ok(self) -> bool:
-        """Whether this is no fault: an extra that is not there is none."""
+        """Whether this is not a fault: a missing extra is none."""
         return self.outcome != FAILS
 
 
 def packages() -> tuple[Package, ...]:
-    """Return this package, Python and what both stand on, in the order of a report."""
+    """Return this package, Python and their dependencies, in the order of a report."""
     from .. import __version__
 
     own = (Package("hf_attnpatch", __version__), Package("python", platform.python_version()))
@@ -81,7 +81,7 @@ def packages() -> tuple[Package, ...]:
 
 
 def extras() -> tuple[Extra, ...]:
-    """Import what each extra brings, and hold it to the releases that this package asks for."""
+    """Import the packages of each extra, and compare them with the required releases."""
     return tuple(_extra(name, modules) for name, modules in EXTRAS.items())
 
 
@@ -101,7 +101,7 @@ def _extra(name: str, modules: Mapping[str, str]) -> Extra:
 
 
 def _wanted(extra: str) -> list[Requirement]:
-    """Return what an extra asks for here; nothing where this package runs from a folder without being installed."""
+    """Return the requirements of an extra here; none if this package is not installed but run from a folder."""
     try:
         lines = importlib.metadata.requires("hf_attnpatch") or []
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""What each patch is expected to do on each model: a reviewed table, never generated.
+"""The expected result of each patch on each model: a reviewed table, never generated.
 
 A patch that does not work where the table says so is a fault of this installation; so is a refusal with another reason
 than the one that stands here. A release of transformers may take a patch that was refused before: that is no fault.
@@ -29,7 +29,7 @@ _DISTANCES = {**_NOT_ROTARY, "mistral": "no layer looks back at everything", "ge
 
 @dataclass(frozen=True)
 class Case:
-    """A patch as it is tried, and what it should do.
+    """A patch to try, and its expected result.
 
     Attributes:
         spec: as ``from_spec`` takes it.
@@ -48,7 +48,7 @@ class Case:
     attention: str | None = None
 
     def refusal(self, model: str) -> str | None:
-        """Return words of the refusal that is expected here, or None where the patch must work."""
+        """Return words of the expected refusal, or None if the patch must work."""
         once = self.once if Version(transformers.__version__) < Version("5.2") else {}
         return self.refused.get(model, once.get(model))
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says that readers may miss: one name for each thing, however the file spells it."""
+"""The facts in a checkpoint's config that readers may miss, under one name each, however the file spells them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 
 @dataclass(frozen=True)
 class Fact:
-    """Something that a checkpoint says.
+    """A fact in a checkpoint's config.
 
     Attributes:
         name: a key of the table of readers.
@@ -43,14 +43,14 @@ class Fact:
 
 
 def facts(files: Files) -> tuple[Fact, ...]:
-    """Return what a checkpoint says, in the order of a report."""
+    """Return the facts of a checkpoint, in the order of a report."""
     prefix = "text_config." if isinstance(files.config.get("text_config"), Mapping) else ""
     found = [*_family(files), *_rope(files.text, prefix), *_layers(files.text, prefix), *_others(files, prefix)]
     return tuple(found)
 
 
 def rope_of(text: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """Return the field that says how angles are scaled, and what it says of layers that see the whole text."""
+    """Return the field with the scaling of angles, and its value for layers that attend to the whole text."""
     for field in ("rope_parameters", "rope_scaling"):
         found = text.get(field)
         if isinstance(found, Mapping) and found:
@@ -65,7 +65,7 @@ def rope_of(text: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 
 def kind_of(text: Mapping[str, Any]) -> str:
-    """Return the kind of a rope scaling, ``default`` where there is none."""
+    """Return the kind of a rope scaling, ``default`` if there is none."""
     rope = rope_of(text)[1]
     return str(rope.get("rope_type", rope.get("type", "default")))
 

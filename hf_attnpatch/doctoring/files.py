@@ -1,4 +1,4 @@
-"""A checkpoint folder as its files say it is: no weights are loaded, no code runs."""
+"""Reads the files of a checkpoint folder: no weights are loaded, no code runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokeni
 
 @dataclass(frozen=True)
 class Files:
-    """What a checkpoint folder says of itself.
+    """The contents of a checkpoint folder.
 
     Attributes:
         folder: where it is.
@@ -36,12 +36,12 @@ class Files:
 
     @property
     def name(self) -> str:
-        """The folder's own name: a report is to be shown to others, and says nothing of this machine."""
+        """The folder's name without its path: a report may be published."""
         return self.folder.resolve().name
 
     @property
     def text(self) -> Mapping[str, Any]:
-        """The config of the language model: that of ``text_config``, where there is one, over the outer one."""
+        """The config of the language model: ``text_config``, if there is one, over the outer config."""
         inner = self.config.get("text_config")
         return {**self.config, **inner} if isinstance(inner, Mapping) else self.config
 

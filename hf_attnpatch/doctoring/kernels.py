@@ -1,4 +1,4 @@
-"""The attention kernels of this machine, each run on a model and held to dense attention in fp32."""
+"""Runs the attention kernels of this machine on a model and compares them with eager attention in fp32."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .trial import CRASHES, FAILS
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one attention kernel did on one device.
+    """The result of one attention kernel on one device.
 
     Attributes:
         name: as transformers calls it.
@@ -42,12 +42,12 @@ class Kernel:
 
     @property
     def ok(self) -> bool:
-        """Whether this is no fault."""
+        """Whether this is not a fault."""
         return self.outcome == WORKS or (self.outcome == REFUSES and self.expected == REFUSES)
 
 
 def kernels() -> tuple[Kernel, ...]:
-    """Try every kernel on the CPU in fp32 and, where there is one, on the GPU in bfloat16."""
+    """Try every kernel on the CPU in fp32 and, if there is one, on the GPU in bfloat16."""
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
     return tuple(_kernel(name, device) for device in devices for name in KERNELS)
 

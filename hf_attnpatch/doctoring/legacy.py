@@ -1,4 +1,4 @@
-"""The keys that readers written for transformers 4 look for, written beside those of version 5.
+"""Writes the config keys that readers made for transformers 4 need, beside those of version 5.
 
 Version 5 keeps all of RoPE in ``rope_parameters``; a reader that knows only ``rope_theta`` and ``rope_scaling`` takes
 its defaults instead, without a word (vllm 42624, 44158; Megatron-Bridge 3077; DeepSpeed 8345). Version 5 reads the old
@@ -47,7 +47,7 @@ _ABSENT = object()
 
 @dataclass(frozen=True)
 class LegacyKeys(Shown):
-    """What was written into a config; printing it says so.
+    """The keys written into a config; printing it lists them.
 
     Attributes:
         name: of the folder.
@@ -105,7 +105,7 @@ def write_keys(files: Files) -> LegacyKeys:
 
 
 def legacy_keys(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return what a config would say in version 4: dotted name -> value, whether it stands there already or not.
+    """Return the config in version 4's form: dotted name -> value, whether it is present or not.
 
     Raises:
         AttnPatchError: version 4 has no words for these angles.
@@ -122,7 +122,7 @@ def legacy_keys(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def old_keys_stand(config: Mapping[str, Any]) -> bool:
-    """Whether a config says in the words of version 4, too, what its ``rope_parameters`` say."""
+    """Return whether a config says in version 4's keys, too, what its ``rope_parameters`` say."""
     less = config
     for field in _perhaps_idle(config):
         less = without(less, field)
@@ -138,7 +138,7 @@ def old_keys_stand(config: Mapping[str, Any]) -> bool:
 
 
 def _missing(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the keys that are to be written, and those that stand there with the same value.
+    """Return the keys to write, and those that are present with the same value.
 
     Raises:
         AttnPatchError: one stands there with another.
@@ -159,7 +159,7 @@ def _missing(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], tup
 
 
 def _without_idle(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """Return a config without what version 5 does not read where it stands, and version 4 would."""
+    """Return a config without keys that version 5 ignores and version 4 would read."""
     perhaps = _perhaps_idle(config)
     answer = ask(config, where) if perhaps else None
     for field in perhaps:
@@ -172,7 +172,7 @@ def _perhaps_idle(config: Mapping[str, Any]) -> list[str]:
 
 
 def _configs(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield a config and those inside it, each with the prefix of its keys."""
+    """Yield a config and its nested ones, each with the prefix of its keys."""
     yield prefix, config
     for name, value in config.items():
         if isinstance(value, Mapping) and name.endswith("_config"):
@@ -216,7 +216,7 @@ def _keys_by_type(kind: str, nested: Mapping[str, Mapping[str, Any]], where: str
 
 
 def _scaling(kind: str, rope: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return ``rope_scaling``, both names of its type in it, and what belongs beside it; null where nothing is scaled.
+    """Return ``rope_scaling``, with both names of its type, and its neighbours; null if nothing is scaled.
 
     Null is written, too: some classes of version 4 (GPT-OSS, Apertus) scale by default.
 
@@ -243,7 +243,7 @@ def _scaling(kind: str, rope: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _stands(there: Any, value: Any) -> bool:
-    """Whether a key is there with this value; a ``rope_scaling`` may have either of the two names of its type."""
+    """Return whether a key is present with this value; a ``rope_scaling`` may have either name of its type."""
     if there == value:
         return True
     if not (isinstance(there, Mapping) and isinstance(value, Mapping)):

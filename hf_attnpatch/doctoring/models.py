@@ -1,4 +1,4 @@
-"""The models that patches are tried on: the embedded one, and a tiny random one for each way of knowing positions."""
+"""The models on which patches are tried: the embedded one, and a tiny random one for each kind of positions."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def build(name: str, device: torch.device, attention: str | None = None) -> PreT
 
 
 def _fill(model: PreTrainedModel) -> None:
-    """Move every parameter off its initial value; attention is then not uniform, and biases and norms count."""
+    """Move every parameter off its initial value, so that attention is not uniform, and biases and norms matter."""
     generator = torch.Generator().manual_seed(0)
     inputs = {id(m.weight): m.weight.shape[0] for m in model.modules() if isinstance(m, Conv1D)}  # stands transposed
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What the doctor found, as tables for people."""
+"""Renders the doctor's results as tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STYLE = {"works": "green", "refuses": "yellow", FAILS: "bold red", "not install
 
 
 def console() -> Console:
-    """Return where to print: as wide as the terminal, or 140 columns where there is none."""
+    """Return the console to print to: as wide as the terminal, or 140 columns without one."""
     return Console(width=None if sys.stdout.isatty() else 140)
 
 
@@ -36,7 +36,7 @@ def show(report: DoctorReport, console: Console) -> None:
 
 
 def show_checkpoint(report: CheckpointReport, console: Console) -> None:
-    """Print who reads what of a checkpoint."""
+    """Print who reads which field of a checkpoint."""
     columns = (Column(reader, no_wrap=True) for reader in READERS)
     table = Table(
         "what it says", "", *columns, title=_plain(f"{report.name} ({report.model_type})"), title_justify="left"
@@ -57,7 +57,7 @@ def show_checkpoint(report: CheckpointReport, console: Console) -> None:
 
 
 def _plain(text: str, style: str = "") -> Text:
-    """Return a text of a checkpoint, in which nothing is markup or acts on the terminal."""
+    """Escape a text from a checkpoint."""
     return Text(visible(text), style)
 
 
@@ -115,7 +115,7 @@ def _others(report: DoctorReport) -> Table:
 
 
 def _reasons(report: DoctorReport) -> Iterable[RenderableType]:
-    """Yield why patches refuse, refusals of the same patch and reason on one line."""
+    """Yield the reasons of refusals, with equal patches and reasons on one line."""
     told: dict[tuple[str, str], list[str]] = {}
     for t in report.trials:
         if t.ok and t.outcome == "refuses":
@@ -130,7 +130,7 @@ def _reasons(report: DoctorReport) -> Iterable[RenderableType]:
 
 
 def _reason(note: str) -> str:
-    """Return a refusal without the class of the model at its beginning and what follows from it at the end."""
+    """Return a refusal without the model's class at its beginning and the advice at its end."""
     head, _, rest = note.partition(": ")
     said = rest if head.isidentifier() and rest else note
     return said.partition("; positions here are")[0].partition(" (model.")[0].rstrip(".")

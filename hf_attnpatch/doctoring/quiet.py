@@ -1,4 +1,4 @@
-"""Keeps transformers and torch from talking while models are tried and configs read."""
+"""Silences transformers and torch while models are tried and configs read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Show no warnings and no progress bars, and leave flex attention uncompiled: that takes it a minute or two."""
+    """Show no warnings and no progress bars, and do not compile flex attention, which takes a minute or two."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()

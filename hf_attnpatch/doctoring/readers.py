@@ -1,4 +1,4 @@
-"""Who reads what of a checkpoint's config: the reviewed rows of ``readers.yaml``."""
+"""Who reads which field of a checkpoint's config: the reviewed rows of ``readers.yaml``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ READERS = (TRANSFORMERS_5, TRANSFORMERS_4, "llama.cpp", "vLLM")
 
 @dataclass(frozen=True)
 class Row:
-    """What one reader does with one thing that a checkpoint says.
+    """How one reader treats one fact of a checkpoint.
 
     Attributes:
         fact: name of the thing; see :mod:`.facts`.
@@ -55,7 +55,7 @@ def rows() -> tuple[Row, ...]:
 
 
 def row_for(fact: str, reader: str, model_type: str) -> Row | None:
-    """Return the row for a family: the one that names it, or the one for all others; None where there is neither."""
+    """Return the row for a family: its own, or the one for all others; None if there is neither."""
     found = [r for r in rows() if (r.fact, r.reader) == (fact, reader) and (not r.types or model_type in r.types)]
     return min(found, key=lambda row: not row.types, default=None)
 

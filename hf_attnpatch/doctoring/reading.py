@@ -1,4 +1,4 @@
-"""Joins what a checkpoint says with who reads it: the installed transformers is asked, for others there are rows."""
+"""Combines the facts of a checkpoint with who reads them: by running transformers, and by rows for other readers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _LOADING = ("dtype", "torch_dtype")  # which from_pretrained reads, before there
 
 @dataclass(frozen=True)
 class Reading:
-    """What one reader does with one thing that a checkpoint says.
+    """How one reader treats one fact of a checkpoint.
 
     Attributes:
         fact: the thing.
@@ -70,13 +70,13 @@ class Reading:
 
     @property
     def silent(self) -> bool:
-        """Whether something is lost without a word."""
+        """Whether something is lost silently."""
         return self.verdict in SILENT
 
 
 @dataclass(frozen=True)
 class CheckpointReport(Shown):
-    """Who reads what of a checkpoint; ``str()`` names what is lost silently.
+    """Who reads which facts of a checkpoint; ``str()`` names what is lost silently.
 
     Attributes:
         name: of the folder.
@@ -96,7 +96,7 @@ class CheckpointReport(Shown):
 
     @property
     def silent(self) -> tuple[Reading, ...]:
-        """What readers lose without a word; what is lost together is named once."""
+        """What readers lose silently; facts that are lost together are named once."""
         return tuple(r for r in self.readings if r.silent and not r.part_of)
 
     def to_dict(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class CheckpointReport(Shown):
 
 
 def readings_of(files: Files) -> CheckpointReport:
-    """Say, of each thing that a checkpoint says, who reads it.
+    """Return, for each fact of a checkpoint, who reads it.
 
     Raises:
         AttnPatchError: transformers knows no such family, or refuses the config.
@@ -134,7 +134,7 @@ def readings_of(files: Files) -> CheckpointReport:
 
 
 def _readings(fact: Fact, files: Files, answer: Answer) -> Iterator[Reading]:
-    """Yield what each reader does with a thing; transformers 5 says what should come of it."""
+    """Yield how each reader treats a fact; transformers 5 defines the right result."""
     here = _asked(fact, files, answer) if fact.fields else None
     for reader in READERS:
         row = row_for(fact.name, reader, files.model_type)

@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 
 from ..api import apply
 from ..errors import AttnPatchError, SelfCheckFailed
+from ..evaluation.announcing import announced
 from ..patch import from_spec
 from ..probe import TOLERANCE, largest_difference
 from ..rope.request_length import requests_of
 from ..stepwise import NoCache
-from .decoding import alone, announced, by_hand, generated, texts
+from .decoding import alone, by_hand, generated, texts
 from .expected import REFUSES, WORKS, Case
 from .text import clean
 

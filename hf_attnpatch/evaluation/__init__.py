@@ -1,4 +1,4 @@
-"""Measures a model, patched or not: nothing here knows of patches."""
+"""Measurements of a model, patched or not: nothing here depends on patches."""
 
 from .cache import cache_bytes_per_token
 from .decoding import Decoding, DecodingAt, decoding

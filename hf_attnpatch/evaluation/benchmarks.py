@@ -1,4 +1,4 @@
-"""Measures the rates of a machine, each at the size where it is needed and by itself."""
+"""Measures the rates of a machine, each at the size where it is needed and in isolation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What generation keeps in memory."""
+"""The memory that generation needs for its cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .mode import device_of, measuring
 
 
 def cache_bytes_per_token(model: nn.Module, *, length: int = 16) -> float:
-    """Measure by how many bytes a model's cache grows for each further token.
+    """Measure how many bytes a model's cache grows with each token.
 
     Read from the cache itself after two prefills, of ``length`` and of twice as many tokens, never from the config: a
     state that does not grow (a recurrence, a full sliding window) does not count.

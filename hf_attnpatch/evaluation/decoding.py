@@ -1,4 +1,4 @@
-"""Tokens per second, cache bytes and peak memory against context, beside what the machine could do."""
+"""Tokens per second, cache bytes and peak memory against context, with the machine's limits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .timing import clock
 
 @dataclass(frozen=True)
 class DecodingAt(Result):
-    """What was measured at a context.
+    """The measurements at one context.
 
     Attributes:
         context: tokens in the cache.

@@ -1,4 +1,4 @@
-"""How near is a patched model to its original: distributions, first choices, continuations."""
+"""Compares a patched model with its original: distributions, most likely tokens, continuations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .score import Interval, Losses, Score, ratio, summarise
 
 @dataclass(frozen=True)
 class Fidelity(Result):
-    """What a model kept of its original. The same model gives exactly 0, 1 and 1.
+    """How close a model is to its original. Equal models give exactly 0, 1 and 1.
 
     Attributes:
         kl: divergence of the next-token distributions from the original's, KL(original || patched), nats per token.
@@ -128,7 +128,7 @@ def _parts(rows: Mapping[str, Tensor], batch_tokens: int) -> list[list[str]]:
 
 
 def _compared(original: nn.Module, patched: nn.Module, ids: Tensor, names: list[str]) -> tuple[Tensor, Tensor]:
-    """Return the summed divergence and the count of equal first choices of each row, shape (batch,)."""
+    """Return the summed divergence and the number of equal most likely tokens of each row, shape (batch,)."""
     step = max(1, min(positions_at_once(model, len(ids)) for model in (original, patched)) // 2)
     total, same = torch.zeros(len(ids), dtype=torch.float64), torch.zeros(len(ids), dtype=torch.int64)
     spans = [span_logits(model, ids.to(device_of(model)), 0, ids.shape[1], step) for model in (original, patched)]
@@ -150,7 +150,7 @@ def _compared(original: nn.Module, patched: nn.Module, ids: Tensor, names: list[
 
 
 def _continued(original: nn.Module, patched: nn.Module, ids: Tensor, count: int) -> list[int]:
-    """Return how many greedy tokens of each row come before the first that differs."""
+    """Return how many greedy tokens of each row precede the first that differs."""
     found = [greedy(model, ids.to(device_of(model)), count).cpu() for model in (original, patched)]
     return (found[0] == found[1]).int().cumprod(dim=1).sum(dim=1).tolist()
 

@@ -1,4 +1,4 @@
-"""Greedy decoding with a cache, on rows of one length: nothing is padded, no generation settings interfere."""
+"""Greedy decoding with a cache, on rows of one length, without padding or generation settings."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def greedy(
     done: Callable[[Tensor], bool] | None = None,
     every: int = 8,
 ) -> Tensor:
-    """Continue each row with its most probable tokens; a model scaled per request is told how long it will become.
+    """Continue each row with its most likely tokens; a model scaled per request is told the final length.
 
     Args:
         model: a causal language model in eval mode.

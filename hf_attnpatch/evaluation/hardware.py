@@ -1,4 +1,4 @@
-"""Which machine: this one, measured; a row of the table; a file."""
+"""The machine: this one, measured; a row of the table; or a file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _RATES = ("matmul", "attention", BANDWIDTH)
 
 
 def machine_for(hardware: str, passes: Sequence[Pass], device: torch.device, *, again: bool = False) -> Machine:
-    """Return a machine that knows the rates that some passes need.
+    """Return a machine with the rates that some passes need.
 
     Args:
         hardware: ``auto`` measures this one, a name of :data:`.table.TABLE` its row, else it is a YAML or JSON file.
@@ -179,7 +179,7 @@ def _kept(file: Path) -> Machine:
 
 
 def _bare(device: torch.device) -> Machine:
-    """Measure what belongs to no kernel: fresh pages, and what operations of reference models take beside loops."""
+    """Measure what belongs to no kernel: fresh pages, and the overhead of operations in reference models."""
     fresh_bytes, fresh_seconds = fresh(device)
     machine = Machine(
         name=processor(device),
@@ -201,7 +201,7 @@ def _bare(device: torch.device) -> Machine:
 
 
 def processor(device: torch.device) -> str:
-    """Return the processor's name as the system has it."""
+    """Return the processor's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
@@ -215,7 +215,7 @@ def _capacity(device: torch.device) -> int:
 
 
 def _file(device: torch.device) -> Path:
-    """Return where this machine's rates are kept: one file for each processor, release of torch and thread count."""
+    """Return where this machine's rates are stored: one file per processor, torch release and thread count."""
     key = f"{processor(device)}|{torch.__version__}|{torch.get_num_threads()}|{device.type}|{platform.node()}"
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "hf_attnpatch" / "machines" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"

@@ -1,4 +1,4 @@
-"""Tasks through EleutherAI's lm-eval, with nothing cut off and no NaN counted as an answer."""
+"""Runs tasks through EleutherAI's lm-eval, without truncation and without counting NaN as an answer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Metric(Result):
 
 @dataclass(frozen=True)
 class TaskScores(Result):
-    """What lm-eval found.
+    """The results of lm-eval.
 
     Attributes:
         metrics: of every task and group.
@@ -116,7 +116,7 @@ def task_scores(
 
 @contextlib.contextmanager
 def _same_random_state(model: nn.Module) -> Iterator[None]:
-    """Undo what lm-eval does to the generators of the whole process: it seeds all of them."""
+    """Restore the random generators of the process, all of which lm-eval seeds."""
     before = random.getstate(), np.random.get_state()
 
     def put_back() -> None:
@@ -130,7 +130,7 @@ def _same_random_state(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explained(tasks: Sequence[str | Path]) -> Iterator[None]:
-    """Say which tasks were being prepared when their data or settings were not usable."""
+    """Name the tasks in an error that their data or settings caused."""
     try:
         yield
     except EvaluationError:

@@ -1,4 +1,4 @@
-"""A model as lm-eval sees it; imported only where lm-eval is installed."""
+"""The model adapter for lm-eval; imported only if lm-eval is installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import EvaluationError
 
 
 class WholeExamples(HFLM):  # type: ignore[misc]  # lm-eval is an extra, unknown to the type checker
-    """lm-eval's model that refuses what it would otherwise cut off, and logits that are NaN.
+    """lm-eval's model, which refuses truncation and NaN logits.
 
     Args:
         model: a causal language model of transformers.

@@ -1,4 +1,4 @@
-"""Which memory a process must ask the system for, page by page, although it had as much a moment ago."""
+"""Models the allocator: which allocations come from the operating system."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .listener import Operation
 
 
 class Heap:
-    """An allocator that behaves as glibc's malloc(3) once its moving thresholds have settled.
+    """An allocator that behaves like glibc's malloc(3) after its thresholds have settled.
 
     What is freed is kept, up to twice ``threshold``, and then all given back; what is as large as that and does
     not fit into what is kept comes from the system and goes back to it at once. Fragments are not modelled.
@@ -23,7 +23,7 @@ class Heap:
         self.mapped: Counter[int] = Counter()  # sizes that came from the system for themselves
 
     def fresh(self, op: Operation) -> int:
-        """Return how many bytes of what an operation allocates come from the system."""
+        """Return how many bytes of an operation's allocations come from the system."""
         if not self.threshold:
             return 0
         for size in op.freed:

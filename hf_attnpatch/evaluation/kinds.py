@@ -1,4 +1,4 @@
-"""What limits an operation of torch: its products, or the loop that it runs over its elements."""
+"""Classifies torch operations: limited by their products, or by a loop over their elements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where in its depth does a changed model differ from the original?"""
+"""Measures at which depth a changed model differs from the original."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def layer_difference(
 
 
 class _Sums:
-    """Squared errors of one module, and what its outputs vary by."""
+    """Squared errors of one module, and the variance of its outputs."""
 
     def __init__(self) -> None:
         self.alone = self.in_place = self.square = 0.0
@@ -89,7 +89,7 @@ class _Sums:
         self.count = 0
 
     def add(self, truth: Tensor, alone: Tensor, in_place: Tensor) -> None:
-        """Add what came out for one sequence, each (tokens, width)."""
+        """Add the outputs for one sequence, each (tokens, width)."""
         self.alone += float((alone - truth).square().sum())
         self.in_place += float((in_place - truth).square().sum())
         self.square += float(truth.square().sum())
@@ -106,7 +106,7 @@ class _Sums:
 def _run(
     model: nn.Module, ids: Tensor, paths: Sequence[str], given: dict[str, Tensor] | None = None
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Run one sequence; return of each module its hidden states (1, tokens, width) and its output (tokens, width)."""
+    """Run one sequence; return each module's hidden states (1, tokens, width) and output (tokens, width)."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
     with contextlib.ExitStack() as hooks:
         for path in paths:

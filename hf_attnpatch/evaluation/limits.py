@@ -1,4 +1,4 @@
-"""What this machine can do at most: one large product, one large read."""
+"""The limits of this machine: one large product, one large read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PRODUCT_OPERATIONS = 2 * _SIDE**3  # a multiplication and an addition are two
 
 
 def readers(mib: int, device: torch.device | None = None) -> dict[Any, Work]:
-    """Return what reads a buffer of so many MiB once, by torch's own loops."""
+    """Return functions that read a buffer of this many MiB once, by torch's own loops."""
     buffer = torch.randn(mib * 2**18, device=device)
     half = len(buffer) // 2
     return {"sum": Work(buffer.sum), "dot": Work(lambda: torch.dot(buffer[:half], buffer[half:]))}
@@ -30,7 +30,7 @@ def product(dtype: torch.dtype, device: torch.device | None = None) -> dict[Any,
 
 @dataclass(frozen=True)
 class Limits(Result):
-    """The best that was measured.
+    """The best measurements.
 
     Attributes:
         flops_per_second: of a matrix product of 1024 x 1024, in the model's dtype.

@@ -1,4 +1,4 @@
-"""Notes what torch is asked for while a model runs on tensors that have shapes and no data."""
+"""Records torch's operations while a model runs on tensors with shapes and no data."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Pass:
 
 
 class Listener(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's base is not typed
-    """Notes operations, and how much memory those that are alive hold."""
+    """Records operations, and how much memory live tensors hold."""
 
     def __init__(self, model: nn.Module, queries: int, keys: int, cache: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -83,7 +83,7 @@ class Listener(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's b
         self.operations: list[Operation] = []
 
     def done(self, cache_bytes: int) -> Pass:
-        """Return what was noted; what had not been touched before was last touched one pass ago."""
+        """Return the records; tensors that had not been touched before count as touched one pass ago."""
         whole = [
             replace(op, reads=tuple((size, self.touched if age < 0 else age) for size, age in op.reads))
             for op in self.operations
@@ -91,7 +91,7 @@ class Listener(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's b
         return Pass(tuple(whole), self.peak, cache_bytes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation on shapes and note it."""
+        """Run an operation on shapes and record it."""
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
             return _assumed(args[0], self.keys)
@@ -172,14 +172,14 @@ class Listener(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's b
 
 
 def _assumed(tensor: Tensor, keys: int) -> bool | int | float:
-    """Return the value that a model is told when it asks for one: yes, or the length of the context."""
+    """Return the value for a model that asks for one: True, or the length of the context."""
     if tensor.dtype is torch.bool:
         return True
     return float(keys) if tensor.is_floating_point() else keys
 
 
 def _grouped(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    """Return what a product of groups of rows has the shape of: with a matrix for each, or for each its own matrix."""
+    """Return the shape of a grouped product, with one matrix for each group or for each row."""
     if right.dim() == 3:
         return left.new_empty(left.shape[0], right.shape[2])
     return left.new_empty(len(offsets), left.shape[0], right.shape[1])

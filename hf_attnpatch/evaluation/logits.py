@@ -1,4 +1,4 @@
-"""Losses of chosen tokens, without the logits of all others.
+"""Losses of chosen tokens, without computing the logits of all others.
 
 A vocabulary of 49,152 words takes 1.6 GB of float32 logits for 8,192 tokens. So the output head is given the hidden
 states of the targets only, and these in parts: a hook before the head, there for the length of a call, narrows its
@@ -76,7 +76,7 @@ def span_logits(model: nn.Module, ids: Tensor, start: int, stop: int, step: int)
 
 
 def positions_at_once(model: nn.Module, batch: int) -> int:
-    """How many positions of a batch may have logits at a time."""
+    """Return how many positions of a batch may have logits at a time."""
     weight = getattr(_head(model), "weight", None)
     return max(1, _ELEMENTS // (batch * weight.shape[0])) if isinstance(weight, Tensor) else 256
 
@@ -137,7 +137,7 @@ def _taken(states: Tensor, shape: torch.Size, span: tuple[int, int], first: int,
 
 @contextlib.contextmanager
 def _before_head(model: nn.Module, change: Any) -> Iterator[None]:
-    """Change the input of the output head for the length of a call, where the model has such a module."""
+    """Change the input of the output head for the duration of a call, if the model has such a module."""
     head = _head(model)
     if head is None:
         yield

@@ -1,4 +1,4 @@
-"""Losses of blocks of a text by document, and their mean: what training and calibration are judged by."""
+"""Losses of a text's blocks by document, and their mean, for training and calibration."""
 
 from __future__ import annotations
 

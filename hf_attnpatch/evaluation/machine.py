@@ -1,4 +1,4 @@
-"""How fast a machine is, as a table: what an operation takes on it, and what a table must say for that."""
+"""The rates of a machine as a table: the time of an operation, and the points that it needs in the table."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Machine(Result):
     points: tuple[Point, ...]
 
     def seconds(self, op: Operation) -> float:
-        """Return what an operation's loop takes: arithmetic or memory, whichever takes longer.
+        """Return the time of an operation's loop: arithmetic or memory, whichever takes longer.
 
         Raises:
             EvaluationError: the table has no rate for it.
@@ -73,16 +73,16 @@ class Machine(Result):
         return self._streams(op) if op.kind in STREAMS else self._products(op)
 
     def reading(self, op: Operation) -> float:
-        """Return what reading an operation's inputs takes, however they are then multiplied."""
+        """Return the time of reading an operation's inputs, however they are multiplied."""
         dtype = _floating(op.dtype)
         return sum(n / self._nearest("reduce", dtype, {"set": _set(n, age)}).rate for n, age in op.reads)
 
     def moving(self, size: int, dtype: str) -> float:
-        """Return what a plain loop over so many bytes takes that no cache holds."""
+        """Return the time of a plain loop over this many bytes, which no cache holds."""
         return size / self._nearest("pointwise", dtype, {"set": LARGE}).rate
 
     def lacking(self, operations: Iterable[Operation]) -> list[tuple[str, str, tuple[tuple[str, int], ...]]]:
-        """Return which points (kind, dtype, size) operations need that are not in the table at their very size."""
+        """Return the points (kind, dtype, size) that operations need and the table lacks."""
         have = {(p.kind, p.dtype, p.size) for p in self.points}
         wanted = (point for op in operations for point in needs(op))
         return list(dict.fromkeys(point for point in wanted if point not in have))
@@ -103,7 +103,7 @@ class Machine(Result):
         return max(arithmetic, sum(n / self._nearest("copy", dtype, {"set": _set(n, age)}).rate for n, age in moved))
 
     def _streams(self, op: Operation) -> float:
-        """Return what a loop takes; a rate counts what is read, from as far as it is, and as much written."""
+        """Return the time of a loop; a rate includes reads, by their distance, and writes of the same size."""
         dtype = _floating(op.dtype)
         reading = sum(n / self._nearest(op.kind, dtype, {"set": _set(n, age)}).rate for n, age in op.reads if n)
         read = sum(n for n, _ in op.reads)
@@ -126,7 +126,7 @@ class Machine(Result):
 
 
 def needs(op: Operation) -> Iterator[tuple[str, str, tuple[tuple[str, int], ...]]]:
-    """Yield the points that say what an operation takes, at sizes rounded to where rates differ."""
+    """Yield the points that determine an operation's time, at sizes rounded to where rates differ."""
     dtype, size = _floating(op.dtype), dict(op.size)
     if op.kind == "matmul":
         yield op.kind, dtype, tuple(_product_size(size, op).items())
@@ -164,7 +164,7 @@ def _attention_size(size: Mapping[str, int], op: Operation) -> dict[str, int]:
 
 
 def _set(own: int, age: int) -> int:
-    """Return the working set, walked through again and again, in which a tensor is met as late as here."""
+    """Return the size of a cyclic working set in which a tensor would be reused as late as here."""
     half_octaves = round(2 * math.log2(max(own + age, 1)))
     return min(max(round(2 ** (half_octaves / 2)), SMALL), LARGE)
 
@@ -178,7 +178,7 @@ def _floating(dtype: str) -> str:
 
 
 def _distance(have: tuple[tuple[str, int], ...], want: Mapping[str, int]) -> float:
-    """Return how far apart two sizes are, in factors of e; a rate without a size is farther than any with one."""
+    """Return the distance of two sizes, in factors of e; a rate without a size is farther than any with one."""
     if not have:
         return math.inf
     return sum(abs(math.log((value + 1) / (want.get(name, value) + 1))) for name, value in have)

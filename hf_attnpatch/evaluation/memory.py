@@ -1,4 +1,4 @@
-"""Bytes: of a cache, of the weights that a step reads, of a process at its peak."""
+"""Memory in bytes: of a cache, of the weights that a step reads, of a process at its peak."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def held_tensors(cache: Any) -> list[Tensor]:
 
 
 def weight_bytes(model: nn.Module, batch: int) -> int:
-    """Return the bytes of weights that one step reads: all, but one row a sequence of an embedding that is no head."""
+    """Return the bytes of weights that one step reads: all but one row per sequence of an untied embedding."""
     tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     heads = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     rows = sum(batch * w.shape[1] * w.element_size() for w in tables)
@@ -33,7 +33,7 @@ def weight_bytes(model: nn.Module, batch: int) -> int:
 
 
 class Peak:
-    """The most memory that was in use between start and stop; all None where this system does not say.
+    """The largest memory in use between start and stop; all None if the system does not report it.
 
     Attributes:
         before: bytes in use at the start.
@@ -45,7 +45,7 @@ class Peak:
 
     @property
     def more(self) -> int | None:
-        """Bytes at the highest, above those of the start."""
+        """Bytes at the peak, above those at the start."""
         return None if self.bytes is None or self.before is None else self.bytes - self.before
 
 

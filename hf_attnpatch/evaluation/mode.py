@@ -1,4 +1,4 @@
-"""The state in which a model is measured."""
+"""Eval mode and device of a model that is measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..interruption import ensured, entered
 
 @contextlib.contextmanager
 def measuring(*models: nn.Module) -> Iterator[None]:
-    """Put models in eval mode without gradients, and each of their modules back in the mode that it had."""
+    """Put models in eval mode without gradients, and restore the mode of each module."""
     modes = [(module, module.training) for model in models for module in model.modules()]
 
     def put_back() -> None:
@@ -27,5 +27,5 @@ def measuring(*models: nn.Module) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the inputs of a model belong; Accelerate's hooks move them on where weights are offloaded."""
+    """Return the device for a model's inputs; Accelerate's hooks move them on if weights are offloaded."""
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))

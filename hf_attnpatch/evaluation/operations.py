@@ -1,4 +1,4 @@
-"""What a model computes at a length, operation by operation, without computing it.
+"""The operations of a model at a length, one by one, without computing them.
 
 The model is copied with parameters that have shapes and no data (torch's fake tensors), and run; every operation that
 torch is asked for is noted with what it reads, writes and multiplies. So the list is of this model, patched or not,
@@ -29,7 +29,7 @@ from .memory import held_bytes
 
 
 class Phantom:
-    """A copy of a model that has shapes and no data.
+    """A copy of a model with shapes and without data.
 
     Args:
         model: a transformers model, on any device and without weights too; not touched.
@@ -136,7 +136,7 @@ def without_data(model: nn.Module, device: str = "meta", *, attributes: bool = F
 
 @overriding("costing a decode step")
 class _Watched(DynamicCache):  # type: ignore[misc]  # transformers is not followed
-    """The cache that ``generate`` makes, which says when it is being updated."""
+    """The cache that ``generate`` makes; it announces its updates."""
 
     updating = False
 
@@ -150,7 +150,7 @@ class _Watched(DynamicCache):  # type: ignore[misc]  # transformers is not follo
 
 @overriding("costing a training step")
 class _Passing(DynamicCache):  # type: ignore[misc]
-    """A cache that keeps nothing: without any, transformers sees that tensors are fake and makes masks for safety."""
+    """A cache that keeps nothing: without one, transformers notices fake tensors and makes extra masks."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return key_states, value_states

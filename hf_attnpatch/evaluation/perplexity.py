@@ -1,4 +1,4 @@
-"""Perplexity by context length: does a model gain from what lies further back?
+"""Perplexity by context length: does a model benefit from tokens further back?
 
 Published protocols cannot be compared with each other: they predict other tokens at every length. Here the same last
 tokens of every document are predicted under growing context, so that a difference between lengths is the context's.
@@ -70,7 +70,7 @@ def perplexity(
     batch_tokens: int = 8192,
     resamples: int = 2000,
 ) -> LossByLength:
-    """Measure how well the last tokens of documents are predicted with more and more of what precedes them.
+    """Measure how well the last tokens of documents are predicted with more and more context.
 
     Every document weighs by its targets, of which all have as many. Logits are computed for the targets only.
 

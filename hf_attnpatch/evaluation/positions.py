@@ -1,4 +1,4 @@
-"""Loss by position: where in its context does a model begin to fail?"""
+"""Loss by position: where in its context does a model start to fail?"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .windows import Documents, Window, read_documents, window_losses
 
 @dataclass(frozen=True)
 class LossByPosition(Result):
-    """The loss of tokens by how many precede them.
+    """The loss of tokens by the number of tokens before them.
 
     Attributes:
         edges: bin ``i`` holds the tokens at positions ``edges[i]`` to ``edges[i + 1] - 1``; the first token of a

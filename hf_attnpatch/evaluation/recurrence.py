@@ -1,4 +1,4 @@
-"""Evaluation by recurrence (Transformer-XL, 1901.02860, section 3.2): states of what was read are used again.
+"""Evaluation by recurrence (Transformer-XL, 1901.02860, section 3.2): states of earlier segments are reused.
 
 Every token is read once and predicted with what a memory holds of all before it, where a sliding window would read the
 whole window again for each few tokens.

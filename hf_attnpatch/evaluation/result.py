@@ -1,4 +1,4 @@
-"""Results as JSON and back, so that what was measured once need not be measured again."""
+"""Results as JSON and back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Result(Shown):
     """A frozen dataclass of numbers, strings, tuples, dicts and other results."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what ``json.dumps`` takes; a dict becomes a list of pairs, for JSON has string keys only."""
+        """Return data for ``json.dumps``; a dict becomes a list of pairs, because JSON keys are strings."""
         fields = dataclasses.fields(self)  # type: ignore[arg-type]  # every subclass is a dataclass
         return {field.name: _plain(getattr(self, field.name)) for field in fields}
 

@@ -1,4 +1,4 @@
-"""What a pass of a model takes on a machine: the sum of its operations, by what they are for."""
+"""The time of a model's pass on a machine: the sum of its operations, by purpose."""
 
 from __future__ import annotations
 

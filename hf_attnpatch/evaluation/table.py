@@ -1,4 +1,4 @@
-"""Machines by their published figures: dense peak rates, so that times are bounds from below."""
+"""Machines by their published dense peak rates, which give lower bounds of times."""
 
 from __future__ import annotations
 

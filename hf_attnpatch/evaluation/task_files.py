@@ -60,7 +60,7 @@ def is_file(task: str | Path) -> bool:
 
 
 def specified(task: str | Path, known: Iterable[str], *, trusted: bool) -> str | dict[str, Any]:
-    """Return what lm-eval takes for a task: a known name, a file, or the content of a file with its data found.
+    """Return lm-eval's form of a task: a known name, a file, or the content of a file with its data located.
 
     Args:
         task: name of lm-eval, or a YAML file.
@@ -89,7 +89,7 @@ def specified(task: str | Path, known: Iterable[str], *, trusted: bool) -> str |
 
 
 def _trusted(path: Path) -> dict[str, Any] | None:
-    """Return the content of a file, or None where only lm-eval can read it: functions of its own."""
+    """Return the content of a file, or None if only lm-eval can read it because it contains functions."""
     try:
         content = yaml.safe_load(text_of(path, LARGEST_YAML))
     except yaml.YAMLError:
@@ -115,7 +115,7 @@ def _as_data(path: Path) -> dict[str, Any]:
 
 
 def _tags(text: str) -> Iterator[str]:
-    """Yield the tags of a YAML text, as far as it can be read: what is wrong with it is said by whoever loads it."""
+    """Yield the tags of a YAML text, as far as it can be parsed; the loader reports errors."""
     depth = 0
     try:
         for event in yaml.parse(text, yaml.SafeLoader):
@@ -156,7 +156,7 @@ def _check_templates(path: Path, key: str, value: Any) -> None:
 
 
 def _only_fields(template: str) -> bool:
-    """Whether a template does nothing but put fields of an example into text."""
+    """Return whether a template only inserts fields of an example into text."""
     from jinja2 import Environment, TemplateError, nodes
     from jinja2.defaults import DEFAULT_NAMESPACE
 

@@ -1,4 +1,4 @@
-"""Pieces of work timed in turns in one process, and ratios of their medians."""
+"""Times pieces of work in turns in one process, and computes ratios of their medians."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def nothing() -> None:
 
 @dataclass(frozen=True)
 class Work:
-    """What is timed, and what must happen before and after it that is not."""
+    """What is timed, and what has to happen before and after it without being timed."""
 
     run: Callable[[], object]
     before: Callable[[], None] = nothing
@@ -31,7 +31,7 @@ class Work:
 
 
 def clock() -> float:
-    """Return seconds: CPU time where one thread does everything, else wall time, once a CUDA device is done."""
+    """Return seconds: CPU time with one thread, else wall time after a CUDA device has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         return time.perf_counter()

@@ -1,4 +1,4 @@
-"""Windows of documents and their losses: what perplexity by length and loss by position have in common."""
+"""Windows of documents and their losses, for perplexity by length and loss by position."""
 
 from __future__ import annotations
 

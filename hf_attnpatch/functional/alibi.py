@@ -1,4 +1,4 @@
-"""ALiBi without a bias matrix: a few more dimensions of queries and keys, of which any attention kernel makes the bias.
+"""ALiBi without a bias matrix: a few extra dimensions of queries and keys give the bias in any attention kernel.
 
 Softmax ignores a constant for each query, so that the bias -m (i - j) may be written m j - c with any c, and m j is an
 inner product. What makes this exact in a narrow dtype (2108.12409 has the bias, not this):
@@ -6,7 +6,7 @@ inner product. What makes this exact in a narrow dtype (2108.12409 has the bias,
 * positions are split into digits that the dtype holds exactly (bfloat16 holds integers to 256), slopes into parts of
   eight bits, so that every product and every sum of one part is exact in the kernel's fp32 accumulator;
 * c is near m i, so that what is left for keys near the query is small and loses nothing to rounding;
-* these dimensions come first, so that the large terms have cancelled when the ordinary products are added.
+* these dimensions come first, so that the large terms cancel before the ordinary products are added.
 
 Everything is computed in fp64 and rounded once.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 BITS = 8  # significant bits of a part of a slope: times a position to 65 536, a product of 24 bits
 _SIGNIFICAND = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}
-_DIGIT = 256  # base of position digits where the dtype does not hold positions themselves
+_DIGIT = 256  # base of position digits, if the dtype cannot hold positions exactly
 _HIDE_QUERY, _HIDE_KEY = 2.0**12, -(2.0**15)  # their product, times the scale, hides a key; both fit into fp16
 
 
@@ -37,13 +37,13 @@ def slopes(num_heads: int) -> Tensor:
 
 
 def bias(slope: Tensor, queries: Tensor, keys: Tensor, clip: int | None = None) -> Tensor:
-    """The bias as a matrix, -slope |i - j|: what this module makes unnecessary, and its oracle.
+    """Return the bias as a matrix, -slope |i - j|; the reference for the extra dimensions.
 
     Args:
         slope: (heads,).
         queries: positions, (..., q).
         keys: positions, (k,).
-        clip: distances above it count as this one.
+        clip: larger distances count as this one.
 
     Returns:
         (..., heads, q, k), in the dtype of ``slope``.
@@ -65,7 +65,7 @@ def parts(values: Tensor, count: int, bits: int) -> list[Tensor]:
 
 
 def digits(positions: Tensor, length: int, dtype: torch.dtype) -> list[tuple[Tensor, float]]:
-    """Split positions below ``length`` into digits that the dtype holds exactly, each with what it counts for."""
+    """Split positions below ``length`` into digits that the dtype holds exactly, each with its place value."""
     if length <= 2 ** _SIGNIFICAND[dtype]:
         return [(positions.double(), 1.0)]
     found, weight, rest = [], 1.0, positions
@@ -78,17 +78,17 @@ def digits(positions: Tensor, length: int, dtype: torch.dtype) -> list[tuple[Ten
 def columns(
     slope: Tensor, scale: float, queries: Tensor, num_keys: int, dtype: torch.dtype, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The dimensions to put before those of queries and keys: their inner product, times ``scale``, is the bias.
+    """Return the extra dimensions of queries and keys; their inner product times ``scale`` is the bias.
 
-    Up to a constant for each query. Slopes stand on the query's side, so that grouped heads share their key.
+    The bias is exact up to a constant per query. Slopes are on the query's side, so that grouped heads share a key.
 
     Args:
         slope: (heads,), of the query heads; fp64.
-        scale: by which the kernel multiplies inner products.
-        queries: (batch or 1, q), index of the key at the same place; a wrong one costs precision, not correctness.
+        scale: factor of the kernel on inner products.
+        queries: (batch or 1, q), index of the key at the same position; a wrong one costs precision, not correctness.
         num_keys: how many keys there are; key j is at position j.
         dtype: of the queries and keys.
-        keep: (batch, k), bool: keys that are padding are hidden; None where there are none.
+        keep: (batch, k), bool: False hides a key that is padding; None if there is no padding.
 
     Returns:
         (batch or 1, heads, q, c) and (batch or 1, 1, k, c), c a multiple of 8.
@@ -100,9 +100,9 @@ def columns(
 
 
 def offset(slope: Tensor, scale: float, queries: Tensor, num_keys: int, dtype: torch.dtype) -> Tensor:
-    """What the columns, as rounded, give for the key at the query's own place instead of 0: (batch, heads, q), fp64.
+    """Return the value that the rounded columns give for the key at the query's own position instead of 0, fp64.
 
-    It is the same for all keys of a query, so that softmax ignores it; a log-sum-exp does not.
+    Shape (batch, heads, q). It is the same for all keys of a query: softmax ignores it, a log-sum-exp does not.
     """
     pairs = zip(*_pairs(slope, scale, queries, queries[:, None], num_keys, dtype), strict=True)
     return scale * sum((a.to(dtype).double() * b.to(dtype).double() for a, b in pairs), torch.zeros(()).double())
@@ -128,12 +128,12 @@ def _pairs(
 def bias_columns(
     biases: Tensor, scale: float, queries: Tensor, dtype: torch.dtype, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same for any bias that depends on head and key alone, such as a slope times a position, rounded.
+    """Return columns for any bias that depends on head and key only, such as a rounded slope times position.
 
     Args:
         biases: (batch or 1, heads, k).
-        scale: by which the kernel multiplies inner products.
-        queries: (batch or 1, q), index of a key that the query sees and whose bias is among its largest.
+        scale: factor of the kernel on inner products.
+        queries: (batch or 1, q), index of a visible key whose bias is among the query's largest.
         dtype: of the queries and keys.
         keep: as in :func:`columns`.
 
@@ -156,19 +156,19 @@ def bias_columns(
 
 
 def padding_columns(queries: Tensor, dtype: torch.dtype, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with no bias at all: padding is hidden, and that is all; (batch or 1, 1, q, c), (batch, 1, k, c)."""
+    """Return columns that only hide padding; (batch or 1, 1, q, c), (batch, 1, k, c)."""
     left, right = _hidden([], [], keep, torch.zeros(queries.shape, dtype=torch.float64, device=queries.device)[:, None])
     return _stacked(left, dtype), _stacked(right, dtype)
 
 
 def extended(query: Tensor, key: Tensor, value: Tensor, added: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Put columns before the dimensions of query and key, and zeros behind those of the value, to the same width.
+    """Prepend columns to query and key, and append zeros to the value, up to the same width.
 
     Args:
         query: (batch, heads, q, d).
-        key: (batch, kv heads, k, d), ``heads`` of them where the columns are the heads' own.
+        key: (batch, kv heads, k, d), with ``heads`` heads if the columns differ between heads.
         value: (batch, kv heads, k, d_v).
-        added: as :func:`columns` gives them.
+        added: the result of :func:`columns`.
     """
     left, right = (c.expand(t.shape[0], t.shape[1], -1, -1) for c, t in zip(added, (query, key), strict=True))
     query, key = torch.cat([left, query], -1), torch.cat([right, key], -1)

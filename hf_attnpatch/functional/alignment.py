@@ -1,7 +1,7 @@
-"""Heads turned towards each other before they are averaged, from weights alone (generalised Procrustes).
+"""Rotates heads towards each other before they are averaged, from weights alone (generalised Procrustes).
 
-Ainslie et al. (2305.13245) average heads as they are; Jin et al. (2412.20677) align them first, by the rotations that
-RoPE allows. Two heads that do the same in other bases then merge without loss.
+Ainslie et al. (2305.13245) average heads as they are; Jin et al. (2412.20677) first align them by the rotations that
+RoPE allows. Heads that compute the same in other bases then merge without loss.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ ROUNDS = 30
 
 
 def aligned(frame: Frame, rows: Tensor) -> Sharing:
-    """Average heads after turning each towards their mean: a phase for each plane, a rotation where nothing rotates.
+    """Average heads after rotating each towards their mean: by a phase per plane, or freely where nothing rotates.
 
     Args:
         frame: of the head.
         rows: (members, dim, in_features), float64.
 
-    Returns:
-        Maps whose reader is orthogonal: it turns queries as keys; for values its transpose belongs behind the output
+    Maps whose reader is orthogonal: it rotates queries like keys; for values its transpose belongs behind the output
+        projection.
         projection.
     """
     members, dim = rows.shape[:2]
@@ -34,7 +34,7 @@ def aligned(frame: Frame, rows: Tensor) -> Sharing:
 
 
 def _phases(frame: Frame, rows: Tensor) -> Tensor:
-    """Unit factors u, (planes, members), such that conj(u) times a member's plane agrees best with the others'."""
+    """Return unit factors u, (planes, members): conj(u) times a member's plane agrees best with the others'."""
     z = torch.complex(rows[:, frame.planes[:, 0]], rows[:, frame.planes[:, 1]]).transpose(0, 1)  # planes, members, in
     gram = z @ z.conj().transpose(1, 2)  # <z_i, z_j>
     u = torch.polar(torch.ones_like(gram.real[..., 0]), gram[..., 0].angle())
@@ -45,7 +45,7 @@ def _phases(frame: Frame, rows: Tensor) -> Tensor:
 
 
 def _rotations(rows: Tensor) -> Tensor:
-    """Orthogonal matrices (members, size, size) that turn each member's rows towards the mean of all turned ones."""
+    """Return orthogonal matrices (members, size, size) that rotate each member's rows towards the mean of all."""
     mean = rows[0]
     for _ in range(ROUNDS):
         u, _, v = torch.linalg.svd(mean @ rows.transpose(1, 2))

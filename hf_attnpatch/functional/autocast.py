@@ -1,8 +1,7 @@
-"""Kernels under ``torch.autocast``, which casts their operands when they are called: too late for further dimensions.
+"""Attention under ``torch.autocast``, which casts operands inside kernels: too late for the extra dimensions.
 
-Positions are split into as many numbers as the dtype needs that they are multiplied in. Where rotary angles leave
-queries and keys in float32, autocast would round what was split for float32; so they are cast first, and what is added
-to scores in float32 stays so.
+Positions are split into as many numbers as the dtype of the product needs. If rotary angles leave queries and keys in
+float32, autocast would round what was split for float32. So they are cast first, and float32 biases stay float32.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ Attention = Callable[Concatenate[Tensor, Tensor, Tensor, P], Tensor]
 
 
 def outside_autocast(attention: Attention[P]) -> Attention[P]:
-    """Make a function of queries, keys and values compute in the dtype that autocast chooses, and autocast nothing."""
+    """Make a function of queries, keys and values compute in autocast's dtype, with autocast disabled inside."""
 
     @functools.wraps(attention)
     def cast(query: Tensor, key: Tensor, value: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:

@@ -1,7 +1,7 @@
-"""What a merge of any group would keep, from one set of weighted second moments of all heads: eigenvalues, no maps.
+"""The energy that a merge of any group would keep: eigenvalues of one set of weighted second moments, without maps.
 
-The same figure as ``Sharing.energy`` of :func:`merging.calibrated_keys` and `calibrated_values`, without the
-weights, roots and maps of every group that is only asked about.
+The same figure as ``Sharing.energy`` of :func:`merging.calibrated_keys` and `calibrated_values`, without the weights,
+roots and maps of every candidate group.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What may be done to a head's queries, keys and values without changing attention, as linear maps.
+"""Linear transforms of a head's queries, keys and values that leave attention unchanged.
 
-Keys and queries of a head may be multiplied by any invertible matrix and its inverse transpose where nothing rotates
-them, and by one complex number per plane where RoPE does, for it commutes with the rotation. RoPE never touches values:
-any invertible matrix, undone by the output projection. A :class:`Frame` says which dimensions are of which kind.
+Where nothing rotates, keys and queries may be multiplied by any invertible matrix and its inverse transpose; where RoPE
+rotates, by one complex number per plane, which commutes with the rotation. RoPE never touches values: any invertible
+matrix, undone by the output projection. A :class:`Frame` tells which dimensions are of which kind.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Frame:
-    """The dimensions of a head by what may be done to them.
+    """The dimensions of a head by their allowed transforms.
 
     Attributes:
         planes: (number of planes, 2), the pairs of dimensions that RoPE rotates, each free up to a complex factor.
         block: (size,), dimensions that nothing rotates, free up to an invertible matrix.
-        fixed: (size,), dimensions on which nothing is known to be allowed.
+        fixed: (size,), dimensions for which no transform is known.
     """
 
     planes: Tensor
@@ -34,21 +34,21 @@ class Frame:
 
 
 def unrotated(dim: int) -> Frame:
-    """A head that nothing rotates: values anywhere; keys with learned positions, ALiBi, T5's bias or none."""
+    """Return the frame of a head without rotation: values in general; keys with learned positions, ALiBi or none."""
     return Frame(_none().view(0, 2), _range(0, dim), _none())
 
 
 def fixed(dim: int) -> Frame:
-    """A head about which nothing is known."""
+    """Return the frame of a head for which no transform is known."""
     return Frame(_none().view(0, 2), _none(), _range(0, dim))
 
 
 def rotary(dim: int, rotated: int, interleaved: bool) -> Frame:
-    """A head whose first ``rotated`` dimensions RoPE turns.
+    """Return the frame of a head whose first ``rotated`` dimensions RoPE rotates.
 
     Args:
         dim: of the head.
-        rotated: even; partial rotary leaves the others alone.
+        rotated: even; partial rotary leaves the other dimensions alone.
         interleaved: pairs (0, 1), (2, 3) ... as GPT-J has them, instead of (p, p + rotated / 2) as Llama has.
     """
     first = _range(0, rotated)
@@ -91,13 +91,12 @@ def block_map(matrices: Tensor, block: Tensor, dim: int) -> Tensor:
 
 
 def random_gauge(frame: Frame, generator: torch.Generator, spread: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Draw an allowed transform of keys and the one of queries that undoes it.
+    """Draw an allowed transform of keys, and the transform of queries that undoes it.
 
     Args:
         frame: of the head.
         generator: of random numbers.
-        spread: how far from a rotation: standard deviation of the logarithm of the factors; 0 draws unit phases and
-            orthogonal matrices.
+        spread: standard deviation of the logarithm of the factors; 0 draws unit phases and orthogonal matrices.
 
     Returns:
         (dim, dim) maps of keys and of queries in float64; their product, one transposed, is the identity.

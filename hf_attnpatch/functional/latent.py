@@ -174,21 +174,21 @@ def split(
     scale = _real(found.weight * found.held.clamp_min(1e-6), planes).flatten()  # of a key's two dimensions each
     rest = torch.eye(wide, dtype=torch.float64) - back @ key
     root, inverse = roots(seen.output)
-    values = torch.block_diag(*root) @ seen.states[wide:, wide:] @ torch.block_diag(*root)
+    values = _blocks(*root) @ seen.states[wide:, wide:] @ _blocks(*root)
     left = scale[:, None] * rest
     keys = left @ seen.states[:wide, :wide] @ left.t()
     whole = _real(found.weight, planes).flatten().square() @ seen.states[:wide, :wide].diagonal()
     some = float(keys.trace()) > NOTHING * float(whole)  # else all that is left is rounding
     strength = share * float(keys.trace()) ** -0.5 if some else 0.0
     size_v = max(float(values.trace()), 1e-300) ** -0.5
-    tall = torch.block_diag(strength * left, size_v * torch.block_diag(*root))
+    tall = _blocks(strength * left, size_v * _blocks(*root))
     moments = tall @ seen.states @ tall.t()
     energies, vectors = torch.linalg.eigh(moments)
     top = vectors[:, -rank:]
     spread = energies[-rank:].clamp_min(TINY * energies[-1].clamp_min(1e-300)) ** 0.25  # shared by both sides
     latent = (top / spread).t() @ tall
     up_k = (top[:wide] * spread) / (strength * scale[:, None]) if some else torch.zeros_like(top[:wide])
-    up_v = torch.block_diag(*inverse) @ (top[wide:] * spread) / size_v
+    up_v = _blocks(*inverse) @ (top[wide:] * spread) / size_v
     lost = _lost(moments, top, wide)
     return Split(
         key=key,
@@ -200,6 +200,11 @@ def split(
         value=seen.mean[wide:].view(heads, size)[owner],
         energy=(1 - lost[0] * float(keys.trace() / whole.clamp_min(1e-300)), 1 - lost[1]),
     )
+
+
+def _blocks(*parts: Tensor) -> Tensor:
+    """Return the block-diagonal matrix of some matrices."""
+    return torch.block_diag(*parts)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _lost(moments: Tensor, top: Tensor, keys: int) -> tuple[float, float]:

@@ -1,7 +1,7 @@
-"""Attention over a union of disjoint sets of keys, from attention over each of them: the log-sum-exp merge.
+"""Merges attention over disjoint sets of keys by log-sum-exp.
 
-A flash kernel gives, beside its output, the log of the sum of its exponentiated scores. Two such pairs over disjoint
-keys make the pair over both, exactly (2205.14135, section 3.1). It is done in fp32 whatever the dtype of the outputs.
+A flash kernel returns the log of the sum of exponentiated scores beside its output. Two such pairs over disjoint keys
+give the pair over both, exactly (2205.14135, section 3.1). Computed in fp32 whatever the dtype of the outputs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Several heads become one: the best linear maps, from weights alone or from covariances, in closed form.
+"""Merges several heads into one by the best linear maps, from weights alone or from covariances, in closed form.
 
 A merge replaces the keys k_j of the members of a group by one, s = sum_j shared[j] k_j, and the queries of member j by
 reader[j] q; or the values by one, s = sum_j shared[j] v_j, and the output projection W_j of member j by W_j reader[j].
@@ -19,13 +19,13 @@ RIDGE = 1e-9  # of a covariance's mean eigenvalue: keeps roots invertible, moves
 
 @dataclass(frozen=True)
 class Sharing:
-    """How the members of one group come to share a key (or a value).
+    """The maps by which the members of one group share a key (or a value).
 
     Attributes:
         shared: (members, dim, dim): the shared vector is the sum of shared[j] times member j's.
         reader: (members, dim, dim): applied to the member's queries; for values, the member's part of the output
             projection is multiplied by it from the right.
-        energy: share of the weighted energy that is kept, in [0, 1]; nan where no covariance was at hand.
+        energy: share of the weighted energy that is kept, in [0, 1]; nan without a covariance.
     """
 
     shared: Tensor
@@ -34,7 +34,7 @@ class Sharing:
 
 
 def calibrated_keys(frame: Frame, keys: Tensor, means: Tensor, queries: Tensor) -> Sharing:
-    """The shared key that keeps most of the scores' energy: complex PCA in each plane, PCA where nothing rotates.
+    """Return the shared key that keeps most of the scores' energy: complex PCA in each plane, PCA elsewhere.
 
     In a plane, score = Re conj(c) z e^(i t) with c the query's and z the key's coordinate; the group's keys, each
     weighted by the root of its queries' energy, are replaced by their first principal component over the members. On
@@ -91,7 +91,7 @@ def _block(
 
 
 def kept(frame: Frame, states: Tensor, weights: Tensor) -> Part:
-    """The mean, on dimensions that allow nothing; each counts by its weight, (members, dim, dim), on the diagonal."""
+    """Return the mean on dimensions without a transform, each weighted by the diagonal of (members, dim, dim)."""
     members, dim = states.shape[:2]
     eye = block_map(torch.eye(len(frame.fixed), dtype=states.dtype), frame.fixed, dim).expand(members, dim, dim)
     moments = states[:, frame.fixed][:, :, :, frame.fixed].diagonal(dim1=1, dim2=3)  # members, members, size
@@ -103,7 +103,7 @@ def kept(frame: Frame, states: Tensor, weights: Tensor) -> Part:
 
 
 def calibrated_values(frame: Frame, values: Tensor, output: Tensor) -> Sharing:
-    """The shared value that keeps most of what the heads put out: weighted PCA of attended values.
+    """Return the shared value that keeps most of the heads' output: weighted PCA of attended values.
 
     Minimises sum_j E |W_j (y_j - reader_j s)|^2 over all linear s = sum_j shared_j y_j. (Letting every query head weigh
     with its own covariance, by alternating least squares, was tried and moved the loss by less than 0.01.)
@@ -129,11 +129,11 @@ def calibrated_values(frame: Frame, values: Tensor, output: Tensor) -> Sharing:
 
 
 def refit(heads: Tensor, residual: Tensor, ridge: float = 1e-6) -> Tensor:
-    """What to add to the output projection so that it gives the residual as well as it can: ridge regression.
+    """Return the ridge regression of the residual on the heads, to be added to the output projection.
 
     Args:
-        heads: Z^T Z, (width, width), of what the converted heads give.
-        residual: R^T Z, (out_features, width), R the original output less the converted one.
+        heads: Z^T Z, (width, width), of the converted heads' output.
+        residual: R^T Z, (out_features, width), with R the original output minus the converted one.
         ridge: of the mean of Z's energies.
     """
     damped = heads + ridge * heads.diagonal().mean().clamp_min(1e-300) * torch.eye(len(heads), dtype=heads.dtype)
@@ -142,7 +142,7 @@ def refit(heads: Tensor, residual: Tensor, ridge: float = 1e-6) -> Tensor:
 
 
 def _ratio(wanted: Tensor, found: Tensor) -> Tensor:
-    """Return wanted / found, and 1 where there is nothing (dead heads)."""
+    """Return wanted / found, and 1 for dead heads."""
     return torch.where((wanted > 0) & (found > 0), wanted / found.clamp_min(1e-300), torch.ones_like(found))
 
 

@@ -1,4 +1,4 @@
-"""Which heads should share: partitions of heads into groups of one size that lose least."""
+"""Finds the partition of heads into groups of one size that loses least."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 Group = tuple[int, ...]
 Loss = Callable[[Group], float]
-EXACT = 8  # heads up to which all partitions are tried: 105 into pairs, 35 into fours
+EXACT = 8  # up to this many heads all partitions are tried: 105 into pairs, 35 into fours
 
 
 def adjacent(heads: int, groups: int) -> list[Group]:
@@ -19,12 +19,12 @@ def adjacent(heads: int, groups: int) -> list[Group]:
 def similar(heads: int, groups: int, loss: Loss) -> list[Group]:
     """Return the partition of least total loss: exact for pairs and up to 8 heads.
 
-    Otherwise greedy, then by swaps, for the least sum over the pairs within groups, which asks for pairs only.
+    Otherwise greedy, then improved by swaps, minimising the sum over pairs within groups.
 
     Args:
         heads: how many there are.
         groups: how many groups of equal size are wanted.
-        loss: of a group, members ascending; asked once for each.
+        loss: of a group, members ascending; called once for each.
     """
     size = heads // groups
     memory: dict[Group, float] = {}
@@ -85,7 +85,7 @@ def _greedy(heads: int, size: int, loss: Loss) -> list[Group]:
 
 
 def _swapped(groups: list[Group], loss: Loss) -> list[Group]:
-    """Swap two heads of two groups for as long as that helps."""
+    """Swap heads of two groups as long as the loss decreases."""
     better = True
     while better:
         better = False

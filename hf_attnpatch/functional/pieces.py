@@ -17,12 +17,12 @@ from torch import Tensor
 
 from . import flash
 from .merge import merge
-from .rerotation import Turning
+from .rerotation import RotaryPlanes
 
 ALL, CAUSAL, TURNED = "all", "causal", "turned"
 BLOCK = 128  # queries of a triangle: a kernel computes the whole square
 WIDE = 768  # queries of a rectangle: from here on the CPU's kernel takes 256 of them at a time
-Turn = Callable[[Tensor], Tensor] | None  # position -> by how much its states are turned; None leaves them
+Shift = Callable[[Tensor], Tensor] | None  # position -> by how much its states are turned; None leaves them
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Step:
 
     queries: tuple[int, int]
     pieces: tuple[Piece, ...]
-    query_turns: tuple[Turn, ...] = (None,)
-    key_turns: tuple[Turn, ...] = (None,)
+    query_turns: tuple[Shift, ...] = (None,)
+    key_turns: tuple[Shift, ...] = (None,)
 
 
 def whole(queries: tuple[int, int], first: int = 0) -> Iterator[Piece]:
@@ -100,7 +100,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     steps: Sequence[Step],
-    turning: Turning,
+    turning: RotaryPlanes,
     scale: float,
     gap: tuple[int, int] = (0, 0),
 ) -> Tensor:
@@ -130,7 +130,12 @@ def attend(
 
 
 def scores(
-    query: Tensor, key: Tensor, steps: Sequence[Step], turning: Turning, scale: float, gap: tuple[int, int] = (0, 0)
+    query: Tensor,
+    key: Tensor,
+    steps: Sequence[Step],
+    turning: RotaryPlanes,
+    scale: float,
+    gap: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """Write the scores out, (batch, heads, q, k), -inf for what is not seen: the dense way, and what kernels keep.
 
@@ -160,7 +165,7 @@ def _reach(step: Step, turn: int) -> int:
     return max((piece.keys[1] for piece in step.pieces if piece.key_turn == turn), default=0)
 
 
-def _turned(states: Tensor, first: int, turn: Turn, turning: Turning) -> Tensor:
+def _turned(states: Tensor, first: int, turn: Shift, turning: RotaryPlanes) -> Tensor:
     if turn is None:
         return states
     places = torch.arange(first, first + states.shape[2], device=states.device)

@@ -1,4 +1,4 @@
-"""Attention as the formula has it, in fp64, every score in memory: what everything faster is compared with."""
+"""Attention as in the formula, in fp64, with every score in memory: the reference for all kernels."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def rotated(
     interleaved: bool = False,
     first: int = 0,
 ) -> Tensor:
-    """Attention of unrotated states, each pair of them turned by its own distance times each frequency.
+    """Return attention of unrotated states, each pair rotated by its own distance times each frequency.
 
     Args:
         query: (batch, heads, q, d).
@@ -62,7 +62,7 @@ def rotated(
         scale: on the inner products.
         mask: (q, k), bool, True where a query sees a key.
         interleaved: whether a plane is two neighbouring dimensions rather than two that are ``planes`` apart.
-        first: the dimension at which the turned ones begin.
+        first: the first rotated dimension.
 
     Returns:
         (batch, heads, q, d_v), fp64.

@@ -55,13 +55,13 @@ def query_columns(query: Tensor, v: Tensor, weight: Tensor, places: Tensor, thet
 
 
 def key_columns(num_keys: int, size: int, theta: float, device: torch.device | None = None) -> Tensor:
-    """What stands on the key's side, (1, 1, num_keys, size), fp64: cosines of its place, then sines."""
+    """Return the key's side, (1, 1, num_keys, size), fp64: cosines of its position, then sines."""
     sines, cosines = encoding(torch.arange(num_keys, device=device), size, theta).chunk(2, -1)
     return torch.cat([cosines, sines], -1)[None, None]
 
 
 def bias_rows(query: Tensor, v: Tensor, weight: Tensor, places: Tensor, num_keys: int, theta: float) -> Tensor:
-    """The position term as rows of a matrix, (batch, heads, q, num_keys), fp32 or wider; before scaling.
+    """Return the position term as a matrix, (batch, heads, q, num_keys), fp32 or wider; before scaling.
 
     The arguments are those of :func:`query_columns`.
     """
@@ -71,19 +71,19 @@ def bias_rows(query: Tensor, v: Tensor, weight: Tensor, places: Tensor, num_keys
 
 
 def recency(slope: Tensor, scale: float, size: int, theta: float, reach: int, deepest: float = 12.0) -> Tensor:
-    """The weights of R, for each head, whose sum is nearest to ALiBi's bias: -slope times distance.
+    """Return the weights of R, for each head, whose sum is closest to ALiBi's bias: -slope times distance.
 
-    By least squares over all distances below ``reach``, near ones counting more (1 / (1 + distance)), up to a constant,
-    which softmax ignores; a bias below ``-deepest`` counts as that: its key gets no attention either way. A small ridge
-    keeps the weights such that narrow dtypes hold them well enough.
+    Least squares over all distances below ``reach``, weighted by 1 / (1 + distance), up to a constant, which softmax
+    ignores; a bias below ``-deepest`` is clipped there, since its key gets no attention either way. A small ridge keeps
+    the weights representable in narrow dtypes.
 
     Args:
         slope: (heads,), fp64.
-        scale: by which scores are multiplied.
+        scale: factor on the scores.
         size: dimensions of R.
         theta: base of the wavelengths.
         reach: in tokens.
-        deepest: the least bias that matters, in nats.
+        deepest: the smallest bias that matters, in nats.
 
     Returns:
         (heads, size), fp64.

@@ -1,8 +1,8 @@
-"""Rotary states turned further: what was rotated for one position becomes what another position would have made of it.
+"""Rotates rotary states further: from the position for which they were rotated to another.
 
-Rotations of a plane add up, so that keys stay in the cache as the model rotated them, and attention that sees some of
-them at other distances turns them by the difference (2104.09864, section 3.2). The angle is reduced in fp64, so that
-a position of any size costs no precision, and applied in fp32.
+Rotations of a plane add up. Keys therefore stay in the cache as the model rotated them, and attention that sees them at
+other distances rotates them by the difference (2104.09864, section 3.2). The angle is reduced in fp64, so that large
+positions cost no precision, and applied in fp32.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_BLOCK = 256  # states that are turned at once
+_BLOCK = 256  # states that are rotated at once
 Table = tuple[Tensor, Tensor]  # cosines and sines, (..., n, planes)
 
 
 @dataclass(frozen=True, eq=False)
-class Turning:
-    """Which planes of a head turn, and how fast.
+class RotaryPlanes:
+    """The rotated planes of a head, and their frequencies.
 
     Attributes:
         frequencies: (planes,), radians per position.
-        interleaved: whether a plane is two neighbouring dimensions; otherwise its second lies ``planes`` further on.
-        first: the dimension at which the turned ones begin.
+        interleaved: whether a plane is two adjacent dimensions; otherwise its second one is ``planes`` further.
+        first: the first rotated dimension.
     """
 
     frequencies: Tensor
@@ -32,7 +32,7 @@ class Turning:
     first: int = 0
 
     def table(self, by: Tensor, dtype: torch.dtype = torch.float32) -> Table:
-        """Cosines and sines of turning by so many positions.
+        """Return cosines and sines for a rotation by this many positions.
 
         Args:
             by: (..., n), any real numbers.
@@ -43,7 +43,7 @@ class Turning:
         return angles.cos(), angles.sin()
 
     def turn(self, states: Tensor, table: Table) -> Tensor:
-        """Turn states.
+        """Rotate states.
 
         Args:
             states: (batch, heads, n, d).
@@ -66,9 +66,9 @@ class Turning:
         return torch.cat([before, whole, after], -1) if states.shape[-1] > 2 * planes else whole
 
     def turn_first(self, states: Tensor, table: Table) -> Tensor:
-        """Turn as many of the first states as the table has, and leave those behind them; see :meth:`turn`.
+        """Rotate the first states, as many as the table has, and leave those behind them; see :meth:`turn`.
 
-        Without gradients, some at a time, so that they are still in the processor's cache for the second half of it.
+        Without gradients, in blocks that stay in the processor's cache.
         """
         count, planes, last = table[0].shape[-2], table[0].shape[-1], self.first + 2 * table[0].shape[-1]
         if torch.is_grad_enabled() or states.dtype != table[0].dtype:

@@ -1,7 +1,7 @@
 """Rotary frequencies as plain functions of a vector of inverse frequencies.
 
-Independent of transformers, so that it can serve as its oracle, and acting on *any* frequencies, so that a scaling
-can be put on top of one that is already there. Frequencies are in radians per position, fp32, shape (rotary_dim / 2,).
+Independent of transformers, so that it can serve as its reference, and defined on *any* frequencies, so that one
+scaling can be applied on top of another. Frequencies are in radians per position, fp32, shape (rotary_dim / 2,).
 """
 
 import math

@@ -1,8 +1,8 @@
 """Segment-level recurrence (Transformer-XL, 1901.02860, section 3.2) as arithmetic on token numbers.
 
 A row of tokens is cut into segments. A query sees its own segment up to itself and the last ``memory`` tokens before
-the segment begins, so that a layer's mask is a function of two token numbers. Everything else (a cache, padding, rows
-that stand elsewhere in their documents) is a matter of which numbers the queries and keys at hand have.
+the segment, so that a layer's mask is a function of two token numbers. Everything else (a cache, padding, rows at other
+places in their documents) only determines the numbers of the queries and keys.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NOBODY = -1  # the number of what is no token: padding, and places in a memory that hold nothing yet
+NOBODY = -1  # the number of padding, and of empty places in a memory
 
 
 @dataclass(frozen=True)
 class Segments:
-    """How rows are cut.
+    """How rows are cut into segments.
 
     Attributes:
         length: of a segment in tokens.
         memory: tokens before its segment that a query sees.
-        sinks: first tokens of a row that every query sees, however far back they are.
+        sinks: first tokens of a row that every query sees, however far back.
     """
 
     length: int
@@ -34,7 +34,7 @@ class Segments:
         return number.div(self.length, rounding_mode="floor") * self.length
 
     def visible(self, query: Tensor, key: Tensor) -> Tensor:
-        """Say who sees whom.
+        """Return which keys each query sees.
 
         Args:
             query: token numbers, (batch or 1, q), int64.
@@ -46,11 +46,11 @@ class Segments:
         return (key[:, None] >= self.oldest(query)[..., None]) & (key[:, None] <= query[..., None])
 
     def oldest(self, query: Tensor) -> Tensor:
-        """Return the number of the first token that each query sees, sinks apart; shape as given."""
+        """Return the number of the first token that each query sees, without sinks; shape as given."""
         return (self.start(query) - self.memory).clamp(min=0)
 
     def recalled(self, query: Tensor, sink: Tensor) -> Tensor:
-        """Say who sees which sink only because it is one: (batch or 1, q), (batch or 1, sinks) -> (.., q, sinks)."""
+        """Return which sinks a query sees only as sinks: (batch or 1, q), (batch or 1, sinks) -> (.., q, sinks)."""
         return (sink != NOBODY)[:, None] & (sink[:, None] < self.oldest(query)[..., None])
 
     def drawn_near(self, query: Tensor, sink: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class Segments:
         return torch.maximum(sink, self.oldest(query) - self.sinks + sink)
 
     def mask(self, tokens: int) -> Tensor:
-        """The mask of a whole text at once, (tokens, tokens), bool: blocks, each with a window before it."""
+        """Return the mask of a whole text, (tokens, tokens), bool: blocks, each with a window before it."""
         number = torch.arange(tokens)[None]
         seen = self.visible(number, number)[0]
         seen[:, : self.sinks] |= self.recalled(number, number[:, : self.sinks])[0]
@@ -70,7 +70,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class Piece:
-    """Neighbouring queries of one call that attend together.
+    """Adjacent queries of one call that attend together.
 
     Attributes:
         start: first query, a column of the call.

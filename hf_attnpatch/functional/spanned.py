@@ -12,8 +12,8 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from .pieces import Step, scores, whole
 from .pieces import attend as attend_pieces
-from .rerotation import Table, Turning
-from .spans import Span
+from .rerotation import RotaryPlanes, Table
+from .spans import Remapping
 
 FEW = 4  # queries that are cheaper one by one, each with the keys turned towards it
 
@@ -59,7 +59,7 @@ def read_rows(places: Tensor, queries: int) -> list[Row]:
     end = ends.max()
     lead = torch.where(there.any(1), there.to(torch.uint8).argmax(1), end)
     first = places.gather(1, torch.maximum(lead, end - queries).clamp(max=places.shape[1] - 1)[:, None])[:, 0]
-    last = places.gather(1, (end - 1).expand(len(places))[:, None])[:, 0]
+    last = places.gather(1, (end - 1).clamp(min=0).expand(len(places))[:, None])[:, 0]
     strays = there & (places != index - lead[:, None])  # behind a gap
     jump = strays.to(torch.uint8).argmax(1)
     gap = (
@@ -70,18 +70,13 @@ def read_rows(places: Tensor, queries: int) -> list[Row]:
     return [Row(a, b, c, d, (e, f)) for a, b, c, d, e, f in torch.stack(columns, 1).tolist()]
 
 
-def all_plain(places: Tensor, span: Span) -> bool:
-    """Whether every query sees everything at its distance."""
-    return int(places.max()) < span.plain
-
-
 def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     places: Tensor,
-    span: Span,
-    turning: Turning,
+    span: Remapping,
+    turning: RotaryPlanes,
     scale: float,
     steps: Sequence[Towards] | None = None,
 ) -> Tensor:
@@ -110,7 +105,7 @@ def attend(
     return _by_row(query, key, value, places, run)
 
 
-def weights(query: Tensor, key: Tensor, places: Tensor, span: Span, turning: Turning, scale: float) -> Tensor:
+def weights(query: Tensor, key: Tensor, places: Tensor, span: Remapping, turning: RotaryPlanes, scale: float) -> Tensor:
     """Scores of every query and key, (batch, heads, q, k), -inf where it is not seen; see :func:`attend`."""
 
     def run(row: Row, query: Tensor, key: Tensor, _: Tensor) -> Tensor:
@@ -151,7 +146,7 @@ def _by_row(
     return torch.cat([out for _, out in found])[order.argsort()]
 
 
-def _steps(row: Row, span: Span) -> list[Step]:
+def _steps(row: Row, span: Remapping) -> list[Step]:
     steps, first = [], row.first
     if first < span.plain:
         here = (first, min(span.plain, row.last))
@@ -160,10 +155,10 @@ def _steps(row: Row, span: Span) -> list[Step]:
     return steps + list(span.steps(first, row.last)) if first < row.last else steps
 
 
-def towards(places: Tensor, queries: int, span: Span, turning: Turning, dtype: torch.dtype) -> list[Towards]:
+def towards(places: Tensor, queries: int, span: Remapping, turning: RotaryPlanes, dtype: torch.dtype) -> list[Towards]:
     """Return for each of few queries how the keys are turned to where it sees them; see :func:`attend`."""
-    last, padded = (places >= 0).any(0).nonzero().max(), bool((places[:, 0] < 0).any())
-    end = int(last) + 1
+    index, padded = torch.arange(1, places.shape[1] + 1, device=places.device), bool((places[:, 0] < 0).any())
+    end = max(queries, int(torch.where((places >= 0).any(0), index, 0).max()))
     found = []
     for stop in range(end - queries + 1, end + 1):
         here, there = places[:, stop - 1 : stop].clamp(min=0), places[:, :stop]
@@ -180,7 +175,7 @@ def towards(places: Tensor, queries: int, span: Span, turning: Turning, dtype: t
 
 
 def _one_by_one(
-    query: Tensor, key: Tensor, value: Tensor, steps: Sequence[Towards], turning: Turning, scale: float
+    query: Tensor, key: Tensor, value: Tensor, steps: Sequence[Towards], turning: RotaryPlanes, scale: float
 ) -> Tensor:
     """Turn the keys to where each query sees them, and call torch's kernel: no merge, and rows need no sorting out."""
     outs = []

@@ -1,8 +1,8 @@
-"""Distances that a rotary model can bear, however far a key is: the definitions, and how they come out of flash calls.
+"""Position remappings for rotary models: the distance at which a query sees each key, and the flash calls for it.
 
-Each kind says at which distance a query at position i sees the key at position j (`distance`, `sees`), and lists pieces
-of the score matrix within which that is a turn of the queries and a turn of the keys (`steps`). Queries before
-`plain` see everything as it is: inputs that a model was trained for are computed as they always were, bit for bit.
+Each kind gives the distance at which a query at position i sees the key at position j (`distance`, `sees`), and lists
+pieces of the score matrix in which that is a rotation of the queries and one of the keys (`steps`). Queries before
+`plain` see true distances: inputs within the trained length are computed as before, bit for bit.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from torch import Tensor
 from .pieces import Piece, Step, far, near, whole
 
 
-class Span(Protocol):
+class Remapping(Protocol):
     """How far a query sees each key to be."""
 
     @property
     def plain(self) -> int:
-        """Queries before this position see distances as they are."""
+        """Queries before this position see true distances."""
 
     def distance(self, query: Tensor, key: Tensor) -> Tensor:
-        """Return at which distance a query at one position sees the key at another, fp64, broadcast."""
+        """Return the distance at which a query at one position sees the key at another, fp64, broadcast."""
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor | None:
-        """Return which of the keys before it the query sees, broadcast; None for all of them."""
+        """Return which of the keys before it the query sees, broadcast; None for all."""
 
     def still(self, query: int) -> int:
-        """Return how many keys, the query's own and those next before it, it sees at their distance."""
+        """Return how many keys, the query's own and those just before it, it sees at their true distance."""
 
     def steps(self, first: int, last: int) -> Iterator[Step]:
-        """Yield what to compute for queries from ``first`` to before ``last``, all beyond ``plain``."""
+        """Yield the steps for queries from ``first`` to before ``last``, all beyond ``plain``."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Grouped:
     Attributes:
         window: distances below it are as they are.
         group: positions that become one.
-        plain: see :class:`Span`.
+        plain: see :class:`Remapping`.
     """
 
     window: int
@@ -78,7 +78,7 @@ class Clipped:
     Attributes:
         window: distances below it are as they are.
         leak: by how much distance grows with each token beyond it; 0 clips.
-        plain: see :class:`Span`.
+        plain: see :class:`Remapping`.
     """
 
     window: int
@@ -108,7 +108,7 @@ class Clipped:
 
 @dataclass(frozen=True)
 class Bifocal:
-    """Jet-Long: near as it is, beyond that positions shared by as many tokens as the query's own position needs.
+    """Jet-Long: true distances near by; beyond, groups whose size follows from the query's own position.
 
     The authors take the group from the length of the text so far (G = ceil(L / trained)), so that it grows while a
     text is written and tokens in the cache were read under another; here each query takes its own, which is theirs for
@@ -169,7 +169,7 @@ class Chunked:
     Attributes:
         chunk: tokens of a chunk.
         local: tokens over which the distance to the chunk before is exact.
-        plain: see :class:`Span`.
+        plain: see :class:`Remapping`.
     """
 
     chunk: int

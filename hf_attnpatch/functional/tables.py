@@ -1,4 +1,4 @@
-"""Longer position tables from trained ones: (rows, width) -> (length, width), the first rows as they were."""
+"""Lengthens trained position tables: (rows, width) -> (length, width), with the trained rows first."""
 
 from __future__ import annotations
 

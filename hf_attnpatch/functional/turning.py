@@ -1,7 +1,7 @@
-"""Rotating states by angles, and the sinusoid that is added: position schemes as plain functions of positions.
+"""Rotation of states by angles, and the additive sinusoid, as functions of positions.
 
-Angles are made in fp32 or wider whatever the states' dtype, and rounded last: in bf16 they would lose the property that
-a score depends on the distance alone.
+Angles are computed in fp32 or wider whatever the states' dtype, and rounded last: in bf16 scores would no longer depend
+on the distance alone.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def turned(states: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) 
         states: queries or keys, (batch, heads, length, head_dim).
         cos: (batch or 1, 1, length, rotary_dim / 2), fp32.
         sin: the same.
-        interleaved: whether dimensions 2i and 2i + 1 are a pair, as in the paper and GPT-J; otherwise i and
-            i + rotary_dim / 2 are, as in GPT-NeoX and Llama.
+        interleaved: whether dimensions 2i and 2i + 1 form a pair, as in the paper and GPT-J; otherwise i and
+            i + rotary_dim / 2 do, as in GPT-NeoX and Llama.
     """
     width = 2 * cos.shape[-1]
     part = states[..., :width]

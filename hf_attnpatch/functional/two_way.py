@@ -1,4 +1,4 @@
-"""Attention that looks both ways with a bias by distance: two causal passes of a flash kernel, merged.
+"""Bidirectional attention with an ALiBi bias: two causal passes of a flash kernel, merged.
 
 |i - j| has full rank, so that no few dimensions make it; but among past keys it is i - j and among later keys j - i,
 and each of them is an inner product (:mod:`.alibi`). The later keys are the past of the reversed sequence.
@@ -37,7 +37,11 @@ def two_way(
     """
     length, width = query.shape[2], value.shape[-1]
     behind = None if keep is None else keep[:, 1:].flip(1)
-    turned = (query[:, :, :-1].flip(2), key[:, :, 1:].flip(2), value[:, :, 1:].flip(2))  # each sees what follows it
+    turned = (
+        query[:, :, :-1].flip(2),
+        key[:, :, 1:].flip(2),
+        value[:, :, 1:].flip(2),
+    )  # each sees the keys after it
     states: list[Tensor] = []
     shifts = []
     for pair, n, kept in (((query, key, value), length, keep), (turned, length - 1, behind)):

@@ -1,1 +1,1 @@
-"""Sharing key-value heads: measure, choose groups, merge, refit, refine, put in place."""
+"""Conversion to shared key-value heads: calibration, grouping, merging, refitting, refinement and the edits."""

@@ -1,7 +1,7 @@
-"""What a conversion must know of a model: second moments of queries, keys and attended values, never activations.
+"""Collects the second moments of queries, keys and attended values that a conversion needs; never activations.
 
-One pass over the text for as many attention modules as fit in `MEMORY`; a deeper model takes more passes, not more
-memory. Each forward is the model's own, seen through hooks, so kernels, ``device_map`` and offloading do not matter.
+One pass over the text serves as many attention modules as fit into `MEMORY`; a deeper model takes more passes, not more
+memory. Forwards are the model's own, observed through hooks, so that kernels, ``device_map`` and offloading work.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ..sites import Site
 from ..upstream import words
 from ..upstream.roles import columns, roles_of
 from .calibration_text import Batch
-from .replay import Call, See, Socket, Streams, recording
+from .replay import Call, Observer, Streams, Taps, recording
 
-MEMORY = 400_000_000  # bytes of statistics held at a time
-VALUE_TOKENS = 8192  # enough for values, whose merge loses little; each needs attention once for every key-value head
+MEMORY = 400_000_000  # bytes of statistics in memory at a time
+VALUE_TOKENS = 8192  # enough for values, whose merge loses little; each costs one attention per key-value head
 
 
 @dataclass
@@ -36,9 +36,10 @@ class Moments:
         query: q q^T, (num_heads, head_dim, head_dim), before RoPE.
         key: k k^T, (num_kv_heads, head_dim, num_kv_heads, head_dim), before RoPE.
         mean: k, (num_kv_heads, head_dim).
-        value: y y^T of all values averaged by a head's attention, (num_kv_heads * v_head_dim,) twice, over all heads.
-        tokens: how many.
-        attended: of how many the values were seen; a second moment of values needs fewer.
+        value: y y^T of all values averaged by each head's attention, (num_kv_heads * v_head_dim,) twice, over all
+            heads.
+        tokens: their number.
+        attended: number of tokens whose values were seen; second moments of values need fewer.
     """
 
     query: Tensor
@@ -50,7 +51,7 @@ class Moments:
 
     @classmethod
     def zeros(cls, site: Site) -> Moments:
-        """Return the sums of no tokens."""
+        """Return the sums over no tokens."""
         h, kv, d, wide = site.num_heads, site.num_kv_heads, site.head_dim, site.num_kv_heads * site.v_head_dim
         return cls(_zeros(h, d, d), _zeros(kv, d, kv, d), _zeros(kv, d), _zeros(wide, wide))
 
@@ -77,7 +78,7 @@ def _zeros(*shape: int) -> Tensor:
 
 
 def chunks(sites: Sequence[Site], size: Callable[[Site], int]) -> Iterator[list[Site]]:
-    """Yield runs of attention modules whose statistics fit in memory together; at least one at a time."""
+    """Yield groups of attention modules whose statistics fit into memory together; at least one module each."""
     run: list[Site] = []
     for site in sites:
         if run and sum(map(size, (*run, site))) > MEMORY:
@@ -93,8 +94,8 @@ def moments_size(site: Site) -> int:
     return 8 * (wide**2 + keys**2 + site.num_heads * site.head_dim**2)
 
 
-def stream(model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch], see: See, what: str) -> None:
-    """Run the model over a text and show every call of these modules."""
+def stream(model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch], see: Observer, what: str) -> None:
+    """Run the model over a text and pass every call of these modules to an observer."""
     runner = _runner(model, sites)
     device = input_device(model)
     with torch.no_grad(), recording(model, sites, see) as tell:
@@ -112,7 +113,7 @@ def stream(model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch],
 
 
 def _runner(model: PreTrainedModel, sites: Sequence[Site]) -> Callable[..., Any]:
-    """Return the forward without the head over the vocabulary, where all modules are below it."""
+    """Return the forward without the vocabulary head, if all modules are below it."""
     base = model.base_model
     prefix = next((f"{name}." for name, child in model.named_children() if child is base), None)
     inner = base if prefix and all(s.path.startswith(prefix) for s in sites) else model
@@ -139,10 +140,10 @@ def measure(
     """Collect the moments of some attention modules in one pass.
 
     Args:
-        model: to run.
-        sites: its modules.
-        text: batches of its inputs.
-        offsets: constants taken off the values, (num_kv_heads, v_head_dim) for each module.
+        model: the model.
+        sites: its attention modules.
+        text: batches of inputs.
+        offsets: constants subtracted from the values, (num_kv_heads, v_head_dim) for each module.
 
     Raises:
         AttnPatchError: a module never ran, or its states are not finite.
@@ -152,7 +153,7 @@ def measure(
     def see(site: Site, call: Call, own: Streams) -> None:
         found = sums[site.path]
         attended = (
-            _attended(Socket(model, site), call, own, offsets[site.path]) if found.attended < VALUE_TOKENS else None
+            _attended(Taps(model, site), call, own, offsets[site.path]) if found.attended < VALUE_TOKENS else None
         )
         if not all(all_finite(part) for part in (own.key, own.query, own.value)):
             raise CalibrationError(
@@ -171,7 +172,7 @@ def _rolled(shift: int) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda _, states: states.roll(-shift, dims=-2)
 
 
-def _attended(socket: Socket, call: Call, own: Streams, offset: Tensor) -> Tensor:
+def _attended(socket: Taps, call: Call, own: Streams, offset: Tensor) -> Tensor:
     """Return all heads' values averaged by every query head's attention, (tokens * num_heads, num_kv_heads * dim).
 
     Attention is linear in its values: the module is run again with values moved by one head, two heads and so on.

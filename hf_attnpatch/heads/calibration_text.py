@@ -1,4 +1,4 @@
-"""Calibration text: what a user may give, checked, in an order that the seed gives, cut to what memory holds."""
+"""Calibration text: checks what a user passed, shuffles it by the seed, and cuts it to what fits into memory."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ..probe import codebooks
 from ..sites import Site
 from .own_text import OwnText
 
-PIECE = 4  # rows of one shape that follow each other, where there are several shapes
-ROOM = 16_000_000  # bytes that the values of one batch may take, seen by every head: more is slower, caches overflow
+PIECE = 4  # adjacent rows of one shape, if there are several shapes
+ROOM = 16_000_000  # bytes of the values of one batch, for every head; more overflows caches and is slower
 
 Batch = Mapping[str, Tensor]
 
 
 def batches(calibration: Any, tokenizer: Any, model: PreTrainedModel) -> list[Batch]:
-    """Read what a user gave as calibration text.
+    """Read calibration text in any form that a user may pass.
 
     Args:
         calibration: token ids (sequences, length); an iterable of dictionaries of model inputs, padding masked; or
             strings, with ``tokenizer``; :class:`OwnText`, alone or among them, or ``"self"`` for it.
-        tokenizer: of the model.
-        model: that the text is for.
+        tokenizer: for strings.
+        model: the model to calibrate.
 
     Raises:
         AttnPatchError: anything else, an empty one, ids out of range, strings without a tokenizer.
@@ -74,7 +74,7 @@ def _items(items: list[Any], tokenizer: Any, model: PreTrainedModel) -> Iterator
 
 
 def _tokenized(texts: list[str], tokenizer: Any, model: PreTrainedModel, longest: int = 512) -> Iterator[Batch]:
-    """Cut every text into windows, stacked; what is left of a text at its end is a batch of its own."""
+    """Cut every text into windows and stack them; the rest of a text becomes its own batch."""
     config = model.config.get_text_config(decoder=True)
     limit = min(longest, getattr(config, "max_position_embeddings", None) or longest)
     whole: list[Tensor] = []
@@ -101,7 +101,7 @@ def _check_ids(batch: Batch, model: PreTrainedModel) -> None:
 
 
 def check_amount(text: Sequence[Batch], sites: Sequence[Site]) -> None:
-    """Refuse a text with fewer tokens than twice the rank of what is fitted on it.
+    """Refuse a text with fewer tokens than twice the rank of what is fitted to it.
 
     Raises:
         CalibrationError: too few tokens that are no padding.
@@ -116,9 +116,9 @@ def check_amount(text: Sequence[Batch], sites: Sequence[Site]) -> None:
 
 
 def shuffled(found: Sequence[Batch], seed: int) -> list[Batch]:
-    """Mix the rows of all batches in an order that the seed gives: some stages look at the first ones only.
+    """Shuffle the rows of all batches by the seed, because some stages read the first ones only.
 
-    Rows of one shape are one batch; where there are several shapes, they come in pieces of a few rows, in turn.
+    Rows of one shape form one batch; if there are several shapes, they alternate in pieces of a few rows.
     """
     generator = torch.Generator().manual_seed(seed)
     groups: dict[tuple[Any, ...], list[Batch]] = {}
@@ -136,7 +136,7 @@ def shuffled(found: Sequence[Batch], seed: int) -> list[Batch]:
 
 
 def first(found: Sequence[Batch], tokens: int) -> list[Batch]:
-    """Return as many of the first batches as hold so many tokens."""
+    """Return the first batches, until they hold this many tokens."""
     out: list[Batch] = []
     for batch in found:
         if sum(b["input_ids"].numel() for b in out) >= tokens:
@@ -146,7 +146,7 @@ def first(found: Sequence[Batch], tokens: int) -> list[Batch]:
 
 
 def split(found: Sequence[Batch], sites: Sequence[Site]) -> list[Batch]:
-    """Cut batches so that the values of one, as every head sees them, take no more than `ROOM`."""
+    """Cut batches so that their values, for every head, take no more than `ROOM`."""
     widest = max(s.num_heads * s.num_kv_heads * s.v_head_dim for s in sites)
     tokens = max(1, ROOM // (4 * widest))
     out: list[Batch] = []

@@ -1,7 +1,7 @@
-"""From multi-head to shared key-value heads: measure, choose groups, merge, refit, refine; the model is not touched.
+"""Converts multi-head attention to shared key-value heads: measure, group, merge, refit, refine.
 
-The stages are those of :mod:`functional.merging`; what they need of the model comes from :mod:`estimate`. Every module
-is converted on the inputs it has in the original model, so that modules need nothing of each other.
+The stages are those of :mod:`functional.merging`; :mod:`estimate` gives what they need of the model. Every module is
+converted on its inputs in the original model, so that modules are independent of each other.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from .calibration import Moments
 from .calibration_text import Batch
 from .damage import LayerDamage
 from .estimate import estimate, find_frames, unaligned
-from .frames import Frames
+from .frames import Symmetries
 from .merger import Merger
 from .outcome import Conversion, Recipe
 from .refine import HeadForm
 from .repair import Refinement, refit_outputs, repair
-from .replay import Socket
+from .replay import Taps
 from .weights import HeadWeights, has_bias, read_weights
 
 
 def convert(model: PreTrainedModel, sites: Sequence[Site], recipe: Recipe, text: Sequence[Batch] | None) -> Conversion:
-    """Work out the shared weights of every attention module.
+    """Compute the shared weights of every attention module.
 
     Args:
-        model: in any mode; left as it was.
+        model: in any mode; left unchanged.
         sites: self-attention modules with the key-value heads to share.
-        recipe: what to do.
+        recipe: the settings of the conversion.
         text: calibration batches, or None for a method that needs none.
 
     Raises:
-        AttnPatchError: too little text, activations that are not finite, groups that a family cannot have.
+        AttnPatchError: too little text, non-finite activations, or groups that a family cannot have.
     """
     done = Conversion(total=len(sites))
     text = None if text is None else calibration_text.shuffled(text, recipe.seed)
@@ -81,7 +81,7 @@ def _repaired(
 
 def _form(model: PreTrainedModel, site: Site) -> HeadForm:
     biased = [has_bias(model, site, getattr(site.layout, name)) for name in ("query", "key", "value")]
-    return HeadForm(Socket(model, site), biased)
+    return HeadForm(Taps(model, site), biased)
 
 
 def _refit_size(site: Site) -> int:
@@ -89,7 +89,7 @@ def _refit_size(site: Site) -> int:
 
 
 def merge(
-    model: PreTrainedModel, site: Site, frames: Frames, moments: Moments, recipe: Recipe, done: Conversion
+    model: PreTrainedModel, site: Site, frames: Symmetries, moments: Moments, recipe: Recipe, done: Conversion
 ) -> None:
     """Choose the groups of one module and merge their heads."""
     weights = read_weights(model, site)
@@ -120,7 +120,7 @@ def merge(
 
 
 def _resized(rows: Tensor, method: str) -> Tensor:
-    """Merge (members, dim, in_features + 1) into one as `first`, `mean` and `mean_rescaled` do, biases on their own."""
+    """Merge (members, dim, in_features + 1) into one by `first`, `mean` or `mean_rescaled`, biases separately."""
     weight, bias = resize_heads(rows[..., :-1], 1, method), resize_heads(rows[..., -1], 1, method)
     return torch.cat([weight[0], bias[0][:, None]], dim=1)
 

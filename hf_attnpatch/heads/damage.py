@@ -1,4 +1,4 @@
-"""What a conversion costs each layer, as data, table and figure."""
+"""The damage of a conversion in each layer, as data, table and figure."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class LayerDamage:
 
     @property
     def adjacent(self) -> bool:
-        """Whether neighbours share."""
+        """Whether groups consist of adjacent heads."""
         heads = [head for group in self.groups for head in group]
         return heads == sorted(heads)
 
@@ -72,7 +72,7 @@ class DamageReport(Shown):
 
     @property
     def grouping(self) -> str:
-        """``similar`` where any module's groups are others than neighbours, else ``adjacent``."""
+        """``similar`` if any module's groups are not of adjacent heads, else ``adjacent``."""
         return "adjacent" if all(layer.adjacent for layer in self.layers) else "similar"
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class DamageReport(Shown):
         """Draw retained energy, attention divergence and output error by layer.
 
         Args:
-            path: of a file in any format of matplotlib, or a file that is open for writing, which gets a PNG.
+            path: file in any format of matplotlib, or a file open for writing, which gets a PNG.
 
         Raises:
             MissingExtra: matplotlib is not installed.

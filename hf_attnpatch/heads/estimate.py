@@ -1,4 +1,4 @@
-"""What each attention module allows, and the second moments a merge works from: measured, or from the weights alone."""
+"""Finds the symmetries of each module, and the second moments for a merge: measured, or from the weights alone."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from . import calibration as cal
 from . import calibration_text
 from .calibration import Moments
 from .calibration_text import Batch
-from .frames import Frames, read_frames
-from .replay import Call, Socket, Streams
+from .frames import Symmetries, read_frames
+from .replay import Call, Streams, Taps
 from .weights import HeadWeights, read_weights
 
-PROBE = (4, 64)  # sequences and length of the random tokens that a data-free method sizes inputs by
+PROBE = (4, 64)  # sequences and length of the random tokens for data-free methods
 
 
-def find_frames(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Frames]:
-    """Find what each module allows; see :mod:`frames`.
+def find_frames(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Symmetries]:
+    """Find the symmetries of each module; see :mod:`frames`.
 
     Raises:
         AttnPatchError: a module does not run on the probe.
@@ -41,15 +41,15 @@ def find_frames(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Fram
         raise AttnPatchError(f"{silent}: did not run on a probe, so its heads cannot be aligned; use method='mean'.")
     rotated = tuple({*_rotated(model)})
     with torch.no_grad():
-        return {s.path: read_frames(Socket(model, s), calls[s.path], rotated) for s in sites}
+        return {s.path: read_frames(Taps(model, s), calls[s.path], rotated) for s in sites}
 
 
 def unaligned(model: PreTrainedModel, sites: Sequence[Site]) -> str | None:
-    """Say why heads of these modules cannot be turned to fit each other, judged by the first, or None."""
+    """Return why heads of these modules cannot be aligned, judged by the first, or None."""
     blind = next((s for s in sites if not s.output), None)
     if blind is not None:
         return f"{blind.path}: {blind.kind} has no output projection"
-    check_in_memory(model)  # else "it cannot be run" would be taken for "it cannot be aligned"
+    check_in_memory(model)  # else a missing weight would be reported as a failed alignment
     try:
         with quiet(model):
             find_frames(model, sites[:1])
@@ -61,7 +61,7 @@ def unaligned(model: PreTrainedModel, sites: Sequence[Site]) -> str | None:
 
 
 def _rotated(model: PreTrainedModel) -> Iterator[int]:
-    """Yield how many dimensions are turned, where a rotary module or an attention module says so."""
+    """Yield the number of rotated dimensions of each rotary or attention module that declares one."""
     for module in model.modules():
         yield from (2 * len(buffer) for buffer in frequencies(module).values())
         size = getattr(module, "rotary_dim", None)
@@ -70,9 +70,9 @@ def _rotated(model: PreTrainedModel) -> Iterator[int]:
 
 
 def estimate(
-    model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch] | None, frames: Mapping[str, Frames]
+    model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch] | None, frames: Mapping[str, Symmetries]
 ) -> dict[str, Moments]:
-    """Return second moments in the frames' scale: measured on text, or from weights and the size of random inputs."""
+    """Return second moments in the symmetries' scale: measured on text, or from weights and random inputs."""
     if text is None:
         found = _weight_moments(model, sites)
     else:
@@ -81,14 +81,14 @@ def estimate(
     return {path: _scaled(each, frames[path]) for path, each in found.items()}
 
 
-def _offset(model: PreTrainedModel, site: Site, frames: Frames) -> Tensor:
-    """Return the bias of values that will move behind the output projection, (num_kv_heads, v_head_dim)."""
+def _offset(model: PreTrainedModel, site: Site, frames: Symmetries) -> Tensor:
+    """Return the value bias that will move behind the output projection, (num_kv_heads, v_head_dim)."""
     weights = read_weights(model, site)
     bias = weights.value[..., -1]
     return bias if frames.folds and weights.output_bias is not None else torch.zeros_like(bias)
 
 
-def _scaled(m: Moments, frames: Frames) -> Moments:
+def _scaled(m: Moments, frames: Symmetries) -> Moments:
     k, q = frames.key_scale, frames.query_scale
     key = m.key * k[:, :, None, None] * k[None, None]
     return replace(m, key=key, mean=m.mean * k, query=m.query * q[:, :, None] * q[:, None, :])
@@ -131,7 +131,7 @@ def sized(rows: Tensor, size: Tensor) -> Tensor:
 
 
 def random_ids(model: PreTrainedModel, shape: tuple[int, int]) -> Tensor:
-    """Return token ids, the same for every model of a vocabulary; (sequences, length), or a row for each codebook.
+    """Return token ids that depend on the vocabulary only; (sequences, length), or one row per codebook.
 
     Raises:
         UnsupportedArchitecture: the model reads no tokens.

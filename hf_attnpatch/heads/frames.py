@@ -1,8 +1,8 @@
-"""Which transforms of a head's keys, queries and values leave attention unchanged, found by trying them.
+"""Finds the transforms of a head's keys, queries and values that leave attention unchanged, by trying them.
 
-No table of families: each hypothesis (nothing rotates; RoPE in halves or interleaved, on all or some dimensions; a norm
-behind the projection) is tried as a random transform of its kind on one recorded call of the module, and holds if what
-the heads give stays what it was. What fails every trial is `fixed`: heads are averaged there, and only refinement can
+This needs no table of families. Each hypothesis (no rotation; RoPE in halves or interleaved, on all or some dimensions;
+a norm behind the projection) is tried as a random transform on one recorded call of the module, and holds if the heads'
+output stays the same. Dimensions that fail every trial are `fixed`: heads are averaged there, and only refinement can
 do better.
 """
 
@@ -20,23 +20,23 @@ from ..functional.gauge import Frame, fixed, random_gauge, rotary, unrotated
 from ..interruption import removing
 from ..probe import TOLERANCE, largest_difference
 from ..sites import Site
-from .replay import Call, Rewrite, Socket
+from .replay import Call, Rewrite, Taps
 
 _NORM = r"{}_?(layer_?)?norm"
-SLACK = 5  # times the rounding of logits; a wrong hypothesis is off by tenths
+SLACK = 5  # times the rounding of logits; a wrong hypothesis differs by tenths
 
 
 @dataclass(frozen=True)
-class Frames:
-    """What is allowed on one attention module.
+class Symmetries:
+    """The symmetries of one attention module.
 
     Attributes:
-        keys: of keys and queries.
-        values: of values and the output projection's columns.
-        key_scale: (num_kv_heads, head_dim), what a norm behind the projection multiplies keys by; ones without.
-        query_scale: (num_heads, head_dim), the same of queries.
-        permutes: whether heads may be put in another order: the projections are all that is kept for each.
-        folds: whether a constant added to a head's values comes out of the head as it is, so that a bias of values may
+        keys: symmetries of keys and queries.
+        values: symmetries of values and the output projection's columns.
+        key_scale: (num_kv_heads, head_dim), the factor of a norm behind the key projection; ones without a norm.
+        query_scale: (num_heads, head_dim), the same for queries.
+        permutes: whether heads can be reordered: the module keeps nothing but projections for each head.
+        folds: whether a constant added to a head's values comes out of the head unchanged, so that a value bias can
             move behind the output projection (not with attention sinks, whose weights do not sum to one).
         how: a few words for the report.
         normed: whether a norm behind the projection of keys undoes what would change their size.
@@ -52,13 +52,13 @@ class Frames:
     normed: bool = False
 
 
-def read_frames(socket: Socket, call: Call, rotated: tuple[int, ...]) -> Frames:
-    """Try every hypothesis on one call.
+def read_frames(socket: Taps, call: Call, rotated: tuple[int, ...]) -> Symmetries:
+    """Test every hypothesis on one call.
 
     Args:
         socket: the attention module.
         call: recorded in eval mode.
-        rotated: how many dimensions rotary modules of this model turn.
+        rotated: numbers of dimensions that this model's rotary modules rotate.
     """
     site, module = socket.site, socket.module
     key_scale = _scale(module, "(k|key)", site.num_kv_heads, site.head_dim)
@@ -70,7 +70,7 @@ def read_frames(socket: Socket, call: Call, rotated: tuple[int, ...]) -> Frames:
     values = unrotated(site.v_head_dim)
     if not _values_hold(socket, call, values):
         values, how = fixed(site.v_head_dim), f"{how}; no transform of values is known"
-    return Frames(keys, values, key_scale, query_scale, _permutes(socket, call), _folds(socket, call), how, normed)
+    return Symmetries(keys, values, key_scale, query_scale, _permutes(socket, call), _folds(socket, call), how, normed)
 
 
 def _hypotheses(dim: int, rotated: tuple[int, ...]) -> Iterator[tuple[Frame, str]]:
@@ -82,7 +82,7 @@ def _hypotheses(dim: int, rotated: tuple[int, ...]) -> Iterator[tuple[Frame, str
 
 
 def _holding(
-    socket: Socket, call: Call, rotated: tuple[int, ...], key_scale: Tensor, query_scale: Tensor
+    socket: Taps, call: Call, rotated: tuple[int, ...], key_scale: Tensor, query_scale: Tensor
 ) -> Iterator[tuple[Frame, str, bool]]:
     """Yield the hypotheses that hold, and whether for unit factors only.
 
@@ -95,7 +95,7 @@ def _holding(
                 yield frame, how if spread else f"{how}, normed", not spread
 
 
-def _keys_hold(socket: Socket, call: Call, frame: Frame, spread: float, key_scale: Tensor, query_scale: Tensor) -> bool:
+def _keys_hold(socket: Taps, call: Call, frame: Frame, spread: float, key_scale: Tensor, query_scale: Tensor) -> bool:
     site, generator = socket.site, torch.Generator().manual_seed(0)
     pairs = [random_gauge(frame, generator, spread) for _ in range(site.num_kv_heads)]
     repeats = site.num_heads // site.num_kv_heads
@@ -113,7 +113,7 @@ def _keys_hold(socket: Socket, call: Call, frame: Frame, spread: float, key_scal
     return agree(before, after)
 
 
-def _values_hold(socket: Socket, call: Call, frame: Frame) -> bool:
+def _values_hold(socket: Taps, call: Call, frame: Frame) -> bool:
     site, generator = socket.site, torch.Generator().manual_seed(1)
     maps = torch.stack([random_gauge(frame, generator)[0] for _ in range(site.num_kv_heads)])
     before, after = socket.run(call).heads, socket.run(call, value=mapping(maps)).heads
@@ -121,8 +121,8 @@ def _values_hold(socket: Socket, call: Call, frame: Frame) -> bool:
     return agree(mapping(wide)(before, before), after)
 
 
-def _permutes(socket: Socket, call: Call) -> bool:
-    """Whether moving every head one place on moves what the heads give, and nothing else."""
+def _permutes(socket: Taps, call: Call) -> bool:
+    """Return whether moving every head by one place moves the heads' output in the same way."""
     kv, repeats = socket.site.num_kv_heads, socket.site.num_heads // socket.site.num_kv_heads
     order = torch.arange(kv).roll(1)
     heads = (order[:, None] * repeats + torch.arange(repeats)).flatten()
@@ -130,7 +130,7 @@ def _permutes(socket: Socket, call: Call) -> bool:
     return agree(socket.run(call).heads[:, heads], moved.heads)
 
 
-def _folds(socket: Socket, call: Call) -> bool:
+def _folds(socket: Taps, call: Call) -> bool:
     site, before = socket.site, socket.run(call)
     shift = torch.randn(site.num_kv_heads, site.v_head_dim, generator=torch.Generator().manual_seed(2))
     shift = (shift * before.value.float().std().cpu()).to(before.value)
@@ -140,7 +140,7 @@ def _folds(socket: Socket, call: Call) -> bool:
 
 @dataclass(frozen=True)
 class _Reordered:
-    """Rewrite that puts heads in another order."""
+    """Rewrite that reorders heads."""
 
     order: Tensor
 
@@ -149,17 +149,17 @@ class _Reordered:
 
 
 def agree(before: Tensor, after: Tensor) -> bool:
-    """Whether what the heads give is the same up to rounding."""
+    """Return whether the heads' output is the same up to rounding."""
     allowed = max(TOLERANCE.get(before.dtype, 1e-2), TOLERANCE[torch.float32])  # norms compute in fp32 at most
     return largest_difference(before, after) <= SLACK * allowed
 
 
 def mapping(maps: Tensor, scale: Tensor | None = None) -> Rewrite:
-    """Return the rewrite that multiplies each head's states by its matrix, in float64.
+    """Return the rewrite that multiplies each head's states by a matrix, in float64.
 
     Args:
         maps: (heads, dim, dim).
-        scale: (heads, dim); the matrix then acts on states times this, and the result is divided by it.
+        scale: (heads, dim); the matrix acts on the states times this, and the result is divided by it.
     """
     if scale is not None:
         maps = maps * scale[:, None, :] / scale[:, :, None]
@@ -184,12 +184,12 @@ def _norms(module: nn.Module, which: str) -> list[nn.Module]:
 
 
 def _scale(module: nn.Module, which: str, heads: int, dim: int) -> Tensor:
-    """Return what a norm multiplies by, read off what it makes of signs; ones where there is no such norm."""
+    """Return the factors of a norm, read off its output for signs; ones if there is no norm."""
     for norm in _norms(module, which):
         weight = next(norm.parameters(recurse=False), None)
         if weight is not None and weight.numel() in (dim, heads * dim):
             signs = torch.ones_like(weight).flatten()
-            signs[1::2] = -1  # of mean 0 and size 1: what a norm makes of it, with or without a mean, is its weight
+            signs[1::2] = -1  # mean 0 and size 1: any norm maps it to its weight
             signs = signs.view_as(weight)
             with torch.no_grad():
                 found: Tensor = signs * (norm(signs) - norm(-signs)) / 2
@@ -199,7 +199,7 @@ def _scale(module: nn.Module, which: str, heads: int, dim: int) -> Tensor:
 
 @contextlib.contextmanager
 def _even_norms(module: nn.Module, frame: Frame, site: Site) -> Iterator[None]:
-    """Let norms act as if their weights were even over each plane; then unit phases are exact."""
+    """Make norms act as if their weights were constant in each plane, so that unit phases are exact."""
     with removing() as handles:
         for which, heads in (("(k|key)", site.num_kv_heads), ("(q|query)", site.num_heads)):
             scale = _scale(module, which, heads, site.head_dim)

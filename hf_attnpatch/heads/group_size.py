@@ -1,4 +1,4 @@
-"""How many key-value heads for a given cache: one count for the whole model, from predicted damage."""
+"""Chooses the number of key-value heads for a given cache, one for the whole model, by predicted damage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .estimate import estimate, find_frames
 from .merger import Merger
 from .weights import read_weights
 
-INDIFFERENT = 0.01  # a smaller cache is taken where it is predicted to lose no more than this much energy beyond
+INDIFFERENT = 0.01  # additional energy loss that is accepted for a smaller cache
 
 
 def choose(
@@ -25,17 +25,17 @@ def choose(
     grouping: str | None,
     text: Sequence[Batch] | None,
 ) -> tuple[int, str]:
-    """Return the number of key-value heads, and a sentence saying why.
+    """Return the number of key-value heads, and a sentence with the reason.
 
     Args:
-        model: not touched.
+        model: left unchanged.
         sites: self-attention modules.
         target: share of the present cache, or bytes per token.
-        grouping: which heads will share, as in :meth:`Merger.groups`.
-        text: calibration batches; without, damage is predicted from the weights.
+        grouping: which heads share, as in :meth:`Merger.groups`.
+        text: calibration batches; None predicts damage from the weights.
 
     Raises:
-        AttnPatchError: the target is no positive number, or too small for one head.
+        AttnPatchError: the target is not a positive number, or too small for one head.
     """
     present = {s.num_kv_heads for s in sites}
     counts = sorted(n for n in range(1, max(present) + 1) if all(kv % n == 0 for kv in present))
@@ -65,7 +65,7 @@ def predict(
     grouping: str | None,
     text: Sequence[Batch] | None,
 ) -> dict[int, float]:
-    """Return the mean share of key and value energy that is lost, for each count."""
+    """Return the mean share of key and value energy that is lost, for each number of heads."""
     lost = dict.fromkeys(counts, 0.0)
     with quiet(model):
         frames = find_frames(model, sites)

@@ -1,4 +1,4 @@
-"""Which heads of one module share, and the maps by which they do, for every method."""
+"""Chooses the groups of one module, and computes the maps that merge them, for every method."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..functional.merging import Sharing, calibrated_keys, calibrated_values
 from ..functional.partition import Group
 from ..sites import Site
 from .calibration import Moments
-from .frames import Frames
+from .frames import Symmetries
 from .weights import HeadWeights
 
 
@@ -26,23 +26,24 @@ class Merger:
 
     Attributes:
         site: the module.
-        frames: what it allows.
-        moments: of its states, in the frames' scale.
+        frames: its symmetries.
+        moments: of its states, in the symmetries' scale.
         weights: its projections.
         method: of merging.
     """
 
     site: Site
-    frames: Frames
+    frames: Symmetries
     moments: Moments
     weights: HeadWeights
     method: str
 
     def groups(self, num_kv_heads: int, grouping: str | None) -> list[Group]:
-        """Return which heads share; None is similar ones, where the module allows them to be moved.
+        """Return the groups; None takes similar heads, if the module's heads can be reordered.
 
         Raises:
-            UnsupportedArchitecture: similar heads are no neighbours, and the module keeps something for each head.
+            UnsupportedArchitecture: similar heads are not adjacent, and the module keeps other parameters for each
+                head.
         """
         heads = self.site.num_kv_heads
         if grouping == "adjacent" or (grouping is None and not self.frames.permutes):
@@ -50,13 +51,14 @@ class Merger:
         found = partition.similar(heads, num_kv_heads, self.lost)
         if not self.frames.permutes and found != partition.adjacent(heads, num_kv_heads):
             raise UnsupportedArchitecture(
-                f"{self.site.path}: {self.site.kind} keeps something for each head (slopes, gates, sinks), so heads "
-                "cannot be put in another order; use grouping='adjacent'."
+                f"{self.site.path}: {self.site.kind} keeps other parameters for each head (slopes, gates, sinks), so "
+                f"heads "
+                "cannot be reordered; use grouping='adjacent'."
             )
         return found
 
     def lost(self, group: Group) -> float:
-        """Share of a group's energy that a merge loses, keys and values together."""
+        """Return the share of a group's energy that a merge loses, keys and values together."""
         keys, values = self._energies
         return 2.0 - keys.share(group) - values.share(group)
 
@@ -70,7 +72,7 @@ class Merger:
         )
 
     def keys(self, group: Group) -> Sharing:
-        """Maps of keys and queries, in the scale of raw projections."""
+        """Return the maps of keys and queries, in the scale of raw projections."""
         members = list(group)
         scale, queries = self.frames.key_scale[members], self._query_scale(group)
         if self.method == "procrustes":
@@ -82,7 +84,7 @@ class Merger:
         return replace(found, shared=shared, reader=found.reader * queries[:, None, :] / queries[:, :, None])
 
     def values(self, group: Group) -> Sharing:
-        """Maps of values and of the output projection's columns."""
+        """Return the maps of values and of the output projection's columns."""
         members = list(group)
         found = self._principal_values(group)
         if self.method != "procrustes":

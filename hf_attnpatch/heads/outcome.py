@@ -1,4 +1,4 @@
-"""How to convert, and what came of it."""
+"""The settings and the result of a conversion."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .weights import HeadWeights
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to convert; the fields of :class:`~hf_attnpatch.GroupedQuery` that matter here."""
+    """The settings of a conversion: the fields of :class:`~hf_attnpatch.GroupedQuery` that matter here."""
 
     num_kv_heads: int
     method: str

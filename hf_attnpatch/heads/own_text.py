@@ -1,7 +1,7 @@
-"""Text that a model writes itself, to be calibrated on: what it was trained on, as far as it remembers, without a file.
+"""Calibration text that the model generates itself, which covers what it was trained on, without a file.
 
-Sampled from its own distribution (temperature 1, nothing cut off), as data-free quantization does (LLM-QAT, 2305.17888,
-section 3.1). It covers what the model knows, where a user's text covers a domain.
+It is sampled from the model's own distribution (temperature 1, no truncation), as in data-free quantization (LLM-QAT,
+2305.17888, section 3.1), while a user's text covers one domain.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from ..evaluation.generation import prefill
 from ..probe import input_device, quiet
 from ..progress import track
 
-ROWS = 32  # sequences that are written at once
+ROWS = 32  # sequences generated at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnText:
-    """A text for ``calibration`` that the model writes before it is patched; takes generation's time, and no file.
+    """A text for ``calibration`` that the model generates before it is patched; takes time, but no file.
 
     Experimental: its arguments may get other names or defaults between minor versions.
 
     Args:
-        sequences: how many.
-        length: tokens of each, the first one (the one that begins a text) included; cut to the trained window.
-        seed: of the sampling; the same one writes the same text on the same machine.
-        start: id of the token that begins a text; None takes the config's beginning of text, else its end of text.
+        sequences: their number.
+        length: tokens of each, including the start token; cut to the trained window.
+        seed: of the sampling; a seed gives the same text on the same machine.
+        start: id of the start token; None takes the config's beginning-of-text token, else its end-of-text token.
     """
 
     sequences: int = 64
@@ -46,7 +46,7 @@ class OwnText:
                 raise AttnPatchError(f"OwnText: {name} is {value!r}; it must be a whole number, at least {least}.")
 
     def write(self, model: PreTrainedModel) -> Tensor:
-        """Return token ids, (sequences, length), int64, on the CPU; the model is left as it was.
+        """Return token ids, (sequences, length), int64, on the CPU; the model is left unchanged.
 
         Raises:
             AttnPatchError: the model does not generate text from left to right, or has no token to begin with.
@@ -56,7 +56,7 @@ class OwnText:
         length = min(self.length, window) if isinstance(window, int) else self.length
         parts = [min(ROWS, self.sequences - at) for at in range(0, self.sequences, ROWS)]
         with quiet(model), torch.no_grad():
-            draws = torch.Generator(input_device(model)).manual_seed(self.seed)  # nobody else's numbers move
+            draws = torch.Generator(input_device(model)).manual_seed(self.seed)  # leaves the global generators alone
             found = [_sampled(model, first, rows, length, draws) for rows in track(parts, "writing own text")]
         return torch.cat(found)
 
@@ -79,7 +79,7 @@ class OwnText:
 
 
 def _sampled(model: PreTrainedModel, first: int, rows: int, length: int, draws: torch.Generator) -> Tensor:
-    """(rows, length), by none of the checkpoint's own generation settings, and without an end."""
+    """Return (rows, length) tokens, without the checkpoint's generation settings and without stopping."""
     ids = [torch.full((rows, 1), first, device=input_device(model))]
     past = None
     with announced(model, length):

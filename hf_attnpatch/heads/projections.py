@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..layouts import blocks, is_transposed, weight_rows
 from ..sites import Site
 
-# (0 query, 1 key, 2 value; rows (heads, head_dim, ...)) -> the rows that take their place
+# (0 query, 1 key, 2 value; rows (heads, head_dim, ...)) -> the new rows
 Resize = Callable[[int, Tensor], Tensor]
 
 
@@ -21,9 +21,9 @@ def projection(site: Site, child: str, old: nn.Module, num_kv_heads: int, resize
     Args:
         site: the attention module it belongs to.
         child: its path below the site.
-        old: the module with the present heads.
-        num_kv_heads: heads afterwards.
-        resize: makes that many heads of the present ones; queries pass through it as well.
+        old: the present module.
+        num_kv_heads: new number of heads.
+        resize: maps the present heads to the new ones; also called for queries.
     """
     before, after = site.rows(), site.rows(num_kv_heads)
     new = {
@@ -41,7 +41,7 @@ def shared(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return the parameters of shared heads, packed in blocks, and which block each block of the old output repeats.
 
-    The weight is (rows, in_features) whatever way the old one was stored; the index counts blocks of ``head_dim``.
+    The weight is (rows, in_features) however the old one was stored; the index counts blocks of ``head_dim``.
     """
     packing = blocks if site.layout.fused else site.layout.packing
     before, after = site.rows(), replace(site, layout=replace(site.layout, packing=packing)).rows(num_kv_heads)
@@ -61,7 +61,7 @@ def shared(
 
 
 def num_rows(site: Site, child: str, num_kv_heads: int) -> int:
-    """Return how many output rows a projection has with so many key-value heads."""
+    """Return how many output rows a projection has with this many key-value heads."""
     rows = site.rows(num_kv_heads)
     return sum(r.numel() for r in (rows if site.layout.fused else (rows[_which(site, child)],)))
 
@@ -76,7 +76,7 @@ def per_head(
 ) -> dict[str, Tensor] | None:
     """Return per-key-head parameters (a norm over all key heads, one norm per head) resized like the heads.
 
-    None where the twin's shapes are not explained by heads.
+    None if heads do not explain the twin's shapes.
     """
     wanted = {name: p.shape for name, p in twin.named_parameters()}
     new: dict[str, Tensor] = {}
@@ -104,7 +104,7 @@ def _rows(
 
 
 def _queries(site: Site, rows: Tensor, resize: Resize) -> Tensor:
-    """Return a query projection's new rows; what stands between the heads' queries (gates) stays."""
+    """Return a query projection's new rows; rows between the heads' queries (gates) stay."""
     index, new = query_rows(site, len(rows)), rows.clone()
     new[_where(index)] = resize(0, _take(rows, index)).flatten(0, 1)
     return new
@@ -118,12 +118,12 @@ def query_rows(site: Site, width: int) -> Tensor:
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:
-    """Return the rows that an index names, (heads, dim, ...): a view where they are one run, as they mostly are."""
+    """Return the rows of an index, (heads, dim, ...): a view if they are contiguous, as they usually are."""
     return rows[_where(index)].view(*index.shape, *rows.shape[1:])
 
 
 def _where(index: Tensor) -> slice | Tensor:
-    """Return an index, flattened, as a slice where it is one run of rows."""
+    """Return an index, flattened, as a slice if it is contiguous."""
     flat, start = index.flatten(), int(index[0, 0])
     run = torch.equal(flat, torch.arange(start, start + len(flat), device="cpu"))
     return slice(start, start + len(flat)) if run else flat

@@ -1,4 +1,4 @@
-"""Layer-local refinement: gradient descent on one attention module's projections, towards its own original.
+"""Layer-local refinement: fits one attention module's projections to its original by gradient descent.
 
 The loss is the squared error of the attention output over its variance plus, for every head, the divergence of the
 attention weights, KL(original || converted), as LoLCATs (2410.10254) match attention before they train anything.
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ..errors import UnsupportedArchitecture
 from ..sites import Site
-from .replay import Call, Socket
+from .replay import Call, Taps
 from .weights import HeadWeights
 
-LEARNING_RATE = 0.04  # of the root mean square of each projection
+LEARNING_RATE = 0.04  # relative to the root mean square of each projection
 EPSILON = 1e-9
 
 
@@ -63,14 +63,14 @@ class Form(Protocol[W_contra]):
 
 @dataclass(frozen=True)
 class Target:
-    """One call and what the original gives on it.
+    """One call and the original module's results.
 
     Attributes:
         call: inputs of the module.
         output: (tokens, out_features), float32.
         variance: of the output, a number.
-        probabilities: (tokens, num_heads, length), or None where the module does not return its attention weights.
-        entropy: of all of them, a sum in nats.
+        probabilities: (tokens, num_heads, length), or None if the module does not return its attention weights.
+        entropy: of all of them, summed, in nats.
     """
 
     call: Call
@@ -82,7 +82,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Gap:
-    """How far a conversion is from the original on some text.
+    """The distance of a conversion from the original on some text.
 
     Attributes:
         output: mean squared error of the attention output over its variance.
@@ -98,14 +98,14 @@ class Gap:
         return self.output + (self.attention or 0.0)
 
 
-def target(socket: Socket, original: HeadWeights, call: Call) -> Target:
-    """Run the original once."""
+def target(socket: Taps, original: HeadWeights, call: Call) -> Target:
+    """Run the original module once."""
     with torch.no_grad():
         streams = socket.run(call)
         output = original.project(streams.heads.float())
         p = rows(streams.probabilities, call)
         entropy = None if p is None else -(p * (p + EPSILON).log()).sum()
-    variance = output.var().clamp_min(torch.finfo(output.dtype).tiny)  # a pruned layer puts out nothing
+    variance = output.var().clamp_min(torch.finfo(output.dtype).tiny)  # the output of a pruned layer is zero
     return Target(call, output, variance, p, entropy)
 
 
@@ -126,7 +126,7 @@ class HeadForm:
         biased: whether query, key and value have a bias; the column of one that is not there stays zero.
     """
 
-    socket: Socket
+    socket: Taps
     biased: Sequence[bool] = (True, True, True)
 
     @property

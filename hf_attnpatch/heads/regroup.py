@@ -38,12 +38,12 @@ BESIDE = ("num_global_key_value_heads", "swa_num_key_value_heads")
 
 @dataclass
 class Source:
-    """Where the new weights come from: merged head by head as they are written, or from a conversion made before.
+    """The source of the new weights: merged head by head while writing, or from a conversion.
 
     Attributes:
-        num_kv_heads: wanted.
-        method: for heads that no conversion holds.
-        conversion: set by `apply`, before the first edit, where the method needs one.
+        num_kv_heads: new number of heads.
+        method: for heads outside the conversion.
+        conversion: set by `apply` before the first edit, if the method needs one.
     """
 
     num_kv_heads: int
@@ -52,11 +52,11 @@ class Source:
     released: bool = False
 
     def release(self) -> None:
-        """Let go of the converted weights, which are in the model by now."""
+        """Free the converted weights, which are in the model by now."""
         self.conversion, self.released = None, True
 
     def weights(self, site: Site) -> HeadWeights | None:
-        """Return what was converted for a module, its groups made of neighbours; None where heads are just resized."""
+        """Return a module's conversion, with groups of adjacent heads; None if heads are just resized."""
         assert not self.released, "the converted weights were written, and are not kept"
         found = self.conversion.weights.get(site.path) if self.conversion else None
         return None if found is None else found.adjacent()
@@ -66,7 +66,7 @@ class Source:
         return resize_heads(rows, self.num_kv_heads, self.method)
 
     def rows(self, site: Site) -> heads.Resize:
-        """Return the function that gives new rows for old ones, for queries, keys and values."""
+        """Return the function that maps old rows to new rows, for queries, keys and values."""
         found = self.weights(site)
         if found is None:
             return lambda which, rows: self.resize(rows) if which else rows
@@ -80,13 +80,13 @@ class Source:
 
 
 def native(model: PreTrainedModel, sites: list[Site], source: Source, rewritten: bool) -> list[Edit] | str:
-    """Return the edits that make a stock model of it, or a sentence saying why there are none.
+    """Return the edits that make a stock model, or a sentence why there are none.
 
     Args:
-        model: not touched.
+        model: left unchanged.
         sites: attention modules to regroup.
         source: of the new weights.
-        rewritten: whether query and output projections get new weights, too.
+        rewritten: whether query and output projections get new weights as well.
     """
     reason = "its config has no field for the number of key-value heads"
     for changes in _changes(model, sites, source.num_kv_heads):
@@ -102,10 +102,10 @@ def native(model: PreTrainedModel, sites: list[Site], source: Source, rewritten:
 def foreign(
     model: PreTrainedModel, anatomy: Anatomy, sites: list[Site], source: Source, why: str, rewritten: bool
 ) -> Iterator[Edit]:
-    """Yield shared projections that repeat their output, and a cache that stores what is shared.
+    """Yield shared projections that repeat their output, and a cache of the shared heads.
 
     Raises:
-        UnsupportedArchitecture: heads are shared already, or checkpoints of this family hold them in equal parts.
+        UnsupportedArchitecture: heads are shared already, or the family's checkpoints fuse them in equal parts.
     """
     for site in sites:
         if site.num_kv_heads != site.num_heads:
@@ -144,7 +144,7 @@ def _rewritten(sites: list[Site], source: Source, what: str) -> Iterator[Edit]:
 
 
 def _changes(model: PreTrainedModel, sites: list[Site], num_kv_heads: int) -> Iterator[list[Change]]:
-    """Yield the ways to say the number in the configs that built the sites."""
+    """Yield the config fields that may give the number, for the configs that built the sites."""
     for below, field_, value in KV_FIELDS:
         paths = [".".join(filter(None, (p, below))) for p in dict.fromkeys(s.config for s in sites)]
         if not all(_has_field(model, path, field_) for path in paths):
@@ -157,7 +157,7 @@ def _changes(model: PreTrainedModel, sites: list[Site], num_kv_heads: int) -> It
 
 
 def _unexpected(found: Difference, sites: list[Site], source: Source) -> str | None:
-    """Say what the twin changes beyond key and value projections, or that it does not change those."""
+    """Return what the twin changes beyond key and value projections, or that it does not change them; else None."""
     for site in sites:
         for child in {site.layout.key, site.layout.value}:
             path = f"{site.path}.{child}"
@@ -195,7 +195,7 @@ class _Fill:
     twin: nn.Module
 
     def tensors(self, old: nn.Module) -> dict[str, Tensor] | None:
-        """Return the twin's parameters made from the old ones, or None where heads do not explain the shapes."""
+        """Return the twin's parameters made from the old ones, or None if heads do not explain the shapes."""
         child, layout = self.path.removeprefix(self.site.path + "."), self.site.layout
         if child in (layout.key, layout.value):
             n = self.source.num_kv_heads
@@ -265,10 +265,10 @@ class _Output:
 
 
 def _check_finite(path: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse to make heads of weights that hold NaN or infinity, which torch's kernels on a CPU may not show.
+    """Refuse to make heads from weights with NaN or infinity, which torch's CPU kernels may hide.
 
     Raises:
-        AttnPatchError: so.
+        AttnPatchError: the new heads are not finite.
     """
     wrong = next((name for name, t in tensors.items() if not t.is_meta and not all_finite(t)), None)
     if wrong is not None:
@@ -282,7 +282,7 @@ def _hollow(old: nn.Module) -> nn.Module:
     """Return a copy that shares its parameters with the old module until they are set, without Accelerate's hook."""
     new = copy.copy(old)
     for name, value in list(vars(new).items()):
-        if name in ("forward", "_old_forward", "_hf_hook"):  # they would run the old module
+        if name in ("forward", "_old_forward", "_hf_hook"):  # bound to the old module
             del vars(new)[name]
         elif isinstance(value, dict):
             vars(new)[name] = value.copy()
@@ -290,7 +290,7 @@ def _hollow(old: nn.Module) -> nn.Module:
 
 
 def _filled(new: nn.Module, tensors: dict[str, Tensor], old: nn.Module) -> nn.Module:
-    """Set parameters, each trainable if the one it comes from was."""
+    """Set parameters, each trainable if its origin was."""
     trains = {name: p.requires_grad for name, p in old.named_parameters()}
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")

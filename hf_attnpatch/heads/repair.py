@@ -1,4 +1,4 @@
-"""After the merge: output projections refitted in closed form, modules refined, the damage measured."""
+"""Repairs merged heads: refits output projections in closed form, refines modules, measures the damage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from . import calibration as cal
 from . import calibration_text
 from .calibration_text import Batch
 from .refine import Form, Gap, W, gap, refine, target
-from .replay import Call, See, Socket, Streams
+from .replay import Call, Observer, Streams, Taps
 from .weights import read_weights
 
 TOKENS_A_STEP = 1024  # of refinement; twice as many take four times as long where caches overflow
@@ -116,7 +116,7 @@ def repair(
     return gaps
 
 
-def keeper(calls: dict[str, list[Call]]) -> See:
+def keeper(calls: dict[str, list[Call]]) -> Observer:
     """Return what keeps the calls of each module that is in ``calls``."""
     return lambda site, call, _: calls[site.path].append(call)
 
@@ -126,7 +126,7 @@ def _improve(
 ) -> dict[str, Gap]:
     """Refine one module where there are calls to do it on, and say how far each stage is from the original."""
     site = form.site
-    socket, original = Socket(model, site), read_weights(model, site)
+    socket, original = Taps(model, site), read_weights(model, site)
     held = target(socket, original, calls[0])
     gaps = {name: gap(form, weights[site.path], held) for name, weights in stages.items()}
     if calls[1:]:
@@ -161,7 +161,7 @@ def samples(text: Sequence[Batch], notes: list[str]) -> list[Batch]:
 
 @contextmanager
 def eager(model: PreTrainedModel) -> Iterator[None]:
-    """Let modules return their attention weights, where the family has eager attention to switch to."""
+    """Let modules return their attention weights, if the family has eager attention."""
     found, writes = model.config._attn_implementation, list[Write]()
     with ensured(lambda: undo_all(writes)):
         try:

@@ -1,8 +1,8 @@
-"""Run one attention module again with other queries, keys or values, through hooks that are gone afterwards.
+"""Reruns one attention module with other queries, keys or values, through temporary hooks.
 
-Attention is linear in its values and sees hidden states only through its projections, so everything a conversion needs
-to know or to try can be had by rewriting what the projections give: no forward is copied, no weight is touched, and it
-works wherever the model itself runs (any kernel, ``device_map``, Accelerate's offload).
+Attention is linear in its values and depends on hidden states only through its projections. A conversion can therefore
+measure and try everything by rewriting the projections' outputs: no forward is copied, no weight is touched, and it
+works wherever the model runs (any kernel, ``device_map``, Accelerate's offload).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Rewrite = Callable[[Tensor, Tensor], Tensor]  # (inputs of the projection, state
 
 @dataclass(frozen=True)
 class Call:
-    """What an attention module was called with."""
+    """The arguments of one call of an attention module."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -35,14 +35,14 @@ class Call:
 
 @dataclass
 class Streams:
-    """What passed through an attention module: states before RoPE, and what the heads gave.
+    """The states of one call: queries, keys and values before RoPE, and the heads' output.
 
     Attributes:
         query: (tokens, num_heads, head_dim).
         key: (tokens, num_kv_heads, head_dim).
         value: (tokens, num_kv_heads, v_head_dim).
         heads: (tokens, num_heads, v_head_dim), the input of the output projection.
-        probabilities: (batch, num_heads, length, length) where the module returns them (eager), else None.
+        probabilities: (batch, num_heads, length, length) if the module returns them (eager), else None.
     """
 
     query: Tensor
@@ -52,12 +52,12 @@ class Streams:
     probabilities: Tensor | None
 
 
-See = Callable[[Site, Call, Streams], object]
+Observer = Callable[[Site, Call, Streams], object]
 
 
 @dataclass(frozen=True)
-class Socket:
-    """The places of one attention module where its streams can be read and rewritten."""
+class Taps:
+    """Reads and rewrites the projections of one attention module."""
 
     model: nn.Module
     site: Site
@@ -69,19 +69,19 @@ class Socket:
 
     @property
     def inside(self) -> bool:
-        """Whether the output projection is part of the module (in BERT it belongs to a sibling)."""
+        """Whether the output projection is inside the module (in BERT it belongs to a sibling)."""
         return self.site.output.startswith(f"{self.site.path}.")
 
     def run(self, call: Call, **rewrites: Rewrite) -> Streams:
         """Run the module on a recorded call.
 
         Args:
-            call: what :func:`recording` kept.
-            rewrites: ``query``, ``key``, ``value``: what becomes of these states; they see and return
-                (batch, length, heads, dim).
+            call: recorded by :func:`recording`.
+            rewrites: ``query``, ``key``, ``value``: functions of the projection's input and of these states, both and
+                the result (batch, length, heads, dim).
 
         Raises:
-            AttnPatchError: the module keeps something from call to call.
+            AttnPatchError: the module keeps state between calls.
         """
         found: dict[str, Tensor] = {}
         with removing() as handles:
@@ -96,7 +96,7 @@ class Socket:
         return self.streams(found, output, call)
 
     def streams(self, found: Mapping[str, Tensor], output: object, call: Call) -> Streams:
-        """Put together what the taps found during a call and what it returned."""
+        """Assemble what the hooks found during a call and what it returned."""
         first = output[0] if isinstance(output, tuple) else output
         heads = found["heads"] if self.inside else first
         assert isinstance(heads, Tensor)
@@ -105,7 +105,7 @@ class Socket:
         return Streams(query, key, value, heads, _probabilities(output))
 
     def taps(self, found: dict[str, Tensor], rewrites: Mapping[str, Rewrite]) -> list[RemovableHandle]:
-        """Hook the projections: states go to ``found``, rewritten where asked."""
+        """Hook the projections: states go to ``found``, rewritten on request."""
         layout, handles = self.site.layout, []
         for child in dict.fromkeys((layout.query, layout.key, layout.value)):
             names = [n for n in _STATES if getattr(layout, n) == child]
@@ -118,7 +118,7 @@ class Socket:
 
 @dataclass(frozen=True)
 class _Tap:
-    """Forward hook of a projection: keeps the states of its heads, rewritten where asked."""
+    """Forward hook of a projection: keeps the states of its heads, rewritten on request."""
 
     site: Site
     names: Sequence[str]
@@ -139,7 +139,7 @@ class _Tap:
 
 @dataclass(frozen=True)
 class _Keep:
-    """Forward pre-hook of the output projection: keeps what it is given."""
+    """Forward pre-hook of the output projection: keeps its input."""
 
     found: dict[str, Tensor]
 
@@ -148,11 +148,11 @@ class _Keep:
 
 
 @contextlib.contextmanager
-def recording(model: nn.Module, sites: Sequence[Site], see: See) -> Iterator[Callable[..., None]]:
-    """Show every call of these modules to ``see``, right after it; replaying inside ``see`` is not shown again.
+def recording(model: nn.Module, sites: Sequence[Site], see: Observer) -> Iterator[Callable[..., None]]:
+    """Pass every call of these modules to ``see``, right after it; replays inside ``see`` are not passed on.
 
     Yields:
-        A function to be told the token masks of the next forward: ``(attention_mask, decoder_attention_mask)``.
+        A function that receives the token masks of the next forward: ``(attention_mask, decoder_attention_mask)``.
     """
     masks: list[Tensor | None] = [None, None]
 
@@ -161,7 +161,7 @@ def recording(model: nn.Module, sites: Sequence[Site], see: See) -> Iterator[Cal
 
     with removing() as handles:
         for site in sites:
-            watch = _Watch(Socket(model, site), see, masks, {}, [])
+            watch = _Watch(Taps(model, site), see, masks, {}, [])
             handles += watch.socket.taps(watch.found, {})
             handles.append(watch.socket.module.register_forward_hook(watch, with_kwargs=True))
         yield tell
@@ -169,8 +169,8 @@ def recording(model: nn.Module, sites: Sequence[Site], see: See) -> Iterator[Cal
 
 @dataclass(frozen=True)
 class _Watch:
-    socket: Socket
-    see: See
+    socket: Taps
+    see: Observer
     masks: list[Tensor | None]
     found: dict[str, Tensor]
     busy: list[bool]

@@ -1,4 +1,4 @@
-"""The weights of one attention module by head, whatever way its family stores them."""
+"""The weights of one attention module by head, however its family stores them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .replay import Rewrite
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """Projections by head, a bias as the last input column (zeros where there is none), float64 unless refined.
+    """Projections by head, with the bias as the last input column (zeros if there is none), float64 unless refined.
 
     Attributes:
         query: (num_heads, head_dim, in_features + 1).
@@ -26,7 +26,7 @@ class HeadWeights:
         value: (key-value heads, v_head_dim, in_features + 1).
         output: (out_features, num_heads, v_head_dim).
         output_bias: (out_features,), or None.
-        groups: members of each shared head, in terms of the original heads; one each before anything is shared.
+        groups: original heads that form each shared head; one each before sharing.
     """
 
     trained: ClassVar[tuple[str, ...]] = ("query", "key", "value", "output")
@@ -40,17 +40,17 @@ class HeadWeights:
 
     @property
     def group_of(self) -> Tensor:
-        """Return the shared head that each original key-value head became, (num_kv_heads,)."""
+        """Return the index of the shared head of each original key-value head, (num_kv_heads,)."""
         found = {member: i for i, group in enumerate(self.groups) for member in group}
         return torch.tensor([found[h] for h in range(len(found))], device="cpu")
 
     def query_heads(self, group: Group) -> Tensor:
-        """Return the query heads that read the members of a group, member by member."""
+        """Return the query heads of a group's members, member by member."""
         repeats = len(self.query) // sum(map(len, self.groups))
         return torch.cat([torch.arange(m * repeats, (m + 1) * repeats) for m in group])
 
     def rewrites(self) -> dict[str, Rewrite]:
-        """Return what makes the original module compute with these weights, shared heads repeated."""
+        """Return the rewrites that make the original module compute with these weights, shared heads repeated."""
         of = self.group_of
         return {"query": _Project(self.query), "key": _Project(self.key[of]), "value": _Project(self.value[of])}
 
@@ -59,7 +59,7 @@ class HeadWeights:
         return projected(self.output, self.output_bias, heads)
 
     def folded(self) -> HeadWeights:
-        """Return the same attention with the bias of values behind the output projection, which must have a bias."""
+        """Return equal weights with the value bias moved behind the output projection, which must have a bias."""
         assert self.output_bias is not None
         repeats = len(self.query) // len(self.value)
         bias = self.value[..., -1].repeat_interleave(repeats, dim=0)  # num_heads, dim
@@ -68,7 +68,7 @@ class HeadWeights:
         return replace(self, value=value, output_bias=self.output_bias + torch.einsum("xha,ha->x", self.output, bias))
 
     def adjacent(self) -> HeadWeights:
-        """Return the same attention, its query heads in the order that makes the members of groups neighbours."""
+        """Return equal weights with the query heads reordered so that groups are adjacent."""
         order = torch.cat([self.query_heads(group) for group in self.groups])
         size = len(self.groups[0])
         groups = tuple(tuple(range(i * size, (i + 1) * size)) for i in range(len(self.groups)))
@@ -77,7 +77,7 @@ class HeadWeights:
 
 @dataclass(frozen=True)
 class _Project:
-    """Rewrite that computes states anew from the inputs: (heads, dim, in_features + 1) weights."""
+    """Rewrite that recomputes states from the inputs by (heads, dim, in_features + 1) weights."""
 
     weight: Tensor
 
@@ -126,12 +126,12 @@ def _augmented(module: nn.Module) -> Tensor:
 
 
 def _width(module: nn.Module) -> int:
-    """Return out_features; of an offloaded module as well, whose weight on the meta device still has its shape."""
+    """Return out_features, also of an offloaded module, whose weight on the meta device has its shape."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.shape[1 if is_transposed(module) else 0]
 
 
 def has_bias(model: nn.Module, site: Site, child: str) -> bool:
-    """Whether a projection has a bias."""
+    """Return whether a projection has a bias."""
     return getattr(model.get_submodule(f"{site.path}.{child}"), "bias", None) is not None

@@ -20,12 +20,14 @@ from ..configs import building
 from ..edits import BecomeModel
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..interruption import inside
-from ..layers import Layers, read_layers
+from ..layers import STEP, Layers, read_layers
 from ..probe import Inputs, default_inputs, quiet, valid
 from ..upstream.roles import learn
 from .rows import HOMES, Home, LatentHome
 
 _EAGER = "eager"
+_NONE = "{}: no stock type can say this"
+_NEAR = 2  # tokens: the probe is longer
 BUILDING = (  # what constructors of transformers raise where a config does not suit them
     ValueError,
     TypeError,
@@ -92,6 +94,8 @@ def find(model: PreTrainedModel, wanted: Layers, home: str) -> Found:
         choices = ", ".join(row.model_type for row in HOMES)
         raise AttnPatchError(f"home {home!r} is not known; choose from auto, None, {choices}.")
     own = model.config.model_type
+    if not all(isinstance(row.fields(model.config, wanted), str) for row in known):
+        _check_made_so(model)
     reasons = []
     for row in sorted(known, key=lambda row: row.model_type != own):  # its own type first: nothing has to move
         if home == "auto" and row.model_type != own and row.model_type in _OWN_ONLY:
@@ -100,7 +104,71 @@ def find(model: PreTrainedModel, wanted: Layers, home: str) -> Found:
             return _tried(model, row, wanted)
         except Unfit as error:
             reasons.append(f"{row.model_type} {error}")
-    raise UnsupportedArchitecture(f"{type(model).__name__}: no stock type can say this: {'; '.join(reasons)}.")
+    raise UnsupportedArchitecture(f"{_NONE.format(type(model).__name__)}: {'; '.join(reasons)}.")
+
+
+def check_read(model: PreTrainedModel, layers: Layers) -> None:
+    """Refuse to believe that a model's layers do what was read of them, unless a type that is known holds them so.
+
+    Raises:
+        UnsupportedArchitecture: none does.
+    """
+    find(model, layers, "auto")
+
+
+def _check_made_so(model: PreTrainedModel) -> None:
+    """Refuse models that are not what their class makes of their config: built again, they would be others.
+
+    Raises:
+        UnsupportedArchitecture: so, with the first module that differs.
+    """
+    kind = type(model).__name__
+    try:
+        made = rebuilt(model, type(model), {}, {})
+    except Unfit as error:
+        raise UnsupportedArchitecture(f"{_NONE.format(kind)}: its own type, built again, {error}") from error
+    wanted = dict(made.named_modules())
+    for path, module in model.named_modules():
+        why = _otherwise(module, wanted.get(path))
+        if why is not None:
+            raise UnsupportedArchitecture(
+                f"{_NONE.format(kind)}: {path or 'the model'} {why}, and would be built without it; patch the model as "
+                "it was loaded"
+            )
+    inputs = default_inputs(model)
+    found = _logits(model, inputs)
+    try:
+        again = _logits(made, inputs)
+    except BUILDING as error:
+        why = " ".join(str(error).split())[:200]
+        raise UnsupportedArchitecture(
+            f"{_NONE.format(kind)}: its own type, built again, does not run: {why}"
+        ) from error
+    if not torch.equal(found, again):
+        raise UnsupportedArchitecture(
+            f"{_NONE.format(kind)}: built again from its config, it computes something else than it does"
+            f"{_changed(model, wanted)}; patch the model as it was loaded"
+        )
+
+
+def _otherwise(found: nn.Module, made: nn.Module | None) -> str | None:
+    """Say what is otherwise in a module than where it is built from the config; None for nothing."""
+    if type(found) is not type(made):
+        return f"is a {type(found).__module__}.{type(found).__name__}, which its family does not build here"
+    if "forward" in vars(found) and not hasattr(found, "_hf_hook"):  # Accelerate's, of which the edit knows more to say
+        return "has a forward of its own"
+    return None
+
+
+def _changed(model: PreTrainedModel, made: Mapping[str, nn.Module]) -> str:
+    """Name a buffer that no checkpoint holds and that is not what the config makes; empty where there is none."""
+    for path, module in model.named_modules():
+        for name in module._non_persistent_buffers_set:
+            found, wanted = module._buffers.get(name), made[path]._buffers.get(name)
+            same = found is None or (wanted is not None and torch.equal(found.to(wanted), wanted))
+            if not same or (found is not None and wanted is not None and found.dtype != wanted.dtype):
+                return f", as {path}.{name} is another (model.to(dtype) rounds it, from_pretrained(dtype=) does not)"
+    return ""
 
 
 _OWN_ONLY = ("qwen2", "qwen3", "mistral")  # can say no more than others do, so that nobody needs to move there
@@ -113,13 +181,13 @@ def _tried(model: PreTrainedModel, home: Home, wanted: Layers) -> Found:
         Unfit: so.
     """
     cls = class_of(model, home)
-    _said(home, model, wanted)
+    _said(home, model.config, wanted)
     if cls is not type(model):
         _prove(model, home, cls)
     attention = None if not home.eager or model.config._attn_implementation == _EAGER else _EAGER
 
     def make(live: PreTrainedModel) -> PreTrainedModel:
-        return rebuilt(live, cls, _said(home, live, wanted), home.fills, attention)
+        return rebuilt(live, cls, _said(home, live.config, wanted), home.fills, attention)
 
     make(model)  # what it is to become can be built, too
     after = f"{cls.__name__}, the same parameters" + (" and sinks that take nothing" if home.fills else "")
@@ -133,16 +201,19 @@ def _notes(model: PreTrainedModel, home: Home, wanted: Layers, attention: str | 
     read = f"; by their sources {others} read it, too" if others else ""
     yield f"{what}; transformers from {home.since} on loads the checkpoint without this package{read}"
     if attention is not None:
-        yield f"attention is computed eagerly, as transformers does for {home.model_type}"
+        yield (
+            f"attention is computed eagerly, as transformers does for {home.model_type}, which adds a caller's mask of "
+            "four dimensions to the scores: give floats, not bool"
+        )
 
 
-def _said(home: Home, model: PreTrainedModel, layers: Layers) -> dict[str, Any]:
+def _said(home: Home, config: PretrainedConfig, layers: Layers) -> dict[str, Any]:
     """Return the fields of a home's config that say what layers do.
 
     Raises:
         Unfit: it cannot.
     """
-    found = home.fields(model.config, layers)
+    found = home.fields(config, layers)
     if isinstance(found, str):
         raise Unfit(found)
     return found
@@ -175,28 +246,50 @@ def class_of(model: PreTrainedModel, home: Home | LatentHome) -> type[PreTrained
 def _prove(model: PreTrainedModel, home: Home, cls: type[PreTrainedModel]) -> None:
     """Compare the logits of a model and of the home that holds it unchanged, bit by bit.
 
+    Once more with what shows only on long texts brought so near that the probe meets it, and in training if something
+    is dropped there.
+
     Raises:
         Unfit: they differ.
     """
-    neutral = _said(home, model, current(model))
     inputs = default_inputs(model)
     attention = _EAGER if home.eager else None
-    here = _logits(rebuilt(model, type(model), {}, {}, attention), inputs)
-    try:
-        there = _logits(rebuilt(model, cls, neutral, home.fills, attention), inputs)
-    except Unfit:
-        raise
-    except BUILDING as error:
-        raise Unfit(f"does not run: {' '.join(str(error).split())[:200]}") from error
-    if attention is None and not torch.equal(_logits(model, inputs), here):
-        raise Unfit("cannot be tried: built again from its config, this model computes something else than it does")
-    if not torch.equal(here, there):
-        raise Unfit(f"computes other logits (by up to {(here - there).abs().max():.1e})")
+    for fields, training in _tellings(model):
+        here = rebuilt(model, type(model), fields, {}, attention)
+        neutral = _said(home, here.config, read_layers(here.config))
+        try:
+            there = rebuilt(model, cls, neutral, home.fills, attention)
+            found, wanted = (_logits(each, inputs, training) for each in (there, here))
+        except Unfit:
+            raise
+        except BUILDING as error:
+            raise Unfit(f"does not run: {' '.join(str(error).split())[:200]}") from error
+        if not torch.equal(found, wanted):
+            how = "in training" if training else f"where {', '.join(fields)} would be met" if fields else ""
+            size = f"by up to {(found - wanted).abs().max():.1e}"
+            raise Unfit(f"computes other logits ({', '.join(filter(None, (size, how)))})")
 
 
-def _logits(model: PreTrainedModel, inputs: Inputs) -> torch.Tensor:
-    """Return the logits, or hidden states, at tokens that are not padding."""
+def _tellings(model: PreTrainedModel) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Yield fields of the model's own config, and whether to train: what shows whether a home does the same."""
+    yield {}, False
+    layers, near = read_layers(model.config), dict[str, Any]()
+    if layers.window is not None:
+        near["sliding_window"] = _NEAR
+    if layers.temperature is not None:
+        near["rope_parameters"] = {**model.config.rope_parameters, STEP: _NEAR}
+    if near:
+        yield near, False
+    if any("drop" in name and value for name, value in model.config.to_dict().items()):
+        yield {}, True
+
+
+def _logits(model: PreTrainedModel, inputs: Inputs, training: bool = False) -> torch.Tensor:
+    """Return the logits, or hidden states, at tokens that are not padding; in training, of one draw."""
     with quiet(model), torch.no_grad():
+        if training:
+            model.train()
+            torch.manual_seed(0)
         return valid(model, model(**inputs)[0], inputs)
 
 

@@ -1,7 +1,7 @@
-"""What every correct model keeps to, one small function each.
+"""The invariants that every correct model keeps, one small function each.
 
-A function gets a :class:`Subject` and returns what it measured, or a sentence saying why the question does not arise.
-``verify`` walks this table on the user's model; the contract tests walk it on every architecture with every patch.
+A function gets a :class:`Subject` and returns a measurement, or a sentence why it does not apply. ``verify`` runs this
+table on the user's model; the contract tests run it on every architecture with every patch.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ INVARIANTS: Mapping[str, Callable[[Subject], Answer]] = {
     "sdpa agrees": sdpa_agrees,
     "flex attention agrees": flex_agrees,
 }
-# how models are run beside a text and its own cache; dearer, so that the contract asks it of some families only
+# other ways of running a model; slow, so that the contract tests run them on some families only
 WAYS: Mapping[str, Callable[[Subject], Answer]] = {
     "static cache, chunked prefill": static_cache,
     "assisted decoding": assisted,

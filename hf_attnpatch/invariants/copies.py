@@ -1,4 +1,4 @@
-"""Copies and checkpoints give the same bits."""
+"""Invariants of copies and checkpoints: they give the same bits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .subject import Answer, Measured, Subject, compare
 
 
 def copied(subject: Subject) -> Answer:
-    """A deepcopy gives the same bits, and from its own weights."""
+    """A deep copy gives the same bits, from its own weights."""
     wanted = subject.logits()
     twin = Subject(copy.deepcopy(subject.model), subject.anatomy, subject.inputs)
     same, own = compare(subject, wanted, twin.logits(), 0.0), []
@@ -37,7 +37,7 @@ def copied(subject: Subject) -> Answer:
 
 
 def _matrices(subject: Subject) -> tuple[list[Tensor], bool]:
-    """Return the projections of the first attention module that runs, which all matter; the model's where none does."""
+    """Return the projections of the first attention module that runs, all of which matter; else the model's."""
     paths = tuple(site.path for site in subject.anatomy.sites)
     with _counting(subject.model, paths) as calls:
         subject.run()
@@ -47,12 +47,12 @@ def _matrices(subject: Subject) -> tuple[list[Tensor], bool]:
 
 
 def saved_and_loaded(subject: Subject) -> Answer:
-    """A checkpoint, loaded through the Auto class of its kind, gives the same bits."""
+    """A checkpoint, loaded through its Auto class, gives the same bits."""
     return _reloaded(subject, "50GB")
 
 
 def saved_in_shards_and_loaded(subject: Subject) -> Answer:
-    """The same for a checkpoint in several files."""
+    """A checkpoint in several files gives the same bits."""
     size = sum(p.numel() * p.element_size() for p in subject.model.parameters())
     return _reloaded(subject, max(size // 3, 1))
 
@@ -67,7 +67,7 @@ def _reloaded(subject: Subject, shard: int | str) -> Answer:
         )
         known = {} if own else {"attn_implementation": attention}  # a name of ours for forwards that stay says nothing
         loaded = _loader(model).from_pretrained(folder, dtype=model.dtype, trust_remote_code=False, **known)
-    for tensor in loaded.parameters():  # a file's bytes lie where its header ends; some kernels round by alignment
+    for tensor in loaded.parameters():  # files are unaligned, and some kernels round by alignment
         tensor.data = tensor.data.clone()
     twin = Subject(loaded.to(input_device(model)).eval(), subject.anatomy, subject.inputs)
     same = loaded.config._attn_implementation == attention  # else another kernel
@@ -75,7 +75,7 @@ def _reloaded(subject: Subject, shard: int | str) -> Answer:
 
 
 def _loader(model: PreTrainedModel) -> Any:
-    """Return the Auto class that knows this model, or its own class where none does: no code of a checkpoint is run."""
+    """Return the Auto class for this model, or its own class if there is none: no code of a checkpoint runs."""
     name = type(model).__name__.removeprefix("Patched")
     for auto, cls in foreign._auto_models(type(model.config)).items():
         if cls.removeprefix("Patched") == name:

@@ -1,21 +1,20 @@
-"""Decoding with a cache equals the full forward."""
+"""Invariants of decoding: with a cache it equals the full forward."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from ..evaluation.announcing import announced
 from ..probe import largest_difference
-from ..rope.request_length import request, requests_of
 from ..stepwise import NoCache, in_pieces, rereads
 from ..upstream import words
 from .subject import Answer, Subject, compare, left, pad, unpadded
 
 
 def decoded_token_by_token(subject: Subject) -> Answer:
-    """Cached decoding, a token at a time, equals the full forward."""
+    """Cached decoding, one token at a time, equals the full forward."""
     return _decoded(subject, [1] * subject.tokens.shape[1])
 
 
@@ -31,7 +30,7 @@ def decoded_after_padding(subject: Subject) -> Answer:
         return "it does not decode left-padded rows"
     wide = pad(subject, subject.inputs, 5)
     length = wide[subject.stream].shape[1]
-    with _announced(subject):
+    with announced(subject.model, subject.tokens.shape[1]):
         found = _pieces(subject, wide, [length // 2, *[1] * (length - length // 2)])
     return found if isinstance(found, str) else compare(subject, unpadded(subject, subject.inputs), found[:, 5:])
 
@@ -40,13 +39,13 @@ def _decoded(subject: Subject, sizes: Sequence[int]) -> Answer:
     if not subject.generates:
         return "it does not generate"
     wanted = subject.logits()
-    with _announced(subject):
+    with announced(subject.model, subject.tokens.shape[1]):
         found = _pieces(subject, subject.inputs, sizes)
     return found if isinstance(found, str) else compare(subject, wanted, found)
 
 
 def _pieces(subject: Subject, inputs: Mapping[str, Tensor], sizes: Sequence[int]) -> Tensor | str:
-    """Return the logits of all tokens, or the proof that the model keeps no cache.
+    """Return the logits of all tokens, or proof that the model keeps no cache.
 
     Raises:
         NoCache: it generates with a cache, and none was found.
@@ -60,10 +59,3 @@ def _pieces(subject: Subject, inputs: Mapping[str, Tensor], sizes: Sequence[int]
         if not rereads(subject.model, subject.inputs):
             raise
         return "generate was seen to read the whole text again for each token: there is no cache"
-
-
-def _announced(subject: Subject) -> contextlib.AbstractContextManager[None]:
-    """Say how long the rows will be, to a model whose angles follow from that."""
-    if requests_of(subject.model) is None:
-        return contextlib.nullcontext()
-    return request(subject.model, subject.tokens.shape[1])

@@ -1,4 +1,4 @@
-"""Forwards without a cache: repeatable, causal, blind to padding and to the company in a batch."""
+"""Invariants of forwards without a cache: repeatable, causal, independent of padding and of other rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def repeated(subject: Subject) -> Answer:
 def blind_to_the_future(subject: Subject) -> Answer:
     """Logits do not depend on later tokens."""
     if not subject.generates:
-        return "an encoder looks both ways"
+        return "an encoder is bidirectional"
     half = subject.tokens.shape[1] // 2
     other = torch.cat([subject.tokens[:, :half], subject.tokens[:, half:].flip(1)], 1)
     wanted, found = subject.logits(), subject.logits(subject.with_tokens(other))
@@ -38,7 +38,7 @@ def after_a_longer_request(subject: Subject) -> Answer:
 
 
 def padded(subject: Subject) -> Answer:
-    """Padding changes nothing: on the left where it generates, on the right of an encoder's input."""
+    """Padding changes nothing: on the left for models that generate, on the right for an encoder's input."""
     if not subject.takes(words.MASK):
         return "its forward takes no attention mask"
     found = subject.logits(pad(subject, subject.inputs, 5))
@@ -46,7 +46,7 @@ def padded(subject: Subject) -> Answer:
 
 
 def alone_or_in_a_batch(subject: Subject) -> Answer:
-    """A short row gets the same logits alone and, padded, beside long ones."""
+    """A short row gets the same logits alone and, padded, in a batch with long ones."""
     if not subject.takes(words.MASK):
         return "its forward takes no attention mask"
     first = {name: ids[: subject.item] for name, ids in subject.inputs.items()}

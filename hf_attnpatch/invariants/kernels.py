@@ -1,4 +1,4 @@
-"""Every attention kernel that the family dispatches to gives the same logits."""
+"""Invariants of kernels: every attention kernel of the family gives the same logits."""
 
 from __future__ import annotations
 
@@ -50,6 +50,6 @@ def _agrees(subject: Subject, name: str) -> Answer:
 
 
 def _under(subject: Subject, name: str) -> Tensor | None:
-    """Return the logits under another kernel, or None where transformers leaves the present one with a log line."""
+    """Return the logits under another kernel, or None if transformers keeps the present one with a log line."""
     with tried(subject.model, [SetAttention("", name)]):
         return subject.logits() if subject.model.config._attn_implementation == name else None

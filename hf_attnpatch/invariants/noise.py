@@ -1,8 +1,8 @@
-"""How much of a difference rounding alone makes in a model at hand: few models are as well conditioned as Llama.
+"""Estimates how much logits differ by rounding alone, which depends on how well a model is conditioned.
 
 Sums in another order differ by a few units in the last place. The outputs of all modules are changed by that much, at
-random, and what becomes of the logits is what two right computations may differ by (a state that is multiplied at every
-step, or a router near a tie, makes it tens of times as much as a plain decoder).
+random; the change of the logits is how far two correct computations may differ (a recurrent state, or a router near a
+tie, makes it tens of times larger than in a plain decoder).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def rounding(model: nn.Module, logits: Callable[[], Tensor]) -> float:
 
     Args:
         model: in eval mode.
-        logits: runs it.
+        logits: runs the model.
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     usual, plain = TOLERANCE.get(dtype, 1e-2), logits()
     try:
         found = [largest_difference(plain, _disturbed(model, logits, seed)) for seed in range(_TRIALS)]
-    except RuntimeError:  # some look their token ids up by the bits of their embeddings
+    except RuntimeError:  # some models recover token ids from the bits of embeddings
         return usual
     finite = [figure for figure in found if figure == figure]
     return min(max(usual, *finite, usual), _CAP * usual)

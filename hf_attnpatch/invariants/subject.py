@@ -1,4 +1,4 @@
-"""The model under question, its inputs, and how they are padded."""
+"""The model under test, its inputs, and their padding."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from .noise import rounding
 
 @dataclass(frozen=True)
 class Measured:
-    """A figure and the largest value it may have; ``what`` says what it is."""
+    """A measurement and its largest allowed value; ``what`` describes it."""
 
     figure: float
     tolerance: float
     what: str = "relative to the largest logit"
 
 
-Answer = Measured | str  # a figure, or why the question does not arise
+Answer = Measured | str  # a measurement, or why the invariant does not apply
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and the tokens it is asked about.
+    """A model and the tokens on which it is tested.
 
     Attributes:
         model: in eval mode.
@@ -46,7 +46,7 @@ class Subject:
 
     @functools.cached_property
     def roles(self) -> Roles:
-        """What the model's forward calls its arguments."""
+        """The argument roles of the model's forward."""
         return roles_of(self.model)
 
     @property
@@ -62,17 +62,17 @@ class Subject:
 
     @property
     def item(self) -> int:
-        """Rows that belong together: one, or one for each codebook."""
+        """Rows that form one sequence: one, or one for each codebook."""
         return codebooks(self.model)
 
     @property
     def generates(self) -> bool:
-        """Whether it writes from left to right."""
+        """Whether it generates from left to right."""
         return bool(self.model.can_generate())
 
     @functools.cached_property
     def rounding(self) -> float:
-        """What rounding alone explains, in this dtype and in this model."""
+        """The difference that rounding alone explains, in this dtype and model."""
         return rounding(self.model, self.logits)
 
     def takes(self, role: str) -> bool:
@@ -80,32 +80,32 @@ class Subject:
         return self.roles.takes(role)
 
     def run(self, inputs: Mapping[str, Tensor] | None = None, **extra: Any) -> Any:
-        """Run a forward, by default on all inputs and without a cache."""
+        """Run a forward; by default on all inputs and without a cache."""
         if self.takes(words.USE_CACHE):
             extra.setdefault(self.roles.name(words.USE_CACHE), False)
         return self.model(**{**(self.inputs if inputs is None else inputs), **extra})
 
     def logits(self, inputs: Mapping[str, Tensor] | None = None, **extra: Any) -> Tensor:
-        """Return the logits of a forward, or its hidden states where it has none."""
+        """Return the logits of a forward, or its hidden states if it has none."""
         return predicted(self.run(inputs, **extra))
 
     def with_tokens(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Return the inputs with other tokens in the stream."""
+        """Return the inputs with other tokens."""
         return {**self.inputs, self.stream: tokens}
 
 
 def compare(subject: Subject, wanted: Tensor, found: Tensor, tolerance: float | None = None) -> Measured:
-    """Measure how far apart logits are; by default rounding is allowed."""
+    """Measure the difference of logits; the default tolerance is rounding."""
     return Measured(largest_difference(wanted, found), subject.rounding if tolerance is None else tolerance)
 
 
 def left(subject: Subject) -> bool:
-    """Whether padding goes on the left: where one sequence is read and continued."""
+    """Return whether padding goes on the left: for models that continue one sequence."""
     return subject.generates and not subject.model.config.is_encoder_decoder
 
 
 def pad(subject: Subject, inputs: Mapping[str, Tensor], by: int) -> dict[str, Tensor]:
-    """Return inputs padded by ``by`` with a token that must not matter, with their mask and positions."""
+    """Return inputs padded by ``by`` arbitrary tokens, with their mask and positions."""
     tokens = subject.roles.name(words.TOKENS)
     ids = inputs[tokens]
     fill = ids[:, :1].expand(-1, by)
@@ -117,14 +117,14 @@ def pad(subject: Subject, inputs: Mapping[str, Tensor], by: int) -> dict[str, Te
 
 
 def positions(subject: Subject, mask: Tensor) -> dict[str, Tensor]:
-    """Return explicit positions as ``generate`` passes them, for families that take them."""
+    """Return positions as ``generate`` passes them, for families that take them."""
     if not subject.takes(words.POSITIONS) or not left(subject):
         return {}
     return {subject.roles.name(words.POSITIONS): (mask.cumsum(1) - 1).clamp_min(0)}
 
 
 def unpadded(subject: Subject, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return the logits with which padded logits are to be compared: same positions, no padding, no mask."""
+    """Return the logits to compare padded ones with: same positions, no padding, no mask."""
     plain = {k: v for k, v in pad(subject, inputs, 0).items() if k != subject.roles.name(words.MASK)}
     return subject.logits(plain)
 

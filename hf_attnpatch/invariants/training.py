@@ -1,4 +1,4 @@
-"""Gradients arrive, and gradient checkpointing changes none of them."""
+"""Invariants of training: gradients arrive, and gradient checkpointing does not change them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def checkpointing_changes_nothing(subject: Subject) -> Answer:
 
 
 def _checkpoint(model: PreTrainedModel, on: bool) -> None:
-    """Switch gradient checkpointing, by the name that this release of transformers has for it."""
+    """Switch gradient checkpointing, under the name that this transformers release uses."""
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{kind}_checkpointing_{'enable' if on else 'disable'}")()
 

@@ -1,8 +1,7 @@
-"""Other ways to read and write than one text with its own cache: what ``generate`` and its callers do with a model."""
+"""Invariants of other ways to read and write: what ``generate`` and its callers do with a model."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,9 +12,9 @@ from transformers import DynamicCache, GenerationConfig
 
 from ..edits import SetAttribute, tried
 from ..errors import AttnPatchError
+from ..evaluation.announcing import announced
 from ..media import PLAIN, probes
 from ..probe import _counting, largest_difference, quiet
-from ..rope.request_length import request, requests_of
 from ..stepwise import STEPS, NoCache, in_pieces, unmasked
 from ..upstream import words
 from ..upstream.roles import predicted, resumed
@@ -23,11 +22,11 @@ from .noise import rounding
 from .subject import Answer, Measured, Subject, compare
 
 _WRITTEN = 4  # tokens
-_PREFIX = 5  # tokens that a learned prefix takes the place of
+_PREFIX = 5  # tokens of a learned prefix
 
 
 def static_cache(subject: Subject) -> Answer:
-    """Text that is read in chunks into a static cache, and written on, is what full forwards predict."""
+    """Text read in chunks into a static cache, and continued, equals what full forwards predict."""
     if not subject.anatomy.sites:
         return "no module keeps keys and values, for which a cache could hold room"
     chunk = max(subject.tokens.shape[1] // 3, 1)
@@ -35,16 +34,16 @@ def static_cache(subject: Subject) -> Answer:
 
 
 def assisted(subject: Subject) -> Answer:
-    """Text of which several tokens are drafted and read at once, some of them taken back, is what forwards predict."""
+    """Text of which several tokens are drafted at once, and some rejected, equals what forwards predict."""
     if subject.model.config.is_encoder_decoder:
         return "its second text is too short to draft from the first"
     half = subject.tokens[: subject.item, : subject.tokens.shape[1] // 2]
-    again = subject.with_tokens(torch.cat([half, half], 1))  # so that there is always something to draft
+    again = subject.with_tokens(torch.cat([half, half], 1))  # repeated, so that there is always something to draft
     return _greedy(subject, again, prompt_lookup_num_tokens=3)
 
 
 def beams(subject: Subject) -> Answer:
-    """Beams, which move rows of the cache, end at the same likelihood as without a cache."""
+    """Beam search, which reorders the rows of the cache, finds the same likelihood as without a cache."""
     if (why := _cannot_write(subject)) is not None:
         return why
     ways: tuple[dict[str, Any], ...] = ({}, {subject.roles.names.get(words.USE_CACHE, words.USE_CACHE): False})
@@ -53,13 +52,13 @@ def beams(subject: Subject) -> Answer:
     cached, plain = found
     if isinstance(cached, str) or isinstance(plain, str):
         return cached if isinstance(cached, str) else str(plain)
-    largest = 2 * subject.logits().abs().max()  # the most that a log-likelihood moves by for what a logit moves by
+    largest = 2 * subject.logits().abs().max()  # bounds the change of a log-likelihood by that of a logit
     figure = float((cached - plain).abs().max() / largest)
     return Measured(figure, subject.rounding, "mean log-likelihood, relative to twice the largest logit")
 
 
 def learned_prefix(subject: Subject) -> Answer:
-    """Keys and values that stand in the cache before the text count as tokens, at once and token by token."""
+    """Keys and values that precede the text in the cache count as tokens, at once and token by token."""
     if not subject.generates or subject.model.config.is_encoder_decoder or subject.item > 1:
         return "no text of one sequence is written"
     if not subject.takes(words.MASK):
@@ -69,7 +68,7 @@ def learned_prefix(subject: Subject) -> Answer:
         return made
     length = subject.tokens.shape[1]
     try:
-        with _announced(subject, length + _PREFIX):
+        with announced(subject.model, length + _PREFIX):
             wanted = _behind(subject, copy.deepcopy(made), [length])
             return compare(subject, wanted, _behind(subject, made, [length // 2, *[1] * (length - length // 2)]))
     except AttnPatchError as error:
@@ -77,7 +76,7 @@ def learned_prefix(subject: Subject) -> Answer:
 
 
 def with_media(subject: Subject) -> Answer:
-    """Images, sound, types of tokens and positions of several axes: the same twice, and read before decoding."""
+    """Images, sound, token types and positions with several axes: repeatable, and decoded as read at once."""
     asked = probes(subject.model)
     more: dict[str, Mapping[str, Tensor]] = {what: i for what, i in asked.more.items() if what != PLAIN}
     text = {subject.roles.names.get(role) for role in (words.TOKENS, words.MASK, words.DECODER_TOKENS)}
@@ -89,7 +88,7 @@ def with_media(subject: Subject) -> Answer:
     allowed = rounding(subject.model, lambda: subject.logits(first))
     figures, notes = dict[str, float](), [f"{what} was not tried: {why}" for what, why in asked.missing.items()]
     for what, inputs in more.items():
-        with quiet(subject.model):  # some remember what they read
+        with quiet(subject.model):  # some models keep state
             figures[what], said = _decoded(subject, unmasked(subject.model, inputs), allowed)
         notes += [f"with {what}, {said}"] * bool(said)
     worst = max(figures, key=lambda what: figures[what])
@@ -97,7 +96,7 @@ def with_media(subject: Subject) -> Answer:
 
 
 def _decoded(subject: Subject, inputs: Mapping[str, Tensor], allowed: float) -> tuple[float, str]:
-    """Return how far apart two forwards, or a full one and one in pieces, are; and what to say of it."""
+    """Return how far two forwards, or a full one and one in pieces, differ; with a note."""
     wanted = subject.logits(inputs)
     apart = largest_difference(wanted, subject.logits(inputs))
     if not subject.generates or subject.stream not in inputs:
@@ -113,7 +112,7 @@ def _decoded(subject: Subject, inputs: Mapping[str, Tensor], allowed: float) -> 
 
 
 def _looks_ahead(subject: Subject, inputs: Mapping[str, Tensor], wanted: Tensor, allowed: float) -> bool:
-    """Whether another last token changes the logits before it: some see an image and its prompt both ways."""
+    """Return whether another last token changes earlier logits: some models attend to an image bidirectionally."""
     ids = inputs[subject.stream].clone()
     ids[:, -1] = torch.where(ids[:, -1] == ids[:, 0], ids[:, 1], ids[:, 0])
     found = subject.logits({**inputs, subject.stream: ids})
@@ -121,14 +120,14 @@ def _looks_ahead(subject: Subject, inputs: Mapping[str, Tensor], wanted: Tensor,
 
 
 def _greedy(subject: Subject, inputs: Mapping[str, Tensor], **how: Any) -> Answer:
-    """Measure by how much the logit of a written token falls short of the likeliest one's in a full forward."""
+    """Measure how far the logit of a generated token is below the likeliest one's in a full forward."""
     if (why := _cannot_write(subject)) is not None:
         return why
     given = _shortened(subject, inputs)
     text = _written(subject, given, lambda out: out.sequences, **how)
     if isinstance(text, str):
         return text
-    with _announced(subject, text.shape[1]):
+    with announced(subject.model, text.shape[1]):
         wanted = subject.logits({**given, subject.stream: text[:, :-1]})[:, -_WRITTEN:]
     taken = wanted.gather(-1, text[:, -_WRITTEN:, None])[..., 0]
     short = (wanted.amax(-1) - taken).max() / wanted.abs().max()
@@ -142,13 +141,13 @@ def _cannot_write(subject: Subject) -> str | None:
 
 
 def _shortened(subject: Subject, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leave room for what will be written, within tables of positions."""
+    """Shorten inputs to leave room for the generated tokens within position tables."""
     ids = inputs[subject.stream]
     return {**inputs, subject.stream: ids[:, : ids.shape[1] - _WRITTEN]}
 
 
 def _written(subject: Subject, inputs: Mapping[str, Tensor], take: Callable[[Any], Tensor], **how: Any) -> Tensor | str:
-    """Return what ``generate`` gives, or why it will not begin."""
+    """Return what ``generate`` gives, or why it refuses."""
     model = subject.model
     start = getattr(model.generation_config, "decoder_start_token_id", None)
     scored = {"return_dict_in_generate": True, "output_scores": True}
@@ -168,7 +167,7 @@ def _written(subject: Subject, inputs: Mapping[str, Tensor], take: Callable[[Any
 
 
 def _of_generate(error: Exception) -> bool:
-    """Whether it was raised by what stands around the forwards."""
+    """Return whether the error comes from code around the forwards."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
@@ -179,18 +178,13 @@ def _refusal(error: AttnPatchError) -> str:
     return " ".join(f"it refuses: {error}".split())[:200]
 
 
-def _announced(subject: Subject, length: int) -> contextlib.AbstractContextManager[None]:
-    """Say how long the rows will be, to a model whose angles follow from that."""
-    return contextlib.nullcontext() if requests_of(subject.model) is None else request(subject.model, length)
-
-
 def _prefix(subject: Subject) -> Any:
-    """Return a cache of keys and values that no token has given, in the shapes that the config tells a trainer of one.
+    """Return a cache of random keys and values, in the shapes that the config declares.
 
-    A sentence where the model keeps something else, or the config tells otherwise.
+    A sentence if the model keeps something else, or the config disagrees.
     """
     caches: list[Any] = []
-    with _announced(subject, _PREFIX):
+    with announced(subject.model, _PREFIX):
         try:
             in_pieces(subject.model, subject.with_tokens(subject.tokens[:, :_PREFIX]), [_PREFIX], caches.append)
         except NoCache:
@@ -220,7 +214,7 @@ def _alike(pair: Sequence[Any]) -> bool:
 
 
 def _behind(subject: Subject, cache: Any, sizes: Sequence[int]) -> Tensor:
-    """Return the logits of the tokens, read in pieces of these sizes behind what a cache holds, without positions."""
+    """Return the logits of the tokens, read in pieces of these sizes after a filled cache, without positions."""
     roles, rows, start, found = subject.roles, len(subject.tokens), 0, list[Tensor]()
     state: dict[str, Any] = {roles.name(words.CACHE): cache}
     for size in sizes:

@@ -16,7 +16,7 @@ from ..heads.damage import LayerDamage
 from ..heads.outcome import Clock
 from ..heads.refine import Gap, Target, gap, target
 from ..heads.repair import Refinement, eager, keeper, refit_outputs, repair, samples
-from ..heads.replay import Call, Socket
+from ..heads.replay import Call, Taps
 from ..heads.weights import read_weights
 from ..probe import quiet
 from ..progress import track
@@ -167,7 +167,7 @@ def _chosen(
     best: tuple[float, Shape, dict[str, LatentWeights], dict[str, tuple[float, float]]] | None = None
     with eager(model):
         cal.stream(model, source.sites, [batch], keeper(calls), "recording inputs")
-        wanted = {s.path: target(Socket(model, s), read_weights(model, s), calls[s.path][0]) for s in source.sites}
+        wanted = {s.path: target(Taps(model, s), read_weights(model, s), calls[s.path][0]) for s in source.sites}
     for width in track(budget.widths(), "choosing the rotary width"):
         shape = _shape(model, source, budget, gains, width)
         forms = _forms(model, source, home, shape)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..errors import PatchConflict, UnsupportedArchitecture
+from ..errors import UnsupportedArchitecture
 from ..heads.estimate import find_frames
-from ..heads.frames import Frames
+from ..heads.frames import Symmetries
 from ..heads.weights import has_bias
 from ..homes.checks import rotary_alone
 from ..homes.fitting import current
@@ -36,7 +36,7 @@ class Source:
     """
 
     sites: tuple[Site, ...]
-    frames: Mapping[str, Frames]
+    frames: Mapping[str, Symmetries]
     window: Window
     theta: float
     query_bias: bool
@@ -91,21 +91,6 @@ def read_source(model: PreTrainedModel, anatomy: Anatomy) -> Source:
     return Source(sites, frames, window, float(model.config.rope_parameters["rope_theta"]), biased)
 
 
-def check_same(model: PreTrainedModel, source: Source) -> None:
-    """Refuse to measure a model that another patch of the same call has yet to make.
-
-    Raises:
-        PatchConflict: so.
-    """
-    for site in source.sites:
-        rows = weight_rows(model.get_submodule(f"{site.path}.{site.layout.key}")).shape[0]
-        if rows != site.rows().key.numel() and not site.layout.fused:
-            raise PatchConflict(
-                f"{site.path}: a latent is compressed on the heads that are there, and another patch of this call "
-                "changes them; apply the patches in two calls."
-            )
-
-
 def _size(site: Site) -> tuple[int, ...]:
     return site.num_heads, site.num_kv_heads, site.head_dim, site.v_head_dim
 
@@ -153,7 +138,7 @@ def _window(model: PreTrainedModel, anatomy: Anatomy) -> Window:
     return replace(now, frequencies=now.frequencies.cpu())
 
 
-def _check_frames(site: Site, found: Frames) -> None:
+def _check_frames(site: Site, found: Symmetries) -> None:
     if found.normed:
         raise UnsupportedArchitecture(
             f"{site.path}: {site.kind} divides every key by its own size after the projection (q/k norms), which is "

@@ -1,1 +1,1 @@
-"""Modules and hooks that stay inside a patched model: shared heads, added positions, angles that stand still."""
+"""Modules and hooks of patched models: shared heads, added positions, rotations fixed at position 0."""

@@ -1,10 +1,8 @@
-"""Positions that are added to what the token embedding gives, in models that have no table of their own."""
+"""Positions added to the token embeddings."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +13,14 @@ from ..functional.turning import sinusoid
 from ..upstream import words
 from ..upstream.caches import length as cached
 from ..upstream.partitioned import shape_of
-from ..upstream.roles import Arguments, Roles
+from ..upstream.roles import ArgumentHook, Arguments, Roles
 from .still import NoPositions
 
-CHILD = "added_positions"  # of the language model; what a trainable table's key in a checkpoint ends with
+CHILD = "added_positions"  # child of the language model, so part of a trainable table's name in a checkpoint
 
 
 class SinusoidalPositions(nn.Module):
-    """The sinusoid of Attention Is All You Need, computed for whatever positions come: no length, no tensor.
+    """The sinusoid of Attention Is All You Need, computed for any position: no length limit, no tensor.
 
     Args:
         theta: base of the wavelengths.
@@ -47,7 +45,7 @@ class SinusoidalPositions(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    """A trainable table.
+    """A trainable position table.
 
     Args:
         weight: (length, width).
@@ -65,8 +63,8 @@ class LearnedPositions(nn.Module):
         """
         rows = self.weight.shape[0]
         beyond = places.shape[-1] > rows or (places.device.type == "cpu" and _beyond(places, rows))
-        if beyond:  # on other devices the lookup itself complains: asking first would stop their queue
-            raise AttnPatchError(f"a token at position {int(places.max())}; the position table has {rows} rows.")
+        if beyond:  # elsewhere the lookup itself raises; checking first would stall a GPU's queue
+            raise AttnPatchError(f"position {int(places.max())} is beyond the position table, which has {rows} rows.")
         return embeddings + F.embedding(places, self.weight)
 
     def extra_repr(self) -> str:
@@ -76,85 +74,65 @@ class LearnedPositions(nn.Module):
 
 
 def _beyond(places: Tensor, rows: int) -> bool:
-    """Whether a position is in no row; a program that is compiled or exported has no positions yet."""
+    """Return whether a position is beyond the table; False while a program is compiled or exported."""
     return not torch.compiler.is_compiling() and int(places.max()) >= rows
 
 
-class AddPositions:
-    """Forward pre-hook of the language model: embeds the tokens and adds what its child ``added_positions`` says.
+class AddPositions(ArgumentHook):
+    """Forward pre-hook of the language model: embeds the tokens and adds the positions of its child."""
 
-    Args:
-        roles: of the arguments of the model's forward.
-    """
-
-    def __init__(self, roles: Roles):
-        self.roles = roles
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Hand over embeddings with positions in the place of ids."""
+    def edit(self, module: nn.Module, given: Arguments) -> bool | None:
+        """Replace the token ids by embeddings with positions."""
         added = module.get_submodule(CHILD)
-        if isinstance(added, NoPositions):  # taken out again by a later patch
-            return None
-        given = self.roles.bind(args, kwargs)
+        if isinstance(added, NoPositions):  # removed by a later patch
+            return False
         embeddings, tokens = given.get(words.EMBEDDINGS), given.get(words.TOKENS)
         if embeddings is None:
             if tokens is None:
-                return None  # the model complains better
+                return False  # the model's own error is clearer
             embeddings = module.get_input_embeddings()(tokens)  # type: ignore[operator]  # of transformers
         given.put(words.EMBEDDINGS, added(embeddings, positions(given, embeddings)))
         given.put(words.TOKENS, None)
-        return given.back()
+        return None
 
 
-class AnyLength:
-    """Forward pre-hook of an encoder that keeps position and segment ids in buffers as long as its table was.
+class AnyLength(ArgumentHook):
+    """Forward pre-hook of an encoder whose position and segment ids are buffers as long as its removed table.
 
-    Without a table there is no such length: both are handed over where the caller gives none.
+    Without a table there is no such limit: the hook passes both ids if the caller passes none.
 
     Args:
-        roles: of the arguments of its forward.
-        segments: whether it keeps segment ids; one that keeps none may take their absence for something else.
+        roles: argument roles of its forward.
+        segments: whether the encoder keeps segment ids; others may interpret passed ones differently.
     """
 
     def __init__(self, roles: Roles, segments: bool):
-        self.roles, self.segments = roles, segments and roles.takes(words.SEGMENTS)
+        super().__init__(roles)
+        self.segments = segments and roles.takes(words.SEGMENTS)
 
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Count tokens, and put them into the first segment."""
-        given = self.roles.bind(args, kwargs)
+    def edit(self, module: nn.Module, given: Arguments) -> bool | None:
+        """Pass positions that count the tokens, and the first segment for all of them."""
         like, embeddings = given.get(words.TOKENS), given.get(words.EMBEDDINGS)
         if like is None:
             if embeddings is None:
-                return None  # the model complains better
+                return False  # the model's own error is clearer
             like = embeddings[..., 0].long()
         if self.segments and given.get(words.SEGMENTS) is None:
             given.put(words.SEGMENTS, torch.zeros_like(like))
         if self.roles.takes(words.POSITIONS) and given.get(words.POSITIONS) is None:
             given.put(words.POSITIONS, positions(given, like).expand_as(like))
-        return given.back()
+        return None
 
 
-class CountedOnly:
-    """Forward pre-hook of a language model that rotates but hands no positions on: refuses those it would ignore.
+class CountedOnly(ArgumentHook):
+    """Forward pre-hook of a language model without positions in attention: refuses positions it would ignore."""
 
-    Args:
-        roles: of the arguments of its forward.
-    """
-
-    def __init__(self, roles: Roles):
-        self.roles = roles
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Compare what is passed with what is counted, and change nothing."""
-        given = self.roles.bind(args, kwargs)
+    def edit(self, module: nn.Module, given: Arguments) -> bool:
+        """Compare the passed positions with the counted ones; change nothing."""
         told, like = given.get(words.POSITIONS), given.get(words.TOKENS)
         like = given.get(words.EMBEDDINGS) if like is None else like
         if told is None or like is None:
-            return
+            return False
         given.put(words.POSITIONS, None)
         mask, counted = given.get(words.MASK), positions(given, like)
         seen = (
@@ -164,28 +142,29 @@ class CountedOnly:
         )
         if bool(((told != counted) & seen).any()):
             raise AttnPatchError(
-                f"{type(module).__name__} hands positions to its position table only, which rotary positions "
-                "replaced; they can only count the tokens from 0. Leave them out."
+                f"{type(module).__name__} passes positions to its position table only, which rotary positions "
+                "replaced; they can only count the tokens from 0. Leave position_ids out."
             )
+        return False
 
 
 def positions(given: Arguments, embeddings: Tensor) -> Tensor:
-    """Return where tokens stand, (batch or 1, length): as told, else counted by the mask, else behind the cache.
+    """Return the tokens' positions, (batch or 1, length): as passed, else counted from the mask, else from the cache.
 
     Args:
         given: arguments of the language model's forward.
-        embeddings: of the tokens, (batch, length, width); or the ids.
+        embeddings: token embeddings, (batch, length, width), or token ids.
 
     Raises:
-        AttnPatchError: positions that are not one number for each token.
+        AttnPatchError: the positions are not one number for each token.
     """
     told, length = given.get(words.POSITIONS), embeddings.shape[1]
     if told is not None:
         if told.dim() != 2:
             raise AttnPatchError(
-                f"position_ids of shape {tuple(told.shape)}; one row of positions for each row of tokens."
+                f"position_ids has shape {tuple(told.shape)}; pass one row of positions for each row of tokens."
             )
-        found: Tensor = told.clamp(min=0)  # padding may stand at -1
+        found: Tensor = told.clamp(min=0)  # padding may have position -1
         return found
     past, mask = cached(given.get(words.CACHE)), given.get(words.MASK)
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= past + length:

@@ -1,6 +1,6 @@
-"""Modules and hooks that stay inside a patched model.
+"""Shared key-value heads inside a patched model: a projection that repeats them, and a hook that caches them once.
 
-They hold no reference to the model and no closure, so ``deepcopy``, pickling and two models in one process just work.
+Neither holds a reference to the model or a closure, so that ``deepcopy``, pickling and two models in one process work.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..upstream.partitioned import shape_of
 class GroupedProjection(nn.Module):
     """A key, value or fused projection with fewer heads than its attention module expects.
 
-    The weight has one block of rows per *shared* head; the output repeats each for every query head that uses it, so a
-    forward that knows nothing of groups runs unchanged. It has no ``nn.Linear`` in it on purpose: a LoRA on its
+    The weight has one block of rows for each *shared* head; the output repeats it for every query head that uses it, so
+    that a forward which knows nothing of groups runs unchanged. It contains no ``nn.Linear`` on purpose: a LoRA on its
     output would see the repeated width, so PEFT refuses it by name instead of failing in the forward.
 
     Args:
@@ -57,14 +57,14 @@ class GroupedProjection(nn.Module):
 
 
 class NarrowCache:
-    """Forward pre-hook for an attention module: what it caches keeps one key and value per shared head.
+    """Forward pre-hook of an attention module: makes it cache one key and value for each shared head.
 
-    The module hands its cache repeated keys and values; this hook hands the module a view of the cache that stores
-    the first of each group and repeats on the way out. The cache shrinks by exactly the group size.
+    The module passes repeated keys and values to its cache. This hook replaces the cache by a view that stores the
+    first head of each group and repeats it on the way out, so that the cache shrinks by the group size.
 
     Args:
         groups: query heads per key-value head.
-        contiguous: whether the module reshapes what the cache returns, so that one head shared by all must be copied.
+        contiguous: whether the module calls ``view`` on what the cache returns, so that a head shared by all is copied.
     """
 
     def __init__(self, groups: int, contiguous: bool):
@@ -86,7 +86,7 @@ class NarrowCache:
             AttnPatchError: the cache was filled, or made, for another number of heads.
         """
         shared = key[:, :: self.groups]
-        passed_by = getattr(storing.cache, "passed_by", False)  # a memory, which the module's own wrapper fills
+        passed_by = getattr(storing.cache, "passed_by", False)  # a segment memory, which the module's wrapper fills
         layers, number = () if passed_by else getattr(storing.cache, "layers", ()), storing.layer
         held = getattr(layers[number], "keys", None) if number < len(layers) else None
         if isinstance(held, Tensor) and held.dim() == 4 and held.shape[1] != shared.shape[1]:

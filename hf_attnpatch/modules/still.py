@@ -1,8 +1,7 @@
-"""What stays inside a model whose positions were exchanged: hooks and modules that hold no tensor of a checkpoint."""
+"""Hooks that fix rotation at position 0, and a module in place of a position table; none holds a parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,62 +10,40 @@ from torch import Tensor, nn
 from ..attention.deferring import deferred_view
 from ..attention.rotation import PLACES, rotation_of
 from ..upstream import words
-from ..upstream.roles import Roles
+from ..upstream.roles import ArgumentHook, Arguments
 
 
-class Still:
-    """What marks a module as turning nothing."""
+class Still(ArgumentHook):
+    """Base class of hooks that disable a module's rotation."""
 
 
 class ZeroAngles(Still):
-    """Forward pre-hook of a rotary module: every token stands at position 0, which turns nothing.
+    """Forward pre-hook of a rotary module: gives every token position 0, which rotates nothing."""
 
-    Args:
-        roles: of the arguments of its forward.
-    """
-
-    def __init__(self, roles: Roles):
-        self.roles = roles
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Put zeros in the place of the positions."""
-        given = self.roles.bind(args, kwargs)
+    def edit(self, module: nn.Module, given: Arguments) -> None:
+        """Replace the positions by zeros."""
         given.put(words.POSITIONS, torch.zeros_like(given.get(words.POSITIONS)))
-        return given.back()
 
 
 class StillAngles(Still):
-    """Forward pre-hook of an attention module that rotates by a table of its own: every token stands at position 0.
+    """Forward pre-hook of an attention module that rotates by its own table: gives every token position 0."""
 
-    Args:
-        roles: of the arguments of the module's forward.
-    """
-
-    def __init__(self, roles: Roles):
-        self.roles = roles
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Put zeros in the place of the positions, and keep those for a rotation of ours that has not run yet."""
-        given = self.roles.bind(args, kwargs)
+    def edit(self, module: nn.Module, given: Arguments) -> None:
+        """Replace the positions by zeros; keep them for a rotation of this package that has not run yet."""
         places = given.get(words.POSITIONS)
         if rotation_of(module) is not None and not any(map(deferred_view, given.named.values())):
             given.named[PLACES] = places
         given.put(words.POSITIONS, torch.zeros_like(places))
-        return given.back()
 
 
 class NoPositions(nn.Module):
-    """In the place of a position table: adds nothing, at any length."""
+    """Replaces a position table: adds nothing, at any length."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return a zero that broadcasts to whatever it is added to."""
-        return torch.zeros((), dtype=torch.bfloat16)  # a scalar: takes the dtype and the device of what it meets
+        return torch.zeros((), dtype=torch.bfloat16)  # a scalar adopts the dtype and device of the other operand
 
 
 def turns_nothing(module: nn.Module) -> bool:
-    """Whether a module that rotates was set to zero angles."""
+    """Return whether a module's rotation is fixed at position 0."""
     return any(isinstance(hook, Still) for hook in module._forward_pre_hooks.values())

@@ -1,4 +1,4 @@
-"""One file per method: reads the anatomy, yields edits, touches nothing."""
+"""The patches, one file per method. Each reads the anatomy and returns edits; none writes to a model."""
 
 from .alibi import Alibi
 from .attention_sinks import AttentionSinks

@@ -1,4 +1,4 @@
-"""ALiBi in the place of whatever a model knew positions by."""
+"""Replaces a model's positions by ALiBi."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..attention.wrapper import AddWrapper
 from ..backends import Candidate
 from ..edits import Edit
 from ..errors import AttnPatchError, UnsupportedArchitecture
-from ..patch import Patch, Proposal, changed
+from ..patch import Patch, Proposal
 from ..positions.choice import BACKENDS, choose
 from ..positions.counting import counted
 from ..positions.fusing import rebiased
@@ -26,28 +26,28 @@ from ..sites import Place, dispatching
 
 @dataclass(frozen=True, kw_only=True)
 class Alibi(Patch):
-    """Attention with linear biases (ALiBi, 2108.12409, 3): scores lose slope times distance; old positions go.
+    """Attention with linear biases (ALiBi, 2108.12409, 3): a bias linear in distance replaces the model's positions.
 
-    Rotary modules are asked for position 0 only, position tables are taken out, and with them the length they ended
-    at. The bias goes through a fused kernel as a few more dimensions of queries and keys (or as ``alibi_slopes``, or as
-    flex attention's ``score_mod``), in linear memory. A model that was not trained so has to be; its slopes may rise
-    meanwhile (:func:`hf_attnpatch.set_alibi_strength`), which ended no better in our studies. Stock transformers cannot
-    express the result, so its checkpoints are of this package's model type. BLOOM, MPT and Falcon, which have ALiBi,
-    may get other slopes or clipped distances.
+    Rotary modules are fixed at position 0, and position tables are removed together with the length limit they set. A
+    fused kernel applies the bias as a few extra dimensions of queries and keys (or as ``alibi_slopes``, or as flex
+    attention's ``score_mod``), in linear memory. A model that was not trained with ALiBi has to be trained; its slopes
+    may be warmed up (:func:`hf_attnpatch.set_alibi_strength`), which gave no better result in our studies. Stock
+    transformers cannot express the result, so checkpoints have this package's model type. BLOOM, MPT and Falcon, which
+    have ALiBi, can be given other slopes or clipped distances.
 
     Args:
         slopes: ``"paper"``, or one number for each query head.
-        backend: ``auto`` (the fastest that runs here and agrees with the reference on a probe), ``sdpa``,
+        backend: ``auto`` (the fastest that runs here and matches the reference on a probe), ``sdpa``,
             ``flex_attention``, ``flash_attention_2``, ``_3``, ``_4``, or ``eager``, the dense reference.
-        exact: positions and slopes exact in every dtype; False rounds slope times position to the model's dtype, as
-            BLOOM does.
-        distance_clip: distances above it, in tokens, count as this one; None for none.
+        exact: compute positions and slopes exactly in every dtype; False rounds slope times position to the model's
+            dtype, as BLOOM does.
+        distance_clip: larger distances, in tokens, count as this one; None does not clip.
         strength: factor on the slopes.
-        training: whether a backward pass is needed; None asks the model (``model.training``).
+        training: whether a backward pass is needed; None reads ``model.training``.
 
     Raises:
-        UnsupportedArchitecture: positions are inside the attention modules, or no backend runs.
-        AttnPatchError: slopes that are not one for each head, or an argument out of range.
+        UnsupportedArchitecture: positions are computed inside the attention modules, or no backend runs.
+        AttnPatchError: the number of slopes differs from the number of heads, or an argument is out of range.
     """
 
     name: ClassVar[str] = "alibi"
@@ -63,7 +63,7 @@ class Alibi(Patch):
     distance_clip: int | None = None
     strength: float = 1.0
     training: bool | None = None
-    # a checkpoint's own structure, which is not tried again while it is being loaded
+    # while a checkpoint is loaded, its structure is not probed again
     proved: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -81,12 +81,8 @@ class Alibi(Patch):
         if not isinstance(self.strength, (int, float)) or not 0 <= self.strength < float("inf"):
             raise AttnPatchError(f"strength is {self.strength!r}; it must be a number, 0 or more.")
 
-    def structure(self) -> Patch:
-        """Return the patch without a probe: a model that is being loaded cannot run yet."""
-        return changed(self, proved=True)
-
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
-        """Say what would be taken out and which kernel would add the bias; see :meth:`Patch.propose`."""
+        """Return the edits that remove the positions and add the bias, and the kernel; see :meth:`Patch.propose`."""
         given = None if isinstance(self.slopes, str) else tuple(self.slopes)
         bias = AlibiBias(given, self.distance_clip, self.exact, float(self.strength))
         if anatomy.biased:
@@ -105,7 +101,7 @@ class Alibi(Patch):
         return Proposal(edits, paths, (*removed(anatomy), *notes), stock=False, claims=("the positions",))
 
     def _of_a_native(self, model: PreTrainedModel, anatomy: Anatomy, bias: AlibiBias) -> Proposal:
-        """BLOOM, MPT, Falcon, GPT-J, CodeGen: what told positions there is left out, and this one counts."""
+        """Handle BLOOM, MPT, Falcon, GPT-J and CodeGen: their own positions are left out and this bias is added."""
         if self.backend not in ("auto", "sdpa"):
             raise AttnPatchError(f"{anatomy.architecture}: its own forward stays, which takes backend='sdpa' only.")
         self._check_heads([Place(s.path, s.num_heads, s.causal, s.config) for s in anatomy.sites])

@@ -1,4 +1,4 @@
-"""Attention sinks with a window: endless text in a cache of fixed size."""
+"""Attention sinks with a sliding window: unbounded text in a cache of fixed size."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from ..spans.proposal import check_fields, spanned, trained_length, within
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSinks(Patch):
-    """Attention sinks with a window (StreamingLLM, 2309.17453, 3.2): endless text in a cache of fixed size.
+    """Attention sinks with a window (StreamingLLM, 2309.17453, 3.2): unbounded text in a cache of fixed size.
 
-    No longer context: a token sees ``num_sinks + window`` others and nothing in between. What it gives is fluency and a
-    cache of fixed size however long the text grows: ``generate`` and forwards with a growing cache keep no more than
-    the sinks, the longest padding before them, and the window, while caches of other kinds stay as they are. Inputs
-    within ``num_sinks + window`` have the same logits, bit for bit. Assisted decoding, which rolls a cache back, is
-    refused once tokens were let go. Angles are transformers' own, in fp32, which are off by a thousandth of a turn
-    beyond some 10^5 tokens. Stock transformers cannot express it: checkpoints are of this package's model type.
+    This does not extend the context: a token sees ``num_sinks + window`` others and nothing in between. The gain is
+    fluent text of any length in a cache of fixed size. ``generate``, and forwards with a dynamic cache, keep only the
+    sinks, the longest padding before them, and the window; other kinds of caches are unchanged. Inputs of at most
+    ``num_sinks + window`` tokens give the same logits, bit for bit. Assisted decoding, which rolls a cache back, is
+    refused once tokens were evicted. Angles are transformers' own, in fp32, which are wrong by a thousandth of a turn
+    beyond about 10^5 tokens. Stock transformers cannot express it: checkpoints have this package's model type.
 
     Experimental: its fields may get other names or defaults between minor versions.
 
     Args:
-        num_sinks: first tokens that stay.
-        window: last tokens that are seen, the query among them; None for the rest of the trained length.
-        trained_length: tokens that the model handles by itself; None reads the config.
-        backend: ``sdpa``, merged flash calls; ``eager``, dense, with attention weights; ``auto`` is the former.
+        num_sinks: number of first tokens that are always kept.
+        window: number of last tokens that a query sees, itself included; None takes the rest of the trained length.
+        trained_length: context that the model was trained on, in tokens; None reads the config.
+        backend: ``sdpa``, merged flash calls; ``eager``, dense, with attention weights; ``auto`` is ``sdpa``.
 
     Raises:
-        UnsupportedArchitecture: no rotary layer looks back at everything, or its rotation is not known.
-        AttnPatchError: lengths that do not fit each other.
+        UnsupportedArchitecture: no rotary layer attends to the whole past, or its rotation is unknown.
+        AttnPatchError: the lengths contradict each other.
     """
 
     name: ClassVar[str] = "attention_sinks"
@@ -55,7 +55,7 @@ class AttentionSinks(Patch):
         )
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
-        """Say which modules would see which distances; see :meth:`Patch.propose`."""
+        """Return the edits that remap the distances; see :meth:`Patch.propose`."""
         trained = trained_length(self, anatomy)
         within(self, trained - 2, num_sinks=self.num_sinks)
         window = trained - self.num_sinks if self.window is None else self.window

@@ -16,27 +16,27 @@ from ..spans.proposal import check_fields, spanned, trained_length, within
 
 @dataclass(frozen=True, kw_only=True)
 class DualChunk(Patch):
-    """Dual chunk attention (2402.17463, 3): longer texts without training, by positions within chunks and between them.
+    """Dual chunk attention (2402.17463, 3): longer context without training, by positions within and between chunks.
 
-    A token sees its own chunk at its distances; the chunk before it exactly for the first ``local`` tokens of its own,
-    then at the largest distance, ``chunk + local``, as all chunks before that. Any length has distances that the model
-    knows; order among far chunks is lost. Flash calls are merged by log-sum-exp. Queries before ``start`` attend as
-    they always did, so that inputs within the trained length have the same logits, bit for bit. Positions are counted
-    from a row's first token that is not padding. Stock transformers cannot express it: checkpoints are of this
-    package's model type.
+    Within its own chunk a token sees true distances. In the previous chunk distances are exact for the first ``local``
+    tokens and then stay at ``chunk + local``, the largest one, which all earlier chunks have as well. So every distance
+    is one that the model knows, and order among far chunks is lost. Flash calls are merged by log-sum-exp. Queries
+    before ``start`` attend as before, so that inputs within the trained length give the same logits, bit for bit.
+    Positions are counted from the first token of a row that is not padding. Stock transformers cannot express it:
+    checkpoints have this package's model type.
 
     Experimental: its fields may get other names or defaults between minor versions.
 
     Args:
-        chunk: tokens of a chunk; None for three quarters of the trained length, as the paper has it.
-        local: tokens for which the distance to the chunk before is exact; None for the rest of the trained length.
-        start: first query that is treated so; None for the trained length.
-        trained_length: tokens that the model handles by itself; None reads the config.
-        backend: ``sdpa``, merged flash calls; ``eager``, dense, with attention weights; ``auto`` is the former.
+        chunk: tokens in a chunk; None takes three quarters of the trained length, as in the paper.
+        local: tokens for which the distance to the previous chunk is exact; None takes the rest of the trained length.
+        start: first query whose distances are remapped; None takes the trained length.
+        trained_length: context that the model was trained on, in tokens; None reads the config.
+        backend: ``sdpa``, merged flash calls; ``eager``, dense, with attention weights; ``auto`` is ``sdpa``.
 
     Raises:
-        UnsupportedArchitecture: no rotary layer looks back at everything, or its rotation is not known.
-        AttnPatchError: lengths that do not fit each other.
+        UnsupportedArchitecture: no rotary layer attends to the whole past, or its rotation is unknown.
+        AttnPatchError: the lengths contradict each other.
     """
 
     name: ClassVar[str] = "dual_chunk"
@@ -58,7 +58,7 @@ class DualChunk(Patch):
         check_fields(self, self.backend, local=self.local, **lengths)
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
-        """Say which modules would see which distances; see :meth:`Patch.propose`."""
+        """Return the edits that remap the distances; see :meth:`Patch.propose`."""
         trained = trained_length(self, anatomy)
         chunk = trained * 3 // 4 if self.chunk is None else self.chunk
         within(self, trained - 1, chunk=chunk)

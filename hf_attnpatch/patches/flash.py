@@ -1,4 +1,4 @@
-"""A fused attention kernel in the place of an eager one."""
+"""Replaces eager attention by a fused kernel."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from ..probe import Inputs, default_inputs, input_device, largest_difference, lo
 from ..upstream import words
 from ..upstream.roles import roles_of
 
-# what transformers takes for a repository of the kernels hub: owner/name, then a revision and a function if wanted
+# transformers' syntax for a repository of the kernels hub: owner/name, optionally with a revision and a function
 _REPOSITORY = re.compile(r"^[^/:@\s]+/[^/:@\s]+(?:@[^/:\s]+)?(?::[^/:\s]+)?$")
 
-TOKENS = 256  # to tell ways apart on
+TOKENS = 256  # length of the probe that separates a bias counted once from one counted twice
 LIMITS = ("max_position_embeddings", "max_seq_len", "seq_length")  # of tokens, in configs
 
 _HOOKED = (
@@ -39,22 +39,22 @@ _HOOKED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Flash(Patch):
-    """Fused attention kernel (FlashAttention, SDPA, flex attention) that runs here, after proving that logits stay.
+    """Fused attention kernel (FlashAttention, SDPA, flex attention) that runs here and leaves the logits unchanged.
 
-    ``auto`` takes the first backend, in the order of :func:`hf_attnpatch.backends.ranked`, that runs here and agrees
-    with the model's present attention on a probe; the report says which and why the others were passed over. A backend
-    asked for by name that cannot run is an error. A checkpoint remembers nothing of it.
+    ``auto`` takes the first backend, in the order of :func:`hf_attnpatch.backends.ranked`, that runs here and matches
+    the model's present attention on a probe; the report names it and says why others were passed over. A backend that
+    was requested by name and cannot run is an error. Checkpoints do not record this patch.
 
-    Families that compute attention by themselves (BLOOM, MPT, Falcon, GPT-J, CodeGen) get torch's kernels, too, with
-    memory linear in length; their own ALiBi, rounded as they round it, goes through it as further dimensions.
+    Families that compute attention themselves (BLOOM, MPT, Falcon, GPT-J, CodeGen) get torch's kernels, with memory
+    linear in length; their own ALiBi, with its own rounding, is applied as extra dimensions of queries and keys.
 
     Args:
         backend: ``auto``, ``sdpa``, ``flex_attention``, ``flash_attention_2``, ``_3``, ``_4`` or a kernels-hub
             repository (``owner/name``).
-        training: whether a backward pass is needed; None asks the model (``model.training``).
+        training: whether a backward pass is needed; None reads ``model.training``.
 
     Raises:
-        UnsupportedArchitecture: no backend runs; every reason is given.
+        UnsupportedArchitecture: no backend runs; the message has every reason.
         AttnPatchError: the named backend does not exist or cannot run here.
     """
 
@@ -76,7 +76,7 @@ class Flash(Patch):
             raise AttnPatchError(f"training is {self.training!r}; it must be True, False, or None to ask the model.")
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
-        """Say which backend would be used; see :meth:`Patch.propose`."""
+        """Return the edits that select a backend; see :meth:`Patch.propose`."""
         training = model.training if self.training is None else self.training
         head_dim = max((s.head_dim for s in anatomy.sites), default=0)
         if model.config._attn_implementation == FUSED and self.backend not in ("auto", "sdpa"):
@@ -101,7 +101,7 @@ class Flash(Patch):
     def _tried(
         self, request: Candidate, anatomy: Anatomy, wanted: tuple[str, ...]
     ) -> Iterator[tuple[str, tuple[Edit, ...] | str]]:
-        """Yield each backend with the edits that were proved on a probe, or why there are none."""
+        """Yield each backend with the edits that passed on a probe, or with the reason why none did."""
         asked: list[tuple[str, Inputs, Tensor]] = []
         for name in wanted:
             ways = _ways(request, anatomy, name)
@@ -109,7 +109,7 @@ class Flash(Patch):
             for edits in () if isinstance(ways, str) else _nearest_first(request.model, ways):
                 asked = asked or _asked(request.model)
                 why = _differs(request, edits, asked)
-                found = edits if why is None else found or why  # what the first way lacks says most
+                found = edits if why is None else found or why  # the reason of the first variant is the most useful one
                 if why is None:
                     break
             yield name, found
@@ -130,7 +130,7 @@ class Flash(Patch):
 
 
 def _asked(model: PreTrainedModel) -> list[tuple[str, Inputs, Tensor]]:
-    """Return what to compare on: what is in it, the inputs, and the logits before."""
+    """Return the probes: what each contains, its inputs, and the logits before the patch."""
     found = probes(model, default_inputs)
     every = {"": found.main, **{f"with {what}: ": inputs for what, inputs in found.more.items()}}
     return [(what, inputs, trace(model, inputs).logits) for what, inputs in every.items()]
@@ -145,7 +145,7 @@ def _differs(request: Candidate, edits: tuple[Edit, ...], asked: list[tuple[str,
 
 
 def _ways(request: Candidate, anatomy: Anatomy, name: str) -> list[tuple[Edit, ...]] | str:
-    """Return the edits to try for a backend, or why there is nothing to try."""
+    """Return the edits to try for a backend, or the reason why there are none."""
     why = obstacle(name, request)
     if name == "sdpa" and not any(site.dispatches for site in anatomy.sites):
         ways = variants(request.model, anatomy)
@@ -154,7 +154,7 @@ def _ways(request: Candidate, anatomy: Anatomy, name: str) -> list[tuple[Edit, .
 
 
 def _nearest_first(model: PreTrainedModel, ways: list[tuple[Edit, ...]]) -> list[tuple[Edit, ...]]:
-    """Order ways by how far the logits go: on few tokens, several may agree within the rounding of a short dtype."""
+    """Sort variants by their difference in logits: on a short probe several agree within the rounding of the dtype."""
     if len(ways) < 2:
         return ways
     inputs = _longer(model)
@@ -163,7 +163,7 @@ def _nearest_first(model: PreTrainedModel, ways: list[tuple[Edit, ...]]) -> list
 
 
 def _longer(model: PreTrainedModel) -> dict[str, Tensor]:
-    """One row of as many tokens as tell a bias by distance from twice that bias, or as the model takes."""
+    """Return one row of tokens, long enough to tell an ALiBi bias from twice that bias."""
     config = model.config.get_text_config(decoder=True)
     limit = next((n for name in LIMITS if isinstance(n := getattr(config, name, None), int)), TOKENS)
     ids = torch.arange(min(TOKENS, limit), device=input_device(model))[None]
@@ -173,6 +173,6 @@ def _longer(model: PreTrainedModel) -> dict[str, Tensor]:
 def _distance(model: PreTrainedModel, edits: tuple[Edit, ...], inputs: Inputs, reference: Tensor) -> float:
     try:
         found = largest_difference(reference, logits_under(model, edits, inputs))
-    except (AttnPatchError, RuntimeError, ValueError, TypeError):  # the trial says why
+    except (AttnPatchError, RuntimeError, ValueError, TypeError):  # the trial reports the reason
         return math.inf
     return math.inf if math.isnan(found) else found

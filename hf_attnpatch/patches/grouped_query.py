@@ -20,10 +20,10 @@ from ..heads.group_size import choose
 from ..heads.regroup import Source, foreign, native
 from ..patch import Patch, Proposal, changed
 
-ALIGNED = ("procrustes", "principal")  # need nothing but the weights and a look at what rotates
+ALIGNED = ("procrustes", "principal")  # need the weights only, and which dimensions are rotated
 CALIBRATED = ("calibrated", "refined")  # need text
 METHODS = (*PLAIN, *ALIGNED, *CALIBRATED)
-SORTED = ("principal", *CALIBRATED)  # share similar heads where nothing else is asked for
+SORTED = ("principal", *CALIBRATED)  # group similar heads by default
 GROUPINGS = ("adjacent", "similar")
 
 
@@ -31,41 +31,44 @@ GROUPINGS = ("adjacent", "similar")
 class GroupedQuery(Patch):
     """Grouped-query or multi-query attention (2305.13245, 1911.02150): query heads share key-value heads.
 
-    The cache then holds ``num_kv_heads`` heads. They are merged (or, going up, replicated, which leaves the logits what
-    they were). Every method beyond the first three also turns the queries and the output projection to fit what is
-    shared: see :mod:`hf_attnpatch.functional.merging`. Where the family's config has a field for the count, the result
-    is a stock model and a stock checkpoint. Elsewhere (GPT-2, GPT-NeoX, OPT, GPT-J, BLOOM, MPT, BERT ...) the
-    projections are replaced by shared ones and the cache is narrowed; such a checkpoint loads once this package is
+    The cache then holds ``num_kv_heads`` heads. Heads are merged, or replicated if the number grows, which leaves the
+    logits unchanged. All but the first three methods also transform the queries and the output projection to fit the
+    shared heads: see :mod:`hf_attnpatch.functional.merging`. If the family's config has a field for the number, the
+    result is a stock model and a stock checkpoint. Otherwise (GPT-2, GPT-NeoX, OPT, GPT-J, BLOOM, MPT, BERT ...) the
+    projections are replaced by shared ones and the cache becomes narrower; such a checkpoint loads once this package is
     imported.
 
     Args:
-        num_kv_heads: key-value heads afterwards; divides the query heads, and divides or is a multiple of the present
-            number. ``"auto"`` takes the number that fits ``cache_target`` and is predicted to lose least.
+        num_kv_heads: key-value heads after the patch; a divisor of the query heads, and a divisor or multiple of the
+            present number. ``"auto"`` takes the number that fits ``cache_target`` with the least predicted loss.
         method: how heads are merged. From the weights: ``first``; ``mean`` (Ainslie et al., section 2.1);
-            ``mean_rescaled``, row norms restored; ``procrustes``, heads turned towards each other first (Jin et al.,
-            2412.20677); ``principal``, principal components of keys weighted by their queries and of values weighted by
-            their output. From calibration text: ``calibrated``, the same with measured covariances, and the output
-            projection refitted; ``refined``, then improved layer by layer by gradient descent. By default ``refined``
-            with calibration and ``principal`` without; ``mean`` where heads cannot be aligned, which the report says.
-        grouping: ``adjacent`` heads share, or the most ``similar`` ones: whose merge keeps most energy. By default
-            similar ones with ``principal``, ``calibrated`` and ``refined``, in modules that allow their heads to be put
-            in another order, and adjacent ones elsewhere.
+            ``mean_rescaled``, which restores row norms; ``procrustes``, which first rotates heads towards each other
+            (Jin et al., 2412.20677); ``principal``, principal components of keys weighted by their queries and of
+            values weighted by their output. From calibration text: ``calibrated``, the same with measured covariances
+            and a refitted output projection; ``refined``, then improved layer by layer by gradient descent. The default
+            is ``refined`` with calibration and ``principal`` without; ``mean`` if heads cannot be aligned, which the
+            report says.
+        grouping: ``adjacent`` heads share, or the most ``similar`` ones, whose merge keeps the most energy. The default
+            is
+            ``similar`` with ``principal``, ``calibrated`` and ``refined`` in modules whose heads can be reordered, and
+            ``adjacent`` elsewhere.
         calibration: token ids (sequences, length), an iterable of dictionaries of model inputs, or strings with
-            ``tokenizer``. Some 64 sequences of 512 tokens of ordinary text do. ``"self"`` or :class:`OwnText`, alone or
-            among them, is text that the model writes itself: no file, and no domain that it would be fitted to.
-        tokenizer: for strings.
-        seed: of the choice of refinement batches.
-        refine_steps: of Adam, for each layer.
-        refine_seconds: stops refinement of a layer early, so that all layers together take about so long.
-        fallback: the data-free method to use where the calibration text turns out unusable (too short, activations not
-            finite); None makes that an error.
+            ``tokenizer``. About 64 sequences of 512 tokens of ordinary text suffice. ``"self"`` or :class:`OwnText`,
+            alone or among them, is text that the model writes itself: no file is needed, and no domain is favoured.
+        tokenizer: for strings in ``calibration``.
+        seed: for the selection of refinement batches.
+        refine_steps: steps of Adam for each layer.
+        refine_seconds: time limit for the refinement of all layers together, in seconds.
+        fallback: the data-free method to use if the calibration text is unusable (too short, activations not finite);
+            None
+            makes that an error.
         cache_target: for ``"auto"``: at most this share of the present cache (up to 1.0), or this many bytes per token
             (an int).
 
     Raises:
         UnsupportedArchitecture: no attention module with keys and values of its own (state-space, latent attention).
         CalibrationError: unusable calibration text.
-        AttnPatchError: a count that does not divide, an unknown method, a method that lacks its text.
+        AttnPatchError: a number of heads that does not divide, an unknown method, or a method without its text.
     """
 
     name: ClassVar[str] = "grouped_query"
@@ -101,7 +104,7 @@ class GroupedQuery(Patch):
         if seconds is not None and not (isinstance(seconds, (int, float)) and seconds > 0):
             raise AttnPatchError(f"refine_seconds is {seconds!r}; it must be a positive number or None.")
         if isinstance(self.calibration, Iterable) and not isinstance(self.calibration, (Tensor, str, Mapping)):
-            self._normalise("calibration", tuple(self.calibration))  # "auto" reads it once more than others
+            self._normalise("calibration", tuple(self.calibration))  # "auto" reads it twice
 
     def to_record(self, finding: object = None) -> dict[str, Any]:
         """Return the JSON-able form, with the method and the grouping that were used; see :meth:`Patch.to_record`."""
@@ -109,11 +112,11 @@ class GroupedQuery(Patch):
         return {**super().to_record(finding), **used}
 
     def structure(self) -> GroupedQuery:
-        """Return the same shapes from the cheapest method."""
+        """Return the patch with the cheapest method; the shapes are the same."""
         return changed(self, method="first", grouping=None, calibration=None)
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
-        """Say which projections would change; see :meth:`Patch.propose`. ``"auto"`` runs the model to find out."""
+        """Return the edits of the projections; ``"auto"`` runs the model; see :meth:`Patch.propose`."""
         sites = _self_attention(model, anatomy)
         made, notes = self._decided(model, sites)
         for site in sites:
@@ -127,12 +130,12 @@ class GroupedQuery(Patch):
         return made._proposal(model, anatomy, sites, todo, notes)
 
     def text(self, model: PreTrainedModel) -> list[Batch] | None:
-        """Return the calibration text as batches of inputs, checked; None where none was given."""
+        """Return the calibration text as checked batches of inputs; None if none was given."""
         given = self.calibration
         return None if given is None else calibration_text.batches(given, self.tokenizer, model)
 
     def _decided(self, model: PreTrainedModel, sites: list[Site]) -> tuple[GroupedQuery, list[str]]:
-        """Make the open choices: the default method and grouping, the automatic count."""
+        """Resolve the open choices: the default method and grouping, and the automatic number of heads."""
         method, notes = self._method(model, sites)
         grouping = _grouping(self.grouping, method)
         made = changed(self, method=method, grouping=grouping)
@@ -141,12 +144,12 @@ class GroupedQuery(Patch):
             if text is not None:
                 calibration_text.check_amount(text, sites)
             count, why = choose(model, sites, self.cache_target, grouping, text)
-            kept = None if text is None else tuple(text)  # read, or written, once
+            kept = None if text is None else tuple(text)  # read, or generated, once
             made, notes = changed(made, num_kv_heads=count, cache_target=None, calibration=kept), [*notes, why]
         return made, notes
 
     def _method(self, model: PreTrainedModel, sites: list[Site]) -> tuple[str, list[str]]:
-        """Return the method, and why it is not the best by default."""
+        """Return the default method, and the reason if it is not the best one."""
         if self.method is not None or self.calibration is not None:
             return self.method or "refined", []
         merged = [s for s in sites if self.num_kv_heads == "auto" or s.num_kv_heads > self._n]
@@ -205,14 +208,14 @@ class GroupedQuery(Patch):
         blind = next((s for s in sites if not s.output), None)
         if blind is not None:
             raise UnsupportedArchitecture(
-                f"{blind.path}: {blind.kind} has no output projection that could be turned to shared values; use "
+                f"{blind.path}: {blind.kind} has no output projection that could be adapted to shared values; use "
                 f"method='mean' without calibration, which changes keys and values only."
             )
 
 
 @dataclass(frozen=True)
 class _Prepare:
-    """Works out the shared weights, for the edits to write."""
+    """Computes the shared weights that the edits will write."""
 
     patch: GroupedQuery
     sites: Sequence[Site]
@@ -242,7 +245,7 @@ class _Prepare:
 
 
 def _grouping(asked: str | None, method: str) -> str | None:
-    """What a method does by default; None is what each module allows."""
+    """Return the default grouping of a method; None lets each module decide."""
     return asked or (None if method in SORTED else "adjacent")
 
 
@@ -258,7 +261,7 @@ def _count(field_: str, value: object, least: int) -> None:
 
 
 def _self_attention(model: PreTrainedModel, anatomy: Anatomy) -> list[Site]:
-    """Return the sites to regroup, or refuse the model."""
+    """Return the attention modules to regroup, or refuse the model."""
     sites = [s for s in anatomy.sites if not s.cross and not s.tower]
     if anatomy.unread or not sites:
         path, why = next(iter((anatomy.unread or anatomy.other).items()), ("", "no module has key and value heads"))

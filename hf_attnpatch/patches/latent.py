@@ -18,7 +18,7 @@ from ..latent.becoming import Weights
 from ..latent.conversion import Budget, How, convert
 from ..latent.home import check_name, find_home, keeps
 from ..latent.shape import LEAST
-from ..latent.source import Source, check_same, read_source
+from ..latent.source import Source, read_source
 from ..patch import Patch, Proposal, changed
 
 METHODS = ("principal", "calibrated", "refined")
@@ -223,7 +223,6 @@ class _Prepare:
 
     def __call__(self, model: PreTrainedModel) -> DamageReport:
         patch, source = self.patch, self.weights.source
-        check_same(model, source)
         text = None if patch.method == "principal" else patch.text(model)
         if text is not None:
             calibration_text.check_amount(text, source.sites)

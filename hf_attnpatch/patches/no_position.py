@@ -1,4 +1,4 @@
-"""No positions: a model that looks back only still knows that it does."""
+"""Removes the positions of a model; a causal mask still tells it the order of tokens."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from transformers import PreTrainedModel
 from ..anatomy import Anatomy
 from ..errors import UnsupportedArchitecture
 from ..homes.checks import checked_layers, named, rotary_alone
-from ..homes.fitting import current, find
+from ..homes.fitting import check_read, current, find
 from ..patch import Patch, Proposal, changed
 from ..positions.removal import check_blind, none_there, removal, removed
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoPosition(Patch):
-    """No position encoding (NoPE, 2305.19466; DroPE, 2512.12167): whatever told positions is taken out.
+    """No position encoding (NoPE, 2305.19466; DroPE, 2512.12167): removes whatever the model knows positions by.
 
     A Llama-like model becomes a stock type whose layers may go without rotation (``smollm3``, ``granite_swa``), if one
-    holds it bit for bit: its checkpoints load without this package. Elsewhere rotary modules are asked for position 0
-    only, position tables are taken out, biases by distance left out, and what another patch of this package added goes,
-    too; such checkpoints are of this package's model type. DroPE does so late in training and recalibrates at the old
-    length. An encoder without positions reads a bag of words; the report says so.
+    holds it bit for bit: its checkpoints load without this package. Otherwise rotary modules are fixed at position 0,
+    position tables are removed, ALiBi biases are left out, and positions added by another patch of this package are
+    removed, too; such checkpoints have this package's model type. DroPE does this late in training and recalibrates at
+    the old length. An encoder without positions reads a bag of words; the report says so.
 
     Args:
-        layers: numbers of the layers that lose their positions, from 0 (RNoPE, SWAN); None takes all. Needs a home.
-        home: stock model type that is to hold the model: ``auto`` takes the first that fits, a name that one; None
-            leaves the model's type alone.
+        layers: indices of the layers that lose their positions (RNoPE, SWAN); None takes all. Needs a home.
+        home: stock model type for the result: ``auto`` takes the first that fits, a name takes that type, None keeps
+            the
+            model's own type.
 
     Raises:
-        UnsupportedArchitecture: something tells positions that was not recognised or cannot be taken out, or no home
-            can say which layers.
-        AttnPatchError: there is no such layer or home.
+        UnsupportedArchitecture: the model has positions that are not recognised or cannot be removed, or no home can
+            express the layers.
+        AttnPatchError: no such layer or home.
     """
 
     name: ClassVar[str] = "no_position"
@@ -42,19 +43,15 @@ class NoPosition(Patch):
 
     layers: Sequence[int] | None = None
     home: str | None = "auto"
-    # a checkpoint's own structure, which is not tried again while it is being loaded
+    # while a checkpoint is loaded, its structure is not probed again
     proved: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._normalise("layers", checked_layers(self.layers))
         named(self.home)
 
-    def structure(self) -> Patch:
-        """Return the patch without a probe: a model that is being loaded cannot run yet."""
-        return changed(self, proved=True)
-
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
-        """Say what would be taken out; see :meth:`Patch.propose`."""
+        """Return the edits that remove the positions; see :meth:`Patch.propose`."""
         notes: tuple[str, ...] = ()
         if self.home is not None and not self.proved and anatomy.rotary:
             try:
@@ -65,16 +62,18 @@ class NoPosition(Patch):
                 notes = (f"no stock type holds the result: {error}",)
         if self.layers is not None:
             raise UnsupportedArchitecture(
-                f"{anatomy.architecture}: layers are told apart by a stock type that can say so (home='auto')."
+                f"{anatomy.architecture}: only a stock type can leave single layers without positions; pass "
+                f"home='auto'."
             )
         return self._taken_out(model, anatomy, notes)
 
     def _moved(self, model: PreTrainedModel, anatomy: Anatomy, home: str) -> Proposal:
-        """The model becomes one of a type whose layers may go without rotation."""
+        """Move the model to a type whose layers may go without rotation."""
         rotary_alone(anatomy)
         now = current(model)
         wanted = now.rotated(None, self.layers)
         if wanted == now:
+            check_read(model, now)
             return Proposal((), (), ("these layers rotate nothing already",), preserves=True)
         found = find(model, wanted, home)
         which = [n for n, (a, b) in enumerate(zip(now.bases, wanted.bases, strict=True)) if a != b]
@@ -86,13 +85,13 @@ class NoPosition(Patch):
         return Proposal((found.edit,), anatomy.attending, notes, claims=("the positions",), patch=chosen)
 
     def _taken_out(self, model: PreTrainedModel, anatomy: Anatomy, notes: tuple[str, ...]) -> Proposal:
-        """Modules of this package stand where positions were told."""
+        """Replace the modules that encode positions by modules of this package."""
         edits = removal(model, anatomy)
         why = "" if self.proved else check_blind(model, anatomy, edits)
         if not edits:
             return Proposal((), (), (none_there(why),), preserves=True)
         both = any(site.causal is False and not site.cross and not site.tower for site in anatomy.sites)
-        bag = ("attention looks both ways: without positions it sees a bag of tokens",) if both else ()
+        bag = ("attention is bidirectional: without positions it sees a bag of tokens",) if both else ()
         said = (*removed(anatomy), *bag, *notes)
         chosen = changed(self, home=None)
         return Proposal(edits, anatomy.attending, said, stock=False, claims=("the positions",), patch=chosen)

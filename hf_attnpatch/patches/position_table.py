@@ -1,4 +1,4 @@
-"""Learned position tables: longer ones where there are some, new ones where there are none."""
+"""Learned position tables: lengthens existing ones, adds new ones."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ INITS = ("zeros", "sinusoidal")
 
 @dataclass(frozen=True, kw_only=True)
 class PositionTable(Patch):
-    """Learned absolute position embeddings of ``target_length`` tokens: a longer table, or a new one.
+    """Learned absolute position embeddings for ``target_length`` tokens: a longer table, or a new one.
 
-    Where there is one, its rows are kept and more are made from them, the config's maximum and the buffers beside the
-    table (BERT's position and segment ids, GPT-Neo's masks) grow with it, rows before position 0 (OPT, RoBERTa) stay,
-    and stock transformers loads the result. Where it has none (rotary, ALiBi, fixed sinusoid, nothing), whatever it
-    knew positions by is taken out, and a new trainable table is added to the token embeddings; positions are
-    ``position_ids`` where they are passed, otherwise tokens counted by the attention mask. Such checkpoints hold the
-    table and are of this package's model type.
+    An existing table keeps its rows and more are made from them. The config's maximum and the buffers of that length
+    (BERT's position and segment ids, GPT-Neo's masks) grow with it, rows before position 0 (OPT, RoBERTa) stay, and
+    stock transformers loads the result. A model without a table (rotary, ALiBi, fixed sinusoid, none) loses its
+    positions, and a new trainable table is added to the token embeddings; positions are ``position_ids`` if passed,
+    otherwise counted from the attention mask. Such checkpoints hold the table and have this package's model type.
 
     Args:
-        target_length: positions, in tokens; not below what the table has.
+        target_length: number of positions, in tokens; at least those of the present table.
         factor: the same as a multiple of the positions that the model has; give one of the two.
-        method: for a table that is there: ``tile`` (Longformer, 2004.05150), ``interpolate`` (trained positions at
-            equal distances, ends on ends: every row changes) or ``hierarchical`` (Su, 2020, alpha 0.4: up to the square
-            of the old length). None takes ``hierarchical``; it and ``tile`` change nothing within the old length.
-        init: for a new table: ``zeros``, with which the model begins as one without positions, or ``sinusoidal``, the
-            rows of ``patch_sinusoidal``. None takes ``zeros``.
+        method: for an existing table: ``tile`` (Longformer, 2004.05150), ``interpolate`` (trained positions spaced
+            evenly
+            from end to end: every row changes) or ``hierarchical`` (Su, 2020, alpha 0.4: up to the square of the old
+            length). None takes ``hierarchical``; it and ``tile`` change nothing within the old length.
+        init: for a new table: ``zeros``, which starts as a model without positions, or ``sinusoidal``, the rows of
+            ``patch_sinusoidal``. None takes ``zeros``.
 
     Raises:
-        AttnPatchError: a length below the trained one, beyond the square, or an option for the other case.
-        UnsupportedArchitecture: something else in the model is as long as the table, or old positions stay.
+        AttnPatchError: a length below the trained one or above its square, or an option for the other case.
+        UnsupportedArchitecture: another tensor has the table's length, or the old positions cannot be removed.
     """
 
     name: ClassVar[str] = "position_table"
@@ -57,7 +57,7 @@ class PositionTable(Patch):
     factor: float | None = None
     method: Literal["tile", "interpolate", "hierarchical"] | None = None
     init: Literal["zeros", "sinusoidal"] | None = None
-    # a checkpoint's own structure, which is not tried again while it is being loaded
+    # while a checkpoint is loaded, its structure is not probed again
     proved: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -71,12 +71,8 @@ class PositionTable(Patch):
         if self.init not in (None, *INITS):
             raise AttnPatchError(f"init {self.init!r} does not exist; choose from: {', '.join(INITS)}.")
 
-    def structure(self) -> Patch:
-        """Return the patch without a probe: a model that is being loaded cannot run yet."""
-        return changed(self, proved=True)
-
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
-        """Say which table would be made; see :meth:`Patch.propose`."""
+        """Return the edits that make the table; see :meth:`Patch.propose`."""
         if self.factor is not None:
             length = round(self.factor * _declared(anatomy))
             return decided(changed(self, target_length=length, factor=None), model, anatomy)
@@ -151,7 +147,7 @@ def _declared(anatomy: Anatomy) -> int:
 
 
 def _embedding(model: PreTrainedModel, base: str | None) -> str:
-    """Return the path of the token embedding, beside which a new table is made; empty where there is none."""
+    """Return the path of the token embedding, next to which a new table is created; empty if there is none."""
     found = model.get_submodule(base or "").get_input_embeddings()
     return next((path for path, module in model.named_modules() if module is found), "")
 

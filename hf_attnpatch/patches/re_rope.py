@@ -1,4 +1,4 @@
-"""ReRoPE: rectified distances."""
+"""ReRoPE: distances clipped at a window."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from ..spans.proposal import check_fields, spanned, target_length, trained_lengt
 
 @dataclass(frozen=True, kw_only=True)
 class ReRope(Patch):
-    """Rectified rotary positions (ReRoPE, Su, 2023): longer texts without training, distances end at a window.
+    """Rectified rotary positions (ReRoPE, Su, 2023): longer context without training; distances end at a window.
 
-    With ``leak`` they grow on, by that much for each token (Leaky ReRoPE, the same source). Flash calls are merged by
-    log-sum-exp. Queries before ``start`` attend as they always did, so that inputs within the trained length have the
-    same logits, bit for bit. Positions are counted from a row's first token that is not padding. Stock transformers
-    cannot express it: checkpoints are of this package's model type.
+    With ``leak`` they keep growing, by that much for each token (Leaky ReRoPE, same source). Flash calls are merged by
+    log-sum-exp. Queries before ``start`` attend as before, so that inputs within the trained length give the same
+    logits, bit for bit. Positions are counted from the first token of a row that is not padding. Stock transformers
+    cannot express it: checkpoints have this package's model type.
 
     Experimental: its fields may get other names or defaults between minor versions.
 
     Args:
-        window: tokens that are seen at their distance; None for half of the trained length.
-        leak: growth of distance beyond it, in [0, 1); None for 0, or for what ends at the trained length where
-            ``target_length`` is given.
-        target_length: length to reach, in tokens, by a leak; None for any length.
+        window: distances below it are unchanged; None takes half of the trained length.
+        leak: growth of distance per token beyond the window, in [0, 1); None takes 0, or with ``target_length`` what
+            reaches the trained length there.
+        target_length: length to reach with a leak, in tokens; None for any length.
         factor: the same as a multiple of the trained length; give one of the two.
-        start: first query that is treated so; None for the trained length.
-        trained_length: tokens that the model handles by itself; None reads the config.
-        backend: ``sdpa``, merged flash calls; ``eager``, dense, with attention weights; ``auto`` is the former.
+        start: first query whose distances are remapped; None takes the trained length.
+        trained_length: context that the model was trained on, in tokens; None reads the config.
+        backend: ``sdpa``, merged flash calls; ``eager``, dense, with attention weights; ``auto`` is ``sdpa``.
 
     Raises:
-        UnsupportedArchitecture: no rotary layer looks back at everything, or its rotation is not known.
-        AttnPatchError: lengths that do not fit each other.
+        UnsupportedArchitecture: no rotary layer attends to the whole past, or its rotation is unknown.
+        AttnPatchError: the lengths contradict each other.
     """
 
     name: ClassVar[str] = "re_rope"
@@ -63,7 +63,7 @@ class ReRope(Patch):
             raise AttnPatchError(f"re_rope: leak is {self.leak!r}; it must be a number from 0 to below 1.")
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
-        """Say which modules would see which distances; see :meth:`Patch.propose`."""
+        """Return the edits that remap the distances; see :meth:`Patch.propose`."""
         trained = trained_length(self, anatomy)
         window = trained // 2 if self.window is None else self.window
         within(self, trained - 1, window=window)

@@ -1,4 +1,4 @@
-"""Transformer-XL's relative attention in the place of whatever a model knew positions by."""
+"""Replaces a model's positions by Transformer-XL's relative attention."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..attention.wrapper import AddWrapper
 from ..backends import Candidate
 from ..edits import AddModule, Edit, ReplaceModule
 from ..errors import AttnPatchError, UnsupportedArchitecture
-from ..patch import Patch, Proposal, changed
+from ..patch import Patch, Proposal
 from ..positions.choice import BACKENDS, choose
 from ..positions.counting import counted
 from ..positions.fusing import deferred
@@ -39,27 +39,28 @@ REACH = 4096  # tokens over which recency is fitted at most
 class RelativeXl(Patch):
     """Relative positions of Transformer-XL (1901.02860, 3.3): scores are (q + u) k + (q + v) W R(i - j).
 
-    R is the sinusoid of the distance; u, v and W are new trainable parameters, for each query head of each layer. What
-    told positions before is taken out. The position term goes through a fused kernel as further dimensions of queries
-    and keys, in linear memory, where the paper shifts a matrix of scores; backend ``eager`` is dense. Distances have no
-    longest one. A model that was not trained so has to be (under LoRA, with ``modules_to_save=["relative_xl"]``). Stock
-    transformers cannot express the result, so its checkpoints are of this package's model type. Together with
-    :class:`SegmentRecurrence` this is Transformer-XL.
+    R is the sinusoid of the distance; u, v and W are new trainable parameters, for each query head of each layer. The
+    model's old positions are removed. A fused kernel computes the position term as extra dimensions of queries and
+    keys, in linear memory, where the paper shifts a matrix of scores; backend ``eager`` is dense. There is no longest
+    distance. A model that was not trained with these terms has to be (under LoRA, with
+    ``modules_to_save=["relative_xl"]``). Stock transformers cannot express the result, so checkpoints have this
+    package's model type. Together with :class:`SegmentRecurrence` this is Transformer-XL.
 
     Experimental: its fields may get other names or defaults between minor versions.
 
     Args:
-        size: dimensions of R, even; the kernel's heads become so much wider (FlashAttention takes 256 in all). None
-            takes the size of a head. The paper has the width of the model.
+        size: dimensions of R, even; the kernel's heads grow by as much (FlashAttention takes 256 in all). None takes
+            the
+            size of a head. The paper uses the width of the model.
         theta: base of R's wavelengths.
-        init: ``recency`` begins with ALiBi's preference for what is near, written into v W by least squares within the
-            trained length; ``zero`` begins as a model without positions. Both leave u at zero.
-        backend: ``auto`` (the fastest that runs here and agrees with the reference on a probe), ``sdpa``,
+        init: ``recency`` starts with ALiBi's preference for near tokens, encoded in v W by least squares within the
+            trained length; ``zero`` starts as a model without positions. Both leave u at zero.
+        backend: ``auto`` (the fastest that runs here and matches the reference on a probe), ``sdpa``,
             ``flex_attention``, ``flash_attention_2``, ``_3``, ``_4``, or ``eager``, the dense reference.
-        training: whether a backward pass is needed; None asks the model (``model.training``).
+        training: whether a backward pass is needed; None reads ``model.training``.
 
     Raises:
-        UnsupportedArchitecture: old positions stay, an attention module was not read, or no backend runs.
+        UnsupportedArchitecture: old positions cannot be removed, an attention module is unknown, or no backend runs.
         AttnPatchError: an argument out of range.
     """
 
@@ -76,7 +77,7 @@ class RelativeXl(Patch):
         "auto", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4", "eager"
     ] = "auto"
     training: bool | None = None
-    # a checkpoint's own structure, which is not tried again while it is being loaded
+    # while a checkpoint is loaded, its structure is not probed again
     proved: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -89,12 +90,8 @@ class RelativeXl(Patch):
         if self.backend not in ("auto", *BACKENDS):
             raise AttnPatchError(f"backend {self.backend!r} does not exist; choose from auto, {', '.join(BACKENDS)}.")
 
-    def structure(self) -> Patch:
-        """Return the patch without a probe: a model that is being loaded cannot run yet."""
-        return changed(self, proved=True)
-
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
-        """Say what would be taken out, what put in, and which kernel computes it; see :meth:`Patch.propose`."""
+        """Return the edits that replace the positions, and the kernel; see :meth:`Patch.propose`."""
         if anatomy.relative:
             raise UnsupportedArchitecture(
                 f"{anatomy.relative[0]}: has Transformer-XL's terms already; revert them first."
@@ -104,7 +101,7 @@ class RelativeXl(Patch):
             check_loaded(model, f"{site.path}.{site.layout.query}")
         away = removal(model, anatomy, own=RELATIVE)
         ears: dict[str, _Ear] = {}
-        loud = (*away, *_put(model, sites, self._loud(ears)))  # with zeros, any kernel would agree
+        loud = (*away, *_put(model, sites, self._loud(ears)))  # with zeros, every kernel would pass
         native = not any(site.dispatches for site in sites)
         rest, said = (self._of_a_native if native else self._dispatched)(model, anatomy, sites, loud)
         terms = _put(model, sites, self._quiet(min(anatomy.max_positions or 1024, REACH), ears))
@@ -139,7 +136,7 @@ class RelativeXl(Patch):
     def _of_a_native(
         self, model: PreTrainedModel, anatomy: Anatomy, sites: list[Site], loud: Edits
     ) -> tuple[Edits, str]:
-        """BLOOM, MPT, GPT-J, CodeGen: their own forwards stay."""
+        """Handle BLOOM, MPT, GPT-J and CodeGen, whose own forwards stay."""
         if self.backend not in ("auto", "sdpa"):
             raise AttnPatchError(f"{anatomy.architecture}: its own forward stays, which takes backend='sdpa' only.")
         more: Edits | str = ()
@@ -175,11 +172,11 @@ class RelativeXl(Patch):
 
 
 class _Ear(RelativeTerms):
-    """Terms with values that no kernel gets right by chance, which hear what scores are multiplied by."""
+    """Terms with large random values, which record the scale of the scores."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self.heard: UserDict[str, float] = UserDict()  # a probe puts back what a module itself holds
+        self.heard: UserDict[str, float] = UserDict()  # not a plain dict: a probe restores those that modules hold
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in self.parameters():
@@ -192,7 +189,7 @@ class _Ear(RelativeTerms):
 
 
 def _put(model: PreTrainedModel, sites: list[Site], make: Maker) -> Edits:
-    """Return the edits that give every attention module a child."""
+    """Return the edits that give every attention module the terms as a child."""
     found: list[Edit] = []
     for site in sites:
         module = model.get_submodule(site.path)

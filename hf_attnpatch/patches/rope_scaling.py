@@ -1,4 +1,4 @@
-"""RoPE scaling of every kind that transformers computes itself, on top of whatever the checkpoint has."""
+"""Scales rotary frequencies by every method that transformers computes itself, on top of an existing scaling."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..configs import config_at
-from ..edits import Edit, ReplaceModule, SetAttribute
+from ..edits import ReplaceModule
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..patch import Patch, Proposal, changed, decided
 from ..rope.config import declared_window, head_dim, scaled_fields
@@ -33,12 +33,12 @@ from ..twin import Change, Difference, difference
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling(Patch):
-    """Rotary scaling (position interpolation, NTK, YaRN, LongRoPE ...): a longer context by slower rotary frequencies.
+    """Rotary scaling (position interpolation, NTK, YaRN, LongRoPE ...): a longer context by lower rotary frequencies.
 
-    ``rope_theta`` and partial rotation are kept, and a scaling that is already there is multiplied, not replaced: one
-    of the same kind gets the product of the factors, one of another (static) kind is composed frequency by frequency
-    and written as ``longrope``, which stock transformers can express. Config and rotary modules change together.
-    In models with rotary parameters per layer type only the layers that see the whole context are scaled.
+    ``rope_theta`` and partial rotation are kept. An existing scaling is multiplied, not replaced: the same kind gets
+    the product of the factors; another (static) kind is composed frequency by frequency and written as ``longrope``,
+    which stock transformers can express. Config and rotary modules change together. In models with rotary parameters
+    per layer type, only layers that attend to the whole context are scaled.
 
     Args:
         kind: ``linear`` (2306.15595), ``ntk`` (another ``rope_theta``), ``ntk_by_parts`` (``yarn`` that leaves cos and
@@ -47,24 +47,24 @@ class RopeScaling(Patch):
             to whole tokens), ``clipped`` (2602.05258: the lowest frequencies tapered to zero) or ``dynamic_yarn``
             (``yarn`` with ``per_request``). Resonance and clipping stretch nothing by themselves: put them on top of
             another kind.
-        factor: new context over old, at least 1; 1 changes nothing, ``resonance`` and ``clipped`` excepted.
-        target_length: the same as a context in tokens, of which the config declares the old one; give one of the two.
-        beta_fast: for ``yarn``: turns within the old window above which a frequency is kept.
-        beta_slow: for ``yarn``: turns below which it is interpolated.
+        factor: new context over old, at least 1; 1 changes nothing, except for ``resonance`` and ``clipped``.
+        target_length: the same as a context in tokens, relative to the config's; give one of the two.
+        beta_fast: for ``yarn``: frequencies with more turns than this in the old window are kept.
+        beta_slow: for ``yarn``: frequencies with fewer turns than this are interpolated.
         low_freq_factor: for ``llama3``: wavelengths above old / low are divided.
         high_freq_factor: for ``llama3``: wavelengths below old / high are kept.
-        long_factor: for ``longrope``: one divisor for each rotated frequency beyond the old window; None takes YaRN's.
-        short_factor: for ``longrope``: the same within it; None takes 1.
+        long_factor: for ``longrope``: a divisor for each rotated frequency beyond the old window; None takes YaRN's.
+        short_factor: for ``longrope``: the same within the old window; None takes 1.
         attention_factor: for ``yarn`` and ``longrope``: factor on cos and sin; None takes the paper's.
-        truncate: for ``yarn`` and ``ntk_by_parts``: whether the ramp begins and ends at whole frequencies.
+        truncate: for ``yarn`` and ``ntk_by_parts``: whether the ramp begins and ends at whole frequency indices.
         clip_frequencies: for ``clipped``: how many are tapered; None takes the paper's share, 20 of 64.
-        layer_types: for models with nested parameters: which to scale; None takes those that are not local.
-        per_request: choose a factor for each row of a batch when its request begins: 1 where prompt and
-            ``max_new_tokens`` fit into the trained window (then the row has the bits of the unscaled model), their
-            length over the window otherwise. It is kept while the text is decoded, see
-            :func:`hf_attnpatch.request`; ``factor`` is what the config declares, no limit. With ``dynamic``, that is
-            its formula with the final length; a model that comes with ``dynamic`` or ``longrope`` scaling is taken
-            over by the same kind and a factor of 1. Checkpoints are of this package's model type.
+        layer_types: for models with parameters per layer type: which to scale; None takes those that are not local.
+        per_request: choose a factor for each row of a batch when its request begins: 1 if prompt and ``max_new_tokens``
+            fit into the trained window (the row then has the bits of the unscaled model), otherwise their length over
+            the window. It is kept while the text is decoded, see :func:`hf_attnpatch.request`; ``factor`` is what the
+            config declares, not a limit. With ``dynamic``, it is that formula with the final length; a model that
+            already has ``dynamic`` or ``longrope`` scaling is converted by the same kind and a factor of 1. Checkpoints
+            have this package's model type.
         trained_length: for ``per_request``: the window in tokens; None takes what the config declares.
 
     Raises:
@@ -92,7 +92,7 @@ class RopeScaling(Patch):
     layer_types: Sequence[str] | None = None
     per_request: bool = False
     trained_length: int | None = None
-    # a checkpoint's own structure, whose config has been edited already
+    # while a checkpoint is loaded, its config has been edited already
     restored: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -123,11 +123,11 @@ class RopeScaling(Patch):
             self._normalise("layer_types", tuple(self.layer_types))
 
     def structure(self) -> Patch:
-        """Return the patch for a model that is built from a config with the fields of this patch."""
+        """Return the patch for a model that is built from a config with this patch's fields."""
         return changed(self, restored=True)
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
-        """Say which rotary modules would be rebuilt; see :meth:`Patch.propose`."""
+        """Return the edits that rebuild rotary modules; see :meth:`Patch.propose`."""
         owners = self._owners(model, anatomy)
         if self.target_length is not None:
             factor = factor_to(self.target_length, declared_window(config_at(model, next(iter(owners)))))
@@ -138,20 +138,14 @@ class RopeScaling(Patch):
             return Proposal((), (), ("a factor of 1 changes nothing",), preserves=True)
         changes, notes, found = self._tried(model, anatomy, owners)
         paths = [path for group in owners.values() for path in group]
-        longer = [p for p in found.modules if p not in paths]
-        if longer:
-            raise UnsupportedArchitecture(
-                f"{longer[0] or anatomy.architecture}: has tensors as long as the context, which this would not resize."
-            )
-        edits: list[Edit] = [change.edit() for change in changes]
-        edits += [SetAttribute(*key, value) for key, value in found.attributes.items() if key[0] not in paths]
+        edits = found.edits(changes, paths, anatomy.architecture)
         edits += [ReplaceModule(path, _rebuild, f"rope: {self.kind}") for path in paths]
         return Proposal(tuple(edits), tuple(paths), tuple(notes), claims=("the positions",))
 
     def _tried(
         self, model: PreTrainedModel, anatomy: Anatomy, owners: Mapping[str, list[str]]
     ) -> tuple[list[Change], list[str], Difference]:
-        """Return config changes that the family accepts, what to say about them, and what they change elsewhere."""
+        """Return config changes that the family accepts, notes on them, and what else they change in the model."""
         refusals: list[str] = []
         for compose in (False, True) if self.kind in STATIC else (False,):
             changes: list[Change] = []
@@ -169,7 +163,7 @@ class RopeScaling(Patch):
         raise AttnPatchError(f"{anatomy.architecture}: {refusals[0]}.")
 
     def _owners(self, model: PreTrainedModel, anatomy: Anatomy) -> dict[str, list[str]]:
-        """Return, for each config with rotary parameters, the modules that it builds; or refuse."""
+        """Return the rotary modules that each config builds, or refuse the model."""
         owners: dict[str, list[str]] = {}
         for rotary in anatomy.rotary:
             private = getattr(model.get_submodule(rotary.path), "config", None)
@@ -191,7 +185,7 @@ class RopeScaling(Patch):
                 )
             owners.setdefault(rotary.config, []).append(rotary.path)
         if not owners:
-            advice = "; Rotary(kind=..., factor=...) scales what Rotary put there" if anatomy.turned else ""
+            advice = "; Rotary(kind=..., factor=...) scales the rotation that Rotary added" if anatomy.turned else ""
             raise UnsupportedArchitecture(
                 f"{anatomy.architecture}: rope scaling needs a rotary module built from config.rope_parameters; "
                 f"positions here are: {anatomy.positions}{advice}."
@@ -209,10 +203,10 @@ def _by_request(module: nn.Module) -> bool:
 
 
 def _switches(model: PreTrainedModel, owners: Mapping[str, list[str]]) -> bool:
-    """Whether the present scaling goes by the length of a forward."""
+    """Return whether the present scaling depends on the length of a forward."""
     return any(config_at(model, path).rope_parameters.get("rope_type") in ("dynamic", "longrope") for path in owners)
 
 
 def _rebuild(old: nn.Module) -> nn.Module:
-    """Build the module again from its config, which has been edited by now."""
+    """Rebuild the module from its config, which has been edited by now."""
     return type(old)(old.config).to(next(old.buffers()).device)

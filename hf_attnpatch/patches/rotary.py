@@ -1,4 +1,4 @@
-"""Rotary positions in models that had others, and another base or kind in models that had those."""
+"""Rotary positions for any model, and another base or scaling for models that have them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..anatomy import Anatomy, angle_table
 from ..attention.rotation import KINDS, Rotation
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..homes.checks import checked_layers, named, rotary_alone
-from ..homes.fitting import current, find
+from ..homes.fitting import check_read, current, find
 from ..layers import unrotated
 from ..patch import Patch, Proposal, changed, decided
 from ..positions.removal import check_blind, check_effect, removal, removed
@@ -21,8 +21,8 @@ from ..positions.rotating import attention_rotated, ignores_positions, rebased
 from ..rope.fields import check_number, check_reach, factor_to
 from ..weightless import runnable
 
-_TRAINED = "original_max_position_embeddings"  # other parameters of a family (Ministral's) may refer to it
-_SCHEME = frozenset(  # what describes a base and a scaling
+_TRAINED = "original_max_position_embeddings"  # other parameters of a family (Ministral's) may depend on it
+_SCHEME = frozenset(  # the fields of a base and a scaling
     "rope_type type rope_theta factor attention_factor beta_fast beta_slow mscale mscale_all_dim truncate "
     "low_freq_factor high_freq_factor long_factor short_factor long_mscale short_mscale".split()
 )
@@ -30,36 +30,38 @@ _SCHEME = frozenset(  # what describes a base and a scaling
 
 @dataclass(frozen=True, kw_only=True)
 class Rotary(Patch):
-    """Rotary position embedding (RoPE, 2104.09864): queries and keys turn with position; old positions go.
+    """Rotary position embedding (RoPE, 2104.09864): rotates queries and keys by position, instead of the old positions.
 
-    Where the model has rotary modules built from its config they get another base and kind, config and modules
-    together, and stock transformers loads the result. Elsewhere keys are rotated on their way into the cache, once, at
-    their own position, and queries in a registered attention function that then calls the kernel that was there; in
-    families that compute attention by themselves (BLOOM, MPT, Falcon, GPT-J, CodeGen) torch's fused kernel takes their
-    place. Positions are the ``position_ids`` that reach attention, otherwise places in the cache: only differences
-    count, so left padding changes nothing. Such checkpoints are of this package's model type; the model has to be
-    fine-tuned. Another base in some layers, or rotation again in layers that have none, needs a home: a stock type that
-    holds the model bit for bit and can say so.
+    If the model has rotary modules built from its config, they get another base and kind, config and modules together,
+    and stock transformers loads the result. Otherwise keys are rotated once, at their own position, when they enter the
+    cache, and queries in a wrapper around the model's attention kernel; families that compute attention themselves
+    (BLOOM, MPT, Falcon, GPT-J, CodeGen) use torch's fused kernel instead. Positions are the ``position_ids`` that reach
+    attention, otherwise indices in the cache: only differences count, so that left padding changes nothing. Such
+    checkpoints have this package's model type, and the model has to be fine-tuned. Another base in some layers, or
+    rotation in layers that have none, needs a home: a stock type that holds the model bit for bit and can express it.
 
     Args:
         theta: base of the frequencies.
-        kind: ``default``, ``linear``, ``yarn`` or ``llama3`` with its usual numbers; replaces a scaling that is there.
+        kind: ``default``, ``linear``, ``yarn`` or ``llama3`` with its usual numbers; replaces an existing scaling.
             For other kinds, or to multiply a scaling, use ``patch_rope_scaling`` on top (rotary models only).
-        factor: of the kind, new context over old, at least 1; None for 1.
-        target_length: the same as a context in tokens, of which the config declares the old one; give one of the two.
-        partial: share of each head that is rotated; None for what the model does, or all.
-        interleaved: whether neighbouring dimensions are rotated together; None for what the model does, or halves, as
-            in Llama.
-        layer_types: for models with rotary parameters for each layer type: which get the base; None takes those that
-            see the whole context.
-        layers: numbers of the layers that get the base, from 0 (``kind="default"`` only); None takes those that rotate,
-            or all where none does.
-        home: for ``layers``, and for models whose layers rotate nothing: the stock model type that is to hold the
-            model, ``auto`` for the first that fits, or None.
+        factor: factor of the scaling, new context over old, at least 1; None takes 1.
+        target_length: the same as a context in tokens, relative to the config's; give one of the two.
+        partial: share of each head that is rotated; None keeps the model's, or takes all.
+        interleaved: whether adjacent dimensions form a pair; None keeps the model's layout, or takes halves, as in
+            Llama.
+        layer_types: for models with rotary parameters per layer type: which get the base; None takes those that attend
+            to
+            the whole context.
+        layers: indices of the layers that get the base (``kind="default"`` only); None takes those that rotate, or all
+            if
+            none does.
+        home: for ``layers``, and for models whose layers do not rotate: the stock model type for the result, ``auto``
+            for
+            the first that fits, or None.
 
     Raises:
-        UnsupportedArchitecture: the old positions cannot be taken out, or attention is out of reach.
-        AttnPatchError: an argument out of range, or one that the model's own rotary modules fix.
+        UnsupportedArchitecture: the old positions cannot be removed, or attention cannot be reached.
+        AttnPatchError: an argument is out of range, or fixed by the model's own rotary modules.
     """
 
     name: ClassVar[str] = "rotary"
@@ -75,7 +77,7 @@ class Rotary(Patch):
     layer_types: Sequence[str] | None = None
     layers: Sequence[int] | None = None
     home: str | None = "auto"
-    # a checkpoint's own structure, which is not tried again while it is being loaded
+    # while a checkpoint is loaded, its structure is not probed again
     proved: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -97,14 +99,10 @@ class Rotary(Patch):
         self._normalise("layers", checked_layers(self.layers))
         named(self.home)
         if self.layers is not None and (self.kind != "default" or self.layer_types is not None):
-            raise AttnPatchError("layers take another base each by itself: leave kind and layer_types out.")
-
-    def structure(self) -> Patch:
-        """Return the patch without a probe: a model that is being loaded cannot run yet."""
-        return changed(self, proved=True)
+            raise AttnPatchError("layers= sets a base for single layers; leave kind and layer_types out.")
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
-        """Say what would be taken out and what would rotate; see :meth:`Patch.propose`."""
+        """Return the edits that replace the positions by rotation; see :meth:`Patch.propose`."""
         if self.layers is not None or self.home not in (None, "auto") or unrotated(model):
             return self._moved(model, anatomy)
         if self.target_length is not None and anatomy.max_positions:
@@ -131,7 +129,7 @@ class Rotary(Patch):
         return Proposal(edits, sites, notes, stock=False, claims=("the positions",))
 
     def _native(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
-        """The model's own rotary modules, built again; what else tells positions goes."""
+        """Rebuild the model's own rotary modules and remove its other positions."""
         if self.interleaved is not None:
             raise AttnPatchError(
                 f"{anatomy.architecture}: its own modules fix which dimensions are paired; leave None."
@@ -152,11 +150,12 @@ class Rotary(Patch):
         return Proposal((*away, *edits), sites, said, stock=stock, claims=("the positions",))
 
     def _moved(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
-        """The model becomes, or stays, of a type that has a base for each layer."""
+        """Move the model to, or keep it in, a type with a base for each layer."""
         if self.home is None or self.kind != "default" or self.partial is not None or self.interleaved is not None:
             raise AttnPatchError(
-                f"{anatomy.architecture}: a base for some layers, or where none rotates, is said by "
-                "a stock type: give theta and home, and no kind, partial or interleaved."
+                f"{anatomy.architecture}: only a stock type can express a base for single layers, or where no layer "
+                f"rotates: "
+                "give theta and home, and no kind, partial or interleaved."
             )
         if not anatomy.stilled:
             rotary_alone(anatomy)
@@ -164,6 +163,7 @@ class Rotary(Patch):
         turning = tuple(n for n, base in enumerate(now.bases) if base is not None) or None
         wanted = now.rotated(float(self.theta), self.layers or turning)
         if wanted == now:
+            check_read(model, now)
             return Proposal((), (), ("the model rotates so already",), preserves=True)
         found = find(model, wanted, self.home)
         moved = sum(a != b for a, b in zip(now.bases, wanted.bases, strict=True))
@@ -172,7 +172,7 @@ class Rotary(Patch):
         return Proposal((found.edit,), anatomy.attending, said, claims=("the positions",), patch=chosen)
 
     def _parameters(self, old: Mapping[str, Any], trained: int | None) -> dict[str, Any]:
-        """Return transformers' dictionary for the wanted base and kind; what describes the model itself is kept."""
+        """Return transformers' parameters for the new base and kind; fields of the model itself are kept."""
         own = {key: value for key, value in old.items() if key not in (*_SCHEME, "partial_rotary_factor", _TRAINED)}
         kept = {key: old[key] for key in ("partial_rotary_factor", *((_TRAINED,) if own else ())) if key in old}
         new: dict[str, Any] = {**own, **kept, "rope_type": self.kind, "rope_theta": float(self.theta)}
@@ -193,7 +193,7 @@ class Rotary(Patch):
         return {**new, "factor": self._factor, **numbers[self.kind]}
 
     def _rotation(self, model: PreTrainedModel, anatomy: Anatomy) -> Rotation:
-        """Return how the heads would be rotated."""
+        """Return how the heads will be rotated."""
         heads = {site.head_dim for site in anatomy.sites if not site.cross and not site.tower}
         if not heads:
             unread = next(iter((anatomy.unread | anatomy.other).items()), ("", ""))  # type: ignore[operator]
@@ -207,7 +207,7 @@ class Rotary(Patch):
                 "one rotation needs heads of one size."
             )
         width = heads.pop()
-        tables = ((module, angle_table(module)) for module in model.modules())  # those that were stilled, too
+        tables = ((module, angle_table(module)) for module in model.modules())  # including those fixed at position 0
         inner = [getattr(module, name) for module, name in tables if name is not None]
         own = inner[0].shape[-1] / width if inner else 1.0
         rotary_dim = int(width * (own if self.partial is None else self.partial))

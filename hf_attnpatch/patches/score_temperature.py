@@ -1,4 +1,4 @@
-"""A score temperature that grows with the position."""
+"""A temperature of the attention scores that grows with position."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..anatomy import Anatomy
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..homes.checks import named, rotary_alone
-from ..homes.fitting import current, find
+from ..homes.fitting import check_read, current, find
 from ..layers import STEP, Temperature
 from ..patch import Patch, Proposal, changed
 from ..rope.fields import check_number
@@ -19,21 +19,21 @@ from ..rope.fields import check_number
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreTemperature(Patch):
-    """Sharpen attention with the position: queries at t are multiplied by 1 + slope * log(1 + floor(t / step)).
+    """Position-dependent temperature: queries at t are multiplied by 1 + slope * log(1 + floor(t / step)).
 
-    Attention over more tokens than a model was trained on spreads out; a larger scale of the scores gathers it again
-    (SWAN-GPT, 2504.08719; Llama 4). Queries before ``step`` keep their bits. A Llama-like model becomes a stock type
-    that computes this (``ministral3``), if it holds the model bit for bit, alone or on top of YaRN.
+    Attention over more tokens than a model was trained on spreads out; larger scores concentrate it again (SWAN-GPT,
+    2504.08719; Llama 4). Queries before ``step`` are unchanged, bit for bit. A Llama-like model becomes a stock type
+    that computes this (``ministral3``), if that type holds the model bit for bit, alone or on top of YaRN.
 
     Experimental: its fields may get other names or defaults between minor versions.
 
     Args:
-        slope: beta of the paper, at least 0; 0.1 in Llama 4. 0 changes no number.
+        slope: beta of the paper, at least 0; 0.1 in Llama 4. 0 changes nothing.
         step: in tokens; None takes the context that the model was trained on.
-        home: stock model type that is to hold the model; ``auto`` for the first that fits.
+        home: stock model type for the result; ``auto`` takes the first that fits.
 
     Raises:
-        UnsupportedArchitecture: no stock type can say this of the model.
+        UnsupportedArchitecture: no stock type can express this for the model.
         AttnPatchError: an argument out of range.
     """
 
@@ -55,7 +55,7 @@ class ScoreTemperature(Patch):
         named(self.home)
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
-        """Say which type the model would become; see :meth:`Patch.propose`."""
+        """Return the edit that changes the model's type; see :meth:`Patch.propose`."""
         rotary_alone(anatomy)
         now = current(model)
         rope = model.config.rope_parameters
@@ -64,6 +64,7 @@ class ScoreTemperature(Patch):
             raise UnsupportedArchitecture(f"{anatomy.architecture}: declares no context; give step.")
         wanted = dataclasses.replace(now, temperature=Temperature(float(self.slope), step))
         if wanted == now:
+            check_read(model, now)
             return Proposal((), (), ("the model has this temperature already",), preserves=True)
         found = find(model, wanted, self.home)
         said = f"queries from position {step} on are multiplied by 1 + {self.slope:g} log(1 + floor(t / {step}))"

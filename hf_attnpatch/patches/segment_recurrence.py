@@ -1,4 +1,4 @@
-"""Segment-level recurrence on an ordinary decoder: Transformer-XL without its position scheme."""
+"""Segment-level recurrence for ordinary decoders: Transformer-XL's memory without its positions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..anatomy import Anatomy
 from ..attention.registry import FUSED, kernel_of, register, set_kernel
 from ..attention.wrapper import AddWrapper
 from ..backends import FLAG
-from ..configs import config_at
+from ..configs import config_at, declared
 from ..edits import AddPreHook, Edit, SetAttention
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.segments import Segments
@@ -20,8 +20,8 @@ from ..patch import Patch, Proposal, changed
 from ..positions.fusing import deferred, variants
 from ..positions.keys import STATIC, Way
 from ..recurrence.attention import Recurrent
-from ..recurrence.modules import Recalling, recalling_of
-from ..recurrence.native import MASKS_UNDER_EAGER, Remembering, window_of
+from ..recurrence.modules import MemoryHook, recalling_of
+from ..recurrence.native import MASKS_UNDER_EAGER, DeferWithMemory, window_of
 from ..recurrence.survey import check_agrees, ways
 from ..sites import Place, dispatching
 from ..spans.attention import span_of
@@ -30,40 +30,40 @@ from ..upstream.roles import roles_of
 from ..weightless import is_restoring, runnable
 
 KERNELS = ("eager", *FLAG)
-_OVER_THE_PROBE = Segments(4, 32)  # longer than what it reads
+_OVER_THE_PROBE = Segments(4, 32)  # for the probe, whose inputs are longer than a segment
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentRecurrence(Patch):
-    """Segment-level recurrence (Transformer-XL, 1901.02860, 3.2): a segment sees keys and values before it, detached.
+    """Segment-level recurrence (Transformer-XL, 1901.02860, 3.2): attention to a memory of earlier keys and values.
 
-    A token sees its own segment up to itself and ``memory_length`` tokens before the segment, in every layer, so that
-    what reaches it lies up to depth times memory back; the cost of a token and the memory are constant at any length.
-    A call longer than a segment is read so; between calls nothing is carried, unless the caller decodes with the cache
-    that the model returned (as ``generate`` does), or opened a stream (:func:`hf_attnpatch.stream`). Gradients end at
-    the border of a segment. The attention kernel stays the one that the model uses, with this package's ALiBi or
-    Transformer-XL terms where the model has those. Families that compute attention by themselves (BLOOM, MPT, Falcon,
-    GPT-J, CodeGen) keep their forwards in a call of one segment; where one meets a memory, torch's kernel attends
-    inside them, with the ALiBi that they have. A layer that sees a window only sees no more of its memory than that.
+    A token sees its own segment up to itself and ``memory_length`` tokens before the segment, in every layer.
+    Information therefore travels up to depth times memory back, while cost per token and memory stay constant at any
+    length. Longer calls are read segment by segment. Nothing is carried between calls, unless the caller decodes with
+    the returned cache (as ``generate`` does) or opens a stream (:func:`hf_attnpatch.stream`). Gradients stop at the
+    border of a segment. The model keeps its attention kernel, with this package's ALiBi or Transformer-XL terms if it
+    has them. Families that compute attention themselves (BLOOM, MPT, Falcon, GPT-J, CodeGen) keep their forwards for
+    calls of one segment; with a memory, torch's kernel attends inside them, with their own ALiBi. A layer with a
+    sliding window sees no more of its memory than that window.
 
-    Without memory and within one segment the model is bit for bit what it was. Stock transformers cannot express
-    the patch, so that checkpoints are of this package's model type; the weights are untouched.
+    Without memory and within one segment the model is unchanged, bit for bit. Stock transformers cannot express the
+    patch, so checkpoints have this package's model type; the weights stay as they are.
 
     Args:
         segment_length: in tokens.
-        memory_length: tokens before the segment; 0 for none.
-        positions: ``bounded``: they begin anew with each segment, and keys in memory are turned back by the segments
-            that have passed since, which is exact for rotary angles; a learned table is read from its first row in
-            every segment, so that a memory's tokens bear the positions that they had. ``running``: they count on,
-            as long as the model can.
-        num_sinks: first tokens of a text that every query sees, however far back they are (2309.17453, section 3):
-            pretrained models rest on them, and lose when they leave the memory. Their keys are turned to stand right
-            before the memory where positions are bounded.
+        memory_length: tokens before the segment that it attends to; 0 for none.
+        positions: ``bounded``: positions restart in each segment, and cached keys are rotated back by the segments that
+            have passed since, which is exact for rotary angles; a learned table is read from its first row in every
+            segment, so that cached tokens keep the positions that they had. ``running``: positions continue, as far as
+            the model can.
+        num_sinks: number of first tokens of a text that every query sees, however far back (2309.17453, section 3):
+            pretrained models put attention on them and lose quality once they leave the memory. With bounded positions
+            their keys are rotated to stand just before the memory.
 
     Raises:
-        UnsupportedArchitecture: a layer keeps something else than keys and values, sees chunks, or turns its keys in an
-            unknown way; the model has an encoder, or computes something else with a memory of all that went before.
-        AttnPatchError: an argument is out of range, or the table has fewer rows than a segment tokens.
+        UnsupportedArchitecture: a layer caches something other than keys and values, attends in chunks, or rotates its
+            keys in an unknown way; the model has an encoder, or differs with a memory of the whole past.
+        AttnPatchError: an argument is out of range, or a learned table has fewer rows than the segment has tokens.
     """
 
     name: ClassVar[str] = "segment_recurrence"
@@ -84,10 +84,10 @@ class SegmentRecurrence(Patch):
             raise AttnPatchError(f"positions {self.positions!r} do not exist; choose from bounded, running.")
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
-        """Say where the memory would be and what would be turned; see :meth:`Patch.propose`."""
+        """Return the edits that add the memory and rotate its keys; see :meth:`Patch.propose`."""
         if model.config.is_encoder_decoder or any(site.cross or site.tower for site in anatomy.sites):
             raise UnsupportedArchitecture(
-                f"{anatomy.architecture}: a memory is of one text; this model reads another, too."
+                f"{anatomy.architecture}: segment memory holds one text, and this model reads two."
             )
         other = next(iter({**anatomy.other, **anatomy.unread}.items()), None)
         if other is not None:
@@ -96,17 +96,21 @@ class SegmentRecurrence(Patch):
             )
         if self.num_sinks and (anatomy.alibi or anatomy.relative):
             raise UnsupportedArchitecture(
-                f"{anatomy.architecture}: its scores depend on distance, which a sink has no fixed one of; num_sinks=0."
+                f"{anatomy.architecture}: attention sinks need a fixed distance; use num_sinks=0 with distance-biased "
+                f"scores."
             )
         far = next((path for path in anatomy.attending if span_of(model.get_submodule(path)) is not None), None)
         if far is not None:
             raise UnsupportedArchitecture(
-                f"{far}: sees distances otherwise than they are, for texts longer than it was trained on; with a "
-                "memory no distance is longer than a segment and the memory, so that there is nothing left to change."
+                f"{far}: its distances are remapped for texts longer than it was trained on; with a memory no distance "
+                f"exceeds "
+                "a segment and the memory, so that there is nothing left to remap."
             )
         both = next((site.path for site in anatomy.sites if site.causal is False), None)
         if both is not None:
-            raise UnsupportedArchitecture(f"{both}: looks both ways, so that no token is before another.")
+            raise UnsupportedArchitecture(
+                f"{both}: attention is bidirectional; segment recurrence needs a causal model."
+            )
         places, native = _places(model, anatomy)
         decoder = _decoder(model, anatomy, places)
         self._check(model, anatomy, places, decoder)
@@ -126,7 +130,10 @@ class SegmentRecurrence(Patch):
             tuple(place.path for place in places),
             tuple(self._notes(kernel, turning)),
             stock=False,
-            claims=("the memory", "the positions"),  # of one plan: keys are turned back as the model turns them now
+            claims=(
+                "the memory",
+                "the positions",
+            ),  # within one plan: keys are rotated back as the model rotates them now
         )
 
     def _edits(
@@ -143,7 +150,7 @@ class SegmentRecurrence(Patch):
     def _recalling(
         self, model: PreTrainedModel, anatomy: Anatomy, places: list[Place], decoder: str, segments: Segments
     ) -> Edit:
-        hook = Recalling(
+        hook = MemoryHook(
             roles_of(model.get_submodule(decoder)),
             config_at(model, places[0].config),
             segments,
@@ -163,11 +170,11 @@ class SegmentRecurrence(Patch):
         absent = next((role for role in wanted if not roles.takes(role)), None)
         if absent is not None:
             raise UnsupportedArchitecture(f"{decoder}: its forward takes no {absent}, by which it is told what is new.")
-        types = set(getattr(config_at(model, places[0].config), "layer_types", None) or ["full_attention"])
+        types = set(declared(config_at(model, places[0].config), "layer_types") or ["full_attention"])
         if not types <= {"full_attention", "sliding_attention"}:
             raise UnsupportedArchitecture(
                 f"{anatomy.architecture}: has layers that see a chunk only, or keep something else "
-                f"({', '.join(sorted(types))}), which has its own idea of what is let go."
+                f"({', '.join(sorted(types))}), which evicts keys by its own rule."
             )
         if (anatomy.tables or anatomy.inner) and (anatomy.max_positions or 0) < self.segment_length:
             raise AttnPatchError(
@@ -205,10 +212,10 @@ class SegmentRecurrence(Patch):
 
 
 def _places(model: PreTrainedModel, anatomy: Anatomy) -> tuple[list[Place], bool]:
-    """Return the attention modules, and whether they compute their scores by themselves.
+    """Return the attention modules, and whether they compute their own scores.
 
     Raises:
-        UnsupportedArchitecture: some of them do, or all and in a way that cannot be followed.
+        UnsupportedArchitecture: only some of them do, or all and in a way that cannot be followed.
     """
     if not anatomy.native:
         return dispatching(model, anatomy.sites, {}, {}), False
@@ -219,31 +226,31 @@ def _places(model: PreTrainedModel, anatomy: Anatomy) -> tuple[list[Place], bool
         window = window_of(model.get_submodule(site.path))
         if window is not None:
             raise UnsupportedArchitecture(
-                f"{site.path}: {site.kind} sees a window only (its buffer {window!r}), which has its own idea of what "
-                "is let go."
+                f"{site.path}: {site.kind} sees a window only (its buffer {window!r}), which evicts keys by its own "
+                f"rule."
             )
     return [Place(s.path, s.num_heads, s.causal, s.config) for s in anatomy.sites], True
 
 
 def _window(model: PreTrainedModel, place: Place) -> int | None:
-    """Return how many tokens, itself included, a token sees in a layer; None for all."""
+    """Return how many tokens a layer attends to, the query included; None for all."""
     module, config = model.get_submodule(place.path), config_at(model, place.config)
-    kinds, number = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    kinds, number = declared(config, "layer_types"), getattr(module, "layer_idx", None)
     if kinds and number is not None and kinds[number] == "full_attention":
         return None
-    found = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+    found = getattr(module, "sliding_window", declared(config, "sliding_window"))
     return int(found) if found else None
 
 
 def _itself(model: PreTrainedModel, anatomy: Anatomy, places: list[Place], kernel: str) -> Iterator[Edit]:
-    """Yield the hooks of modules that compute their scores by themselves, and how they ask for masks."""
+    """Yield the hooks of modules that compute their own scores, and the edit that selects their masks."""
     if kernel != "eager":
         found = deferred(model, anatomy)
-        assert not isinstance(found, str)  # or there would be no places
+        assert not isinstance(found, str)  # otherwise there would be no modules
         yield from found
         return
     for place in places:
-        hook = Remembering(roles_of(model.get_submodule(place.path)), config_at(model, place.config))
+        hook = DeferWithMemory(roles_of(model.get_submodule(place.path)), config_at(model, place.config))
         yield AddPreHook(place.path, hook, "its cache hands it the memory")
     yield SetAttention("", MASKS_UNDER_EAGER, register, True)
 
@@ -255,7 +262,7 @@ def _check_free(model: PreTrainedModel) -> None:
 
 
 def _native_kernel(model: PreTrainedModel) -> str:
-    """``eager`` where the forwards compute scores so at present, torch's kernel through this package's notes if not."""
+    """Return ``eager`` if the forwards compute scores themselves at present, else torch's kernel, deferred."""
     _check_free(model)
     found = str(model.config._attn_implementation)
     return "eager" if kernel_of(found) == "eager" else FUSED
@@ -273,11 +280,11 @@ def _kernel(model: PreTrainedModel) -> str:
 
 
 def _decoder(model: PreTrainedModel, anatomy: Anatomy, places: list[Place]) -> str:
-    """Return the module that makes the masks: the one that holds the list of layers, or the one around it (BERT)."""
+    """Return the module that makes the masks: the one that holds the list of layers, or its parent (BERT)."""
     if anatomy.base is not None and roles_of(model.get_submodule(anatomy.base)).takes(words.TOKENS, words.CACHE):
         return anatomy.base
     parts = places[0].path.split(".")
     cut = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     if cut is None or cut == 0:
-        raise UnsupportedArchitecture(f"{places[0].path}: is in no list of layers.")
+        raise UnsupportedArchitecture(f"{places[0].path}: is not in a list of layers.")
     return ".".join(parts[: cut - 1])

@@ -1,4 +1,4 @@
-"""Self-Extend: far positions shared by several tokens."""
+"""Self-Extend: groups of far tokens share a position."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from ..spans.proposal import check_fields, spanned, target_length, trained_lengt
 
 @dataclass(frozen=True, kw_only=True)
 class SelfExtend(Patch):
-    """Self-Extend (2401.01325, 3): longer texts without training; beyond a window, ``group`` tokens share a position.
+    """Self-Extend (2401.01325, 3): longer context without training; beyond a window, ``group`` tokens share a position.
 
-    A token sees the ``window`` tokens before it at their distance, and those further back at i // G - j // G + w -
-    w // G, so that no distance is one that the model has not seen. Flash calls over disjoint pieces are merged by
-    log-sum-exp: linear memory, and about the time of plain attention. Queries before ``start`` attend as they always
-    did, so that inputs within the trained length have the same logits, bit for bit; the paper has ``start=0``.
-    Positions are counted from a row's first token that is not padding. Keys stay in the cache as the model turned them.
-    Stock transformers cannot express it: checkpoints are of this package's model type.
+    A token sees the ``window`` tokens before it at their true distance and those further back at i // G - j // G + w -
+    w // G, so that no distance is new to the model. Flash calls over disjoint pieces are merged by log-sum-exp: linear
+    memory, and about the time of plain attention. Queries before ``start`` attend as before, so that inputs within the
+    trained length give the same logits, bit for bit; the paper has ``start=0``. Positions are counted from the first
+    token of a row that is not padding. Keys stay in the cache as the model rotated them. Stock transformers cannot
+    express it: checkpoints have this package's model type.
 
     Args:
-        window: tokens that are seen at their distance; None for half of the trained length.
-        group: tokens that share a position beyond it; None for as few as reach ``target_length``.
-        target_length: length to reach, in tokens; None for four times the trained length.
+        window: distances below it are unchanged; None takes half of the trained length.
+        group: tokens that share a position beyond the window; None takes the smallest that reaches ``target_length``.
+        target_length: length to reach, in tokens; None takes four times the trained length.
         factor: the same as a multiple of the trained length; give one of the two.
-        start: first query that is treated so; None for the trained length.
-        trained_length: tokens that the model handles by itself; None reads the config.
-        backend: ``sdpa``, merged flash calls; ``eager``, dense, with attention weights; ``auto`` is the former.
+        start: first query whose distances are remapped; None takes the trained length.
+        trained_length: context that the model was trained on, in tokens; None reads the config.
+        backend: ``sdpa``, merged flash calls; ``eager``, dense, with attention weights; ``auto`` is ``sdpa``.
 
     Raises:
-        UnsupportedArchitecture: no rotary layer looks back at everything, or its rotation is not known.
-        AttnPatchError: lengths that do not fit each other.
+        UnsupportedArchitecture: no rotary layer attends to the whole past, or its rotation is unknown.
+        AttnPatchError: the lengths contradict each other.
     """
 
     name: ClassVar[str] = "self_extend"
@@ -58,7 +58,7 @@ class SelfExtend(Patch):
         check_reach(self.factor, self.target_length)
 
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
-        """Say which modules would see which distances; see :meth:`Patch.propose`."""
+        """Return the edits that remap the distances; see :meth:`Patch.propose`."""
         trained = trained_length(self, anatomy)
         given = target_length(self, trained)
         target = 4 * trained if given is None else given
@@ -85,7 +85,7 @@ def _most(length: int, window: int, group: int) -> int:
 
 
 def _reaching(target: int, window: int, trained: int) -> int:
-    """Return the smallest group with which no distance within ``target`` is foreign to the model.
+    """Return the smallest group with which all distances within ``target`` are known to the model.
 
     With a = target - 1 and c = trained - window, a // g - window // g < c is wanted. The left side is (a - window) // g
     or one more, so that no g up to (a - window) // c will do; beyond the window its second term is 0, so that

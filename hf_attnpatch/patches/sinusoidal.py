@@ -1,4 +1,4 @@
-"""The sinusoid of Attention Is All You Need in the place of whatever a model knew positions by."""
+"""Replaces a model's positions by the sinusoid of Attention Is All You Need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..anatomy import Anatomy
 from ..errors import AttnPatchError
 from ..modules.added import SinusoidalPositions
-from ..patch import Patch, Proposal, changed
+from ..patch import Patch, Proposal
 from ..positions.adding import adding, check_adding
 from ..positions.removal import ADDED, check_blind, removal, removed
 from ..rope.fields import check_number
@@ -21,14 +21,14 @@ from ..rope.fields import check_number
 class Sinusoidal(Patch):
     """Sinusoidal absolute positions (Attention Is All You Need, 1706.03762, 3.5), added to the token embeddings.
 
-    PE(p, 2i) = sin(p / theta^(2i/d)) and PE(p, 2i+1) the cosine, sines and cosines alternating as in the paper,
-    computed for whatever positions come: no table, no longest length. Positions are ``position_ids`` where they are
-    passed, otherwise tokens counted by the attention mask, so that left padding changes nothing. Added to what the
-    token embedding gives, before anything else the model does to it (Gemma's factor, BERT's norm). What told positions
-    before is taken out. A model that was not trained so has to be fine-tuned: the sinusoid is as large as the paper's
-    embeddings, which are scaled by the root of the width, and most models' are far smaller; ``amplitude`` starts it
-    small, ``embedding_scale="paper"`` does as the paper does. Stock transformers cannot express the result, so its
-    checkpoints are of this package's model type.
+    PE(p, 2i) = sin(p / theta^(2i/d)) and PE(p, 2i+1) the cosine, alternating as in the paper, computed for any
+    position: no table and no longest length. Positions are ``position_ids`` if passed, otherwise counted from the
+        attention mask, so
+    that left padding changes nothing. The sinusoid is added to the output of the token embedding, before anything else
+    that the model does to it (Gemma's factor, BERT's norm). The old positions are removed. A model that was not trained
+    with it has to be fine-tuned: the sinusoid is as large as the paper's embeddings, which are scaled by the root of
+    the width, and most models' are far smaller; ``amplitude`` makes it smaller, ``embedding_scale="paper"`` scales the
+    embeddings. Stock transformers cannot express the result, so checkpoints have this package's model type.
 
     Experimental: its fields may get other names or defaults between minor versions.
 
@@ -38,7 +38,7 @@ class Sinusoidal(Patch):
         embedding_scale: factor on the token embeddings, or ``"paper"`` for the root of their width.
 
     Raises:
-        UnsupportedArchitecture: the old positions cannot be taken out, or the model needs token ids beside embeddings.
+        UnsupportedArchitecture: the old positions cannot be removed, or the model needs token ids beside embeddings.
         AttnPatchError: an argument out of range.
     """
 
@@ -49,7 +49,7 @@ class Sinusoidal(Patch):
     theta: float = 10000.0
     amplitude: float = 1.0
     embedding_scale: float | Literal["paper"] = 1.0
-    # a checkpoint's own structure, which is not tried again while it is being loaded
+    # while a checkpoint is loaded, its structure is not probed again
     proved: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -61,12 +61,8 @@ class Sinusoidal(Patch):
         else:
             check_number("embedding_scale", self.embedding_scale)
 
-    def structure(self) -> Patch:
-        """Return the patch without a probe: a model that is being loaded cannot run yet."""
-        return changed(self, proved=True)
-
     def propose(self, model: PreTrainedModel, anatomy: Anatomy) -> Proposal:
-        """Say what would be taken out and added; see :meth:`Patch.propose`."""
+        """Return the edits that replace the positions; see :meth:`Patch.propose`."""
         away = removal(model, anatomy, own=ADDED)
         edits = (*away, *adding(model, anatomy, self._make, f"sinusoid, amplitude {self.amplitude:g}"))
         if not self.proved:

@@ -1,1 +1,1 @@
-"""Exchanging what a model knows positions by: taking it out, and what comes in its place."""
+"""Removes a model's positions and adds others: the edits, and the checks that they do what is meant."""

@@ -1,4 +1,4 @@
-"""The edits by which positions come to be added to what the token embedding gives."""
+"""Edits that add positions to the token embeddings."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from ..upstream.roles import resumed, roles_of
 def adding(
     model: PreTrainedModel, anatomy: Anatomy, make: Callable[[nn.Module], nn.Module], after: str
 ) -> tuple[Edit, ...]:
-    """Return the edits that give the language model a child whose positions are added to its embeddings.
+    """Return the edits that give the language model a child module whose positions are added to its embeddings.
 
     Args:
         model: any model.
-        anatomy: its.
-        make: builds the child from the language model.
+        anatomy: the model's anatomy.
+        make: builds the child for a language model.
         after: text for the report.
 
     Raises:
-        UnsupportedArchitecture: no one language model takes embeddings in the place of ids.
+        UnsupportedArchitecture: there is no single language model that takes embeddings instead of ids.
     """
     if model.config.is_encoder_decoder or anatomy.base is None:
         why = (
@@ -41,10 +41,10 @@ def adding(
     counts = anatomy.sites or anatomy.unread or any("state" not in why for why in anatomy.other.values())
     if model.can_generate() and not (roles.takes(words.POSITIONS) or (roles.takes(words.CACHE) and counts)):
         raise UnsupportedArchitecture(
-            f"{anatomy.architecture}: decodes from a state that does not say how many tokens it has seen, so that "
+            f"{anatomy.architecture}: decodes from a state that does not say how many tokens it has seen, so "
             "positions cannot be counted on."
         )
-    if CHILD in base._modules:  # of an earlier patch; its hook is there, too
+    if CHILD in base._modules:  # from an earlier patch, whose hook is there as well
         return (ReplaceModule(f"{anatomy.base}.{CHILD}".lstrip("."), lambda _: make(base), after),)
     hook = AddPreHook(anatomy.base, AddPositions(roles), "adds positions to the embeddings")
     return (AddModule(anatomy.base, CHILD, make, after), hook)
@@ -53,17 +53,17 @@ def adding(
 def check_adding(
     model: PreTrainedModel, anatomy: Anatomy, away: Sequence[Edit], blind: Sequence[Edit], whole: Sequence[Edit]
 ) -> None:
-    """Refuse a model that needs the ids themselves beside their embeddings.
+    """Refuse a model that needs the token ids in addition to their embeddings.
 
     Args:
         model: any model.
-        anatomy: its.
-        away: edits that take the old positions out, but for what is added already.
-        blind: edits that take out that, too.
-        whole: edits that take the old positions out and add the new ones.
+        anatomy: the model's anatomy.
+        away: edits that remove the old positions, except those that are added already.
+        blind: edits that remove those, too.
+        whole: edits that remove the old positions and add the new ones.
 
     Raises:
-        UnsupportedArchitecture: embeddings to which nothing is added give other logits than the ids, or other tokens.
+        UnsupportedArchitecture: unchanged embeddings give other logits or other generated tokens than the ids.
     """
     inputs = default_inputs(model)
     nothing = adding(model, anatomy, lambda _: SinusoidalPositions(10000.0, 0.0, 1.0), "")
@@ -72,7 +72,7 @@ def check_adding(
         problem = disagreement(logits_under(model, blind, inputs), found)
         logits_under(model, whole, inputs)
         something = adding(model, anatomy, lambda _: SinusoidalPositions(10000.0, 1.0, 1.0), "")
-        logits_under(model, [*away, *something], inputs)  # some look their ids up again, by the very embeddings
+        logits_under(model, [*away, *something], inputs)  # some models recover the ids from the embeddings
         problem = problem or _generates_otherwise(model, blind, [*away, *nothing], inputs)
     except AttnPatchError as error:
         problem = str(error.__cause__ or error)
@@ -86,19 +86,19 @@ def check_adding(
 def _generates_otherwise(
     model: PreTrainedModel, ids: Sequence[Edit], embeddings: Sequence[Edit], inputs: Inputs
 ) -> str | None:
-    """Say how ``generate`` fares with embeddings where it does with ids, in a model that hands no cache back.
+    """Return how ``generate`` fails with embeddings where it works with ids, for a model that returns no cache.
 
-    Such a model is handed the whole text again for each token. Some fill the cache that ``generate`` passes and cut
-    the ids by its length, which they do not do with embeddings (XLM).
+    Such a model receives the whole text again for each token. Some fill the cache that ``generate`` passes and cut the
+    ids, but not the embeddings, by its length (XLM).
     """
     if not model.can_generate():
         return None
     with quiet(model), torch.no_grad():
         if resumed(model, model(**inputs, **roles_of(model).call(**{words.USE_CACHE: True}))):
-            return None  # apply asks about that cache
+            return None  # the self-check of apply covers the cache
         wanted, _ = _written(model, ids, inputs)
         if wanted is None:
-            return None  # from ids it writes nothing either
+            return None  # it does not generate from ids either
         found, why = _written(model, embeddings, inputs)
     if found is None:
         return f"generate fails with them: {why}"
@@ -106,7 +106,7 @@ def _generates_otherwise(
 
 
 def _written(model: PreTrainedModel, edits: Sequence[Edit], inputs: Inputs) -> tuple[Tensor | None, str]:
-    """Return what an edited model writes behind the default tokens, or why it writes nothing."""
+    """Return what an edited model generates after the default tokens, or the reason why it generates nothing."""
     with tried(model, edits):
         try:
             text = model.generate(tokens_of(model, inputs), max_new_tokens=3, min_new_tokens=3, do_sample=False)

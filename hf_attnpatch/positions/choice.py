@@ -1,4 +1,4 @@
-"""Which kernel computes new positions fastest here, proved on a probe."""
+"""Selects the fastest kernel for new positions that passes on a probe."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def choose(
     common: Sequence[Edit],
     what: str,
 ) -> tuple[str, str]:
-    """Try kernels, fastest first, and return one that gives what the dense reference gives, with what to say of it.
+    """Try kernels, fastest first; return the first one that matches the dense reference, and a note on it.
 
     Args:
-        anatomy: of the model.
-        request: what the kernel is to serve.
-        backend: the one that was asked for, ``auto`` for the fastest.
-        common: edits that put the positions in, but for the attention function.
-        what: the positions are called.
+        anatomy: the model's anatomy.
+        request: the conditions under which the kernel must work.
+        backend: the requested one, or ``auto`` for the fastest.
+        common: edits that add the positions, except for the attention function.
+        what: name of the positions in messages.
 
     Raises:
-        UnsupportedArchitecture: none does, or the model tells positions by something else as well.
+        UnsupportedArchitecture: no kernel matches, or the model has other positions as well.
     """
     model: PreTrainedModel = request.model
     reference = [*common, set_kernel("eager")]
@@ -55,13 +55,13 @@ def _fastest(
     what: str,
     cut: tuple[Edit, ...],
 ) -> tuple[str, str]:
-    """Do so on a model that ``cut`` may have made short; the other arguments are those of :func:`choose`."""
+    """Choose on the model that the edit ``cut`` may have shortened; other arguments as for :func:`choose`."""
     model: PreTrainedModel = request.model
     reference = [*common, set_kernel("eager"), *cut]
     inputs = default_inputs(model)
     bare = {
         name: tensor for name, tensor in inputs.items() if name != roles_of(model).names.get(words.MASK)
-    }  # other masks, or none
+    }  # inputs with other masks, or none
     probes = [(given, logits_under(model, reference, given)) for given in (inputs, bare)]
     reasons: list[str] = []
     for name in ranked(model.device) if backend == "auto" else (backend,):
@@ -73,7 +73,7 @@ def _fastest(
             passed = f"; passed over {'; '.join(reasons)}" if reasons else ""
             return name, f"{name} on {model.device.type}, equal to the reference on a probe{passed}"
         if cut and runs:
-            raise UnsupportedArchitecture(f"{name}: {why}")  # in these layers; what counts is the whole model
+            raise UnsupportedArchitecture(f"{name}: {why}")  # holds for these layers; the whole model decides
         reasons.append(f"{name}: {why.rstrip('.')}")
     raise UnsupportedArchitecture(
         f"{anatomy.architecture}: no fused kernel adds {what} here: {'; '.join(reasons)}. backend='eager' computes it "

@@ -1,4 +1,4 @@
-"""Positions that a caller gives, where distances are worked out from the order of the tokens: both have to agree."""
+"""Checks the position ids that a caller passes, where distances are computed from the order of the tokens."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from ..upstream import words
 from ..upstream.caches import length as cached
 from ..upstream.roles import Arguments, Roles, roles_of
 
-Way = tuple[str, int]  # what positions count, and from where
+Way = tuple[str, int]  # what the positions count (tokens or columns), and their first value
 
 
 class Counting:
-    """Forward pre-hook of a decoder: refuses positions that leave some out, begin anew, or go on elsewhere.
+    """Forward pre-hook of a decoder: refuses positions that have gaps, restart, or do not continue the cache.
 
-    Positions may count the tokens of each row or the columns of the batch, from any number, in every call that goes on
-    with a cache alike; the cache carries which.
+    Positions may count the tokens of each row or the columns of the batch, from any number, the same way in every call
+    with one cache; the cache stores which way.
 
     Args:
-        roles: of the arguments of its forward.
-        turned: whether states were rotated by these positions, so that those of images (several axes) count, too.
-        site: path below the decoder of an attention module that works distances out.
-        held: returns what makes that module do so, or None where a later patch took it out.
+        roles: argument roles of its forward.
+        turned: whether states were rotated by these positions, so that those of images (several axes) matter, too.
+        site: path, below the decoder, of an attention module that computes distances.
+        held: returns what makes that module do so, or None if a later patch removed it.
     """
 
     def __init__(self, roles: Roles, turned: bool, site: str, held: Callable[[nn.Module], object]):
         self.roles, self.turned, self.site, self.held = roles, turned, site, held
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Look, and change nothing."""
+        """Check, and change nothing."""
         if self.held(module.get_submodule(self.site)) is None:
             return
         named = self.roles.bind(args, kwargs)
@@ -43,9 +43,9 @@ class Counting:
         if positions is None and (cache is None or torch.compiler.is_compiling()):
             return
         if named.get(words.MASK) is None and cache is None:
-            return  # there, transformers reads documents from positions, and makes their mask
+            return  # transformers derives packed documents from these positions, and makes their mask
         if any(getattr(hook, "gave_positions", False) for hook in module._forward_pre_hooks.values()):
-            return  # they are those of a memory, which has looked at the caller's
+            return  # set by a segment memory, which has checked the caller's
         if self.turned or positions is None or positions.dim() < 3:
             self._check(module, named)
 
@@ -56,9 +56,11 @@ class Counting:
             found = found & getattr(cache, "attnpatch_counting", found)
         if found is not None and not found:
             raise AttnPatchError(
-                f"{type(module).__name__}: position_ids with gaps, several axes (images), documents that begin anew, "
-                "or other ones than the cache was filled with; distances are counted here from token to token. Pass "
-                "none, or positions that count up by one (no position skipping: train so before this patch)."
+                f"{type(module).__name__}: position_ids have gaps, several axes (images), or restart for a new "
+                f"document, or differ "
+                "from those that filled the cache; distances are counted from token to token here. Pass none, or "
+                "positions "
+                "that count up by one (no position skipping: train so before this patch)."
             )
         if cache is not None and found is not None:
             cache.attnpatch_counting = found
@@ -67,11 +69,11 @@ class Counting:
 def counted(
     model: PreTrainedModel, paths: Sequence[str], held: Callable[[nn.Module], object], turned: bool = False
 ) -> Iterator[Edit]:
-    """Yield the hook for what holds the layers, where it takes positions.
+    """Yield the hook for the module that holds the layers, if it takes positions.
 
     Args:
-        model: that is patched.
-        paths: of its attention modules.
+        model: the model to patch.
+        paths: paths of its attention modules.
         held: see :class:`Counting`.
         turned: see :class:`Counting`.
     """
@@ -87,7 +89,7 @@ def counted(
 
 
 def _ways(named: Arguments) -> frozenset[Way] | None:
-    """Return what the positions of a call count; None where it has no tokens to tell by."""
+    """Return what the positions of a call may count; None if it has no tokens to compare with."""
     given = named.get(words.TOKENS)
     given = named.get(words.EMBEDDINGS) if given is None else given
     if not isinstance(given, Tensor):
@@ -97,7 +99,7 @@ def _ways(named: Arguments) -> frozenset[Way] | None:
     columns = (past + torch.arange(new)).expand(batch, -1)
     axes = columns[None] if positions is None else positions.cpu().long().reshape(-1, *positions.shape[-2:])
     axes = axes.expand(-1, batch, -1)
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):  # made already: it says who sees whom
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):  # finished: padding cannot be told
         return frozenset() if bool((axes.diff(dim=-1) > 1).any()) else None
     keep, number = torch.ones(batch, new, dtype=torch.bool), columns
     if mask is not None and mask.shape[1] >= past + new:
@@ -105,7 +107,7 @@ def _ways(named: Arguments) -> frozenset[Way] | None:
         keep, number = whole[:, past:], whole.long().cumsum(1)[:, past:] - 1
     if not bool(keep.any()):
         return None
-    if cache is None:  # nothing has to go on from there: each row may begin where it likes
+    if cache is None:  # no cache to continue: each row may start anywhere
         axes = axes - axes.gather(2, keep.long().argmax(1)[None, :, None].expand(len(axes), -1, 1))
     axes = axes[:, keep]  # axes, tokens
     if axes.shape[0] > 1 and not bool((axes == axes[:1]).all()):

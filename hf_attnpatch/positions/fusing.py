@@ -1,4 +1,4 @@
-"""The edits by which modules that compute their scores by themselves come to attend by a fused kernel."""
+"""Edits that route modules which compute their own scores through a fused kernel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..attention.alibi import AlibiBias, NoBias
-from ..attention.deferring import Deferring
+from ..attention.deferring import DeferAttention
 from ..attention.registry import FUSED, register
 from ..attention.rotation import Rotation
 from ..attention.wrapper import AddWrapper, Wrapper
@@ -20,9 +20,9 @@ from ..upstream.roles import roles_of
 
 
 def variants(model: PreTrainedModel, anatomy: Anatomy) -> list[tuple[Edit, ...]] | str:
-    """Return ways to try, best first, of giving a model that does not dispatch a fused kernel; or why there is none.
+    """Return variants, best first, of edits that give a model without dispatch a fused kernel; or why there are none.
 
-    They differ in whether the bias that a module is given counts, or is in the mask already.
+    They differ in whether the bias that a module receives is added, or is contained in the mask already.
     """
     sites = _own(anatomy)
     if not sites or anatomy.unread or anatomy.other:
@@ -37,7 +37,7 @@ def variants(model: PreTrainedModel, anatomy: Anatomy) -> list[tuple[Edit, ...]]
 
 
 def rebiased(model: PreTrainedModel, anatomy: Anatomy, bias: AlibiBias) -> tuple[Edit, ...] | str:
-    """Return the edits that give such a model another bias by distance than its own, or why that cannot be."""
+    """Return the edits that replace such a model's own ALiBi bias, or the reason why that is impossible."""
     ways = variants(model, anatomy)
     if isinstance(ways, str):
         return ways
@@ -45,25 +45,25 @@ def rebiased(model: PreTrainedModel, anatomy: Anatomy, bias: AlibiBias) -> tuple
 
 
 def unbiased(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Edit, ...] | str:
-    """Return the edits that leave such a model's own bias by distance out, or why that cannot be."""
+    """Return the edits that leave out such a model's own ALiBi bias, or the reason why that is impossible."""
     ways = variants(model, anatomy)
     return ways if isinstance(ways, str) else (*_held(anatomy, NoBias()), *_deferred(model, anatomy))
 
 
 def deferred(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Edit, ...] | str:
-    """Return the edits that make such a model attend by a fused kernel, none if it does; or why that cannot be."""
+    """Return the edits that make such a model use a fused kernel, none if it does; or why that is impossible."""
     ways = variants(model, anatomy)
     return ways if isinstance(ways, str) else tuple(_deferred(model, anatomy))
 
 
 def rotated(model: PreTrainedModel, anatomy: Anatomy, rotation: Rotation) -> tuple[Edit, ...] | str:
-    """Return the edits that make such a model rotate queries and keys, or why that cannot be."""
+    """Return the edits that make such a model rotate queries and keys, or the reason why that is impossible."""
     ways = variants(model, anatomy)
     return ways if isinstance(ways, str) else (*_held(anatomy, rotation), *_deferred(model, anatomy))
 
 
 def _own(anatomy: Anatomy) -> list[Site]:
-    """The language model's attention modules; not those of an image or audio tower."""
+    """Return the language model's attention modules, without those of an image or audio tower."""
     return [site for site in anatomy.sites if not site.tower]
 
 
@@ -72,15 +72,15 @@ def _held(anatomy: Anatomy, wrapper: Wrapper) -> Iterator[Edit]:
 
 
 def _deferred(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Edit]:
-    """Make attention go through a fused kernel, where it does not already."""
+    """Yield the edits that route attention through a fused kernel, where it is not yet."""
     first = model.get_submodule(_own(anatomy)[0].path)
-    if not any(isinstance(hook, Deferring) for hook in first._forward_pre_hooks.values()):
+    if not any(isinstance(hook, DeferAttention) for hook in first._forward_pre_hooks.values()):
         yield from _hooks(model, anatomy, False)
         yield _masks(anatomy)
 
 
 def _masks(anatomy: Anatomy) -> Edit:
-    """Ask for masks of this package, in the language model's configs and the model's own, which says what is in use."""
+    """Return the edit that selects this package's masks in the language model's configs and the model's own config."""
     paths = ("", *(site.config for site in _own(anatomy)))
     return SetAttention("", FUSED, register, True, tuple(dict.fromkeys(paths)))
 
@@ -88,5 +88,5 @@ def _masks(anatomy: Anatomy) -> Edit:
 def _hooks(model: PreTrainedModel, anatomy: Anatomy, unbiased: bool) -> Iterator[Edit]:
     config = config_at(model, _own(anatomy)[0].config)
     for site in _own(anatomy):
-        hook = Deferring(roles_of(model.get_submodule(site.path)), config, FUSED, unbiased)
+        hook = DeferAttention(roles_of(model.get_submodule(site.path)), config, FUSED, unbiased)
         yield AddPreHook(site.path, hook, "scores go to a fused kernel")

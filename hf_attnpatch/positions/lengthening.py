@@ -1,4 +1,4 @@
-"""The edits by which a model's own position table gets more rows, with whatever else is as long as it."""
+"""Edits that lengthen a model's own position table, and everything else of that length."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FIELD = "max_position_embeddings"
 
 
 def learned(model: PreTrainedModel, anatomy: Anatomy) -> list[str]:
-    """Return the paths of the tables that were learned; a fixed sinusoid has nothing that could be lengthened."""
+    """Return the paths of the learned tables; a fixed sinusoid cannot be lengthened."""
     found = [path for path in anatomy.tables if not in_tower(path)]
     modules = {path: model.get_submodule(path) for path in found}
     return [p for p, m in modules.items() if isinstance(getattr(m, "weight", None), nn.Parameter) and not _fixed(m)]
@@ -32,24 +32,24 @@ def _fixed(module: nn.Module) -> bool:
 
 
 def reserved(table: nn.Module) -> int:
-    """Return how many first rows stand for no position: OPT's offset, or RoBERTa's up to that of padding."""
+    """Return how many first rows are not positions: OPT's offset, or RoBERTa's rows up to the padding."""
     padding = getattr(table, "padding_idx", None)
     return int(getattr(table, "offset", 0 if padding is None else padding + 1))
 
 
 def longer(model: PreTrainedModel, anatomy: Anatomy, tables: list[str], length: int, method: str) -> tuple[Edit, ...]:
-    """Return the edits that give tables so many positions, with the config and the buffers beside them.
+    """Return the edits that give tables ``length`` positions, with the config and the buffers of that length.
 
     Args:
         model: any model.
-        anatomy: its.
-        tables: paths of learned tables.
-        length: in tokens, above what is there.
+        anatomy: the model's anatomy.
+        tables: paths of the learned tables.
+        length: in tokens, above the present number.
         method: see :func:`.functional.tables.lengthened`.
 
     Raises:
-        UnsupportedArchitecture: the config's maximum does not size the tables, or something else is as long as they are
-            and is not known to follow from its length.
+        UnsupportedArchitecture: the config's maximum does not determine the tables, or something else has their length
+            by an unknown rule.
     """
     config = model.config.get_text_config(decoder=True)
     path, declared = config_path(model, config) or "", getattr(config, _FIELD, None)
@@ -77,18 +77,18 @@ def positions(model: PreTrainedModel, anatomy: Anatomy, tables: list[str]) -> in
     """Return how many positions the tables have.
 
     Raises:
-        UnsupportedArchitecture: they differ.
+        UnsupportedArchitecture: the tables have different lengths.
     """
     found = {anatomy.tables[path] - reserved(model.get_submodule(path)) for path in tables}
     if len(found) != 1:
         raise UnsupportedArchitecture(
-            f"{', '.join(tables)}: tables of {sorted(found)} positions; one length fits not all."
+            f"{', '.join(tables)}: the tables have different lengths, {sorted(found)}; no single length fits them all."
         )
     return found.pop()
 
 
 def _resized(model: PreTrainedModel, found: Difference, tables: list[str], method: str) -> Iterator[Edit]:
-    """Yield an edit for every tensor that the twin has in another shape."""
+    """Yield an edit for every tensor that has another shape in the twin."""
     for outer in found.modules:
         for inner, twin in found.twin.get_submodule(outer).named_modules():
             path, old = ".".join(filter(None, (outer, inner))), dict(found.before.named_modules())
@@ -113,7 +113,7 @@ def _resized(model: PreTrainedModel, found: Difference, tables: list[str], metho
 
 
 class _LongerTable:
-    """Builds the longer table as the twin has it, which transformers builds from the longer config."""
+    """Builds the longer table as transformers builds it from the longer config."""
 
     def __init__(self, twin: nn.Module, method: str):
         self.twin, self.method = twin, method
@@ -130,7 +130,7 @@ class _LongerTable:
 
 
 def _extension(old: Tensor, shape: torch.Size) -> Callable[[Tensor], Tensor] | None:
-    """Return what makes a buffer longer: one that counts, that is the same everywhere, or depends on the distance."""
+    """Return how to lengthen a buffer: one that counts, is constant, or depends on the distance only; else None."""
     if old.numel() and bool((old == old.flatten()[0]).all()):
         return lambda t: t.flatten()[0].expand(shape).clone()
     if old.numel() == old.shape[-1] and torch.equal(old.flatten(), torch.arange(old.shape[-1]).to(old)):
@@ -141,7 +141,7 @@ def _extension(old: Tensor, shape: torch.Size) -> Callable[[Tensor], Tensor] | N
 
 
 def _by_distance(old: Tensor, shape: torch.Size) -> Tensor:
-    """Return a square matrix of this shape that has, at each distance, what the old one has there or farthest."""
+    """Return a square matrix of this shape with the old one's value at each distance, or at its largest distance."""
     rows, wanted = old.shape[-1], torch.arange(shape[-1], device=old.device)
     gap = (wanted[:, None] - wanted).clamp(1 - rows, rows - 1)
     matrix = old.reshape(-1, rows, rows)[0]

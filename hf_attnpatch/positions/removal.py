@@ -1,4 +1,4 @@
-"""Taking out whatever a model knows positions by, its own or what an earlier patch of this package gave it."""
+"""Removes a model's positions, its own and those that this package added."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from ..upstream import words
 from ..upstream.roles import roles_of
 from .fusing import unbiased
 
-# what a patch may put in the place of the old by itself
+# what a patch may replace by itself
 BIAS, ROTATION, ADDED, RELATIVE = AlibiBias.name, Rotation.name, "added", Relative.name
 
 
 def removal(model: PreTrainedModel, anatomy: Anatomy, own: str = "") -> tuple[Edit, ...]:
-    """Return the edits after which a model knows no positions, beyond what attention to the past alone tells.
+    """Return the edits that remove all positions; a causal mask still tells the order of tokens.
 
     Args:
         model: any model.
-        anatomy: its.
-        own: what the patch that asks writes itself, ``BIAS``, ``ROTATION``, ``RELATIVE`` or ``ADDED``.
+        anatomy: the model's anatomy.
+        own: what the calling patch replaces itself: ``BIAS``, ``ROTATION``, ``RELATIVE`` or ``ADDED``.
 
     Raises:
-        UnsupportedArchitecture: something is there that cannot be taken out.
+        UnsupportedArchitecture: some positions cannot be removed.
     """
     edits = [*_unturned(model, anatomy), *_emptied(model, anatomy)]
     if anatomy.alibi and not anatomy.biased and own != BIAS:
@@ -56,7 +56,7 @@ def removal(model: PreTrainedModel, anatomy: Anatomy, own: str = "") -> tuple[Ed
 
 
 def removed(anatomy: Anatomy) -> Iterator[str]:
-    """Say what is taken out."""
+    """Yield a note on each kind of position that is removed."""
     rotary = [r.path for r in anatomy.rotary if not in_tower(r.path)]
     tables = [f"{path} ({rows} rows)" for path, rows in anatomy.tables.items() if not in_tower(path)]
     found = {
@@ -71,10 +71,10 @@ def removed(anatomy: Anatomy) -> Iterator[str]:
 
 
 def none_there(unproved: str) -> str:
-    """Say that a model has nothing that could be taken out, and what is known of that.
+    """Return a note that there were no positions to remove, and how far that was checked.
 
     Args:
-        unproved: what :func:`check_blind` returned.
+        unproved: the result of :func:`check_blind`.
     """
     if unproved:
         return f"no positions were found to take out; whether there are none was not tried: {unproved}"
@@ -82,22 +82,22 @@ def none_there(unproved: str) -> str:
 
 
 def check_blind(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]) -> str:
-    """Refuse a model that still tells positions apart: where all tokens are the same, so must their logits be.
+    """Refuse a model that still distinguishes positions: equal tokens must give equal logits.
 
-    Neither a bias nor a rotation of keys changes anything there: they weigh what is the same everywhere. Those show
-    where tokens stand farther apart, with one between them that nobody sees. Modules with a state and attention sinks
-    do count tokens, so that the question does not arise where those are.
+    A bias or a rotation of keys has no effect on equal tokens, because it weighs equal values. It shows when tokens
+    stand further apart, with a masked token between them. Modules with a state and attention sinks count tokens anyway,
+    so the question does not arise for them.
 
     Args:
         model: any model.
-        anatomy: its.
-        edits: that take the positions out, or put others in.
+        anatomy: the model's anatomy.
+        edits: that remove the positions, or replace them.
 
     Returns:
-        Why the model was not asked; empty where it was.
+        Why the model was not checked; empty if it was.
 
     Raises:
-        UnsupportedArchitecture: it does.
+        UnsupportedArchitecture: the model still distinguishes positions.
     """
     if any("state" in why or "convolution" in why for why in anatomy.other.values()):
         return "a module with a state of its own counts tokens"
@@ -115,7 +115,7 @@ def check_blind(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit])
 
 
 def _check_equal(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]) -> None:
-    """Refuse a model whose logits differ from token to token although all tokens are the same."""
+    """Refuse a model whose logits differ between positions although all tokens are equal."""
     ids = tokens_of(model, default_inputs(model))
     same = roles_of(model).call(**{words.TOKENS: torch.full_like(ids, int(ids[0, 0]))})
     logits = _logits_without(model, anatomy, edits, same)
@@ -128,7 +128,7 @@ def _check_equal(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]
 
 
 def _check_order(model: PreTrainedModel, anatomy: Anatomy, blind: Sequence[Edit]) -> None:
-    """Refuse a model that, with its positions out, sees whether three tokens stand one farther from another."""
+    """Refuse a model that, without its positions, notices whether tokens stand further apart."""
     roles = roles_of(model)
     if roles.names.get(words.TOKENS) in (None, roles.names.get(words.DECODER_TOKENS)):
         raise UnsupportedArchitecture(
@@ -163,7 +163,7 @@ def _check_order(model: PreTrainedModel, anatomy: Anatomy, blind: Sequence[Edit]
 def _logits_without(
     model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit], inputs: Inputs, padded: bool = False
 ) -> Tensor:
-    """Return logits without the positions of a model, or refuse one that does not run so."""
+    """Return logits without the model's positions, or refuse a model that does not run without them."""
     try:
         return logits_under(model, edits, inputs, padded=padded)
     except AttnPatchError as error:
@@ -175,10 +175,10 @@ def _logits_without(
 
 
 def check_effect(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]) -> None:
-    """Refuse new positions that change nothing beside none, or that would stay beside something unrecognised.
+    """Refuse new positions that have no effect, or that would be added to unrecognised ones.
 
     Raises:
-        UnsupportedArchitecture: so.
+        UnsupportedArchitecture: the new positions do not change the logits, or unrecognised positions remain.
     """
     inputs, blind = default_inputs(model), removal(model, anatomy)
     check_blind(model, anatomy, blind)
@@ -192,10 +192,10 @@ def check_effect(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]
 
 
 def check_followed(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]) -> None:
-    """Refuse a model that computes attention in a way which the fused kernel inside its forward cannot follow.
+    """Refuse a model whose attention the fused kernel inside its forward cannot reproduce.
 
     Raises:
-        UnsupportedArchitecture: with what it asked of scores that are never made.
+        UnsupportedArchitecture: names the operation on lazy states that is not supported.
     """
     inputs = default_inputs(model)
     try:
@@ -208,12 +208,12 @@ def check_followed(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edi
 
 
 def _counts(model: PreTrainedModel) -> bool:
-    """Whether a sink takes its share of attention, the smaller the more tokens there are."""
+    """Return whether the model has attention sinks, whose share shrinks with length and so reveals position."""
     return any(name.endswith(("sinks", "attention_sink_bias")) for name, _ in model.named_parameters())
 
 
 def _unturned(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Edit]:
-    """Ask rotary modules, and attention modules that rotate by themselves, for position 0."""
+    """Yield hooks that fix rotary modules, and attention modules that rotate themselves, at position 0."""
     for rotary in anatomy.rotary:
         if in_tower(rotary.path):
             continue
@@ -228,7 +228,7 @@ def _unturned(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Edit]:
 
 
 def _emptied(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Edit]:
-    """Take tables out, and with them the length of the buffers that went with them."""
+    """Yield edits that remove tables, and the length limit of the buffers that belong to them."""
     tables = [path for path in anatomy.tables if not in_tower(path)]
     yield from (ReplaceModule(path, _nothing, "no positions") for path in tables)
     owners = [model.get_submodule(path.rpartition(".")[0]) for path in tables]
@@ -239,7 +239,7 @@ def _emptied(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Edit]:
 
 
 def _counts_in_buffers(owner: nn.Module) -> bool:
-    """Whether a module keeps position or segment ids, (1, length) of integers, as long as its table was."""
+    """Return whether a module keeps position or segment ids, (1, length) of integers, as long as its table was."""
     return any(
         b.dim() == 2 and b.shape[0] == 1 and not b.is_floating_point() for b in owner._buffers.values() if b is not None
     )

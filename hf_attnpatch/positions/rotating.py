@@ -1,4 +1,4 @@
-"""The edits by which attention comes to rotate, and by which rotary modules get another base."""
+"""Edits that add rotation to attention, and edits that give rotary modules another base."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..attention.registry import guarded, kernel_of, set_kernel
-from ..attention.rotation import HandPlaces, Rotation, Turning
+from ..attention.rotation import HandPlaces, RotateKeys, Rotation
 from ..attention.wrapper import AddWrapper
 from ..backends import FLAG
 from ..configs import config_at
-from ..edits import AddPreHook, Edit, ReplaceModule, SetAttribute
+from ..edits import AddPreHook, Edit, ReplaceModule
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..few import on_few_layers
 from ..modules.added import CountedOnly
@@ -33,16 +33,16 @@ Parameters = Callable[[Mapping[str, Any], int | None], dict[str, Any]]
 
 
 def attention_rotated(model: PreTrainedModel, anatomy: Anatomy, rotation: Rotation, counted: bool) -> tuple[Edit, ...]:
-    """Return the edits after which attention rotates and nothing else tells positions.
+    """Return the edits that make attention rotate queries and keys and remove all other positions.
 
     Args:
         model: any model.
-        anatomy: its.
-        rotation: how.
-        counted: whether positions that are passed do not reach attention, so that only counting is allowed.
+        anatomy: the model's anatomy.
+        rotation: frequencies and layout.
+        counted: whether passed positions do not reach attention, so that positions can only be counted.
 
     Raises:
-        UnsupportedArchitecture: attention is out of reach.
+        UnsupportedArchitecture: attention cannot be reached.
     """
     if model.config.is_encoder_decoder:
         raise UnsupportedArchitecture(
@@ -65,12 +65,12 @@ def attention_rotated(model: PreTrainedModel, anatomy: Anatomy, rotation: Rotati
 
 
 def _asked(model: PreTrainedModel, anatomy: Anatomy, places: list[Place], rotation: Rotation) -> Iterator[Edit]:
-    """Yield the hooks, the rotation and the attention function of modules that ask for it."""
+    """Yield the hooks, the rotation and the kernel for modules that dispatch their attention."""
     for place in places:
         yield AddWrapper(place.path, rotation)
         module = model.get_submodule(place.path)
-        if not _has(module, Turning):
-            yield AddPreHook(place.path, Turning(roles_of(module)), "rotates keys on their way into the cache")
+        if not _has(module, RotateKeys):
+            yield AddPreHook(place.path, RotateKeys(roles_of(module)), "rotates keys on their way into the cache")
     kernel = kernel_of(model.config._attn_implementation)
     if kernel not in ("eager", *FLAG):
         raise UnsupportedArchitecture(
@@ -82,7 +82,7 @@ def _asked(model: PreTrainedModel, anatomy: Anatomy, places: list[Place], rotati
 
 
 def _told(model: PreTrainedModel, anatomy: Anatomy, counted: bool) -> Iterator[Edit]:
-    """Yield the hook that hands positions to attention, or refuses those that cannot be handed."""
+    """Yield the hook that passes positions to attention, or refuses those that cannot be passed."""
     if anatomy.base is None:
         return
     base = model.get_submodule(anatomy.base)
@@ -94,7 +94,7 @@ def _told(model: PreTrainedModel, anatomy: Anatomy, counted: bool) -> Iterator[E
 
 
 def ignores_positions(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit]) -> bool:
-    """Whether positions that are passed do not reach attention under these edits.
+    """Return whether passed positions do not reach attention under these edits.
 
     Raises:
         UnsupportedArchitecture: attention cannot be followed.
@@ -106,7 +106,7 @@ def ignores_positions(model: PreTrainedModel, anatomy: Anatomy, edits: Sequence[
     ):
         return False
     ids = tokens_of(model, default_inputs(model))
-    told = {words.TOKENS: ids, words.MASK: torch.ones_like(ids)}  # without a mask, gaps would mean documents
+    told = {words.TOKENS: ids, words.MASK: torch.ones_like(ids)}  # without a mask, gaps would mean packed documents
     far = 3 * torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
 
     def ask(cut: tuple[Edit, ...]) -> bool:
@@ -123,18 +123,18 @@ def rebased(
     layer_types: tuple[str, ...] | None,
     partial: float | None,
 ) -> tuple[list[Edit], list[str]]:
-    """Return the edits that build rotary modules again from other parameters, and what to say; none where they are so.
+    """Return the edits that rebuild rotary modules from other parameters, with notes; none if nothing changes.
 
     Args:
-        model: with rotary modules built from its config; those that turn nothing are brought back.
-        anatomy: its.
-        parameters: the new ``rope_parameters``, from the old ones and the length that the config declares.
-        layer_types: which, where parameters are nested; None takes those that are not local.
-        partial: the share that is wanted, which must be the model's own.
+        model: with rotary modules built from its config; those fixed at position 0 are restored.
+        anatomy: the model's anatomy.
+        parameters: maps the old ``rope_parameters`` and the declared length to the new ones.
+        layer_types: which to change, where parameters are nested; None takes those that are not local.
+        partial: the requested share, which must be the model's own.
 
     Raises:
-        UnsupportedArchitecture: a rotary module that is not built from ``config.rope_parameters``.
-        AttnPatchError: a layer type that is not there, another share, or parameters that the family refuses.
+        UnsupportedArchitecture: a rotary module is not built from ``config.rope_parameters``.
+        AttnPatchError: an unknown layer type, another share, or parameters that the family refuses.
     """
     owners, notes, changes = _owners(model, anatomy), list[str](), list[Change]()
     for path in owners:
@@ -146,13 +146,7 @@ def rebased(
     found = difference(model, changes)
     if isinstance(found, str):
         raise AttnPatchError(f"{anatomy.architecture}: {found}.")
-    longer = [p for p in found.modules if p not in paths]
-    if longer:
-        raise UnsupportedArchitecture(
-            f"{longer[0] or anatomy.architecture}: has tensors as long as the context, which this would not resize."
-        )
-    edits: list[Edit] = [change.edit() for change in changes]
-    edits += [SetAttribute(*key, value) for key, value in found.attributes.items() if key[0] not in paths]
+    edits = found.edits(changes, paths, anatomy.architecture)
     return [*edits, *(ReplaceModule(path, _rebuilt, "rope, built again") for path in paths)], notes
 
 
@@ -163,7 +157,7 @@ def _wanted(
     layer_types: tuple[str, ...] | None,
     partial: float | None,
 ) -> tuple[list[str], list[Change]]:
-    """Return what to say of one config, and its changes; the arguments are those of :func:`rebased`."""
+    """Return notes on one config and its changes; arguments as for :func:`rebased`."""
     old, trained = config.rope_parameters, getattr(config, "max_position_embeddings", None)
     nested = [key for key, value in old.items() if isinstance(value, Mapping)]
     chosen = _chosen(nested, layer_types)
@@ -171,7 +165,7 @@ def _wanted(
     new = {**old, **{key: parameters(old[key], trained) for key in chosen}} if nested else parameters(old, trained)
     notes = [f"of {', '.join(chosen)}; other layer types left alone"] if len(chosen) < len(nested) else []
     notes += [f"{each['rope_type']} scaling replaced" for each in _scaled(old, chosen, new)]
-    # Falcon with a bias by distance: its rotary modules are there, and out of use
+    # Falcon with ALiBi has rotary modules that are not used
     changes = [Change(path, "alibi", False)] if getattr(config, "alibi", False) else []
     if not _same(new, old):
         changes.append(Change(path, "rope_parameters", new))
@@ -226,19 +220,19 @@ def _scaled(old: Mapping[str, Any], chosen: list[str], new: Mapping[str, Any]) -
 
 
 def _same(new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
-    """Whether the rows say the same, a missing type being the default one."""
+    """Return whether the rows are equal; a missing type is the default one."""
     rows = [(new, old)] if not isinstance(next(iter(old.values())), Mapping) else [(new[k], old[k]) for k in old]
     return all({"rope_type": "default", **a} == {"rope_type": "default", **b} for a, b in rows)
 
 
 def _stale(module: nn.Module) -> bool:
-    """Whether a rotary module turns otherwise than its config says: configs can be edited after a model is built."""
+    """Return whether a rotary module disagrees with its config, which can be edited after a model is built."""
     wanted = frequencies(_rebuilt(module))
     return any(not torch.allclose(b.float(), wanted[name].float()) for name, b in frequencies(module).items())
 
 
 def _rebuilt(old: nn.Module) -> nn.Module:
-    """Build the module again from its config, which has been edited by now."""
+    """Rebuild the module from its config, which has been edited by now."""
     return type(old)(old.config).to(next(old.buffers()).device)
 
 
@@ -247,7 +241,7 @@ def _has(module: nn.Module, kind: type) -> bool:
 
 
 def _once(edits: Sequence[Edit]) -> tuple[Edit, ...]:
-    """Drop edits that do again what an earlier one does."""
+    """Drop edits that repeat an earlier one."""
     return tuple(
         {edit.claim: edit for edit in reversed(edits)}[claim] for claim in dict.fromkeys(e.claim for e in edits)
     )

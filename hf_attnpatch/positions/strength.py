@@ -1,4 +1,4 @@
-"""How strong a model's ALiBi is, for a recipe that warms it up."""
+"""Sets the strength of a model's ALiBi bias, for recipes that warm it up."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from ..errors import AttnPatchError
 
 
 def set_alibi_strength(model: PreTrainedModel, strength: float) -> None:
-    """Scale the slopes of a model that :class:`Alibi` gave them, in place, from the next forward on.
+    """Scale the ALiBi slopes of a patched model in place, from the next forward on.
 
     Experimental: its arguments may get other names or defaults between minor versions.
 
-    A model that learned without distances meets full slopes as a shock; published practice has no answer to it. Start
-    at 0, or little, and raise: ``set_alibi_strength(model, min(1.0, step / warmup_steps))`` before each step. The
-    strength goes into the config, so that a checkpoint saved on the way computes what it was saved with.
+    Full slopes are a shock to a model that learned without distances, and published practice has no remedy. Start at 0,
+    or at little, and raise it: ``set_alibi_strength(model, min(1.0, step / warmup_steps))`` before each step. The
+    strength is stored in the config, so that a checkpoint computes what it was saved with.
 
     Args:
-        model: patched by ``patch_alibi``.
-        strength: factor on the slopes, 0 or more; 1 is what was asked for.
+        model: a model patched by ``patch_alibi``.
+        strength: factor on the slopes, 0 or more; 1 is the patch's own value.
 
     Raises:
-        AttnPatchError: there is no such model, or the strength is below 0.
+        AttnPatchError: the model has no ALiBi of this package, or the strength is negative.
     """
     if not isinstance(strength, (int, float)) or not 0 <= strength < float("inf"):
         raise AttnPatchError(f"strength is {strength!r}; it must be a number, 0 or more.")

@@ -1,1 +1,1 @@
-"""What publishing a patched model takes: the Hub, the base model's card and licence, a card of its own."""
+"""Parts of publishing a patched model: the Hub, the base model's card and licence, the model card."""

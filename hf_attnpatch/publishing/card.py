@@ -19,7 +19,7 @@ from .origin import Origin
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What ``compare`` measured, for a card.
+    """The results of ``compare`` for a card.
 
     Attributes:
         table: Markdown.
@@ -38,7 +38,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that a card says.
+    """The contents of a card.
 
     Attributes:
         repo_id: where the model is published.
@@ -84,7 +84,7 @@ def render(facts: Facts) -> ModelCard:
 
 
 def in_words(record: Record) -> list[str]:
-    """Return each patch as it would be written in a script, defaults left out."""
+    """Return each patch as it would be written in a script, without defaults."""
     return [f"{spec['patch']}({_fields(spec, ', ')})" for spec in record.patches]
 
 

@@ -1,4 +1,4 @@
-"""What must leave this machine in no published file: tokens and passwords, and where things lie on it."""
+"""Keeps private data out of published files: tokens, passwords, and local paths."""
 
 from __future__ import annotations
 
@@ -56,19 +56,19 @@ def hidden(text: str, *known: str | None) -> str:
 
 
 def _holds_secret(text: str, known: tuple[str | None, ...], *, program: bool) -> bool:
-    """Whether a text holds a secret, or something that stands where one would; not so in a program, or a template."""
+    """Return whether a text contains a secret, or a placeholder for one; programs and templates are exempt."""
     if hidden(text, *known) != text:
         return True
     return not program and any(not _NOT_SECRET.fullmatch(found["value"]) for found in _NAMED.finditer(text))
 
 
 def shortened(text: str) -> str:
-    """Return a text with the last part of each absolute path in the place of the whole."""
+    """Replace each absolute path in a text by its last part."""
     return _ABSOLUTE.sub(lambda found: _last(found[0]), text)
 
 
 def command(text: str) -> str:
-    """Return a command line with the last part of each absolute path in the place of the whole, blanks in it or not."""
+    """Replace each absolute path in a command line by its last part, with or without blanks in it."""
     try:
         words = shlex.split(text)
     except ValueError:  # quotes that do not end
@@ -91,7 +91,7 @@ def _last(path: str) -> str:
 
 
 def cleaned(value: Any) -> Any:
-    """Return what JSON can say with every text in it shortened; commands are known by their key."""
+    """Return JSON data with every text shortened; commands are recognised by their key."""
     if isinstance(value, str):
         return shortened(value)
     if isinstance(value, Mapping):
@@ -108,7 +108,7 @@ def _cleaned_at(key: str, value: Any) -> Any:
 
 
 def check(folder: Path, *known: str | None) -> None:
-    """Refuse to publish a secret, or where something lies on this machine.
+    """Refuse to publish a secret or a local path.
 
     Args:
         folder: all of its files are looked at, weights, images and vocabularies excepted.
@@ -135,7 +135,7 @@ def check(folder: Path, *known: str | None) -> None:
 
 
 def check_links(folder: Path, kinds: Collection[str] | None = None) -> None:
-    """Refuse a checkpoint whose files are links out of it: what they lead to would be published as its own.
+    """Refuse a checkpoint whose files are links to other places, whose targets would be published.
 
     Args:
         folder: that a model was loaded from; nothing is looked at where it is no folder. The Hub's own cache, which is
@@ -156,7 +156,7 @@ def check_links(folder: Path, kinds: Collection[str] | None = None) -> None:
 
 
 def _texts(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield the texts of a file, each with the key that it stands under, if any."""
+    """Yield the texts of a file, each with its key, if it has one."""
     text = path.read_text("utf-8", errors="replace")
     if path.suffix == ".json":
         yield from _strings("", json.loads(text))
@@ -177,11 +177,11 @@ def _strings(key: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _below(text: str) -> str | None:
-    """Return the folder of this machine below which a path in a text lies, or None."""
+    """Return the local folder that contains a path in a text, or None."""
     return next((p for p in _places() if re.search(rf"(?<![\w.-]){re.escape(p)}(?=[/\\]|$|\W)", text)), None)
 
 
 def _places() -> list[str]:
-    """Return folders of this machine that a path may begin with; none so short that other words begin so."""
+    """Return local folders with which a path may begin, none so short that other words begin with it."""
     found = {os.path.expanduser("~"), os.getcwd(), os.path.realpath(os.getcwd()), tempfile.gettempdir()}
     return sorted(place for place in found if len(place) > 3)

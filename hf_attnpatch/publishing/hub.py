@@ -1,4 +1,4 @@
-"""One commit to a Hub or none, errors that say what to do, and no token in any of them."""
+"""Access to the Hub: one commit or none, errors with advice, and no token in any of them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _AGAIN = "run the same again; files that have arrived whole are not transferred 
 
 
 def is_reachable() -> bool:
-    """Whether anything answers where the Hub is, asked once; huggingface_hub would try for a minute."""
+    """Return whether the Hub answers, asked once; huggingface_hub would try for a minute."""
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False
     try:
@@ -47,7 +47,7 @@ def is_reachable() -> bool:
 
 @dataclass(frozen=True)
 class Head:
-    """What a repository holds now: its newest commit, whether it is private, and its files."""
+    """The state of a repository: its newest commit, whether it is private, and its files."""
 
     commit: str
     private: bool
@@ -75,20 +75,20 @@ class Hub:
 
     @property
     def sent(self) -> str | bool | None:
-        """What huggingface_hub is to send: a token, the one that it finds (None), or none at all (False)."""
+        """The token argument of huggingface_hub: a token, None for the one that it finds, or False for none."""
         return False if self.nameless else self.given
 
     @property
     def token(self) -> str | None:
-        """The token of this user, which is hidden wherever something is told."""
+        """The user's token, which is hidden in every output."""
         return self.given or huggingface_hub.get_token()
 
     def anonymous(self) -> Hub:
-        """Return the same Hub, asked as anybody may ask it."""
+        """Return the same Hub without a token."""
         return replace(self, nameless=True)
 
     def look(self, repo_id: str) -> Head | None:
-        """Return what a model repository holds, or None where there is none that the token can see.
+        """Return the contents of a model repository, or None if the token can see none.
 
         Raises:
             AttnPatchError: the Hub cannot be asked.
@@ -116,7 +116,7 @@ class Hub:
     def commit(
         self, repo_id: str, folder: Path, head: Head, stale: Sequence[str], message: str
     ) -> tuple[str, tuple[str, ...]]:
-        """Send a folder as one commit on top of ``head``, which takes the place of what was there whole or not at all.
+        """Upload a folder as one commit on top of ``head``, which replaces the content completely or not at all.
 
         What the repository then holds is compared with the folder, file by file, by digest; so an answer that got lost
         on the way does not count as a failure, nor one that claims too much as a success.
@@ -155,7 +155,7 @@ class Hub:
     def _differing(
         self, repo_id: str, adds: Sequence[CommitOperationAdd], failure: AttnPatchError | None
     ) -> tuple[str, list[str]]:
-        """Return the newest commit, and the files that are missing there or are others."""
+        """Return the newest commit, and the files that are missing or differ there."""
         try:
             with self.explained(repo_id, "comparing what arrived"):
                 head = str(self.api.model_info(repo_id).sha)
@@ -169,7 +169,7 @@ class Hub:
 
     @contextlib.contextmanager
     def explained(self, repo_id: str, doing: str) -> Iterator[None]:
-        """Turn what goes wrong with the Hub, its silence included, into one line without the token.
+        """Shorten errors of the Hub, including silence, to one line without the token.
 
         The original error stays chained, for a traceback, unless the token stands somewhere in it.
 
@@ -208,13 +208,13 @@ class Hub:
             raise
 
     def hide(self, text: str) -> str:
-        """Return a text without the token, or anything that looks like one of any service."""
+        """Return a text without the token, or anything that looks like a token."""
         return confidential.hidden(text, self.token)
 
 
 @contextlib.contextmanager
 def _patient() -> Iterator[None]:
-    """Wait for the Hub no longer than :data:`PATIENCE`: by itself huggingface_hub waits for ever when it publishes."""
+    """Limit the waiting time to :data:`PATIENCE`: huggingface_hub waits forever when it publishes."""
     session = get_session()
     before, session.timeout = session.timeout, PATIENCE
     try:
@@ -224,7 +224,7 @@ def _patient() -> Iterator[None]:
 
 
 def _problem(error: BaseException) -> str:
-    """Say what the Hub answered, or what broke, and what to do."""
+    """Return what the Hub answered, or what broke, and what to do."""
     for link in _chain(error):
         status = getattr(getattr(link, "response", None), "status_code", None)
         if status is not None:
@@ -245,7 +245,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _digests(add: CommitOperationAdd) -> tuple[str, str]:
-    """Return the digests that the Hub may know a file by: as a large file, and as a blob of git."""
+    """Return the digests under which the Hub may know a file: as a large file, and as a git blob."""
     sha256 = add.upload_info.sha256.hex()
     blob = hashlib.sha1(f"blob {add.upload_info.size}\0".encode())
     with add.as_file() as file:

@@ -1,4 +1,4 @@
-"""Where a patched model comes from: the base model's name, card and licence.
+"""The origin of a patched model: the base model's name, card and licence.
 
 What a record says of the base model was written by whoever made the checkpoint. It is never a path that is read, and as
 the name of a repository it is asked for without a token: nothing that only this user may see is published because of
@@ -66,7 +66,7 @@ def find(
     license: str | None,
     license_files: Iterable[str | Path] = (),
 ) -> Origin:
-    """Look the base model up, and its licence.
+    """Find the base model, and its licence.
 
     Args:
         hub: asked for the card of a base model that is a repository.
@@ -108,7 +108,7 @@ def _names(files: Iterable[Path]) -> set[str]:
 
 
 def _given(file: Path) -> Path:
-    """Hold a file that the caller named to be a licence."""
+    """Check that a file which the caller named is a licence."""
     if not LICENCE_FILE.fullmatch(file.name):
         raise AttnPatchError(f"license_files: {file} is not called like one; wanted LICENSE, NOTICE.txt or the like.")
     if not file.is_file():
@@ -122,7 +122,7 @@ def _stated(config: PretrainedConfig) -> str | None:
 
 
 def _remote(hub: Hub, name: str, *, needed: bool, told: bool) -> tuple[dict[str, Any], list[Path]]:
-    """Return what a repository's card says, and its licence files; nothing where there is none and none is needed.
+    """Return a repository's card data and licence files; nothing if there is no repository and none is needed.
 
     Args:
         hub: to ask.
@@ -151,7 +151,7 @@ def _remote(hub: Hub, name: str, *, needed: bool, told: bool) -> tuple[dict[str,
 
 
 def _metadata(text: str, where: str) -> dict[str, Any]:
-    """Return what is carried over of a card's metadata.
+    """Return the part of a card's metadata that is carried over.
 
     Raises:
         AttnPatchError: it is no card, or says something of another form.

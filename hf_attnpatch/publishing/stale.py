@@ -1,4 +1,4 @@
-"""Which files of a repository belong to the model that is replaced."""
+"""Finds the files of a repository that belong to the replaced model."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ _OWNED = re.compile(
 
 
 def stale_files(there: Sequence[str], folder: Path) -> list[str]:
-    """Return the files of a repository that must go when a folder takes their place."""
+    """Return the files of a repository that must be deleted when a folder replaces its content."""
     return [name for name in there if _OWNED.fullmatch(name) and not (folder / name).is_file()]

@@ -1,1 +1,1 @@
-"""Segment recurrence: memory of earlier segments, and streams."""
+"""Segment recurrence: a memory of earlier segments, and streams that carry it across calls."""

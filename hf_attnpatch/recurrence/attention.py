@@ -1,7 +1,7 @@
-"""The wrapper that gives an attention module a memory of earlier segments.
+"""The attention wrapper that adds a memory of earlier segments.
 
-A long call is attended segment by segment inside each layer, each segment with the last keys before it, detached. That
-is what running the whole model once for each segment gives, since nothing else in a decoder mixes tokens.
+A long call is attended segment by segment inside each layer, each segment with the detached keys before it. Since only
+attention mixes tokens in a decoder, this equals running the whole model once for each segment.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.call import AttentionCall, Output
-from ..attention.masks import Handed
+from ..attention.masks import MemoryMask
 from ..attention.rotation import frequencies_of
 from ..attention.wrapper import Wrapper, term_of, wrapper_of
 from ..errors import AttnPatchError
-from ..functional.rerotation import Turning
+from ..functional.rerotation import RotaryPlanes
 from ..functional.segments import Piece
 from ..upstream import words
 from ..upstream.calls import several_documents
@@ -28,15 +28,15 @@ _UNKNOWN = (words.SCORE_BIAS, words.PACKED, words.PACKED_KEYS, words.CACHE)
 
 
 class Recurrent(Wrapper):
-    """One attention module's memory.
+    """The segment memory of one attention module.
 
     Args:
-        number: in the memory.
-        rotary: the module that made the angles; None where keys need not be turned.
-        buffer: under which name it keeps its frequencies.
-        interleaved: see :class:`Turning`.
-        first: see :class:`Turning`.
-        window: tokens that a token sees at most, itself included; None for all that it is given.
+        number: index of the module in the memory.
+        rotary: the rotary module that computed the angles; None if keys are not rotated.
+        buffer: the name of its frequency buffer.
+        interleaved: see :class:`RotaryPlanes`.
+        first: see :class:`RotaryPlanes`.
+        window: tokens that a token attends to at most, itself included; None for no limit.
     """
 
     name, order = "memory", 1
@@ -53,7 +53,7 @@ class Recurrent(Wrapper):
     ):
         self.number, self.rotary, self.buffer, self.window = number, rotary, buffer, window
         self.interleaved, self.first = interleaved, first
-        self._turning: Turning | None = None
+        self._turning: RotaryPlanes | None = None
         self._of: Any = None
 
     def __repr__(self) -> str:
@@ -61,17 +61,17 @@ class Recurrent(Wrapper):
 
     @property
     def turning(self) -> Any:
-        """How keys are turned; None where they are not."""
+        """The rotated dimensions of the keys; None if they are not rotated."""
         return None if self.rotary is None else self._made
 
-    def _made(self) -> Turning:
+    def _made(self) -> RotaryPlanes:
         found = getattr(self.rotary, self.buffer)
         if self._turning is None or self._of is not found:
-            self._of, self._turning = found, Turning(frequencies_of(found), self.interleaved, self.first)
+            self._of, self._turning = found, RotaryPlanes(frequencies_of(found), self.interleaved, self.first)
         return self._turning
 
     def around(self, call: AttentionCall, inner: Callable[[AttentionCall], Output]) -> Output:
-        """Attend piece by piece, and hand over what is to be remembered."""
+        """Attend piece by piece, and store the new keys and values in the memory."""
         handed = met(call.module, call.mask)
         if handed.call.plain:
             out = inner(call.masked(handed.own))
@@ -90,7 +90,7 @@ class Recurrent(Wrapper):
         piece: Piece,
         inner: Callable[[AttentionCall], Output],
     ) -> Tensor:
-        """Attend from one piece, (batch, q, heads, d_v)."""
+        """Attend with the queries of one piece, (batch, q, heads, d_v)."""
         queries = call.query[:, :, piece.start : piece.stop]
         keys, values = (
             joined(memory, piece, self.number, side, new) for side, new in enumerate((call.key, call.value))
@@ -104,12 +104,12 @@ class Recurrent(Wrapper):
 
 
 def recurrent_of(module: nn.Module) -> Recurrent | None:
-    """Return an attention module's memory, or None."""
+    """Return the segment memory of an attention module, or None."""
     return wrapper_of(module, Recurrent)
 
 
 def turned(call: Call, piece: Piece, found: Recurrent, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring the queries and keys of a piece to positions that go on from each other, where they turn at all."""
+    """Rotate the queries and keys of a piece to consecutive positions, if they are rotated at all."""
     if found.turning is None:
         return queries, keys
     for_queries, for_keys = call.turns(piece, found.turning(), queries)
@@ -118,7 +118,7 @@ def turned(call: Call, piece: Piece, found: Recurrent, queries: Tensor, keys: Te
 
 
 def joined(call: Call, piece: Piece, layer: int, side: int, new: Tensor) -> Tensor:
-    """Keys or values of a piece: from memory, from the call detached, from the call."""
+    """Return the keys or values of a piece: those from memory, those of the call detached, those of the call."""
     columns, live = call.columns(piece)
     first = max(0, piece.low - call.held)
     fresh = piece.stop - live
@@ -133,13 +133,13 @@ def joined(call: Call, piece: Piece, layer: int, side: int, new: Tensor) -> Tens
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def met(module: nn.Module, mask: Any) -> Handed:
-    """Return what an attention module was handed in the place of a mask.
+def met(module: nn.Module, mask: Any) -> MemoryMask:
+    """Return the mask that the segment memory passes to an attention module.
 
     Raises:
-        AttnPatchError: it was handed something else, or knows nothing of a memory.
+        AttnPatchError: the module got another mask.
     """
-    if not isinstance(mask, Handed) or recurrent_of(module) is None:
+    if not isinstance(mask, MemoryMask) or recurrent_of(module) is None:
         raise AttnPatchError(
             f"{type(module).__name__}: got a mask of type {type(mask).__name__} in the place of the "
             "memory; masks of four dimensions are not taken together with segment recurrence. Call the model itself, "
@@ -149,23 +149,26 @@ def met(module: nn.Module, mask: Any) -> Handed:
 
 
 def _known(call: AttentionCall, window: int | None) -> dict[str, Any]:
-    """Return the keywords of a call that its pieces get.
+    """Return the keyword arguments that each piece of a call gets.
 
     Raises:
-        AttnPatchError: one of them is something that a memory knows nothing of.
+        AttnPatchError: the memory does not support one of them.
     """
     names, module = roles_of(call.module).names, call.module
-    given = {n: v for n, v in call.given.items() if n != names.get(words.POSITIONS)}  # flash would read documents there
+    given = {n: v for n, v in call.given.items() if n != names.get(words.POSITIONS)}  # to flash, packed documents
     if not several_documents(given, call.query.shape[2]):
         given = {n: v for n, v in given.items() if n not in (words.PACKED, words.PACKED_KEYS)}
     name = next((name for name in _UNKNOWN if given.get(name) is not None), None)
     if name is not None:
         raise AttnPatchError(
-            f"{type(module).__name__} passes {name} to its attention, of which a memory knows nothing."
+            f"{type(module).__name__} passes {name} to its attention, which segment memory does not support."
         )
     asked = given.get(words.WINDOW)
     if asked is not None and asked != window:
-        raise AttnPatchError(f"{type(module).__name__} asks for a window of {asked} tokens, and had one of {window}.")
+        raise AttnPatchError(
+            f"{type(module).__name__} asks for a window of {asked} tokens; when it was patched, the window was "
+            f"{window}."
+        )
     if given.get(names.get(words.WEIGHTS, "")):
         raise no_weights(module)
     return given

@@ -1,8 +1,8 @@
-"""One forward of a model with segment recurrence: which keys each query meets, turned how far, and what is kept.
+"""One forward of a model with segment recurrence: visible keys, re-rotation, and what the memory keeps.
 
-The object travels to the attention functions in the place of the mask, so that gradient checkpointing, which drops
-caches and runs layers again, finds the same memory as the first time. It is fixed when the forward begins; only what
-layers hand it for the next call is added, and ends in the memory when the last of them has.
+The object takes the mask's place on the way to the attention functions, so that gradient checkpointing, which drops
+caches and reruns layers, finds the same memory again. It is fixed when the forward begins. Layers only add what the
+next call needs, which moves into the memory once the last layer has added its part.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
-from ..attention.masks import INSTEAD, AttentionMask, Handed
+from ..attention.masks import INSTEAD, AttentionMask, MemoryMask
 from ..errors import AttnPatchError
-from ..functional.rerotation import Table, Turning
+from ..functional.rerotation import RotaryPlanes, Table
 from ..functional.segments import NOBODY, Piece, Segments, pieces
 from .forms import corner, formed
 from .memory import Memory
-from .sinks import Layers, Sinking, Sinks
+from .sinks import Layers, Sinks, SinksOfCall
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class Tokens:
     """The new columns of a call, on the CPU.
 
     Attributes:
-        keep: (batch, columns), bool: no padding.
+        keep: (batch, columns), bool: True where there is no padding.
         number: (batch, columns), int64, -1 at padding.
         place: positions that the model was given, (batch, columns), int64.
     """
@@ -40,14 +40,14 @@ class Tokens:
 
 
 class Call:
-    """What attention needs to know in one forward.
+    """What attention needs in one forward.
 
     Args:
-        segments: how rows are cut.
+        segments: how rows are cut into segments.
         tokens: the new columns.
-        memory: what was read before; None where nothing was and nothing is to be kept.
-        layers: attention modules that will run.
-        asked_by: whether masks that are asked for with this config are asked for by the decoder of this call.
+        memory: keys and values of earlier calls; None if there are none and none are to be kept.
+        layers: number of attention modules that will run.
+        asked_by: returns whether a mask request with this config comes from the decoder of this call.
     """
 
     def __init__(
@@ -73,39 +73,39 @@ class Call:
         self.doubled = torch.is_grad_enabled() and not self.aligned and not self.plain
         self._numbers = torch.cat([self._held, tokens.number], 1)
         held = Sinks() if memory is None else memory.sinks
-        self._sinks = Sinking(held, segments.sinks, tokens.number, tokens.place) if segments.sinks else None
+        self._sinks = SinksOfCall(held, segments.sinks, tokens.number, tokens.place) if segments.sinks else None
         self._sunk: Layers = {}
 
-    def handed(self, mask: AttentionMask, written: bool) -> Handed:
-        """Return what attention modules are handed in the place of a mask.
+    def handed(self, mask: AttentionMask, written: bool) -> MemoryMask:
+        """Return what attention modules get instead of a mask.
 
         Raises:
-            AttnPatchError: the mask is not of the tokens of this call.
+            AttnPatchError: the mask does not belong to the tokens of this call.
         """
         batch, columns = mask.asked["batch_size"], mask.asked["q_length"]
         if tuple(self.tokens.keep.shape) != (batch, columns):
             raise AttnPatchError(
-                f"a mask of {batch} rows and {columns} columns was asked for outside of the decoder that this "
+                f"a mask of {batch} rows and {columns} columns was requested outside of the decoder that this "
                 "model's memory belongs to; call the model itself, not a part of it, and let generate make its own "
                 "cache (no cache_implementation)."
             )
-        return Handed(self, mask.handed(written) if self.plain else None)
+        return MemoryMask(self, mask.handed(written) if self.plain else None)
 
     def places(self, like: Tensor) -> Tensor:
-        """Return the positions of the new columns, (batch, columns), on the device of a tensor."""
+        """Return the positions of the new columns, (batch, columns), on the device of ``like``."""
         return self.tokens.place.clamp(min=0).to(like.device)
 
     def forget(self) -> None:
-        """Keep nothing for another call."""
+        """Keep nothing for the next call."""
         self._memory = None
 
     @property
     def held(self) -> int:
-        """Columns of memory."""
+        """Number of columns in memory."""
         return self._held.shape[1]
 
     def pieces(self) -> list[Piece]:
-        """Return what attends together."""
+        """Return the pieces, whose queries attend together."""
         phase, columns = int(self._phase[0]) if self.aligned else None, self.tokens.keep.shape[1]
         borders = () if self.aligned or self._sinks is None else self._borders()
         return pieces(self.segments, self.held, columns, phase, borders)
@@ -115,7 +115,7 @@ class Call:
         begins = (self.tokens.number != NOBODY) & (self.segments.start(self.tokens.number) == self.tokens.number)
         return tuple(begins.any(0).nonzero().flatten().tolist())
 
-    def sinks(self, piece: Piece) -> Sinking | None:
+    def sinks(self, piece: Piece) -> SinksOfCall | None:
         """Return the sinks that a piece sees beside its other keys, before them; None if it sees none."""
         number = self.tokens.number[:, piece.start : piece.stop]
         seen = None if self._sinks is None else self.segments.recalled(number, self._sinks.number)
@@ -135,14 +135,14 @@ class Call:
         return torch.cat([every, live]), len(live)
 
     def mask(self, piece: Piece, kernel: str, biased: bool, like: Tensor, window: int | None = None) -> Any:
-        """Return the mask of a piece in the form that a kernel takes; None where it is plainly causal.
+        """Return the mask of a piece in the kernel's form; None if it is plainly causal.
 
         Args:
             piece: of this call.
-            kernel: name in transformers, ``sdpa`` say.
-            biased: whether a term by distance is added to the scores.
+            kernel: transformers' name of the kernel, such as ``sdpa``.
+            biased: whether a distance-dependent term is added to the scores.
             like: queries, for device and dtype.
-            window: tokens that a token of the layer sees at most, itself included; None for all of these.
+            window: tokens that a token of the layer attends to at most, itself included; None for no limit.
 
         Raises:
             AttnPatchError: the kernel cannot express it.
@@ -157,9 +157,9 @@ class Call:
         if kernel.startswith("flash") and window is not None:
             if sinks is not None:
                 raise AttnPatchError(
-                    f"{kernel}: sinks before the window of a layer; use backend='sdpa', or num_sinks=0."
+                    f"{kernel}: cannot combine sinks with a sliding window; use backend='sdpa', or num_sinks=0."
                 )
-            window = None  # the kernel has it
+            window = None  # the kernel applies it
         seen, number = self._seen(piece, window), self.tokens.number[:, piece.start : piece.stop]
         if sinks is not None:
             recalled = self.segments.recalled(number, sinks.number)
@@ -167,18 +167,18 @@ class Call:
             seen = torch.cat([recalled, seen.expand(len(recalled), -1, -1)], 2)
         if self.doubled and (biased or kernel.startswith("flash")):
             raise AttnPatchError(
-                f"{kernel}: gradients of rows that stand differently in their segments. Where none are wanted, call "
-                "under torch.no_grad(); otherwise pad on the right and read whole segments."
+                f"{kernel}: cannot compute gradients for rows at different places in their segments. Call under "
+                "torch.no_grad(), or pad on the right and read whole segments."
             )
         return formed(seen, kernel, self.tokens.keep[:, piece.start : piece.stop], like)
 
     def _seen(self, piece: Piece, window: int | None) -> Tensor:
-        """Who sees whom, (batch, q, k), bool; padding sees itself, so that it is a number."""
+        """Return which keys each query sees, (batch, q, k), bool; padding sees itself, to avoid nan."""
         number, (columns, live) = self.tokens.number[:, piece.start : piece.stop], self.columns(piece)
         keep = self.tokens.keep[:, piece.start : piece.stop]
         whole = self.aligned and bool(keep.all()) and bool((self._numbers[:, piece.low] != NOBODY).all())
         if whole and (window is None or window >= len(columns)):
-            return corner(number.shape[1], len(columns))[None]  # what it comes to where nothing is missing
+            return corner(number.shape[1], len(columns))[None]  # the result if nothing is missing
         keys = self._numbers[:, columns]
         seen = self.segments.visible(number, keys)
         seen = seen if window is None else seen & _near(number, keys, window)
@@ -190,12 +190,16 @@ class Call:
         itself = torch.ones(seen.shape[1:], dtype=torch.bool).tril(back).triu(back)
         return torch.where((number == NOBODY)[..., None], itself, seen)
 
-    def turns(self, piece: Piece, turning: Turning, like: Tensor) -> tuple[Table | None, Table | None]:
-        """Return how far to turn the queries and the keys of a piece; None where they are right already.
+    def turns(self, piece: Piece, turning: RotaryPlanes, like: Tensor) -> tuple[Table | None, Table | None]:
+        """Return how far to rotate the queries and the keys of a piece; None if they need no rotation.
 
-        What counts is the distance in tokens. Both are brought to positions that go on from the first query's.
+        Only distances in tokens matter. Both are rotated to positions that continue from the first query's.
         """
-        alike = (id(turning.frequencies), turning.interleaved, turning.first)  # of layers that share a rotary module
+        alike = (
+            id(turning.frequencies),
+            turning.interleaved,
+            turning.first,
+        )  # shared by layers of a rotary module
         key = (piece, alike, like.device, like.dtype)
         if key not in self._cache:
             number, place = (t[:, piece.start : piece.stop] for t in (self.tokens.number, self.tokens.place))
@@ -213,22 +217,22 @@ class Call:
             self._cache[key] = (
                 tuple(_table(d, turning, like) for d in by),
                 turning,
-            )  # held, so that its id stays its own
+            )  # keeps the object alive, so that its id stays unique
         found: tuple[Table | None, Table | None] = self._cache[key][0]
         return found
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Hand over what a layer computed for the new columns; the last layer's ends the call.
+        """Store what a layer computed for the new columns; the last layer ends the call.
 
         Args:
-            layer: number of the attention module.
-            key: (batch, kv heads, columns, d), as the model turned them.
+            layer: index of the attention module.
+            key: (batch, kv heads, columns, d), as the model rotated them.
             value: (batch, kv heads, columns, d_v).
         """
         if self._memory is None:
-            return  # nothing is kept; or the call is over, and its layers are run again by gradient checkpointing
+            return  # nothing is kept, or gradient checkpointing reruns the layers of a finished call
         if layer in self._written:
-            raise AttnPatchError("an attention module ran twice in one forward; what it is to remember is ambiguous.")
+            raise AttnPatchError("an attention module ran twice in one forward; its memory is ambiguous.")
         order, width = self._kept()
         self._written[layer] = tuple(
             _taken(self.before.get(layer, (None, None))[i], t.detach(), order, width)
@@ -240,7 +244,7 @@ class Call:
             self._end(order, width)
 
     def _kept(self) -> tuple[Tensor | None, int]:
-        """Return how many columns are kept, the last; and in which order, where padding has to go."""
+        """Return how many of the last columns are kept, and in which order if padding has to be removed."""
         if "kept" not in self._cache:
             count = self._count + self.tokens.keep.long().sum(1)
             width = int((self.segments.memory + count % self.segments.length).max())
@@ -264,12 +268,12 @@ class Call:
 
 
 def _columns(states: Tensor, width: int) -> Tensor:
-    """The last columns, in memory of their own."""
+    """Return a copy of the last columns."""
     return states[:, states.shape[1] - width :].clone()
 
 
 def _taken(before: Tensor | None, new: Tensor, order: Tensor | None, width: int) -> Tensor:
-    """What is kept of memory and new columns, (batch, kv heads, width, d)."""
+    """Return what is kept of the memory and the new columns, (batch, kv heads, width, d)."""
     if order is None:
         if before is None or new.shape[2] >= width:
             return new[:, :, new.shape[2] - width :].clone()
@@ -279,7 +283,7 @@ def _taken(before: Tensor | None, new: Tensor, order: Tensor | None, width: int)
     return both.gather(2, index.expand(-1, both.shape[1], -1, both.shape[3]))
 
 
-def _table(by: Tensor, turning: Turning, like: Tensor) -> Table | None:
+def _table(by: Tensor, turning: RotaryPlanes, like: Tensor) -> Table | None:
     if not bool(by.any()):
         return None
     by = by[0] if bool((by == by[:1]).all()) else by
@@ -287,17 +291,17 @@ def _table(by: Tensor, turning: Turning, like: Tensor) -> Table | None:
 
 
 def _near(query: Tensor, key: Tensor, window: int) -> Tensor:
-    """Which keys lie in the window of which queries: (batch, q), (batch, k) -> (batch, q, k), bool."""
+    """Return which keys lie in the window of which queries: (batch, q), (batch, k) -> (batch, q, k), bool."""
     return query[..., None] - key[:, None] < window
 
 
 def _wide(same: Tensor, width: int) -> Tensor:
-    """Give what is said of the last columns to as many more before them, where it is False."""
+    """Prepend columns of False up to a width."""
     return F.pad(same, (width - same.shape[-1], 0))
 
 
 def no_weights(module: nn.Module) -> AttnPatchError:
-    """Say that attention weights are not to be had."""
+    """Return the error that attention weights are not available."""
     return AttnPatchError(
         f"{type(module).__name__}: attention weights of a call that meets its memory are not returned; call "
         "without output_attentions, or with one segment."

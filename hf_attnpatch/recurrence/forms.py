@@ -1,4 +1,4 @@
-"""Who sees whom, in the form that each attention kernel takes a mask in."""
+"""The mask of a piece in the form that each attention kernel takes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..errors import AttnPatchError
 
 
 def formed(seen: Tensor, name: str, keep: Tensor, like: Tensor) -> Any:
-    """Return a mask; None where it is plainly causal and the kernel knows.
+    """Return a mask in a kernel's form; None if it is plainly causal, which the kernel does by itself.
 
     Args:
-        seen: (batch or 1, q, k), bool, True is seen.
-        name: of the kernel in transformers.
-        keep: queries that are no padding, (batch, q), bool.
+        seen: (batch or 1, q, k), bool, True where a key is seen.
+        name: transformers' name of the kernel.
+        keep: (batch, q), bool: True for queries that are no padding.
         like: queries, for device and dtype.
 
     Raises:
@@ -43,24 +43,24 @@ def formed(seen: Tensor, name: str, keep: Tensor, like: Tensor) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def corner(queries: int, keys: int) -> Tensor:
-    """The causal mask where the last query stands at the last key, (queries, keys), bool."""
+    """Return the causal mask in which the last query is at the last key, (queries, keys), bool."""
     return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
 
 
 def keys_alone(seen: Tensor, keep: Tensor) -> Tensor | None:
-    """The mask as FlashAttention takes it: which keys are there, (batch, k); None if all.
+    """Return the mask in FlashAttention's form: which keys are present, (batch, k); None if all are.
 
-    It aligns the last query with the last key, and leaves padding out of both.
+    FlashAttention aligns the last query with the last key, and removes padding from both.
 
     Raises:
-        AttnPatchError: queries of one row see different beginnings, or rows stand differently in their segments.
+        AttnPatchError: queries of one row see different first keys, or rows are at different places in their segments.
     """
     there = (seen & keep[..., None]).any(1)
     width = keep.shape[1]
     wanted = there[:, None] & torch.ones(seen.shape[1:], dtype=torch.bool).tril(seen.shape[2] - width)
     if not bool((wanted == seen)[keep].all()):
         raise AttnPatchError(
-            "FlashAttention takes which keys there are, not which query sees which: rows that stand differently in "
+            "FlashAttention takes which keys are present, not which query sees which: rows at different places in "
             "their segments need backend='sdpa' or 'flex_attention' (pad on the right, in calls of whole segments)."
         )
     return None if bool(there.all()) else there

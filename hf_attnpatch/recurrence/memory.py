@@ -1,4 +1,4 @@
-"""What a model with segment recurrence remembers: keys and values of the last segments, by layer and row."""
+"""The memory of segment recurrence: keys and values of the last segments, by layer and row."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .sinks import Layers, Sinks, named_layers, selected
 
 
 class Memory:
-    """The memory of one stream of batches, of constant size; gradients end here.
+    """The memory of one stream of batches, of constant size; gradients stop here.
 
     Attributes:
-        layers: number of the attention module -> keys and values, each (batch, kv heads, held, d).
-        sinks: the first tokens of each row, which stay.
-        number: token numbers of what is held, (batch, held), int64, on the CPU; -1 where nothing is.
+        layers: index of the attention module -> keys and values, each (batch, kv heads, held, d).
+        sinks: the first tokens of each row, which are kept for good.
+        number: token numbers of the held columns, (batch, held), int64, on the CPU; -1 for none.
         turned: position for which each key was rotated, (batch, held), int64, on the CPU.
         count: tokens that each row has read, (batch,), int64, on the CPU.
-        shift: position of a token less its number, (batch,), int64, on the CPU.
-        columns: columns read, padding included.
-        whole: how many of the last of them are tokens in every row.
+        shift: position minus token number, (batch,), int64, on the CPU.
+        columns: columns read, including padding.
+        whole: how many of the last columns are tokens in every row.
     """
 
     def __init__(self) -> None:
@@ -42,10 +42,10 @@ class Memory:
         return not bool(self.count.any())
 
     def begin(self, batch: int) -> None:
-        """Make room for so many rows.
+        """Allocate rows for a batch.
 
         Raises:
-            AttnPatchError: there are other rows than before.
+            AttnPatchError: the number of rows differs from before.
         """
         if not len(self.count):
             self.number = self.turned = torch.zeros(batch, 0, dtype=torch.int64)
@@ -59,7 +59,7 @@ class Memory:
     def put(
         self, layers: Layers, sinks: Sinks, number: Tensor, turned: Tensor, count: Tensor, shift: Tensor, keep: Tensor
     ) -> None:
-        """Replace what is remembered, all at once; ``keep`` says which columns of the call were no padding."""
+        """Replace the memory at once; ``keep`` marks the columns of the call that are no padding."""
         self.layers, self.sinks = layers, sinks
         self.number, self.turned, self.count, self.shift = number, turned, count, shift
         whole = int(keep.all(0).flip(0).long().cumprod(0).sum())
@@ -67,14 +67,14 @@ class Memory:
         self.columns += keep.shape[1]
 
     def crop(self, columns: int, segments: Segments) -> None:
-        """Forget the last columns.
+        """Remove the last columns.
 
         Args:
             columns: how many.
             segments: how rows are cut.
 
         Raises:
-            AttnPatchError: what the next token would see had left the memory already, or some of them are padding.
+            AttnPatchError: the memory no longer holds what the next token would see, or some columns are padding.
         """
         count = self.count - columns
         if columns > self.whole or bool((count < 0).any()):
@@ -98,10 +98,10 @@ class Memory:
         self.columns, self.whole = self.columns - columns, self.whole - columns
 
     def reset(self, rows: Iterable[int] | Tensor | None = None) -> None:
-        """Forget some rows, or everything and how many rows there were.
+        """Clear some rows, or everything including the number of rows.
 
         Args:
-            rows: their numbers, or bool of shape (batch,); None for all.
+            rows: indices, or bool of shape (batch,); None for all.
 
         Raises:
             AttnPatchError: there is no such row.
@@ -114,7 +114,7 @@ class Memory:
         chosen = torch.as_tensor(rows if isinstance(rows, Tensor) else list(rows)).cpu()
         chosen = chosen.nonzero().flatten() if chosen.dtype == torch.bool else chosen.to(torch.int64)
         if not len(self.count) or not len(chosen):
-            return  # nothing was read yet
+            return  # nothing has been read yet
         if int(chosen.min()) < 0 or int(chosen.max()) >= len(self.count):
             raise AttnPatchError(
                 f"rows {chosen.tolist()} cannot be reset: the stream has rows 0 to {len(self.count) - 1}."
@@ -124,35 +124,35 @@ class Memory:
         self.sinks = self.sinks.without(chosen)
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order, as often as they are named."""
+        """Select rows in this order; a row may occur several times."""
         here = rows.cpu()
         self.layers, self.sinks = selected(self.layers, rows), self.sinks.select(rows)
         self.number, self.turned = self.number[here], self.turned[here]
         self.count, self.shift = self.count[here], self.shift[here]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return everything as named tensors, for a checkpoint."""
+        """Return the memory as named tensors, for a checkpoint."""
         pairs = {f"{n}.{name}": t for n, pair in self.layers.items() for name, t in zip("kv", pair, strict=True)}
         own = {name: getattr(self, name) for name in ("number", "turned", "count", "shift")}
         return {**pairs, **own, **self.sinks.state_dict(), "columns": torch.tensor(self.columns)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take what :meth:`state_dict` returned; tensors stay on the device that they are on."""
+        """Load the result of :meth:`state_dict`; tensors stay on their device."""
         self.layers, self.sinks = named_layers(state), Sinks.of(state)
         self.number, self.turned = state["number"].cpu(), state["turned"].cpu()
         self.count, self.shift, self.columns = state["count"].cpu(), state["shift"].cpu(), int(state["columns"])
-        self.whole = 0  # it does not say which of its last columns are padding
+        self.whole = 0  # the state does not tell which of its last columns are padding
 
 
 @overriding("SegmentRecurrence", "get_mask_sizes")
 class RecurrentCache(Cache):  # type: ignore[misc]  # transformers is not followed
-    """What ``generate`` and manual decoding hold as their cache: a view of a :class:`Memory`.
+    """The cache that ``generate`` and manual decoding hold: a view of a :class:`Memory`.
 
-    Attention modules pass it by: their attention function reads and writes the memory.
+    Attention modules bypass it: their wrapper reads and writes the memory.
 
     Args:
-        memory: of the stream.
-        segments: how its rows are cut.
+        memory: the stream's memory.
+        segments: how rows are cut into segments.
     """
 
     passed_by = True
@@ -163,14 +163,14 @@ class RecurrentCache(Cache):  # type: ignore[misc]  # transformers is not follow
 
     @classmethod
     def take_over(cls, cache: Cache, memory: Memory, segments: Segments) -> None:
-        """Make an empty cache that a caller made, and holds, a view of a memory: it is to see, and to change, that."""
+        """Turn an empty cache that the caller holds into a view of a memory."""
         vars(cache).clear()
         cache.__class__ = cls
         cls.__init__(cache, memory, segments)
 
     @property
     def layers(self) -> list[DynamicLayer]:
-        """What is held, in transformers' form, for whoever counts bytes."""
+        """The held keys and values in transformers' form, for code that counts bytes."""
         found = []
         for number, pair in self.memory.layers.items():
             keys, values = (torch.cat([t, *more], 2) for t, *more in zip(*self._parts(number, pair), strict=True))
@@ -185,11 +185,11 @@ class RecurrentCache(Cache):  # type: ignore[misc]  # transformers is not follow
         return [pair] if sinks is None else [sinks, pair]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Return what is new: the attention function knows the rest."""
+        """Return the new states; the wrapper adds the rest."""
         return key_states, value_states
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """Columns read since the cache was made."""
+        """Return the number of columns read since the cache was made."""
         return self.memory.columns - self.begun
 
     def get_max_length(self, *_: Any, **__: Any) -> int:
@@ -197,12 +197,12 @@ class RecurrentCache(Cache):  # type: ignore[misc]  # transformers is not follow
         return -1
 
     def get_mask_sizes(self, query_length: Any, *_: Any, **__: Any) -> tuple[int, int]:
-        """Sizes of the mask of the new columns alone."""
+        """Return the size of the mask of the new columns."""
         return queries(query_length), 0
 
     @property
     def is_compileable(self) -> bool:
-        """No: its shapes change."""
+        """False: the shapes change."""
         return False
 
     @property
@@ -212,7 +212,7 @@ class RecurrentCache(Cache):  # type: ignore[misc]  # transformers is not follow
 
     @property
     def is_croppable(self) -> bool:
-        """Not in general: what left the memory is gone."""
+        """False: columns that left the memory are lost."""
         return False
 
     def reset(self) -> None:
@@ -221,11 +221,11 @@ class RecurrentCache(Cache):  # type: ignore[misc]  # transformers is not follow
         self.begun = self.memory.columns
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let rows go on from other rows."""
+        """Reorder the rows."""
         self.memory.select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
+        """Select rows."""
         self.memory.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -233,13 +233,14 @@ class RecurrentCache(Cache):  # type: ignore[misc]  # transformers is not follow
         self.memory.select(torch.arange(len(self.memory.count)).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens.
+        """Remove the last tokens.
 
         Args:
-            tokens_to_remove: negative: how many. Positive, as before transformers 5.24: how many are to be left.
+            tokens_to_remove: the negative number to remove; if positive, as before transformers 5.24, the number to
+                keep.
 
         Raises:
-            AttnPatchError: what came before them has left the memory already.
+            AttnPatchError: the tokens before them have left the memory already.
         """
         read = self.get_seq_length()
         columns = -tokens_to_remove if tokens_to_remove <= 0 else max(0, read - tokens_to_remove)

@@ -1,4 +1,4 @@
-"""What stays on the decoder of a model with segment recurrence: a hook."""
+"""The hook on the decoder of a model with segment recurrence."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from ..upstream.roles import Arguments, Roles
 from .call import Call, Tokens, no_weights
 from .memory import Memory, RecurrentCache
 
-OURS = (PREFIX, FUSED)  # what implementations under which masks are asked of this package begin with
+OURS = (PREFIX, FUSED)  # prefixes of the implementations whose masks this package makes
 
 
-class Recalling:
-    """Forward pre-hook of a decoder: hands its attention modules the memory, and tokens their positions.
+class MemoryHook:
+    """Forward pre-hook of a decoder: passes the memory to its attention modules, and positions to its tokens.
 
     Args:
-        roles: of the arguments of the decoder's forward.
-        config: whose attention implementation the decoder asks for.
-        segments: how rows are cut.
-        bounded: whether positions begin anew with each segment; otherwise they run on.
-        layers: attention modules that run in a forward.
-        rows: of the position table, None where there is none.
-        native: whether attention modules compute their scores by themselves, so that no other kernel can be chosen.
+        roles: argument roles of the decoder's forward.
+        config: the config whose attention implementation the decoder reads.
+        segments: how rows are cut into segments.
+        bounded: whether positions restart in each segment; otherwise they continue.
+        layers: number of attention modules that run in a forward.
+        rows: rows of the position table, None if there is none.
+        native: whether attention modules compute their own scores, so that no other kernel can be selected.
     """
 
     def __init__(
@@ -51,60 +51,60 @@ class Recalling:
     ):
         self.roles, self.config, self.segments, self.native = roles, config, segments, native
         self.bounded, self.layers, self.rows = bounded, layers, rows
-        self._open: dict[int, Memory] = {}  # by the thread that opened it
+        self._open: dict[int, Memory] = {}  # thread id -> its memory
         count_memory(self)
 
     @property
     def stream(self) -> Memory | None:
-        """The memory that calls of this thread carry on; None for nothing."""
+        """The memory of this thread's open stream, or None."""
         return self._open.get(threading.get_ident())
 
     @property
     def is_open(self) -> bool:
-        """Whether a thread has a stream open on the model."""
+        """Whether any thread has a stream open on the model."""
         return bool(self._open)
 
     def open(self, memory: Memory) -> None:
-        """Carry this memory across the calls of this thread from now on."""
+        """Carry this memory across the calls of this thread."""
         self._open[threading.get_ident()] = memory
 
     def close(self, memory: Memory) -> None:
-        """Carry it no longer, whichever thread opened it."""
+        """Stop carrying it, whichever thread opened it."""
         for thread in [thread for thread, found in list(self._open.items()) if found is memory]:
             self._open.pop(thread, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a saved model has: no stream open."""
+        """Return the state of a saved model, which has no open stream."""
         return {**vars(self), "_open": {}}
 
     @property
     def gave_positions(self) -> bool:
-        """Whether the positions of the forward in progress may be this hook's and not the caller's."""
+        """Whether the positions of the current forward may come from this hook instead of the caller."""
         call = INSTEAD.get()
         return isinstance(call, Call) and not call.plain
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Recalling:
-        """A copy of the model has no stream open."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> MemoryHook:
+        """Return a copy without open streams."""
         copied = memo[id(self)] = object.__new__(type(self))
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a state."""
+        """Restore a state."""
         vars(self).update(state)
         count_memory(self)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Look at what is new, and say what it meets."""
+        """Read the new tokens, and pass on the memory that they attend to."""
         INSTEAD.set(None)
         self._check(module)
         named = self.roles.bind(args, kwargs)
         given = named.get(words.TOKENS)
         given = named.get(words.EMBEDDINGS) if given is None else given
         if given is None:
-            return args, dict(kwargs)  # for the forward to complain of
+            return args, dict(kwargs)  # the forward raises
         memory = self._memory(module, named)
         kept = memory is not None
         memory = Memory() if memory is None else memory
@@ -123,7 +123,7 @@ class Recalling:
         return named.back()
 
     def _asks(self, decoder: weakref.ref[nn.Module], config: Any) -> bool:
-        """Whether a config that comes with a request for a mask is that of a decoder which still has this hook."""
+        """Return whether a mask request with this config comes from a decoder that still has this hook."""
         module = decoder()
         return (config is None or config is self.config) and module is not None and recalling_of(module) is self
 
@@ -133,12 +133,12 @@ class Recalling:
         found = self.config._attn_implementation
         if not found.startswith(OURS):
             raise AttnPatchError(
-                f"{type(module).__name__}: attention implementation {found!r} knows nothing of this model's memory; "
+                f"{type(module).__name__}: attention implementation {found!r} would drop this model's memory; "
                 f"model.set_attn_implementation('{PREFIX}{found}') keeps it."
             )
 
     def _memory(self, module: nn.Module, named: Arguments) -> Memory | None:
-        """Return the memory that the call reads and writes, and put a view of it in the place of a cache."""
+        """Return the memory that the call reads and writes, and replace the cache by a view of it."""
         past = named.get(words.CACHE)
         if self._open and self.stream is None and not isinstance(past, RecurrentCache):
             raise AttnPatchError(
@@ -164,13 +164,13 @@ class Recalling:
             named.put(words.CACHE, None)
             return self.stream
         memory = Memory() if self.stream is None else self.stream
-        if past is not None:  # whoever holds it fills, crops, resets and reorders the memory from now on
+        if past is not None:  # its holder fills, crops, resets and reorders the memory from now on
             RecurrentCache.take_over(past, memory, self.segments)
         named.put(words.CACHE, RecurrentCache(memory, self.segments) if past is None else past)
         return memory
 
     def _tokens(self, named: Arguments, batch: int, columns: int, memory: Memory) -> tuple[Tokens, bool]:
-        """Return the new columns, and whether their positions are what the decoder would use anyway."""
+        """Return the new columns, and whether their positions are the decoder's default ones."""
         mask, given = named.get(words.MASK), named.get(words.POSITIONS)
         _check_shapes(mask, given, batch, columns)
         keep = torch.ones(batch, columns, dtype=torch.bool)
@@ -184,7 +184,7 @@ class Recalling:
         if given is not None:
             place = given.cpu().long().expand(batch, -1)
             _check_packed(place, keep, plain and not self._keeps(named))
-            place = torch.where((memory.count > 0)[:, None], on, place)  # generate counts from its own first token
+            place = torch.where((memory.count > 0)[:, None], on, place)  # generate counts its own tokens only
         elif plain and whole:
             place = torch.arange(columns).expand(batch, -1)
         else:
@@ -206,7 +206,7 @@ class Recalling:
 
 
 def _check_shapes(mask: Any, given: Any, batch: int, columns: int) -> None:
-    """Refuse a mask or positions that are not of these tokens."""
+    """Refuse a mask or positions that do not match these tokens."""
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         found = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"is a {type(mask).__name__}"
         raise AttnPatchError(f"attention_mask {found}: a memory takes (batch, tokens) only.")
@@ -222,7 +222,7 @@ def _check_shapes(mask: Any, given: Any, batch: int, columns: int) -> None:
 
 
 def _check_gaps(keep: Tensor, count: Tensor) -> None:
-    """Refuse padding between tokens of a row: it stands before a document, or behind it."""
+    """Refuse padding between the tokens of a row; it may only precede or follow a document."""
     rises = keep.long().diff(dim=1, prepend=(count > 0).long()[:, None]) > 0
     bad = rises.sum(1) > (count == 0).long()
     if bool(bad.any()):
@@ -242,7 +242,7 @@ def _check_packed(place: Tensor, keep: Tensor, allowed: bool) -> None:
         )
 
 
-def recalling_of(module: nn.Module) -> Recalling | None:
-    """Return the hook that hands a decoder its memory, or None."""
+def recalling_of(module: nn.Module) -> MemoryHook | None:
+    """Return the hook that gives a decoder its memory, or None."""
     hooks = module._forward_pre_hooks.values()
-    return next((hook for hook in hooks if isinstance(hook, Recalling)), None)
+    return next((hook for hook in hooks if isinstance(hook, MemoryHook)), None)

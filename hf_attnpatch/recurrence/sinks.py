@@ -1,4 +1,4 @@
-"""The first tokens of each row, which stay in a memory for good: pretrained models rest on them (2309.17453)."""
+"""Attention sinks of a segment memory: the first tokens of each row, kept for good (2309.17453)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def _none() -> Tensor:
 
 @dataclass(frozen=True)
 class Sinks:
-    """What is held of them.
+    """The held sinks.
 
     Attributes:
-        layers: number of the attention module -> keys and values, each (batch, kv heads, sinks, d).
-        number: token numbers, (batch, sinks), int64, on the CPU; -1 where a row has not read so far.
+        layers: index of the attention module -> keys and values, each (batch, kv heads, sinks, d).
+        number: token numbers, (batch, sinks), int64, on the CPU; -1 if a row has not read that far.
         turned: position for which each key was rotated, (batch, sinks), int64, on the CPU.
     """
 
@@ -33,25 +33,25 @@ class Sinks:
     turned: Tensor = field(default_factory=_none)
 
     def without(self, rows: Tensor) -> Sinks:
-        """Forget some rows."""
+        """Clear some rows."""
         number = self.number.clone()
         if len(number):
             number[rows] = NOBODY
         return replace(self, number=number)
 
     def before(self, count: Tensor) -> Sinks:
-        """Forget those that are not among the first ``count`` tokens of their row, (batch,)."""
+        """Drop sinks that are not among the first ``count`` tokens of their row, (batch,)."""
         if not len(self.number):
             return self
         return replace(self, number=torch.where(self.number < count[:, None], self.number, NOBODY))
 
     def select(self, rows: Tensor) -> Sinks:
-        """Keep these rows, in this order, as often as they are named."""
+        """Select rows in this order; a row may occur several times."""
         here = rows.cpu() if len(self.number) else slice(None)
         return Sinks(selected(self.layers, rows), self.number[here], self.turned[here])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything as named tensors; nothing where there are none."""
+        """Return the sinks as named tensors; none if there are no sinks."""
         if not self.layers:
             return {}
         pairs = {f"{n}.{name}": t for n, pair in self.layers.items() for name, t in zip("kv", pair, strict=True)}
@@ -61,19 +61,19 @@ class Sinks:
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> Sinks:
-        """Take what :meth:`state_dict` returned, from among other tensors."""
+        """Load the result of :meth:`state_dict` from among other tensors."""
         own = {n.removeprefix(_IN_A_CHECKPOINT): t for n, t in state.items() if n.startswith(_IN_A_CHECKPOINT)}
         return cls(named_layers(own), own["number"].cpu(), own["turned"].cpu()) if own else cls()
 
 
-class Sinking:
-    """The sinks of one call: those that were held, and those among its tokens.
+class SinksOfCall:
+    """The sinks of one call: those held before, and those among its tokens.
 
     Args:
-        held: of the memory.
-        count: how many there are to be.
-        number: of the call's columns, (batch, columns), int64.
-        place: positions of them.
+        held: the memory's sinks.
+        count: number of sinks wanted.
+        number: token numbers of the call's columns, (batch, columns), int64.
+        place: their positions.
     """
 
     def __init__(self, held: Sinks, count: int, number: Tensor, place: Tensor):
@@ -95,12 +95,12 @@ class Sinking:
         return found if pair is None else torch.where(column != NOBODY, found, pair[side])
 
     def kept(self, layers: Layers) -> Sinks:
-        """Return what is held from now on."""
+        """Return the sinks to hold from now on."""
         return Sinks(layers, self.number, self.turned)
 
 
 def selected(layers: Layers, rows: Tensor) -> Layers:
-    """Return these rows of keys and values."""
+    """Select rows of keys and values."""
     return {n: (k[rows.to(k.device)], v[rows.to(v.device)]) for n, (k, v) in layers.items()}
 
 

@@ -1,4 +1,4 @@
-"""Streams: calls of a model that go on where the last one stopped."""
+"""Streams: carry the memory of a model across calls."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from ..errors import AttnPatchError
 from ..interruption import complete
 from .memory import Memory
-from .modules import Recalling, recalling_of
+from .modules import MemoryHook, recalling_of
 from .state import check_state
 
 
 class Stream(contextlib.ExitStack):
-    """A memory that is carried across calls while its ``with`` block lasts; see :func:`stream`."""
+    """A memory that is carried across calls within its ``with`` block; see :func:`stream`."""
 
-    def __init__(self, hook: Recalling, memory: Memory):
+    def __init__(self, hook: MemoryHook, memory: Memory):
         super().__init__()
         self._hook, self._memory = hook, memory
 
@@ -28,7 +28,7 @@ class Stream(contextlib.ExitStack):
                 "this thread has an open stream on the model; its rows would be mixed up with those of another."
             )
         try:
-            for _ in range(2):  # the stack goes on where one of them is interrupted; an `__exit__` here could not
+            for _ in range(2):  # twice: the stack continues if one is interrupted, which an `__exit__` here could not
                 self.callback(complete, self._close)
             self._hook.open(self._memory)
             return self
@@ -40,10 +40,10 @@ class Stream(contextlib.ExitStack):
         self._hook.close(self._memory)
 
     def reset(self, rows: Iterable[int] | Tensor | None = None) -> None:
-        """Let rows begin another document.
+        """Start another document in some rows.
 
         Args:
-            rows: their numbers, or bool of shape (batch,); None for all, and then the batch may have another size.
+            rows: indices, or bool of shape (batch,); None for all, after which the batch may have another size.
 
         Raises:
             AttnPatchError: there is no such row.
@@ -52,18 +52,18 @@ class Stream(contextlib.ExitStack):
 
     @property
     def tokens(self) -> list[int]:
-        """How many tokens each row has read since it began."""
+        """How many tokens each row has read since its document began."""
         return [int(n) for n in self._memory.count]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the memory as named tensors: with the model's, all that a resumed run needs."""
+        """Return the memory as named tensors; together with the model's, all that a resumed run needs."""
         return {**self._memory.state_dict(), "segments": self._sizes}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from what :meth:`state_dict` returned.
+        """Continue from the result of :meth:`state_dict`.
 
         Raises:
-            AttnPatchError: it is no state, or of other segments, another memory or another model.
+            AttnPatchError: not a state, or one of other segments, another memory or another model.
         """
         state = check_state(state)
         found, layers = state.get("segments"), sum(name.endswith(".k") and name[0].isdigit() for name in state)
@@ -86,13 +86,13 @@ def stream(model: nn.Module) -> Stream:
 
     Experimental: its arguments may get other names or defaults between minor versions.
 
-    ``with ap.stream(model) as stream:`` every call goes on where the last one stopped, row by row, whatever its length;
-    ``stream.reset([2])`` lets row 2 begin another document. Padding stands behind a document. Within the block the
-    memory may be left and entered again. A stream belongs to the thread that opens it: others may have theirs, and are
-    refused to run the model without one.
+    ``with ap.stream(model) as stream:`` every call continues where the last one stopped, row by row, at any length;
+    ``stream.reset([2])`` starts another document in row 2. Padding goes after a document. Within the block the memory
+    may be left and entered again. A stream belongs to the thread that opens it: other threads may open their own, and
+    cannot run the model without one.
 
     Args:
-        model: patched by ``patch_segment_recurrence``; wrappers (DDP, PEFT) are looked through.
+        model: patched by ``patch_segment_recurrence``; wrappers (DDP, PEFT) are unwrapped.
 
     Raises:
         AttnPatchError: the model has no memory, or more than one.

@@ -1,1 +1,1 @@
-"""What a command that writes a checkpoint owes to the one that it was given."""
+"""Carries over what a command that rewrites a checkpoint must preserve."""

@@ -1,4 +1,4 @@
-"""Tensors that no patch has touched go from the old checkpoint into the new one byte for byte.
+"""Copies tensors that no patch has touched from the old checkpoint into the new one, byte for byte.
 
 transformers loads in one dtype, drops what its class does not know, and writes what it has in memory. So what it wrote
 is held against what the old files hold. A tensor that is the old one, rounded, is put back as it was; one that no class
@@ -29,7 +29,7 @@ _MOVED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # buffers that trans
 
 
 class Kept:
-    """The tensors of a model as it was loaded, by which those that patches replace are known.
+    """The tensors of a loaded model, which tell those that patches replace.
 
     Args:
         model: before any patch.
@@ -39,7 +39,7 @@ class Kept:
         self.before: dict[str, Tensor] = _state(model)
 
     def replaced(self, model: PreTrainedModel) -> list[Tensor]:
-        """Return those that the model does not hold any more."""
+        """Return those that the model no longer holds."""
         held = {id(tensor) for tensor in _state(model).values()}
         return [tensor for tensor in self.before.values() if id(tensor) not in held]
 
@@ -64,7 +64,7 @@ def strange_in(model: PreTrainedModel, weights: Weights, unexpected: Iterable[st
 
 
 def carry_read(model: PreTrainedModel, folder: Path) -> tuple[str, ...]:
-    """Put into a checkpoint that was saved what the one that ``load`` read holds and nobody has changed since.
+    """Add to a saved checkpoint what the one read by ``load`` holds and nobody has changed since.
 
     What was cast as a whole stays cast. Any tensor may have been patched or trained: those are left as they are.
 
@@ -85,7 +85,7 @@ def carry_read(model: PreTrainedModel, folder: Path) -> tuple[str, ...]:
 
 
 def _main_dtype(weights: Weights) -> torch.dtype:
-    """Return the dtype that most numbers of a checkpoint are in."""
+    """Return the most frequent dtype of a checkpoint's numbers."""
     sizes = Counter[torch.dtype]()
     for key in weights.files:
         sizes[weights[key].dtype] += weights[key].numel()
@@ -94,7 +94,7 @@ def _main_dtype(weights: Weights) -> torch.dtype:
 
 @dataclass
 class _Comparison:
-    """What the old files hold and the new ones do not.
+    """The tensors that the old files hold and the new ones do not.
 
     Attributes:
         put_back: name in the new files -> name in the old ones, of the same numbers in another dtype.
@@ -112,7 +112,7 @@ class _Comparison:
 def carry(
     old: Weights, folder: Path, replaced: list[Tensor] | None, strange: set[str], name: str, *, asked: str = "auto"
 ) -> tuple[str, ...]:
-    """Put into a saved checkpoint what the old one holds and no patch has touched.
+    """Add to a saved checkpoint what the old one holds and no patch has touched.
 
     Args:
         old: the checkpoint that was patched.
@@ -137,7 +137,7 @@ def carry(
 
 
 class _Known:
-    """Tensors by what they hold, in every dtype that there is among them."""
+    """Tensors by content, in every dtype among them."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.dtypes = {tensor.dtype for tensor in tensors}
@@ -150,7 +150,7 @@ class _Known:
 
 
 class _Any:
-    """What contains every tensor."""
+    """A set that contains every tensor."""
 
     def __contains__(self, tensor: object) -> bool:
         return True
@@ -194,7 +194,7 @@ def _match(
     own: bool,
     name: str,
 ) -> None:
-    """Find tensors by their bytes where names differ: renamed, tied, taken out by a patch, or unknown to the class."""
+    """Find tensors by their bytes if names differ: renamed, tied, removed by a patch, or unknown to the class."""
     if not missing:
         return
     shapes = {old[key].shape for key in missing if key not in strange}
@@ -223,7 +223,7 @@ def _match(
 
 
 def _rewrite(old: Weights, new: Weights, folder: Path, put_back: Mapping[str, str], extra: Mapping[str, str]) -> None:
-    """Write the files again in which something changes, and the extra tensors into the one file or one of their own."""
+    """Rewrite the files that change, and add the extra tensors to the only file or to a new one."""
     single = set(new.files.values()) == {folder / ONE}
     for file in sorted(set(new.files.values())):
         here = {key: was for key, was in put_back.items() if new.files[key] == file}
@@ -249,7 +249,7 @@ def _metadata(file: Path) -> Mapping[str, str]:
 
 
 def _index(folder: Path) -> None:
-    """Bring the list of shards up to date."""
+    """Update the list of shards."""
     file = folder / INDEX
     index = json.loads(file.read_text("utf-8"))
     shards = sorted({*index["weight_map"].values(), *(path.name for path in folder.glob(_EXTRA))})

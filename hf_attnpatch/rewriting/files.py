@@ -1,4 +1,4 @@
-"""The weights of a checkpoint as its files hold them: every tensor by name, in the dtype in which it lies there."""
+"""The weights of a checkpoint as stored in its files: every tensor by name, in its stored dtype."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def names_in(file: Path) -> list[str]:
 
 
 def digest(tensor: Tensor) -> tuple[torch.Size, bytes]:
-    """Return what tells a tensor's shape and bytes from those of others, of the same dtype."""
+    """Return a fingerprint of a tensor's shape and bytes, among tensors of its dtype."""
     flat, seen = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8), hashlib.blake2b(digest_size=16)
     for start in range(0, len(flat), _BYTES):
         seen.update(flat[start : start + _BYTES].numpy())  # type: ignore[arg-type]  # an array is a buffer
@@ -76,7 +76,7 @@ def digest(tensor: Tensor) -> tuple[torch.Size, bytes]:
 
 
 def alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same shape, dtype and bytes; what is no number counts as itself."""
+    """Return whether two tensors have the same shape, dtype and bytes; nan equals itself."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (one, other)))
@@ -98,7 +98,7 @@ def _read(file: Path, name: str) -> Tensor:
 
 
 def _loaded(file: Path) -> Mapping[str, Any]:
-    """Open an old file as transformers does: tensors alone, no code; mapped, so that nothing is read before its use."""
+    """Open an old file as transformers does: tensors only, no code, memory-mapped."""
     found: Mapping[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
     return found
 

@@ -1,4 +1,4 @@
-"""What was written is read again, and must be what was in memory."""
+"""Reads a written checkpoint again and compares it with the model in memory."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Marks: TypeAlias = Mapping[str, tuple[dtype, tuple[Size, bytes]]]
 
 
 def marks_of(model: PreTrainedModel) -> Marks:
-    """Return what tells the tensors of a model, by name, from others; it holds none of them."""
+    """Return fingerprints of a model's tensors, by name, without keeping the tensors."""
     state: Mapping[str, Any] = model.state_dict()
     return {name: (t.dtype, digest(t)) for name, t in state.items() if isinstance(t, Tensor) and not t.is_meta}
 
 
 def check_reread(wanted: Marks, found: Marks) -> None:
-    """Hold a checkpoint, as it loads, to the model that it was written from.
+    """Compare a checkpoint, as it loads, with the model that it was written from.
 
     Raises:
         AttnPatchError: a tensor came back as something else, or not at all.

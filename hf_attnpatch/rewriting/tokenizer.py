@@ -1,4 +1,4 @@
-"""A tokenizer truncates where the model once ended; a longer context raises that, too."""
+"""Raises the truncation length of a tokenizer when the model's context grows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _OFFSETS = 8  # rows of a table that stand for no position: RoBERTa declares 514
 
 
 def lengthened(tokenizer: Any, *contexts: int) -> str | None:
-    """Raise the length at which a tokenizer truncates, where it had one that the model has had.
+    """Raise the length at which a tokenizer truncates, if it equals a former context of the model.
 
     Args:
         tokenizer: of transformers; changed in place.

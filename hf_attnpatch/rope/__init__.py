@@ -1,1 +1,1 @@
-"""Scaling rotary frequencies: natively, and for each request."""
+"""Scaling of rotary frequencies: as transformers does it, and with a factor for each request."""

@@ -1,4 +1,4 @@
-"""The config fields that a rope scaling sets, from what a config and its rotary module say now."""
+"""The config fields that a rope scaling sets, computed from a config and its rotary module."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _LOCAL = ("sliding", "local", "chunked")
 def scaled_fields(
     want: Scaling, config: PretrainedConfig, module: nn.Module, window: int, compose: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the fields to set in one config, and what to tell the user.
+    """Return the fields to set in one config, and notes for the user.
 
     Args:
         want: kind and factor.
-        config: that built the module.
-        module: computes the angles.
-        window: context in tokens that it serves now.
-        compose: write a static kind as ``longrope`` even where its own name would do.
+        config: the config that built the rotary module.
+        module: the rotary module.
+        window: context in tokens that it serves at present.
+        compose: write a static kind as ``longrope`` even if its own name would do.
 
     Raises:
         AttnPatchError: the present scaling and the wanted one do not multiply.
@@ -79,7 +79,7 @@ def declared_window(config: PretrainedConfig) -> int:
 
 
 def head_dim(model: PreTrainedModel, anatomy: Anatomy, path: str) -> dict[str, int]:
-    """Return the head size where the config leaves it open: transformers' formulas read it, the modules derive it."""
+    """Return the head size if the config leaves it open, for transformers' formulas; modules derive it themselves."""
     config, sites = config_at(model, path), [s for s in anatomy.sites if s.config == path]
     return {"head_dim": sites[0].head_dim} if sites and vars(config).get("head_dim", 0) is None else {}
 
@@ -106,7 +106,7 @@ def window_of(module: nn.Module, length: int, key: str = "") -> Window:
 
 
 def _frequencies(module: nn.Module, layer_type: str) -> Tensor:
-    """Return the present angles per position in fp32, those of the original window where they switch by length."""
+    """Return the present frequencies in fp32; of those that switch by length, the original window's."""
     prefix, held = f"{layer_type}_" if layer_type else "", frequencies(module)
     mine = {name.removeprefix(prefix): b for name, b in held.items() if name.startswith(prefix)}
     other = next((b for name, b in mine.items() if "original" not in name), None)

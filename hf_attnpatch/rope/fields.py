@@ -1,4 +1,4 @@
-"""The fields that say how a rope scaling is to be made, and what they may be."""
+"""The fields of a rope scaling, and checks of their values."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any, Protocol
 
 from ..errors import AttnPatchError
 
-# the same angles at every length: any of them can be written as longrope
+# kinds whose angles do not depend on the length: each can be written as longrope
 STATIC = ("linear", "ntk", "ntk_by_parts", "yarn", "llama3", "resonance", "clipped")
 KINDS = (*STATIC, "longrope", "dynamic", "dynamic_yarn")
-ALWAYS_CHANGE = ("resonance", "clipped")  # other angles even where the window is not to grow
-SHARPENED = ("yarn", "dynamic_yarn", "longrope")  # cos and sin take a factor of their own
+ALWAYS_CHANGE = ("resonance", "clipped")  # change angles even at a factor of 1
+SHARPENED = ("yarn", "dynamic_yarn", "longrope")  # kinds with their own factor on cos and sin
 
 
 def check_number(name: str, value: object, at_least: float | None = None) -> None:
     """Refuse what is not a finite number above 0 (or at least ``at_least``).
 
     Raises:
-        AttnPatchError: says the field, what was found and what was wanted.
+        AttnPatchError: names the field, what was found and what is allowed.
     """
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not number or (value <= 0 if at_least is None else value < at_least):  # type: ignore[operator]  # a number by now
@@ -28,10 +28,10 @@ def check_number(name: str, value: object, at_least: float | None = None) -> Non
 
 
 def check_reach(factor: object, target_length: object) -> None:
-    """Refuse how far to reach where it is said twice, or is no multiple (of at least 1) and no number of tokens.
+    """Refuse a length to reach that is given twice, or is neither a multiple of at least 1 nor a number of tokens.
 
     Raises:
-        AttnPatchError: says the field, what was found and what was wanted.
+        AttnPatchError: names the field, what was found and what is allowed.
     """
     if factor is not None:
         check_number("factor", factor, at_least=1)
@@ -45,10 +45,10 @@ def check_reach(factor: object, target_length: object) -> None:
 
 
 def factor_to(target_length: int, trained_length: int) -> float:
-    """Return the factor from a trained length to one to reach, both in tokens.
+    """Return the factor from a trained length to a target length, both in tokens.
 
     Raises:
-        AttnPatchError: it is shorter.
+        AttnPatchError: the target is shorter.
     """
     if target_length < trained_length:
         raise AttnPatchError(f"target_length {target_length} is below the {trained_length} tokens of the model.")
@@ -73,7 +73,7 @@ def checked_factors(name: str, value: object, kind: str) -> tuple[float, ...] | 
 
 
 class Scaling(Protocol):
-    """The fields of ``RopeScaling`` that say how to scale."""
+    """The fields of ``RopeScaling`` that define a scaling."""
 
     @property
     def kind(self) -> str: ...  # noqa: D102 - see RopeScaling
@@ -106,10 +106,10 @@ class Scaling(Protocol):
 
 
 def check_belonging(want: Scaling) -> None:
-    """Refuse fields of one kind that are given with another, which would ignore them.
+    """Refuse fields that belong to another kind, which would be ignored.
 
     Raises:
-        AttnPatchError: says the field and the kinds that it belongs to.
+        AttnPatchError: names the field and the kinds that it belongs to.
     """
     ramps = ("yarn", "ntk_by_parts", "dynamic_yarn")
     for name, idle, kinds in (
@@ -133,5 +133,5 @@ def check_belonging(want: Scaling) -> None:
 
 
 def changes_something(want: Scaling) -> bool:
-    """Whether a scaling changes any angle."""
+    """Return whether a scaling changes any angle."""
     return bool(want.factor != 1 or want.long_factor or want.short_factor or want.kind in ALWAYS_CHANGE)

@@ -1,4 +1,4 @@
-"""transformers' ``rope_parameters`` dictionary: put one scaling on top of another."""
+"""transformers' ``rope_parameters`` dictionary: applies one scaling on top of another."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..functional import rotary
 from .fields import ALWAYS_CHANGE, KINDS, Scaling
 
 _NATIVE = {"ntk": "default", "ntk_by_parts": "yarn"}  # kind -> the name under which transformers computes it
-_ENDLESS = 1e30  # divides a frequency to nothing: an angle of 1e-24 at position 1e6 turns no number of any dtype
-_SCHEME = frozenset(  # what describes a scaling; every other key belongs to the model and is kept
+_ENDLESS = 1e30  # divides a frequency to zero in effect: an angle of 1e-24 at position 1e6 changes nothing
+_SCHEME = frozenset(  # keys of a scaling; all others belong to the model and are kept
     "rope_type type factor attention_factor beta_fast beta_slow mscale mscale_all_dim truncate low_freq_factor "
     "high_freq_factor long_factor short_factor long_mscale short_mscale".split()
 )
@@ -23,10 +23,10 @@ _SCHEME = frozenset(  # what describes a scaling; every other key belongs to the
 
 @dataclass(frozen=True)
 class Window:
-    """What a rotary module does now.
+    """The present state of a rotary module.
 
     Attributes:
-        length: context in tokens that it serves now.
+        length: context in tokens that it serves.
         frequencies: radians per position, shape (rotary_dim / 2,).
         attention: factor on cos and sin.
     """
@@ -41,18 +41,18 @@ def scaled(want: Scaling, old: Mapping[str, Any], window: Window, compose: bool 
 
     Args:
         want: kind and factor.
-        old: what the config has now.
-        window: what the rotary module does now.
-        compose: write a static kind as ``longrope`` even where its own name would do.
+        old: the config's present parameters.
+        window: the rotary module's present state.
+        compose: write a static kind as ``longrope`` even if its own name would do.
 
     Raises:
-        AttnPatchError: the present kind changes with the length, and the wanted one is another.
+        AttnPatchError: the present kind depends on the length, and the wanted one differs from it.
     """
     present = old.get("rope_type", "default")
     kept = {key: value for key, value in old.items() if key not in _SCHEME}
     if want.kind == "ntk" and len(window.frequencies) < 2:
         raise AttnPatchError("kind='ntk' spreads a factor over frequencies; this model rotates only one.")
-    if present == "proportional" and want.kind == "linear":  # its own factor does what linear does
+    if present == "proportional" and want.kind == "linear":  # its own factor acts like linear scaling
         return {**old, "factor": float(old.get("factor") or 1.0) * float(want.factor)}
     if not compose and want.kind not in ALWAYS_CHANGE and (present == "default" or _multiplies(want.kind, old)):
         return {**kept, **_same_kind(want, {} if present == "default" else old, kept, window)}
@@ -65,7 +65,7 @@ def scaled(want: Scaling, old: Mapping[str, Any], window: Window, compose: bool 
 
 
 def _multiplies(kind: str, old: Mapping[str, Any]) -> bool:
-    """Whether the present scaling of this name takes the wanted factor by multiplying its own."""
+    """Return whether the present scaling's own factor can be multiplied by the wanted one."""
     if kind in ("longrope", "ntk"):
         return False
     same = old.get("rope_type") == _NATIVE.get(kind, kind)
@@ -73,7 +73,7 @@ def _multiplies(kind: str, old: Mapping[str, Any]) -> bool:
 
 
 def _same_kind(want: Scaling, old: Mapping[str, Any], kept: Mapping[str, Any], window: Window) -> dict[str, Any]:
-    """Return native parameters of the wanted kind, its factor multiplied by the one that is there."""
+    """Return native parameters of the wanted kind, with the product of both factors."""
     factor = float(want.factor) * float(old.get("factor") or 1.0)
     trained = int(old.get("original_max_position_embeddings") or window.length)
     if want.kind == "ntk":
@@ -104,7 +104,7 @@ def _composed(want: Scaling, old: Mapping[str, Any], window: Window) -> dict[str
     unscaled = rotary.default(theta, dim)
     if want.kind == "longrope":
         return {"rope_type": "longrope", **_longrope(want, window, unscaled, old)}
-    switches = old.get("rope_type") == "longrope"  # then what serves beyond its own window is scaled by itself
+    switches = old.get("rope_type") == "longrope"  # then the frequencies beyond its own window are scaled
     served = unscaled / unscaled.new_tensor(old["long_factor"]) if switches else window.frequencies
     trained = int(old.get("original_max_position_embeddings") or window.length)
     attention = want.attention_factor or (rotary.yarn_attention(want.factor) if want.kind == "yarn" else 1.0)
@@ -123,8 +123,8 @@ def _target(want: Scaling, frequencies: Tensor, length: int, trained: int) -> Te
 
     Args:
         want: a static kind.
-        frequencies: that a model has now.
-        length: the window that they serve now.
+        frequencies: the model's present ones.
+        length: the window that they serve.
         trained: the window that the model was trained on.
     """
     if want.kind == "resonance":
@@ -139,7 +139,7 @@ def _target(want: Scaling, frequencies: Tensor, length: int, trained: int) -> Te
 
 
 def clip_count(want: Scaling, size: int) -> int:
-    """Return how many frequencies ``clipped`` tapers: the paper's 20 of 64 unless said otherwise.
+    """Return how many frequencies ``clipped`` tapers: 20 of 64, as in the paper, by default.
 
     Raises:
         AttnPatchError: more than the model rotates.
@@ -151,7 +151,7 @@ def clip_count(want: Scaling, size: int) -> int:
 
 
 def taken_over(want: Any, old: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return a scaling that switches by length as one by request: the wanted one with the present one in it.
+    """Convert a length-dependent scaling to one per request: the wanted scaling, including the present one.
 
     Args:
         want: a ``RopeScaling``.
@@ -161,7 +161,7 @@ def taken_over(want: Any, old: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         The scaling beyond the window, and the parameters within it.
 
     Raises:
-        AttnPatchError: another kind is wanted, or ``longrope`` divisors are to be multiplied.
+        AttnPatchError: another kind is wanted, or ``longrope`` divisors would have to be multiplied.
     """
     present = old["rope_type"]
     kept = {key: value for key, value in old.items() if key not in _SCHEME}
@@ -170,7 +170,7 @@ def taken_over(want: Any, old: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         return dataclasses.replace(want, factor=factor), {**kept, "rope_type": "default"}
     if present == want.kind == "longrope" and want.factor == 1 and not want.long_factor and not want.short_factor:
         ratios = tuple(long / short for long, short in zip(old["long_factor"], old["short_factor"], strict=True))
-        beyond = dataclasses.replace(want, long_factor=ratios, attention_factor=1.0)  # what is there has one already
+        beyond = dataclasses.replace(want, long_factor=ratios, attention_factor=1.0)  # the present scaling has one
         return beyond, {**old, "long_factor": list(old["short_factor"])}
     same = f"kind={present!r}" + (" and factor=1" if present == "longrope" else "")
     raise AttnPatchError(
@@ -182,7 +182,7 @@ def taken_over(want: Any, old: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 def untruncated(parameters: Mapping[str, Any], dim: int) -> dict[str, Any]:
     """Return ``yarn`` parameters with ``truncate=False`` as ``longrope``, for one of several layer types.
 
-    transformers 5.23 looks for ``truncate`` beside the layer types instead of in them, and so drops it.
+    transformers 5.23 reads ``truncate`` beside the layer types instead of in them, and so drops it.
 
     Args:
         parameters: of the layer type.
@@ -213,7 +213,7 @@ def _divisors(unscaled: Tensor, target: Tensor) -> list[float]:
 
 
 def _longrope(want: Scaling, window: Window, unscaled: Tensor, old: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return factors: within the present window what there is, beyond it the wanted (or YaRN's) divisors."""
+    """Return ``longrope`` factors: the present ones within the window, the wanted (or YaRN's) divisors beyond it."""
     size = len(window.frequencies)
     for name, given in (("long_factor", want.long_factor), ("short_factor", want.short_factor)):
         if given is not None and len(given) != size:
@@ -223,7 +223,7 @@ def _longrope(want: Scaling, window: Window, unscaled: Tensor, old: Mapping[str,
     present = unscaled / window.frequencies
     beyond = rotary.by_parts(window.frequencies, want.factor, window.length, want.beta_fast, want.beta_slow)
     original = window.length
-    if old and old.get("rope_type") == "longrope":  # a switch is there already: beyond it, multiply what is there
+    if old and old.get("rope_type") == "longrope":  # already switches: multiply the divisors beyond the window
         original = int(old["original_max_position_embeddings"])
         served = unscaled / unscaled.new_tensor(old["long_factor"])
         beyond = rotary.by_parts(served, want.factor, window.length, want.beta_fast, want.beta_slow)

@@ -1,4 +1,4 @@
-"""Angles of each row of a batch by the factor of its own request."""
+"""Computes the angles of each row of a batch by the scaling factor of its own request."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from ..upstream.roles import Roles
 from .config import scaled_fields
 from .request_length import Requests, chosen
 
-_KEPT = 32  # rotary modules of as many lengths; one is a vector
+_KEPT = 32  # number of cached rotary modules, one for each length; each is one vector
 
 
 @dataclass(frozen=True)
 class Growth:
-    """A scaling whose factor follows from the length of the request.
+    """A scaling whose factor depends on the length of the request.
 
     Attributes:
-        want: a ``RopeScaling``; the factor that it brings is for ``dynamic``, and for given ``longrope`` divisors.
-        trained: window in tokens up to which nothing changes.
-        compose: whether the kind has to be written as ``longrope``.
+        want: a ``RopeScaling``; its own factor is used by ``dynamic``, and with given ``longrope`` divisors.
+        trained: window in tokens within which nothing changes.
+        compose: whether the kind must be written as ``longrope``.
     """
 
     want: Any
@@ -39,7 +39,7 @@ class Growth:
     compose: bool
 
     def at(self, length: int) -> Any:
-        """Return the static scaling of a request of so many tokens."""
+        """Return the static scaling for a request of this many tokens."""
         want, ratio = self.want, length / self.trained
         fields: dict[str, Any] = {"factor": ratio}
         if want.kind == "dynamic":
@@ -51,8 +51,8 @@ class Growth:
         return dataclasses.replace(want, per_request=False, trained_length=None, **fields)
 
     def config(self, config: PretrainedConfig, module: nn.Module, length: int) -> PretrainedConfig:
-        """Return a copy of a config for requests of so many tokens, at every position of them."""
-        fields, _ = inside(  # numbers, also where a model is being built without
+        """Return a copy of a config that scales all positions for requests of this many tokens."""
+        fields, _ = inside(  # real numbers, even while a model is built on the meta device
             torch.device("cpu"), lambda: scaled_fields(self.at(length), config, module, self.trained, self.compose)
         )
         fields["rope_parameters"] = _unswitched(fields["rope_parameters"])
@@ -63,15 +63,15 @@ class Growth:
 
 
 class RequestAngles:
-    """Forward hook of a rotary module: rows of requests beyond the trained window get the angles of their own factor.
+    """Forward hook of a rotary module: rows of requests beyond the trained window get angles by their own factor.
 
-    Those are computed by a stock rotary module built for that factor, so that a row has the bits of a model that was
-    scaled by it; rows within the window have those of the module itself.
+    A stock rotary module, built for that factor, computes them, so that a row has the bits of a model scaled by it.
+    Rows within the window keep the module's own angles.
 
     Args:
         requests: shared by the hooks of the model.
-        growth: factor by length.
-        roles: of the arguments of the module's forward; the first declared one is the hidden states.
+        growth: scaling factor by length.
+        roles: argument roles of the module's forward; the first declared one is the hidden states.
     """
 
     def __init__(self, requests: Requests, growth: Growth, roles: Roles):
@@ -84,7 +84,7 @@ class RequestAngles:
         given = self.roles.bind(args, kwargs)
         named, positions = given.named, given.get(words.POSITIONS)
         hidden = named[self.roles.parameters[0]]
-        lengths = chosen(self.requests, hidden.shape[-3])  # Gemma-3n's are several versions of each row
+        lengths = chosen(self.requests, hidden.shape[-3])  # Gemma-3n has several versions of each row
         if set(lengths) == {self.requests.trained}:
             return None
         if len(set(lengths)) == 1:
@@ -92,9 +92,9 @@ class RequestAngles:
         return self._mixed(module, named, positions.expand(*positions.shape[:-2], hidden.shape[-3], -1), lengths)
 
     def _mixed(self, module: nn.Module, named: dict[str, Any], positions: Tensor, lengths: tuple[int, ...]) -> Any:
-        """Compute each length's rows by its own module, and put them back in order.
+        """Compute the rows of each length by its own module, and restore their order.
 
-        Positions are (batch, n), or (axes, batch, n) where tokens stand in time and space.
+        Positions are (batch, n), or (axes, batch, n) for tokens in time and space.
         """
         parts, order, hidden = [], [], named[self.roles.parameters[0]]
         for length in dict.fromkeys(lengths):
@@ -124,6 +124,6 @@ class RequestAngles:
 
 
 def _unswitched(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return rope parameters whose ``longrope`` divisors are those beyond the window at every position."""
+    """Return rope parameters that use the ``longrope`` divisors beyond the window at every position."""
     new = {key: _unswitched(value) if isinstance(value, Mapping) else value for key, value in parameters.items()}
     return {**new, "short_factor": list(new["long_factor"])} if new.get("rope_type") == "longrope" else new

@@ -1,7 +1,7 @@
-"""What stands before ``generate`` on a model whose angles are chosen per request: it finds how long they will become.
+"""Wraps ``generate`` of a model with per-request angles, to find how long its requests will become.
 
-Two instance attributes, which revert takes away: one marks the call, the other reads the length where transformers has
-just worked it out and every input is at hand. Neither copies anything of ``generate`` itself.
+Two instance attributes, which revert removes: one marks the call, the other reads the length right after transformers
+computes it. Neither copies code of ``generate``.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from .request_length import Requests, found_by_generate, generating
 
 
 class Generate:
-    """In the place of ``model.generate``: the class's own, with the call marked.
+    """Replaces ``model.generate``: calls the class's own and marks the call.
 
     Args:
-        model: whose attribute it is; a copy of the model has a copy of this.
+        model: whose attribute this is; a copy of the model has its own copy.
         requests: shared by the hooks of the model.
     """
 
@@ -35,13 +35,13 @@ class Generate:
 
 
 class PrepareCache:
-    """In the place of ``model._prepare_cache_for_generation``, which is told how long the text may become."""
+    """Replaces ``model._prepare_cache_for_generation``, which receives the final length."""
 
     def __init__(self, model: PreTrainedModel, requests: Requests):
         self.model, self.requests = model, requests
 
     def __call__(self, generation_config: Any, model_kwargs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Prepare the cache, and note the length of each row: all that it may become, its padding excepted."""
+        """Prepare the cache, and store the final length of each row without its padding."""
         longest = int(kwargs["max_cache_length"] if "max_cache_length" in kwargs else args[-1]) + 1
         mask = model_kwargs.get(roles_of(self.model).names.get(words.MASK, ""))
         padding = mask.eq(0).sum(-1).tolist() if isinstance(mask, Tensor) and mask.dim() == 2 else [0]

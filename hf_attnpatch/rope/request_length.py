@@ -1,7 +1,7 @@
-"""How long a request will become: told once, by ``generate`` or by the user, and kept by the request's cache.
+"""The final length of each request: announced once, by ``generate`` or by the user, and stored with the cache.
 
-Angles that depend on the length of the text must not change while it is decoded, because keys stay in the cache as
-they were turned. So a length is chosen for each row of a batch when its request begins, and never changes.
+Length-dependent angles must not change while a text is decoded, because cached keys stay as they were rotated. So each
+row of a batch gets a length when its request begins, which never changes.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ Lengths = tuple[int, ...]  # tokens, one number for each row of a batch, or one 
 
 
 class Requests:
-    """What the hooks of one model share.
+    """State shared by the hooks of one model.
 
     Attributes:
-        trained: tokens that the model was trained on; up to there all lengths count as one.
+        trained: trained window in tokens, within which all lengths are treated as one.
     """
 
     def __init__(self, trained: int):
         self.trained = trained
 
     def served(self, lengths: Lengths) -> Lengths:
-        """Return lengths of which each stands for its own angles."""
+        """Round lengths up to the trained window, below which all requests share the same angles."""
         return tuple(max(length, self.trained) for length in lengths)
 
     def refuse_untold(self, lengths: Lengths) -> None:
-        """Refuse lengths that this thread finds by itself, where :func:`request` says others in another thread.
+        """Refuse lengths found by this thread if :func:`request` announced others in another thread.
 
         Raises:
-            AttnPatchError: it cannot be known which are meant.
+            AttnPatchError: it is ambiguous which lengths apply.
         """
         for thread, told in list(_OPEN.get(self, {}).values()):
             if thread != threading.get_ident() and set(self.served(told)) != set(self.served(lengths)):
@@ -62,7 +62,7 @@ class Call:
 
     Attributes:
         requests: of its model.
-        lengths: that it may reach; None as long as they are not known.
+        lengths: final lengths; None as long as they are unknown.
         drafts: whether it drafts for another model, which checks every token.
     """
 
@@ -71,31 +71,31 @@ class Call:
     drafts: bool = False
 
 
-# Per thread, as two threads may run one model: the forward in progress, what `request` says, what `generate` found.
+# Per thread, since two threads may run one model: the current forward, what `request` and `generate` announced.
 _FORWARD: ContextVar[tuple[Requests, Lengths] | None] = ContextVar("hf_attnpatch_forward", default=None)
 _TOLD: ContextVar[tuple[tuple[Requests, Lengths], ...]] = ContextVar("hf_attnpatch_told", default=())
 _GENERATING: ContextVar[tuple[Call, ...]] = ContextVar("hf_attnpatch_generating", default=())
-# What `request` says now, by block, with its thread: another one that was not told must not choose by itself.
+# What `request` announces, by block and thread: a thread without an announcement must not choose by itself.
 _OPEN: weakref.WeakKeyDictionary[Requests, dict[object, tuple[int, Lengths]]] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
 def request(model: nn.Module, length: int | Sequence[int]) -> Iterator[None]:
-    """Say how long the requests of the forwards in this block will become, for a model scaled ``per_request``.
+    """Tell length-dependent hooks (per-request RoPE) the final sequence length for the forwards in this block.
 
     Experimental: its arguments may get other names or defaults between minor versions.
 
-    Not needed for ``generate`` (prompt and ``max_new_tokens`` tell it) nor for a forward over whole texts. Needed where
-    a text grows through a cache by one's own forwards, or by several calls of ``generate``, beyond the trained window.
-    It holds for this thread (and for what runs in a copy of its context, as ``asyncio.to_thread`` does); one that is
-    not told is refused where it would choose otherwise.
+    ``generate`` does not need it (prompt and ``max_new_tokens`` give the length), nor does a forward over whole texts.
+    It is needed if a text grows beyond the trained window through a cache by your own forwards, or by several calls of
+    ``generate``. It holds for this thread (and for code in a copy of its context, as with ``asyncio.to_thread``); a
+    thread without it is refused where it would choose another length.
 
     Args:
         model: patched, or a wrapper around it.
-        length: tokens of the whole request, what is to be generated included; one number, or one for each row.
+        length: tokens of the whole request, including those to be generated; one number, or one for each row.
 
     Raises:
-        AttnPatchError: the model chooses nothing by request, or a length is not a number of tokens.
+        AttnPatchError: the model has no per-request scaling, or a length is not a number of tokens.
     """
     requests = requests_of(model)
     if requests is None:
@@ -124,16 +124,16 @@ def _telling(requests: Requests, lengths: Lengths) -> Iterator[None]:
 
 
 def requests_of(model: nn.Module) -> Requests | None:
-    """Return what the hooks of a model share, or None where nothing is chosen per request."""
+    """Return the state shared by the hooks of a model, or None if it has no per-request scaling."""
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     return next((hook.requests for hook in hooks if isinstance(hook, ChooseLengths)), None)
 
 
 def chosen(requests: Requests, rows: int) -> Lengths:
-    """Return the served length of each row of the forward in progress.
+    """Return the length of each row of the current forward.
 
     Raises:
-        AttnPatchError: the rotary module was not called from the forward that it belongs to.
+        AttnPatchError: the rotary module was called outside the forward that it belongs to.
     """
     found = _FORWARD.get()
     if found is None or found[0] is not requests:
@@ -142,23 +142,23 @@ def chosen(requests: Requests, rows: int) -> Lengths:
 
 
 class ChooseLengths:
-    """Forward pre-hook of a decoder (or encoder): chooses the length of each row, or keeps what was chosen.
+    """Forward pre-hook of a decoder (or encoder): chooses the length of each row, or keeps the chosen one.
 
     Args:
         requests: shared by the hooks of the model.
-        roles: of the arguments of the forward.
+        roles: argument roles of the forward.
     """
 
     def __init__(self, requests: Requests, roles: Roles):
         self.requests, self.roles = requests, roles
 
     def announced(self, length: int) -> contextlib.AbstractContextManager[None]:
-        """Take the length of all rows for the forwards of a block, as :func:`request` does."""
+        """Announce the length of all rows for the forwards of a block, as :func:`request` does."""
         return _telling(self.requests, (length,))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # numbers from tensors: never part of a graph
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Look, and change nothing."""
+        """Choose the lengths, and change no argument."""
         named = self.roles.bind(args, kwargs)
         if named.named.get(words.PAGED) is not None or _several(named):
             raise AttnPatchError(
@@ -171,14 +171,14 @@ class ChooseLengths:
         now = _lengths(named, past)
         lengths = self._of(now, cache if past else None)
         for row, (n, limit) in enumerate(zip(now, self.requests.served(lengths), strict=True)):
-            if n > limit and _generating(self.requests) is None:  # generate drops candidates beyond its end
+            if n > limit and _generating(self.requests) is None:  # generate discards candidates beyond its end
                 _refuse(f"row {row} is {n} tokens long, in a request for which {lengths[row]} were chosen")
         if cache is not None:
             remember(cache, lengths)
         _FORWARD.set((self.requests, lengths))
 
     def _of(self, now: Lengths, cache: Any) -> Lengths:
-        """Return the length of each row; ``cache`` holds keys that are turned already, or is None."""
+        """Return the length of each row; ``cache`` holds rotated keys, or is None."""
         told, rows, served = _told(self.requests), len(now), self.requests.served
         if cache is None:
             if told is None:
@@ -187,11 +187,13 @@ class ChooseLengths:
         kept = getattr(cache, "attnpatch_lengths", None)
         if kept is None:
             if max(served(told or now)) > self.requests.trained:
-                _refuse("the cache was filled before the scaling was there, or by other hands (PEFT's prefix tuning?)")
+                _refuse(
+                    "the cache was filled before the scaling was there, or by something else (PEFT's prefix tuning?)"
+                )
             return now
         kept = _spread(kept, rows)
         call = _generating(self.requests)
-        drafts = call is not None and call.drafts  # a piece at a time, each of its own length
+        drafts = call is not None and call.drafts  # in pieces, each with its own length
         if told is not None and served(_spread(told, rows)) != served(kept) and not drafts:
             _refuse(
                 f"the cache was begun for requests of {_listed(kept)} tokens, and now {_listed(told)} are asked for"
@@ -200,7 +202,7 @@ class ChooseLengths:
 
 
 class KeepLengths:
-    """Forward hook of the same module: what was chosen goes with a cache that the forward has just made."""
+    """Forward hook of the same module: stores the chosen lengths with a cache that the forward created."""
 
     def __init__(self, requests: Requests):
         self.requests = requests
@@ -217,19 +219,19 @@ class KeepLengths:
 
 
 def remember(cache: Any, lengths: Lengths) -> None:
-    """Let a cache carry the lengths that its keys were turned for, through copies and wherever its rows go."""
+    """Attach the lengths for which its keys were rotated to a cache, through copies and row operations."""
     cache.attnpatch_lengths = lengths
     if len(set(lengths)) > 1:
         for name in (name for name in words.MOVES if hasattr(cache, name) and name not in vars(cache)):
-            setattr(cache, name, Moving(cache, name))
+            setattr(cache, name, ReorderLengths(cache, name))
 
 
-class Moving:
-    """In the place of a cache's method that moves its rows: their lengths go with them.
+class ReorderLengths:
+    """Replaces a cache's method that reorders rows, and reorders their lengths, too.
 
     Args:
-        cache: whose attribute it is; a copy of the cache has a copy of this. Not kept alive by it.
-        name: of the method, which takes the index of each new row, or how often each row is repeated.
+        cache: whose attribute this is; a copy of the cache has its own copy. Not kept alive by it.
+        name: of the method, which takes the index of each new row, or the number of repetitions.
     """
 
     def __init__(self, cache: Any, name: str):
@@ -246,17 +248,17 @@ class Moving:
             cache.attnpatch_lengths = tuple(kept[int(row)] for row in rows)
 
     def __getstate__(self) -> tuple[Any, str]:
-        """What a copy is made of: a copy of the cache."""
+        """Return the state for a copy: a copy of the cache."""
         return self._cache(), self.name
 
     def __setstate__(self, state: tuple[Any, str]) -> None:
-        """Belong to that copy."""
+        """Belong to the copied cache."""
         self._cache, self.name = weakref.ref(state[0]), state[1]
 
 
 @contextlib.contextmanager
 def generating(requests: Requests) -> Iterator[None]:
-    """Mark a call of ``generate``, whose lengths are not known yet."""
+    """Mark a call of ``generate`` whose lengths are not known yet."""
     before = _GENERATING.get()
     with ensured(lambda: _GENERATING.set(before)):
         _GENERATING.set((*before, Call(requests)))
@@ -264,10 +266,10 @@ def generating(requests: Requests) -> Iterator[None]:
 
 
 def found_by_generate(requests: Requests, lengths: Lengths, drafts: bool = False) -> None:
-    """Set the lengths of the call in progress; one that drafts takes those of the call that it drafts for.
+    """Set the lengths of the current call; a drafting call takes those of the call that it drafts for.
 
     Raises:
-        AttnPatchError: ``generate`` was called past the instance, or leads beyond what :func:`request` says.
+        AttnPatchError: ``generate`` was not called on the instance, or exceeds what :func:`request` announced.
     """
     calls = _GENERATING.get()
     if not calls or calls[-1].requests is not requests:
@@ -283,7 +285,7 @@ def found_by_generate(requests: Requests, lengths: Lengths, drafts: bool = False
 
 
 def _generating(requests: Requests) -> Call | None:
-    """Return the call of ``generate`` whose forward is in progress."""
+    """Return the call of ``generate`` whose forward is running."""
     calls = _GENERATING.get()
     return calls[-1] if calls and calls[-1].requests is requests else None
 
@@ -298,7 +300,7 @@ def _explicit(requests: Requests) -> Lengths | None:
 
 
 def _spread(lengths: Lengths, rows: int) -> Lengths:
-    """Return one length for each row; several rows for each, as for beams, follow one another."""
+    """Return one length for each row; several rows of one request (beams) are adjacent."""
     if rows % len(lengths):
         if len(set(lengths)) == 1:
             return lengths[:1] * rows
@@ -307,13 +309,13 @@ def _spread(lengths: Lengths, rows: int) -> Lengths:
 
 
 def _lengths(named: Arguments, past: int) -> Lengths:
-    """Return how long the text of each row is by now."""
+    """Return the present length of each row's text."""
     tokens = named.get(words.TOKENS)
     inputs = tokens if isinstance(tokens, Tensor) else named.get(words.EMBEDDINGS)
     rows, positions, mask = int(inputs.shape[0]), named.get(words.POSITIONS), named.get(words.MASK)
     if isinstance(positions, Tensor):
         last = positions.amax(-1)
-        last = last.amax(0) if last.dim() > 1 else last  # several axes
+        last = last.amax(0) if last.dim() > 1 else last  # positions with several axes
         return _spread(tuple(int(n) + 1 for n in last.view(-1).tolist()), rows)
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return tuple(int(n) for n in mask.ne(0).sum(-1).tolist())
@@ -327,13 +329,13 @@ def _several(named: Arguments) -> bool:
 
 
 def _refuse_packed(module: nn.Module, named: Arguments) -> None:
-    """Refuse positions that begin anew inside a row: there another document stands, of another length.
+    """Refuse positions that restart inside a row, where another document of another length begins.
 
-    Without a mask and a cache, transformers takes each step that is not one for a border of documents; elsewhere, a
-    text may leave positions out, but a later token has a later one. Of several axes (images), one has to grow.
+    Without a mask and a cache, transformers reads every step other than one as a border of documents. Otherwise a text
+    may skip positions, but they have to grow; of several axes (images), one has to.
 
     Raises:
-        AttnPatchError: they do.
+        AttnPatchError: positions restart.
     """
     positions, mask = named.get(words.POSITIONS), named.get(words.MASK)
     if not isinstance(positions, Tensor) or positions.shape[-1] < 2:

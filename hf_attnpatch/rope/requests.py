@@ -1,4 +1,4 @@
-"""The edits of a rope scaling whose factor is chosen for each request and each row."""
+"""The edits of a rope scaling with a factor for each request and row."""
 
 from __future__ import annotations
 
@@ -28,21 +28,24 @@ from .request_angles import Growth, RequestAngles
 from .request_generate import Generate, PrepareCache
 from .request_length import ChooseLengths, KeepLengths, Requests
 
-_SWITCHING = ("dynamic", "longrope")  # by the length of a forward: taken over, so that a request decides
+_SWITCHING = (
+    "dynamic",
+    "longrope",
+)  # kinds that switch by the length of a forward
 
 
 def request_proposal(patch: Any, model: PreTrainedModel, anatomy: Anatomy, owners: Mapping[str, list[str]]) -> Proposal:
-    """Say which hooks would be set.
+    """Return the proposal of the hooks.
 
     Args:
         patch: a ``RopeScaling`` with ``per_request``.
-        model: that it is proposed for.
-        anatomy: of the model.
+        model: the model to patch.
+        anatomy: the model's anatomy.
         owners: rotary modules by the config that builds them.
 
     Raises:
-        UnsupportedArchitecture: the model's forward does not say what a row is, or more than angles would change.
-        AttnPatchError: an existing scaling that the wanted one does not multiply.
+        UnsupportedArchitecture: the model's forward does not show its rows, or more than angles would change.
+        AttnPatchError: an existing scaling that the wanted one cannot multiply.
     """
     (path, rotary), *others = owners.items()
     if others or model.config.is_encoder_decoder:
@@ -76,13 +79,13 @@ def request_proposal(patch: Any, model: PreTrainedModel, anatomy: Anatomy, owner
 
 @dataclass(frozen=True)
 class _Base:
-    """What rows within the window are served by.
+    """The scaling within the trained window.
 
     Attributes:
-        want: the scaling beyond it, with what was taken over.
+        want: the scaling beyond it, including what was converted.
         trained: tokens of the window.
-        parameters: rotary parameters of the window.
-        changed: whether the present ones switch by themselves, so that they have to be replaced.
+        parameters: rotary parameters within the window.
+        changed: whether the present parameters depend on the length, so that they must be replaced.
     """
 
     want: Any
@@ -91,11 +94,11 @@ class _Base:
     changed: bool
 
     def rebuild(self, old: nn.Module) -> nn.Module:
-        """Build the module of the window alone; its config is its own."""
+        """Build the rotary module of the window, with its own config."""
         return self.on_cpu(old).to(next(old.buffers()).device)
 
     def on_cpu(self, old: nn.Module) -> nn.Module:
-        """Build it with real numbers, also where a model is being built without."""
+        """Build it with real numbers, even while a model is built on the meta device."""
         config: Any = copy.copy(old.config)
         Change("", "rope_parameters", self.parameters).assign(config)
         kind: Any = type(old)
@@ -121,7 +124,7 @@ def _base(patch: Any, config: PretrainedConfig) -> _Base:
 def _growth(
     want: Any, model: PreTrainedModel, base: _Base, path: str, rotary: list[str], more: list[Change]
 ) -> tuple[Growth, str | None]:
-    """Return how angles grow, in the first of two ways that the family accepts and that changes nothing but angles."""
+    """Return how angles grow: the first of two ways that the family accepts and that changes angles only."""
     module = base.on_cpu(model.get_submodule(rotary[0]))
     refusal = ""
     for compose in (False, True) if want.kind in STATIC else (False,):
@@ -142,7 +145,7 @@ def _growth(
 
 
 def _resized(patch: Any, model: PreTrainedModel, anatomy: Anatomy, path: str, rotary: list[str]) -> Iterator[Edit]:
-    """Yield what follows from the longer context that the config declares."""
+    """Yield the edits that follow from the longer declared context."""
     config = config_at(model, path)
     fields = {
         "max_position_embeddings": round(declared_window(config) * patch.factor),
@@ -158,7 +161,7 @@ def _resized(patch: Any, model: PreTrainedModel, anatomy: Anatomy, path: str, ro
 
 
 def _decoder(model: PreTrainedModel, rotary: list[str]) -> str:
-    """Return the path of the model that holds the rotary modules and sees tokens, mask and cache."""
+    """Return the path of the model that holds the rotary modules and receives tokens, mask and cache."""
     holders = {path.rpartition(".")[0] for path in rotary}
     holder = next(iter(holders))
     roles = roles_of(model.get_submodule(holder))

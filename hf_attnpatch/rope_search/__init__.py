@@ -1,1 +1,1 @@
-"""LongRoPE's divisors, searched for on text: an evolution, its course, its state on disk."""
+"""Searches LongRoPE's divisors on text: an evolutionary search with its state on disk."""

@@ -1,4 +1,4 @@
-"""The course of a search: what is tried, in which order, shown as it goes."""
+"""The course of a search: which divisors are evaluated, in which order, with a progress bar."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Course:
     """The course of a search.
 
     Attributes:
-        state: where it stands.
-        loss: of divisors.
+        state: present state of the search.
+        loss: returns the loss of divisors.
         start: the seeds.
         step: of the grid.
-        largest: divisor.
+        largest: largest divisor.
     """
 
     state: State
@@ -33,7 +33,7 @@ class Course:
     largest: float
 
     def size(self, population: int, iterations: int, minutes: float | None) -> None:
-        """Evaluate the seeds, and settle how much there is time for."""
+        """Evaluate the seeds, and fit population and iterations to the time."""
         begin = time.monotonic()
         for divisors in self.start:
             self._evaluate(divisors)
@@ -64,7 +64,7 @@ class Course:
         return state.population[0]
 
     def _children(self, size: int) -> Iterable[Divisors]:
-        """Return what an iteration tries; the same after an interruption."""
+        """Yield what an iteration evaluates; the same after an interruption."""
         state = self.state
         state.chance.setstate(state.began)
         seen = set(list(state.losses)[: state.settled]) | set(self.start)

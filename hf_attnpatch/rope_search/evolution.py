@@ -1,6 +1,6 @@
-"""Divisors of rotary frequencies as a population: seeds, mutation and crossover that keep them monotone (2402.13753).
+"""Evolution of the divisors of rotary frequencies: seeds, mutation and crossover that keep them monotone (2402.13753).
 
-Pure Python, so that one seed gives one search on every machine that computes the same losses.
+Pure Python, so that a seed gives the same search on every machine that computes the same losses.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from torch import Tensor
 
 from ..functional import rotary
 
-Divisors = tuple[float, ...]  # one for each frequency, from 1 up, never smaller than the one before
+Divisors = tuple[float, ...]  # one for each frequency, at least 1, non-decreasing
 TRIES = 20
-SHARE = 0.3  # of the frequencies that a child changes
+SHARE = 0.3  # share of the frequencies that a mutation changes
 
 
 def seeds(frequencies: Tensor, factor: float, trained: int) -> dict[str, Divisors]:
-    """Return where the search begins: position interpolation, NTK and YaRN.
+    """Return the seeds of the search: position interpolation, NTK and YaRN.
 
     Args:
-        frequencies: of the model, radians per position, highest first.
+        frequencies: the model's, in radians per position, highest first.
         factor: target over trained length.
         trained: tokens.
     """
@@ -37,14 +37,14 @@ def seeds(frequencies: Tensor, factor: float, trained: int) -> dict[str, Divisor
 def mutated(
     parent: Divisors, seen: Collection[Divisors], chance: random.Random, step: float, largest: float
 ) -> Divisors | None:
-    """Return a child with some divisors drawn anew between their neighbours, or None where none was found.
+    """Return a child with some divisors redrawn between their neighbours, or None if none was found.
 
     Args:
         parent: monotone divisors.
-        seen: what was evaluated already.
-        chance: source of numbers.
-        step: of the grid that divisors are drawn from.
-        largest: divisor.
+        seen: divisors that were evaluated already.
+        chance: source of random numbers.
+        step: of the grid of divisors.
+        largest: largest divisor.
     """
     for _ in range(TRIES):
         child = list(parent)
@@ -60,7 +60,7 @@ def mutated(
 
 
 def crossed(first: Divisors, second: Divisors, seen: Collection[Divisors], chance: random.Random) -> Divisors | None:
-    """Return the first with some divisors of the second, or None where no such child is monotone and new."""
+    """Return the first with some divisors of the second, or None if no such child is monotone and new."""
     for _ in range(TRIES):
         found = tuple(b if chance.random() < SHARE else a for a, b in zip(first, second, strict=True))
         if found not in seen and monotone(found):
@@ -69,10 +69,10 @@ def crossed(first: Divisors, second: Divisors, seen: Collection[Divisors], chanc
 
 
 def monotone(divisors: Divisors) -> bool:
-    """Whether no frequency is divided by less than a higher one."""
+    """Return whether no frequency is divided by less than a higher one."""
     return all(a <= b for a, b in pairwise(divisors))
 
 
 def rounded(values: list[float]) -> Divisors:
-    """Return values as divisors: none below 1, few digits."""
+    """Return values as divisors: at least 1, few digits."""
     return tuple(round(max(1.0, value), 6) for value in values)

@@ -1,4 +1,4 @@
-"""LongRoPE's search: which divisor of each rotary frequency reads long text best (2402.13753, section 3.2)."""
+"""LongRoPE's search for a divisor of each rotary frequency by the loss on long text (2402.13753, section 3.2)."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from .state import opened
 
 @dataclass(frozen=True)
 class RopeSearch(Shown):
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         patch: the scaling, to be applied to the model.
         loss: of the last targets of the documents, nats per token.
-        seeds: the same for position interpolation, NTK and YaRN, from which the search began.
-        evaluations: divisors that were tried.
-        population: how many were kept at a time.
-        iterations: how often children were made.
-        seconds: that this call took.
+        seeds: losses of position interpolation, NTK and YaRN, with which the search began.
+        evaluations: number of evaluated divisors.
+        population: size of the population.
+        iterations: number of iterations.
+        seconds: duration of this call.
     """
 
     patch: RopeScaling
@@ -60,14 +60,14 @@ class RopeSearch(Shown):
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """How much is tried.
+    """The size of the search.
 
     Attributes:
-        population: divisors that are kept; a quarter as many mutations and as many crossovers in each iteration.
+        population: divisors that are kept; an iteration makes a quarter as many mutations and as many crossovers.
         iterations: at most.
-        minutes: scales population and iterations down alike, by the time that the seeds take; None for as they are.
-        step: of the grid that divisors are drawn from, up to 1.25 times target over trained length.
-        seed: the same one finds the same divisors.
+        minutes: scales population and iterations down to this time, by that of the seeds; None does not.
+        step: of the grid of divisors, which reaches 1.25 times target over trained length.
+        seed: of the random numbers; equal seeds find equal divisors.
     """
 
     population: int = 64  # the paper's
@@ -96,29 +96,29 @@ def search_rope(
     batch_tokens: int = 8192,
     **effort: Any,
 ) -> RopeSearch:
-    """Search the divisors of rotary frequencies with which a model reads longer text best; it is left as it was.
+    """Search the divisors of rotary frequencies with which a model reads longer text best; the model is unchanged.
 
     Experimental: its arguments may get other names or defaults between minor versions.
 
-    Seeded with position interpolation, NTK, YaRN and transformers' own YaRN (which counts frequencies, where the paper
-    counts turns); children are mutations and crossovers that divide no frequency by
-    less than a higher one. Apply ``.patch`` of the result: stock transformers loads it as ``longrope``. Judge it on
-    other text. The paper's first tokens that keep their angles are left out: transformers cannot express them.
+    The seeds are position interpolation, NTK, YaRN and transformers' own YaRN (a ramp over indices instead of turns);
+    children are mutations and crossovers that divide no frequency by less than a higher one. Apply ``.patch`` of the
+    result: stock transformers loads it as ``longrope``. Judge it on other text. The paper's first tokens with unchanged
+    angles are left out, because transformers cannot express them.
 
     Args:
         model: a causal language model with rotary positions.
         target: context in tokens, above the one that it was trained on.
         documents: token ids, each at least ``target`` long; a mapping gives them names.
-        targets: how many of the last tokens of ``target`` are predicted; half of them unless given.
-        attention_factor: on cos and sin; None takes LongRoPE's or YaRN's, whichever reads this text better with YaRN's
+        targets: how many of the last tokens of ``target`` are predicted; None for half of them.
+        attention_factor: on cos and sin; None takes LongRoPE's or YaRN's, whichever gives the lower loss with YaRN's
             divisors.
-        state: a file that is written after each evaluation; where it is there, the search goes on from it.
-        batch_tokens: tokens in a forward pass, at most; one document at least.
+        state: a file, written after each evaluation; if it exists, the search continues from it.
+        batch_tokens: largest number of tokens in a forward pass; at least one document.
         effort: fields of :class:`Effort`: ``population``, ``iterations``, ``minutes``, ``step``, ``seed``.
 
     Raises:
-        AttnPatchError: no rotary positions, a target that is not longer, numbers that will not do, a state file of
-            another search.
+        AttnPatchError: no rotary positions, a target that is not longer, invalid numbers, or a state file of another
+            search.
         EvaluationError: a document is too short, or a loss is not finite.
     """
     targets = target // 2 if targets is None else targets
@@ -128,14 +128,14 @@ def search_rope(
     made, file = Effort(**effort), None if state is None else Path(state)
     start = seeds(_frequencies(model), factor, round(target / factor))
     start["yarn of transformers"] = _native(model, factor)
-    if attention_factor is None and (file is None or not file.exists()):  # else that of the search which goes on
+    if attention_factor is None and (file is None or not file.exists()):  # else the resumed search's
         task = dataclasses.replace(task, attention=_attention(task, start["yarn of transformers"]))
     return _searched(task, start, made, file)
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What divisors are judged by.
+    """What divisors are evaluated on.
 
     Attributes:
         model: to be scaled.
@@ -143,7 +143,7 @@ class _Task:
         targets: last tokens that are predicted.
         factor: target over trained length.
         attention: factor on cos and sin, or None.
-        rows: of windows in a forward.
+        rows: windows in a forward.
     """
 
     model: PreTrainedModel
@@ -154,12 +154,12 @@ class _Task:
     rows: int
 
     def scaling(self, divisors: Divisors) -> RopeScaling:
-        """Return the patch of divisors."""
+        """Return the patch for these divisors."""
         fields: dict[str, Any] = {"long_factor": divisors, "attention_factor": self.attention}
         return RopeScaling(kind="longrope", factor=self.factor, **fields)
 
     def loss(self, divisors: Divisors) -> float:
-        """Return the nats per token that divisors give."""
+        """Return the loss with these divisors, in nats per token."""
         report = apply(self.model, self.scaling(divisors), self_check=False)
         try:
             return _loss(self.model, self.ids, self.targets, self.rows)
@@ -168,14 +168,14 @@ class _Task:
 
 
 def _attention(task: _Task, divisors: Divisors) -> float:
-    """Return LongRoPE's or YaRN's factor on cos and sin, whichever is better with these divisors."""
+    """Return LongRoPE's or YaRN's factor on cos and sin, whichever gives the lower loss with these divisors."""
     trained = task.ids.shape[1] / task.factor
     choices = (math.sqrt(1 + math.log(task.factor) / math.log(trained)), 0.1 * math.log(task.factor) + 1)
     return min(choices, key=lambda each: dataclasses.replace(task, attention=each).loss(divisors))
 
 
 def _native(model: PreTrainedModel, factor: float) -> Divisors:
-    """Return what transformers' own YaRN divides by."""
+    """Return the divisors of transformers' own YaRN."""
     plain = _frequencies(model)
     report = apply(model, RopeScaling(kind="yarn", factor=factor), self_check=False)
     try:
@@ -206,7 +206,7 @@ def _searched(task: _Task, start: dict[str, Divisors], effort: Effort, file: Pat
 
 
 def _frequencies(model: PreTrainedModel) -> torch.Tensor:
-    """Return the rotary frequencies that a ``longrope`` divisor would divide, fp32, on the CPU."""
+    """Return the rotary frequencies that ``longrope`` divides, fp32, on the CPU."""
     module = model.get_submodule(describe(model).rotary[0].path)
     named = dict(module.named_buffers(recurse=False))
     name = next(n for n in named if n.endswith(words.ORIGINAL_FREQUENCIES) and "sliding" not in n)
@@ -215,7 +215,7 @@ def _frequencies(model: PreTrainedModel) -> torch.Tensor:
 
 
 def _loss(model: PreTrainedModel, ids: torch.Tensor, targets: int, rows: int) -> float:
-    """Return the mean nats of the last targets of windows, (documents, target), so many in a forward."""
+    """Return the mean loss of the last targets of windows, (documents, target), in nats, ``rows`` at a time."""
     found = []
     with measuring(model):
         for part in torch.split(ids.to(device_of(model)), rows):
@@ -236,7 +236,7 @@ def _trained(model: PreTrainedModel, target: int, targets: int) -> int:
     """Return the trained window.
 
     Raises:
-        AttnPatchError: there is none to stretch, or numbers that will not do.
+        AttnPatchError: the positions cannot be scaled, or the numbers are invalid.
     """
     anatomy = describe(model)
     trained = anatomy.max_positions

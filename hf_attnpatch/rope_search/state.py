@@ -1,4 +1,4 @@
-"""A search for divisors as a file: written after every evaluation, so that an interrupted one goes on."""
+"""The state of a search as a file, written after every evaluation, so that an interrupted search can continue."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from ..schema import brief, fields_of, from_json, text_of
 from ..writing import write
 from .evolution import Divisors
 
-_MOST = 1_000_000  # divisors that are kept, and iterations
+_MOST = 1_000_000  # largest population and number of iterations in a file
 
 
 @dataclass
 class State:
-    """Where a search stands.
+    """The present state of a search.
 
     Attributes:
-        settings: what decides its course; a file of other settings is refused.
-        file: where it is kept, or None.
+        settings: determine the course; a file with other settings is refused.
+        file: where it is stored, or None.
         losses: of all divisors that were evaluated, in order.
-        settled: how many of those were there when the present iteration began.
-        iteration: that is under way; 0 fills the first population.
+        settled: how many losses there were when the present iteration began.
+        iteration: the present one; 0 fills the first population.
         population: best first.
-        chance: source of numbers, as it was when the iteration began.
+        chance: source of random numbers, as it was when the iteration began.
     """
 
     settings: dict[str, Any]
@@ -40,7 +40,7 @@ class State:
     chance: random.Random = field(default_factory=random.Random)
 
     def note(self, divisors: Divisors, loss: float) -> None:
-        """Remember a loss."""
+        """Store a loss."""
         self.losses[divisors] = loss
         self._write()
 
@@ -70,7 +70,7 @@ class State:
 
 @dataclass(frozen=True)
 class _Kept:
-    """A state as its file has it."""
+    """A state as stored in its file."""
 
     settings: dict[str, Any]
     iteration: int
@@ -81,10 +81,10 @@ class _Kept:
 
 
 def _check(data: _Kept, where: str) -> None:
-    """Hold a state to what a search makes.
+    """Check that a state is consistent.
 
     Raises:
-        AttnPatchError: says what does not hold together.
+        AttnPatchError: names the inconsistency.
     """
     size, rounds = (data.settings.get(name, 8) for name in ("population", "iterations"))
     tried = dict(data.losses)
@@ -109,15 +109,15 @@ def _check(data: _Kept, where: str) -> None:
 
 
 def opened(settings: dict[str, Any], seed: int, file: Path | None) -> State:
-    """Return the state that a file holds, or a new one.
+    """Return the state in a file, or a new one.
 
     Args:
-        settings: of the search; numbers that were ``None`` are taken from the file.
-        seed: of a new one.
-        file: may not be there yet; None for a search that is not kept.
+        settings: of the search; numbers that are ``None`` are read from the file.
+        seed: for a new state.
+        file: may not exist yet; None for a search without a file.
 
     Raises:
-        AttnPatchError: the file is of another search, or no such file.
+        AttnPatchError: the file belongs to another search, or is no state.
     """
     state = State(settings, file, chance=random.Random(seed))  # noqa: S311 - no secret
     if file is None or not file.exists():

@@ -1,1 +1,1 @@
-"""Attention that sees distances otherwise than they are, without training."""
+"""Position remapping: attention at changed distances, for a longer context without training."""

@@ -1,6 +1,6 @@
-"""The wrapper that changes the distances at which a module sees its keys.
+"""The attention wrapper that remaps the distances at which a module sees its keys.
 
-Modules that see a window or do not rotate have no such wrapper, and are served as their kernel would serve them.
+Modules with a sliding window, and modules that do not rotate, have no such wrapper and use their kernel unchanged.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from ..attention.rotation import frequencies_of
 from ..attention.wrapper import Wrapper, wrapper_of
 from ..errors import AttnPatchError
 from ..functional import spanned
-from ..functional.rerotation import Turning
-from ..functional.spans import Span
+from ..functional.rerotation import RotaryPlanes
+from ..functional.spans import Remapping
 from ..upstream import words
 from . import opaque
 
 
-class Spanned(Wrapper):
-    """How one attention module sees distances.
+class RemapPositions(Wrapper):
+    """Remaps the distances of one attention module.
 
-    Not a module and no buffer: everything follows from the config, and the frequencies are read where the model keeps
-    them, so that they follow it to another device and are there when it was built on the meta device.
+    Neither a module nor a buffer: everything follows from the config. The frequencies are read from the rotary module,
+    so that they follow it to another device and exist when it was built on the meta device.
 
     Args:
-        span: distances.
-        rotary: the module that made the angles.
-        buffer: under which name it keeps its frequencies.
-        interleaved: see :class:`Turning`.
-        first: see :class:`Turning`.
-        dense: whether every score is computed, whatever the kernel: to compare with.
+        span: the remapping.
+        rotary: the rotary module that computes the angles.
+        buffer: the name of its frequency buffer.
+        interleaved: see :class:`RotaryPlanes`.
+        first: see :class:`RotaryPlanes`.
+        dense: whether to compute every score, whatever the kernel; used as a reference.
     """
 
     name, order = "distances", 2
 
     def __init__(
-        self, span: Span, rotary: nn.Module, buffer: str, interleaved: bool, first: int, *, dense: bool = False
+        self, span: Remapping, rotary: nn.Module, buffer: str, interleaved: bool, first: int, *, dense: bool = False
     ):
         self.span, self.rotary, self.buffer, self.interleaved, self.first = span, rotary, buffer, interleaved, first
         self.dense, self.number = dense, opaque.number_of(span)
@@ -49,12 +49,12 @@ class Spanned(Wrapper):
     def __repr__(self) -> str:
         return str(self.span)
 
-    def turning(self) -> Turning:
-        """Return how the module's states turn."""
-        return Turning(frequencies_of(getattr(self.rotary, self.buffer)), self.interleaved, self.first)
+    def turning(self) -> RotaryPlanes:
+        """Return the rotated dimensions of a head and their frequencies."""
+        return RotaryPlanes(frequencies_of(getattr(self.rotary, self.buffer)), self.interleaved, self.first)
 
     def around(self, call: AttentionCall, inner: Callable[[AttentionCall], Output]) -> Output:
-        """Attend as the kernel does within the trained length; beyond it, by merged flash calls."""
+        """Attend by the kernel within the trained length, and by merged flash calls beyond it."""
         mask, places = _placed(call)
         if torch.compiler.is_compiling():
             return self._in_a_graph(call, places, inner)
@@ -66,7 +66,7 @@ class Spanned(Wrapper):
         turning, states = self.turning(), (call.query, call.key, call.value)
         queries, key = call.query.shape[2], call.key
         steps = None
-        if queries <= spanned.FEW:  # the same for every layer that rotates alike
+        if queries <= spanned.FEW:  # shared by all layers with the same rotation
             form = (
                 self.span,
                 id(getattr(self.rotary, self.buffer)),
@@ -83,7 +83,7 @@ class Spanned(Wrapper):
         return out.transpose(1, 2).contiguous(), None
 
     def _in_a_graph(self, call: AttentionCall, places: Tensor, inner: Callable[[AttentionCall], Output]) -> Output:
-        """Attend by an operation that a graph does not look into; how far texts reach, it knows by their columns."""
+        """Attend by an opaque operation inside a compiled graph; it bounds the positions by the number of columns."""
         if call.key.shape[2] <= self.span.plain:
             return inner(call)
         _refuse(call, words.SCORE_BIAS, words.CACHE, words.SOFTCAP, words.SINKS, words.DROPOUT)
@@ -93,7 +93,7 @@ class Spanned(Wrapper):
         return out.transpose(1, 2).contiguous(), None
 
     def _dense(self, call: AttentionCall, places: Tensor) -> Output:
-        """Every score in memory, in fp32: the only way that returns attention weights."""
+        """Attend densely in fp32: the only way that returns attention weights."""
         _refuse(call, words.SCORE_BIAS, words.CACHE)
         key, value, (softcap, sinks) = call.key, call.value, map(call.given.get, (words.SOFTCAP, words.SINKS))
         scores = spanned.weights(call.query, key, places, self.span, self.turning(), call.scale)
@@ -108,9 +108,9 @@ class Spanned(Wrapper):
         return (rows @ values).transpose(1, 2).contiguous(), rows
 
 
-def span_of(module: nn.Module) -> Spanned | None:
-    """Return how a module sees distances by a patch of this package, or None."""
-    return wrapper_of(module, Spanned)
+def span_of(module: nn.Module) -> RemapPositions | None:
+    """Return the remapping that a patch of this package gave a module, or None."""
+    return wrapper_of(module, RemapPositions)
 
 
 def _placed(call: AttentionCall) -> tuple[AttentionMask, Tensor]:

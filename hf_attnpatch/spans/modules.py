@@ -1,8 +1,7 @@
-"""What attention sinks leave in a model: a hook on each module, and a cache layer that lets go of tokens."""
+"""Modules of attention sinks: a hook on each attention module, and a cache layer that evicts tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,38 +13,35 @@ from ..errors import AttnPatchError
 from ..functional.spans import Sinks
 from ..upstream import words
 from ..upstream.caches import DynamicLayer, Storing, length, overriding, queries, view
-from ..upstream.roles import Roles
+from ..upstream.roles import ArgumentHook, Arguments, Roles
 
 
-class ShiftedAngles:
-    """Forward pre-hook of a rotary module: every token stands at one position.
+class ShiftedAngles(ArgumentHook):
+    """Forward pre-hook of a rotary module: gives every token the same position.
 
     Args:
-        roles: of the arguments of its forward.
-        place: the position.
+        roles: argument roles of its forward.
+        place: that position.
     """
 
     def __init__(self, roles: Roles, place: int):
-        self.roles, self.place = roles, place
+        super().__init__(roles)
+        self.place = place
 
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Put it in the place of the positions."""
-        given = self.roles.bind(args, kwargs)
+    def edit(self, module: nn.Module, given: Arguments) -> None:
+        """Replace the positions."""
         given.put(words.POSITIONS, torch.full_like(given.get(words.POSITIONS), self.place))
-        return given.back()
 
 
 @overriding("AttentionSinks", "get_mask_sizes", "crop", of_layer=True)
 class SinkLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not followed
-    """A cache layer that keeps the first tokens and the last ones, and lets go of what is between them.
+    """A cache layer that keeps the first and the last tokens, and evicts those between them.
 
-    Keys stay as the model turned them; attention turns the first ones to where they are seen, exactly, each time.
+    Keys stay as the model rotated them; attention rotates the first ones to their new distance each time.
 
     Args:
-        head: tokens that stay: the sinks, and the longest padding before them.
-        window: last tokens that a query sees, itself among them.
+        head: number of first tokens that stay: the sinks, and the longest padding before them.
+        window: number of last tokens that a query sees, itself included.
     """
 
     def __init__(self, head: int, window: int):
@@ -53,12 +49,12 @@ class SinkLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not foll
         self.head, self.window, self.cumulative_length = head, window, 0
 
     def begin(self, head: int) -> None:
-        """Keep so many first tokens: rows that were nothing but padding so far may have made it longer."""
+        """Set how many first tokens stay; rows that were only padding so far may have raised it."""
         if self.cumulative_length == 0 or self.keys.shape[-2] == self.cumulative_length:
             self.head = head
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Return what the new queries may see; store what the next one may."""
+        """Return what the new queries see, and store what the next one will."""
         self.cumulative_length += key_states.shape[-2]
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         if keys.shape[-2] > self.head + self.window - 1:
@@ -72,62 +68,62 @@ class SinkLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not foll
         return int(self.cumulative_length)
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        """Return how many keys the queries get, and behind how many of them others are missing (0: nowhere)."""
+        """Return the number of keys, and the column after which evicted ones are missing (0: none are)."""
         held = 0 if not self.is_initialized else int(self.keys.shape[-2])
         return held + queries(query_length), self.head if held < self.cumulative_length else 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens.
+        """Remove the last tokens.
 
         Raises:
-            AttnPatchError: tokens before them were let go already.
+            AttnPatchError: tokens before them were evicted already.
         """
-        if self.is_initialized and self.keys.shape[-2] < self.cumulative_length and tokens_to_remove:
+        if self.is_initialized and self.keys.shape[-2] < self.cumulative_length:
+            if not tokens_to_remove:
+                return  # asked where assisted decoding kept every draft, and after each step on mps
             raise AttnPatchError(
-                "this cache keeps attention sinks and a window, and has let go of tokens that a rollback needs "
+                "this cache keeps attention sinks and a window, and has evicted tokens that a rollback needs "
                 "(assisted decoding?); decode without it, or pass a cache of your own."
             )
         super().crop(tokens_to_remove)
         self.cumulative_length = 0 if self.keys is None else int(self.keys.shape[-2])
 
 
-class Evicting:
-    """Forward pre-hook of an attention module: a growing cache that is still empty becomes one that lets go.
+class EvictHook(ArgumentHook):
+    """Forward pre-hook of an attention module: makes an empty dynamic cache evict tokens.
 
     Args:
-        roles: of the arguments of the module's forward.
-        span: how much is kept.
+        roles: argument roles of the module's forward.
+        span: how many tokens are kept.
     """
 
     def __init__(self, roles: Roles, span: Sinks):
-        self.roles, self.span = roles, span
+        super().__init__(roles)
+        self.span = span
 
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Hand over a view of the cache, whose layer is exchanged when the first keys come."""
-        given = self.roles.bind(args, kwargs)
+    def edit(self, module: nn.Module, given: Arguments) -> bool | None:
+        """Pass a view of the cache, which replaces the layer when the first keys arrive."""
         cache = given.get(words.CACHE)
         if type(cache) is not DynamicCache:
-            return None
+            return False
         head = self.span.sinks + _padding(given.get(words.MASK))
         given.put(words.CACHE, view(cache, EvictingStore(head, self.span.window).stored))
-        return given.back()
+        return None
 
 
 class EvictingStore:
-    """What a module's cache does when it stores: a layer that is still empty becomes one that lets go.
+    """Stores keys of one module in a cache; an empty layer is replaced by one that evicts.
 
     Args:
-        head: tokens that stay.
-        window: last tokens that a query sees.
+        head: number of first tokens that stay.
+        window: number of last tokens that a query sees.
     """
 
     def __init__(self, head: int, window: int):
         self.head, self.window = head, window
 
     def stored(self, storing: Storing, key: Tensor, value: Tensor) -> Any:
-        """Exchange the layer, and store."""
+        """Replace the layer if it is empty, and store."""
         layers, number = storing.cache.layers, storing.layer
         if len(layers) == number:
             layers.append(DynamicLayer())
@@ -140,25 +136,25 @@ class EvictingStore:
 
 
 class Evicts:
-    """What attention sinks promise of a cache: so many of its layers let go of tokens.
+    """Checks that the layers of a cache evict tokens.
 
     Args:
-        layers: number of attention modules that see sinks and a window.
+        layers: number of attention modules with sinks and a window.
     """
 
     def __init__(self, layers: int):
         self.layers = layers
 
     def __call__(self, cache: Any) -> str | None:
-        """Say what is wrong with a cache that a text was decoded with, or None."""
+        """Return what is wrong with a cache after decoding a text, or None."""
         found = sum(isinstance(layer, SinkLayer) for layer in getattr(cache, "layers", ()))
-        if found >= self.layers:  # more where modules run several times a forward, each time with a layer of its own
+        if found >= self.layers:  # more if modules run several times in a forward, each time with its own layer
             return None
-        return f"the cache would keep every token: {found} of {self.layers} layers let go of those behind the window"
+        return f"the cache would keep every token: {found} of {self.layers} layers evict those outside the window"
 
 
 def _padding(mask: Any) -> int:
-    """Return the length of the longest padding before a row."""
+    """Return the largest number of padding tokens before a row."""
     made = mask_of(mask)
     places = None if made is None else made.positions()
     if made is None or places is None:

@@ -1,7 +1,7 @@
-"""Attention at changed distances as one operation of torch, into which ``torch.compile`` does not look.
+"""Remapped attention as an opaque torch operation, so that ``torch.compile(fullgraph=True)`` accepts it.
 
-Which flash calls are made depends on where the rows begin, which is in no graph. As an operation of its own it stands
-in any graph, ``fullgraph=True`` included, and computes what it does elsewhere.
+Which flash calls are made depends on where the rows start, which no graph contains. As an operation of its own it fits
+into any graph, and computes the same as outside.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from ..functional import spanned
-from ..functional.rerotation import Turning
-from ..functional.spans import Span
+from ..functional.rerotation import RotaryPlanes
+from ..functional.spans import Remapping
 
-_SPANS: list[Span] = []  # by the number under which a graph knows them
+_SPANS: list[Remapping] = []  # remappings, indexed by the number that graphs contain
 
 
-def number_of(span: Span) -> int:
-    """Return the number under which a graph knows a kind of distance; equal ones have one number."""
+def number_of(span: Remapping) -> int:
+    """Return the number that stands for a remapping in a graph; equal ones share it."""
     if span not in _SPANS:
         _SPANS.append(span)
     return _SPANS.index(span)
@@ -40,20 +40,20 @@ def attend(
     """Attend; see :func:`hf_attnpatch.functional.spanned.attend`.
 
     Args:
-        query: (batch, heads, q, d), as the model turned them.
+        query: (batch, heads, q, d), as the model rotated them.
         key: (batch, kv heads, k, d), likewise.
         value: (batch, kv heads, k, d_v).
         places: position of each key, (batch or 1, k), -1 where there is none.
         frequencies: (planes,), radians per position.
-        span: what :func:`number_of` returned.
-        interleaved: see :class:`Turning`.
-        first: see :class:`Turning`.
-        scale: on the inner products.
+        span: a number from :func:`number_of`.
+        interleaved: see :class:`RotaryPlanes`.
+        first: see :class:`RotaryPlanes`.
+        scale: factor on the scores.
 
     Returns:
         (batch, heads, q, d_v).
     """
-    turning = Turning(frequencies, interleaved, first)
+    turning = RotaryPlanes(frequencies, interleaved, first)
     return spanned.attend(query, key, value, places, _SPANS[span], turning, scale).contiguous()
 
 
@@ -75,9 +75,9 @@ def _gradients(
     first: int,
     scale: float,
 ) -> list[Tensor]:
-    """Return the gradients of queries, keys and values; attention is computed once more."""
+    """Return the gradients of queries, keys and values, by computing attention once more."""
     states = [t.detach().requires_grad_() for t in (query, key, value)]
-    turning = Turning(frequencies, interleaved, first)
+    turning = RotaryPlanes(frequencies, interleaved, first)
     with torch.enable_grad():
         out = spanned.attend(states[0], states[1], states[2], places, _SPANS[span], turning, scale)
         return [each.contiguous() for each in torch.autograd.grad(out, states, grad)]

@@ -1,4 +1,4 @@
-"""What the patches that change distances have in common: lengths, reading the model, edits, the choice of a kernel."""
+"""Common parts of the patches that remap distances: lengths, the edits, and the choice of a kernel."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ..attention.wrapper import AddWrapper
 from ..configs import config_path
 from ..edits import AddPreHook, Edit
 from ..errors import AttnPatchError, UnsupportedArchitecture
-from ..functional.spans import Sinks, Span
+from ..functional.spans import Remapping, Sinks
 from ..patch import Patch, Proposal
 from ..positions.counting import counted
 from ..probe import default_inputs, logits_under, trial
 from ..sites import Site
 from ..upstream.roles import roles_of
 from ..weightless import is_restoring, runnable
-from .attention import Spanned, span_of
-from .modules import Evicting, Evicts
+from .attention import RemapPositions, span_of
+from .modules import EvictHook, Evicts
 from .survey import Found, by_itself, survey
 
 BACKENDS = ("auto", "sdpa", "eager")
 
 
 class Spanning(Protocol):
-    """The fields that every patch of distances has."""
+    """Fields that every remapping patch has."""
 
     @property
     def name(self) -> str: ...  # noqa: D102 - see Patch
@@ -39,7 +39,7 @@ class Spanning(Protocol):
 
 
 class Reaching(Protocol):
-    """The fields of patches that are told how far to reach."""
+    """Fields of remapping patches with a length to reach."""
 
     @property
     def name(self) -> str: ...  # noqa: D102 - see Patch
@@ -50,10 +50,10 @@ class Reaching(Protocol):
 
 
 def check_fields(patch: Reaching | Spanning, backend: str, **lengths: int | None) -> None:
-    """Refuse what is no length, and backends that do not exist.
+    """Refuse invalid lengths and unknown backends.
 
     Raises:
-        AttnPatchError: says the field, what was found and what was wanted.
+        AttnPatchError: names the field, what was found and what is allowed.
     """
     if backend not in BACKENDS:
         raise AttnPatchError(f"backend {backend!r} does not exist; choose from {', '.join(BACKENDS)}.")
@@ -64,10 +64,10 @@ def check_fields(patch: Reaching | Spanning, backend: str, **lengths: int | None
 
 
 def trained_length(patch: Spanning, anatomy: Anatomy) -> int:
-    """Return how many tokens the model handles by itself.
+    """Return the trained length: tokens that the model handles without the patch.
 
     Raises:
-        UnsupportedArchitecture: neither the patch nor the config says.
+        UnsupportedArchitecture: neither the patch nor the config declares one.
     """
     length = patch.trained_length or anatomy.max_positions
     if not isinstance(length, int) or length < 8:
@@ -79,7 +79,7 @@ def trained_length(patch: Spanning, anatomy: Anatomy) -> int:
 
 
 def target_length(patch: Reaching, trained: int) -> int | None:
-    """Return the length to reach in tokens; None where none was given.
+    """Return the length to reach, in tokens; None if none was given.
 
     Raises:
         AttnPatchError: it is not above the trained length.
@@ -94,38 +94,39 @@ def target_length(patch: Reaching, trained: int) -> int | None:
 
 
 def within(patch: Patch, trained: int, **lengths: int) -> None:
-    """Refuse distances that the model has never seen.
+    """Refuse distances that the model has not been trained on.
 
     Raises:
-        AttnPatchError: one of them is above the trained length.
+        AttnPatchError: one of the lengths is above the trained length.
     """
     for name, value in lengths.items():
         if value > trained:
             raise AttnPatchError(
-                f"{patch.name}: {name} {value} is above the {trained} tokens that the model was trained on, so that "
-                "distances within it are as foreign to it as those beyond; choose it smaller."
+                f"{patch.name}: {name} {value} is above the {trained} tokens that the model was trained on, so "
+                f"distances within "
+                "it are as unknown to the model as those beyond; choose a smaller value."
             )
 
 
 def spanned(
-    patch: Spanning, model: PreTrainedModel, anatomy: Anatomy, span: Span, small: Span, notes: Sequence[str]
+    patch: Spanning, model: PreTrainedModel, anatomy: Anatomy, span: Remapping, small: Remapping, notes: Sequence[str]
 ) -> Proposal:
-    """Return the proposal of a patch whose fields are all chosen.
+    """Return the proposal of a patch with all fields chosen.
 
     Args:
-        patch: with every length filled in.
+        patch: with every length set.
         model: as in :meth:`Patch.propose`.
         anatomy: likewise.
-        span: what the patch makes of distances.
-        small: the same kind, so short that a few tokens reach beyond it; the kernels are compared on it.
+        span: the remapping.
+        small: the same kind, but short enough that a few tokens reach beyond it; kernels are compared on it.
         notes: for the report.
 
     Raises:
-        UnsupportedArchitecture: no module can be served, or no kernel runs here.
+        UnsupportedArchitecture: no module can be remapped, or no kernel runs here.
     """
     held = next((path for path, module in model.named_modules() if span_of(module) is not None), None)
     if held is not None:
-        raise UnsupportedArchitecture(f"{held}: sees distances by a patch of this package already; revert it first.")
+        raise UnsupportedArchitecture(f"{held}: a patch of this package remaps its distances already; revert it first.")
     with runnable(model):
         found, left = survey(model, anatomy)
     edits = [
@@ -145,13 +146,15 @@ def spanned(
     )
 
 
-def _edits(model: PreTrainedModel, anatomy: Anatomy, found: Found, span: Span, dense: bool = False) -> Iterator[Edit]:
+def _edits(
+    model: PreTrainedModel, anatomy: Anatomy, found: Found, span: Remapping, dense: bool = False
+) -> Iterator[Edit]:
     sites: dict[str, Site] = {site.path: site for site in anatomy.sites}
     for path, (rotary, buffer, interleaved, first) in found.items():
-        held = Spanned(span, model.get_submodule(rotary), buffer, interleaved, first, dense=dense)
+        held = RemapPositions(span, model.get_submodule(rotary), buffer, interleaved, first, dense=dense)
         yield AddWrapper(path, held)
     if anatomy.native:
-        return  # its notes are taken under any implementation
+        return  # deferred attention works under any implementation
     places = [
         (path, sites[path].config if path in sites else config_path(model, model.get_submodule(path).config) or "")
         for path in found
@@ -159,25 +162,25 @@ def _edits(model: PreTrainedModel, anatomy: Anatomy, found: Found, span: Span, d
     yield from guarded(model, anatomy.base, places)
 
 
-def _caches(model: PreTrainedModel, found: Found, span: Span) -> Iterator[Edit]:
+def _caches(model: PreTrainedModel, found: Found, span: Remapping) -> Iterator[Edit]:
     if not isinstance(span, Sinks):
         return
     for path in found:
-        hook = Evicting(roles_of(model.get_submodule(path)), span)
-        yield AddPreHook(path, hook, "an empty cache becomes one that lets go", first=True)
+        hook = EvictHook(roles_of(model.get_submodule(path)), span)
+        yield AddPreHook(path, hook, "an empty cache becomes one that evicts tokens", first=True)
 
 
 def _kernel(
     patch: Spanning, model: PreTrainedModel, anatomy: Anatomy, trying: Callable[[bool], Iterator[Edit]]
 ) -> tuple[Sequence[Edit], list[str]]:
-    """Return the edits that choose a kernel, and what to say; flash calls are held to the dense way on a few tokens."""
+    """Return the edits that select a kernel, and notes; flash calls are compared with dense attention on a probe."""
     if anatomy.native and patch.backend == "eager":
         raise UnsupportedArchitecture(
             f"{anatomy.sites[0].path}: {anatomy.sites[0].kind} computes its scores by itself, and only a fused "
             "kernel can take its place; leave backend='auto'."
         )
     through = by_itself(model, anatomy)
-    if is_restoring():  # kernels are compared with weights
+    if is_restoring():  # the comparison needs weights
         asked = kernel_of(model.config._attn_implementation)
         kernel = patch.backend if patch.backend != "auto" else asked if asked in BACKENDS[1:] else "sdpa"
         return through if anatomy.native else (set_kernel(kernel),), []

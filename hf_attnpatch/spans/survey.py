@@ -1,7 +1,7 @@
-"""Which attention modules of a model turn keys by position, over the whole text, and how: found by turning them.
+"""Finds the attention modules that rotate keys over the whole text, and how, by rotating them.
 
-The model runs twice, with every token at one position and then at another. What a module's keys did in between is
-compared with each way of turning that there is, so that no table of families is needed.
+The model runs twice, with all tokens at one position and then at another. The change of a module's keys is compared
+with every known rotation, so that no table of families is needed.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from transformers import PreTrainedModel
 
 from .. import record
 from ..anatomy import Anatomy
-from ..attention.listener import Listener
 from ..attention.masks import mask_of
 from ..attention.registry import set_kernel
 from ..attention.rotation import rotation_of
-from ..attention.wrapper import HELD, AddWrapper
+from ..attention.wrapper import HELD, AddWrapper, Listener
 from ..edits import AddPreHook, Edit
 from ..errors import UnsupportedArchitecture
 from ..positions.fusing import deferred
@@ -28,20 +27,20 @@ from ..upstream import words
 from ..upstream.roles import roles_of
 from .modules import ShiftedAngles
 
-Found = dict[str, Way]  # by module
+Found = dict[str, Way]  # path of a module -> its rotation
 
 
 def survey(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Found, list[str]]:
-    """Return the modules whose distances can be changed, and sentences on those that are left alone.
+    """Return the modules whose distances can be remapped, and notes on those that are left alone.
 
     Raises:
-        UnsupportedArchitecture: there are none, or one that looks back at everything turns keys in an unknown way.
+        UnsupportedArchitecture: there are none, or one that attends to the whole past rotates keys in an unknown way.
     """
     through = by_itself(model, anatomy)
     anatomy = dataclasses.replace(anatomy, rotary=tuple(r for r in anatomy.rotary if not in_tower(r.path)))
     places = [] if anatomy.native else dispatching(model, anatomy.sites, anatomy.other, anatomy.unread)
     paths = [place.path for place in places or anatomy.sites]
-    if anatomy.turned and not anatomy.rotary:  # by this package, which knows how
+    if anatomy.turned and not anatomy.rotary:  # rotated by this package
         before = after = _listen(model, anatomy, through, paths, 0)
     else:
         _check_rotary(model, anatomy)
@@ -61,15 +60,15 @@ def survey(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Found, list[str]]:
             notes.setdefault(why, []).append(path)
     if not found:
         reasons = "; ".join(f"{where[0]}: {why}" for why, where in notes.items())
-        raise UnsupportedArchitecture(f"{anatomy.architecture}: no layer looks back at everything ({reasons}).")
+        raise UnsupportedArchitecture(f"{anatomy.architecture}: no layer attends to the whole past ({reasons}).")
     return found, [f"left alone, {why}: {len(where)} layers ({where[0]} ...)" for why, where in notes.items()]
 
 
 def by_itself(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Edit, ...]:
-    """Return the edits by which attention runs through wrappers; densely, where it dispatches.
+    """Return the edits that run attention through wrappers, densely if the modules dispatch.
 
     Raises:
-        UnsupportedArchitecture: modules compute their scores by themselves, and cannot be followed.
+        UnsupportedArchitecture: modules compute their own scores and cannot be followed.
     """
     if not anatomy.native:
         return (set_kernel("eager"),)
@@ -85,27 +84,29 @@ def by_itself(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Edit, ...]:
 def _check_rotary(model: PreTrainedModel, anatomy: Anatomy) -> None:
     if not anatomy.rotary:
         raise UnsupportedArchitecture(
-            f"{anatomy.architecture}: distances are changed by turning rotary states further; positions here are: "
+            f"{anatomy.architecture}: distances are remapped by rotating rotary states further; positions here are:"
             f"{anatomy.positions}."
         )
     earlier = record.read(model.config)
     if earlier is not None and any(spec.get("per_request") for spec in earlier.patches):
         raise UnsupportedArchitecture(
-            f"{anatomy.rotary[0].path}: its angles are chosen for each request and row, so that keys cannot be turned "
-            "further; use a static scaling beneath."
+            f"{anatomy.rotary[0].path}: its angles are chosen for each request and row, so keys cannot be rotated "
+            f"further; "
+            "use a static scaling beneath."
         )
     for rotary in anatomy.rotary:
         kinds = rotary.rope_type.values() if isinstance(rotary.rope_type, Mapping) else [rotary.rope_type]
         moving = next((kind for kind in kinds if kind not in STATIC), None)
         if moving is not None:
             raise UnsupportedArchitecture(
-                f"{rotary.path}: {moving!r} angles depend on the length of the text, so that keys in a cache cannot be "
-                f"turned further; use one of {', '.join(STATIC)} beneath."
+                f"{rotary.path}: {moving!r} angles depend on the length of the text, so cached keys cannot be rotated "
+                f"further; "
+                f"use one of {', '.join(STATIC)} beneath."
             )
         config = getattr(model.get_submodule(rotary.path), "config", None)
         if words.AXES in str(getattr(config, "rope_parameters", "")):
             raise UnsupportedArchitecture(
-                f"{rotary.path}: positions in several dimensions (M-RoPE of images); one distance is no measure."
+                f"{rotary.path}: positions have several axes (M-RoPE of images), so there is no single distance."
             )
 
 
@@ -122,12 +123,12 @@ def _listen(
     logits_under(model, [*edits, *through], default_inputs(model))
     silent = next((path for path, listener in listeners.items() if not listener.calls), None)
     if silent is not None:
-        raise UnsupportedArchitecture(f"{silent}: was not run on a few tokens, so that nothing is known of it.")
+        raise UnsupportedArchitecture(f"{silent}: did not run on a few tokens, so nothing is known of it.")
     return listeners
 
 
 def _other(listener: Listener) -> str | None:
-    """Say why a module is not one that looks back at everything, or None."""
+    """Return why a module does not attend to the whole past, or None."""
     call = listener.calls[0]
     if call.given.get(words.WINDOW) is not None:
         return f"a window of {call.given[words.WINDOW]} tokens"
@@ -142,9 +143,9 @@ def _way(model: PreTrainedModel, anatomy: Anatomy, path: str, before: Listener, 
     found = way_of(model, anatomy, [(then.query, now.query), (then.key, now.key)])
     if found is None:
         raise UnsupportedArchitecture(
-            f"{path}: its keys turn with position in none of the ways that are known, by the frequencies found in "
+            f"{path}: its keys rotate with position in no known way, by the frequencies found in "
             f"{', '.join(tables(model, anatomy)) or 'no buffer'} (halves or neighbours, all of a head, "
-            "its first or its last dimensions), so that they cannot be turned further."
+            "its first or its last dimensions), so they cannot be rotated further."
         )
     return found
 

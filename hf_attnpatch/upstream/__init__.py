@@ -1,1 +1,1 @@
-"""Between this package and transformers: whatever a release calls a thing, the other rooms use one word for it."""
+"""The interface to transformers: one word for each of its concepts, whatever a release calls it."""

@@ -1,4 +1,4 @@
-"""Caches of keys and values: which of their methods does what, found by trying it, and a view that one module gets."""
+"""Key-value caches: finds by trying which method does what, and gives a module its own view of a cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DynamicLayer: Any = find("DynamicLayer", "cache_utils", "a cache that lets go of
 
 @functools.cache
 def update_method(of_layer: bool = False) -> str:
-    """Return the name of the method that stores keys and values and returns all there are.
+    """Return the name of the method that stores keys and values and returns all of them.
 
     Args:
         of_layer: the method of one layer of a cache instead of the cache's.
@@ -43,7 +43,7 @@ def update_method(of_layer: bool = False) -> str:
 
 @functools.cache
 def length_method(of_layer: bool = False) -> str:
-    """Return the name of the method that says how many tokens a cache has seen.
+    """Return the name of the method that returns how many tokens a cache has seen.
 
     Args:
         of_layer: the method of one layer of a cache instead of the cache's.
@@ -68,26 +68,25 @@ def length_method(of_layer: bool = False) -> str:
 
 
 def length(cache: Any, layer: int = 0) -> int:
-    """Return how many tokens a cache has seen; 0 for None and for what counts none."""
+    """Return how many tokens a cache has seen; 0 for None and for caches that do not count."""
     count = None if cache is None else getattr(cache, LENGTH or length_method(), None)
     return 0 if count is None else int(count(layer) if layer else count())
 
 
 def queries(told: Any) -> int:
-    """Return how many queries a cache is told of: their number, or, before 5.3, a tensor of their positions."""
+    """Return the number of queries in a cache's argument: a number, or, before 5.3, a tensor of their positions."""
     return int(told.shape[0]) if isinstance(told, Tensor) else int(told)
 
 
 def first(values: Iterable[Any]) -> Any:
-    """Return the first cache of keys and values among some objects, or None."""
+    """Return the first key-value cache among some objects, or None."""
     return next((value for value in values if isinstance(value, Cache)), None)
 
 
 def returned(output: Any) -> Mapping[str, Any]:
-    """Return what a model gives back for the next forward to go on from, by the name of the field of its output.
+    """Return the part of an output that the next forward continues from, with the name of its field.
 
-    A field that holds a cache is one, whatever it is called; a state of another kind (Mamba's in some releases) is
-    known by its name.
+    Any field that holds a cache is one. A state of another kind (Mamba's in some releases) is known by its name.
     """
     fields = output_fields(output)
     found = {name: value for name, value in fields.items() if isinstance(value, Cache)}
@@ -97,7 +96,7 @@ def returned(output: Any) -> Mapping[str, Any]:
 
 
 def output_fields(output: Any) -> Mapping[str, Any]:
-    """Return the fields of a model's output by name; those of a tuple are numbered."""
+    """Return the fields of a model's output by name; those of a tuple by number."""
     if isinstance(output, Mapping):
         return {name: output[name] for name in output}
     if isinstance(output, tuple):
@@ -106,19 +105,19 @@ def output_fields(output: Any) -> Mapping[str, Any]:
 
 
 def own(cache: Any) -> Any:
-    """Return the self-attention half of a pair of caches, or the cache itself."""
+    """Return the self-attention half of an encoder-decoder cache, or the cache itself."""
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
 @dataclass(frozen=True)
 class Storing:
-    """One module's call of a cache, while new keys and values are stored.
+    """One module's call of a cache to store new keys and values.
 
     Attributes:
-        cache: that they go to, or None.
+        cache: that receives them, or None.
         arguments: of the call.
         keywords: of the call.
-        places: where among both the keys and the values are.
+        places: where the keys and the values are among both.
     """
 
     cache: Any
@@ -128,16 +127,16 @@ class Storing:
 
     @property
     def layer(self) -> int:
-        """Which layer of the cache is the module's own."""
+        """The index of the module's layer in the cache."""
         rest = [*self.arguments, *self.keywords.values()]
         return next((value for value in rest if isinstance(value, int) and not isinstance(value, bool)), 0)
 
     def past(self) -> int:
-        """Tokens that this layer of the cache has seen."""
+        """Number of tokens that this layer of the cache has seen."""
         return length(self.cache, self.layer)
 
     def store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Do what the cache does with these keys and values; without a cache there is nothing but them."""
+        """Store keys and values in the cache, and return what it returns; without a cache, return them."""
         if self.cache is None:
             return key, value
         rest, named = list(self.arguments), dict(self.keywords)
@@ -154,11 +153,11 @@ Update = Callable[[Storing, Tensor, Tensor], Any]
 
 
 class CacheView(Cache):  # type: ignore[misc]  # transformers is not followed
-    """A cache seen through one attention module: storing goes through a function, all else is the cache's own.
+    """A cache as one attention module sees it: storing calls a function, everything else goes to the cache.
 
     Args:
         cache: or None, for a module that expects one.
-        update: gets the call, the new keys and the new values, and returns the keys and values to attend to.
+        update: gets the call, the new keys and the new values; returns the keys and values to attend to.
     """
 
     def __init__(self, cache: Any, update: Update):
@@ -184,7 +183,7 @@ class CacheView(Cache):  # type: ignore[misc]  # transformers is not followed
 
 
 class PairView(EncoderDecoderCache):  # type: ignore[misc]  # transformers is not followed
-    """The same for a pair of self- and cross-attention caches: only self-attention stores through the function."""
+    """The same for an encoder-decoder cache: only self-attention stores through the function."""
 
     def __init__(self, pair: EncoderDecoderCache, update: Update):
         self._pair, self._own = pair, CacheView(pair.self_attention_cache, update)
@@ -201,10 +200,10 @@ class PairView(EncoderDecoderCache):  # type: ignore[misc]  # transformers is no
 
 
 def view(cache: Any, update: Update) -> Any:
-    """Return the view of a cache, or of a pair of caches, through which a module stores by ``update``.
+    """Return a view of a cache through which a module stores by ``update``.
 
     Raises:
-        UpstreamChanged: it is not known by which method modules store.
+        UpstreamChanged: the method by which modules store is unknown.
     """
     if not (UPDATE and LENGTH):
         update_method(), length_method()
@@ -212,15 +211,15 @@ def view(cache: Any, update: Update) -> Any:
 
 
 def overriding(purpose: str, *required: str, of_layer: bool = False) -> Callable[[type], type]:
-    """Return a decorator for a class of caches, or of their layers, that does some things otherwise than its base.
+    """Return a decorator for a class of caches, or of cache layers, that overrides methods of its base.
 
-    What stores and what counts stands under this release's names, too. A class whose base lacks something that the
-    class replaces would never be asked for it: making one is refused.
+    The overriding methods also get this release's names. If the base lacks one of them, it would never be called:
+    creating an instance is refused.
 
     Args:
         purpose: what needs the class, for the error.
-        required: methods that it replaces, beside those that store and count.
-        of_layer: whether it is a layer's class.
+        required: overridden methods beside those that store and count.
+        of_layer: whether it is the class of a layer.
     """
 
     def decorate(cls: type) -> type:
@@ -246,7 +245,7 @@ def overriding(purpose: str, *required: str, of_layer: bool = False) -> Callable
 
 
 def update_of(value: Any) -> Any:
-    """Return the function by which a module stores through a view of a cache; None for what is no view."""
+    """Return the function by which a module stores through a view of a cache; None for other objects."""
     return object.__getattribute__(value, "_update") if isinstance(value, CacheView) else None
 
 
@@ -255,7 +254,7 @@ def _fresh(of_layer: bool) -> Any:
 
 
 def _method(owner: Any, known: Iterable[str], does: Callable[[str], bool], what: str) -> str:
-    """Return the first public method that does something, those of known names tried first."""
+    """Return the first public method that passes a test; known names are tried first."""
     public = [name for name in dir(type(owner)) if not name.startswith("_") and callable(getattr(type(owner), name))]
     for name in dict.fromkeys([*(n for n in known if n in public), *public]):
         try:
@@ -273,5 +272,5 @@ def _or_nothing(name: Callable[[], str]) -> str:
         return ""
 
 
-# Found once, when the module is imported: what a compiler traces is then a constant. Empty where nothing was found.
+# Found once, on import: a constant to a compiler that traces it. Empty if nothing was found.
 UPDATE, LENGTH = _or_nothing(update_method), _or_nothing(length_method)

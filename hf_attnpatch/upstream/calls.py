@@ -1,8 +1,8 @@
-"""How transformers calls attention functions and mask functions: learned from one call of a tiny model.
+"""How transformers calls attention and mask functions, learned from one call of a tiny model.
 
-Everything else in this package speaks of ``(module, query, key, value, mask, dropout=, scaling=, ...)`` and of
-``(batch_size, q_length, kv_length, q_offset, ...)``. What is registered is wrapped on the way in where the installed
-release uses other words or places, and what is called of transformers' own on the way out.
+The rest of this package uses ``(module, query, key, value, mask, dropout=, scaling=, ...)`` and ``(batch_size,
+q_length, kv_length, q_offset, ...)``. Registered functions are adapted if the installed release uses other names or
+positions, and so are calls of transformers' own functions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .find import changed, find
 from .roles import learn, resumed, roles_of
 
 Function = Callable[..., Any]
-_LISTENING = "listening_hf_attnpatch"  # a name with a kernel's name in it is refused by families that have none of it
+_LISTENING = "listening_hf_attnpatch"  # without a kernel's name, which families without that kernel refuse
 _HEAD_DIM, _HEADS, _KV_HEADS, _DROPOUT = 8, 4, 2, 0.125
 _ROWS, _CACHED, _NEW = 2, 3, 4
 _STATES = ("module", "query", "key", "value", "mask")
@@ -32,11 +32,11 @@ _NEEDS = "every patch of attention"
 
 
 def several_documents(given: Mapping[str, Any], tokens: int) -> bool:
-    """Whether the borders of packed documents among an attention function's arguments say more than one row does.
+    """Return whether an attention function's arguments describe packed documents, more than one in a row.
 
     Args:
         given: its keywords.
-        tokens: queries of a row; one document of so many is an ordinary row.
+        tokens: queries of a row; one document of this length is an ordinary row.
     """
     bounds = given.get(words.PACKED)
     if not isinstance(bounds, Tensor):
@@ -46,7 +46,7 @@ def several_documents(given: Mapping[str, Any], tokens: int) -> bool:
 
 @dataclass
 class _Heard:
-    """What the tiny model passed in its last layer's call."""
+    """The arguments of the tiny model's last call."""
 
     attention: tuple[tuple[Any, ...], dict[str, Any]] = field(default_factory=lambda: ((), {}))
     mask: dict[str, Any] = field(default_factory=dict)
@@ -56,16 +56,16 @@ class _Heard:
 
 @dataclass(frozen=True)
 class Interface:
-    """The installed release's way to call attention and masks.
+    """How the installed release calls attention and mask functions.
 
     Attributes:
         places: where each of ``_STATES`` is passed: a position, or a keyword.
-        keywords: this package's word -> transformers' keyword of an attention function, where they differ.
+        keywords: this package's word -> transformers' keyword of an attention function, if they differ.
         masks: the same for mask functions.
-        by_position: whether mask functions tell queries by a tensor of positions (releases before 5.3).
-        causal: attribute by which a module says that it looks back only.
-        first: what mask functions get in front of all that is known, by position; empty in the releases that are.
-        others: what attention functions get by position that is none of ``_STATES``, by place; likewise empty.
+        by_position: whether mask functions get a tensor of query positions (releases before 5.3).
+        causal: attribute of a module that says whether its attention is causal.
+        first: unknown positional arguments of mask functions before the known ones; empty in known releases.
+        others: unknown positional arguments of attention functions, by position; likewise empty.
     """
 
     places: tuple[int | str, ...]
@@ -82,18 +82,18 @@ class Interface:
         return self.places == tuple(range(len(_STATES))) and not self.keywords
 
 
-_KNOWN: Interface | None = None  # a plain global, not a cached function: compilers read it, and do not run the model
+_KNOWN: Interface | None = None  # a plain global, not a cached function, so that compilers read it
 
 
 def interface() -> Interface:
-    """Return how the installed release calls attention and mask functions, learned when first asked for.
+    """Return how the installed release calls attention and mask functions, learned on first use.
 
     Raises:
-        UpstreamChanged: a tiny Llama does not run, or what it passes is not recognised.
+        UpstreamChanged: a tiny Llama does not run, or passes unknown arguments.
     """
     global _KNOWN
     if _KNOWN is None:
-        try:  # a model that asks may be in the middle of being built without data
+        try:  # the caller may be building a model on the meta device
             _KNOWN = inside(torch.device("cpu"), _learned)
         except (TypeError, AttributeError, LookupError, RuntimeError) as error:
             cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -116,10 +116,10 @@ def _learned() -> Interface:
 
 @functools.cache
 def attention_registered(function: Function) -> Function:
-    """Return what to register for an attention function that takes this package's words.
+    """Adapt an attention function with this package's words for registration.
 
-    Its mask may come by keyword, as image towers pass it. A tensor for each head that comes by a keyword which this
-    package does not know is refused in the forward: left out, it would be missing from the scores without a word.
+    Its mask may be a keyword, as image towers pass it. An unknown keyword with a tensor for each head is refused in the
+    forward: ignoring it would silently change the scores.
     """
     found = interface()
     ours = {theirs: word for word, theirs in found.keywords.items()}
@@ -144,13 +144,13 @@ def attention_registered(function: Function) -> Function:
 
 
 def _for_each_head(value: Tensor, heads: int) -> bool:
-    """Whether a tensor is a number or a row of scores for each head: (heads,) or (batch, heads, queries, any)."""
+    """Return whether a tensor has values for each head: (heads,) or (batch, heads, queries, any)."""
     at = {1: 0, 4: 1}.get(value.dim())
     return at is not None and value.is_floating_point() and value.shape[at] == heads
 
 
 def call_attention(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call an attention function of transformers, given this package's places and words, as the release wants it."""
+    """Call an attention function of transformers with this package's arguments, as the release expects them."""
     found = interface()
     if found.usual:
         return function(*args, **kwargs)
@@ -162,7 +162,7 @@ def call_attention(function: Function, args: tuple[Any, ...], kwargs: dict[str, 
 def _arranged(
     places: Sequence[int | str], others: Mapping[int, Any], states: Sequence[Any]
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Return ``_STATES`` as an attention function wants them: by position, beside what else it gets, and by name."""
+    """Return ``_STATES`` as an attention function expects them: positional arguments and keywords."""
     pairs = list(zip(places, states, strict=True))
     placed = {**others, **{place: value for place, value in pairs if isinstance(place, int)}}
     return [placed[at] for at in sorted(placed)], {place: value for place, value in pairs if isinstance(place, str)}
@@ -180,7 +180,7 @@ def flex_attention(*args: Any, **kwargs: Any) -> Any:
 
 @functools.cache
 def mask_registered(mask: Function) -> Function:
-    """Return what to register for a mask function that takes ``q_length`` and ``q_offset``: always the same."""
+    """Adapt a mask function that takes ``q_length`` and ``q_offset`` for registration; the same object each time."""
     found = interface()
     if not found.by_position and not found.masks and not found.first:
         return mask
@@ -198,7 +198,7 @@ def mask_registered(mask: Function) -> Function:
 
 
 def call_mask(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Call transformers' mask function of a name, given ``q_length`` and ``q_offset``, as the release wants it."""
+    """Call transformers' mask function of a name with ``q_length`` and ``q_offset``, as the release expects them."""
     found, mask = interface(), AttentionMaskInterface()[name]
     given = {**dict(zip(words.MASKS, args, strict=False)), **kwargs}
     if found.by_position:
@@ -212,38 +212,23 @@ def sdpa_mask(*args: Any, **kwargs: Any) -> Any:
     return call_mask("sdpa", args, kwargs)
 
 
-def eager_mask(*args: Any, **kwargs: Any) -> Any:
-    """Transformers' mask for computing every score: added, floating point."""
-    return call_mask("eager", args, kwargs)
-
-
-def flash_attention_mask(*args: Any, **kwargs: Any) -> Any:
-    """Transformers' mask for FlashAttention: (batch, keys) or None."""
-    return call_mask("flash_attention_2", args, kwargs)
-
-
-def flex_attention_mask(*args: Any, **kwargs: Any) -> Any:
-    """Transformers' mask for flex attention."""
-    return call_mask("flex_attention", args, kwargs)
-
-
 def looks_back(module: nn.Module, is_causal: bool | None = None) -> bool:
-    """Return whether an attention module looks back only: what is passed, else what it says, else yes."""
+    """Return whether a call's attention is causal: as passed, else what the module says, else yes."""
     return bool(getattr(module, interface().causal, True) if is_causal is None else is_causal)
 
 
 def says_causal(module: nn.Module) -> bool | None:
-    """Return what a module says of itself: it looks back only, it does not, or nothing."""
+    """Return what a module says about causality: True, False or None."""
     found = getattr(module, interface().causal, None)
     return found if isinstance(found, bool) else None
 
 
 def _listen() -> _Heard:
-    """Run a Llama of one layer, whose attention and mask functions only listen: a filled cache, then four tokens."""
+    """Run a one-layer Llama whose attention and mask functions only record: a filled cache, then four tokens."""
     heard = _Heard()
 
     def mask(*args: Any, **kwargs: Any) -> Tensor:
-        extra = len(args) if words.MASKS[0] in kwargs else 0  # before all that is known
+        extra = len(args) if words.MASKS[0] in kwargs else 0  # precede the known ones
         heard.first = args[:extra]
         heard.mask = {**dict(zip(words.MASKS, args[extra:], strict=False)), **kwargs}
         heard.sentinel = torch.ones(_ROWS, 1, _NEW, _CACHED + _NEW, dtype=torch.bool)
@@ -290,7 +275,7 @@ def _places(args: tuple[Any, ...], kwargs: Mapping[str, Any], sentinel: Tensor |
 
 
 def _matched(wanted: tuple[str, ...], given: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, str]:
-    """Return this package's word -> the keyword that carries its value, for words that are no keyword here."""
+    """Return this package's word -> the keyword that carries its value, if it is no keyword here."""
     found = {}
     for word in wanted:
         if word in given:
@@ -309,7 +294,7 @@ def _equal(value: Any, wanted: Any) -> bool:
 
 
 def _masks(given: Mapping[str, Any]) -> dict[str, str]:
-    """Return this package's word -> transformers' keyword of a mask function, where they differ."""
+    """Return this package's word -> transformers' keyword of a mask function, if they differ."""
     offset: Any = {"q_offset": _CACHED, "q_length": _NEW}
     numbers = {"batch_size": _ROWS, "kv_length": _CACHED + _NEW, **({} if "cache_position" in given else offset)}
     plain = {name: int(v) if isinstance(v, Tensor) and v.dim() == 0 else v for name, v in given.items()}
@@ -328,7 +313,7 @@ def _masks(given: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _skips() -> dict[str, str]:
-    """Return the keywords that let a mask function return None where a kernel knows the mask by itself."""
+    """Return the keywords that let a mask function return None where a kernel needs no mask."""
     mask = AttentionMaskInterface()["sdpa"]
     declared = inspect.signature(mask).parameters
     found = {}
@@ -342,7 +327,7 @@ def _skips() -> dict[str, str]:
 
 
 def _causal(places: Sequence[int | str], others: Mapping[int, Any]) -> str:
-    """Return the attribute by which a module tells transformers' own kernel that it looks back only."""
+    """Return the attribute by which a module tells transformers' own kernel that it is causal."""
     asked: list[str] = []
 
     class Module(nn.Module):
@@ -366,6 +351,6 @@ def _causal(places: Sequence[int | str], others: Mapping[int, Any]) -> str:
     raise changed("no attribute by which an attention module says that it looks both ways", _NEEDS)
 
 
-# What a mask function is told beside padding: queries see what comes before them, or everything.
+# The two basic masks: causal and bidirectional.
 CAUSAL: Any = find("causal_mask_function", "masking_utils", "every mask of this package")
 BIDIRECTIONAL: Any = find("bidirectional_mask_function", "masking_utils", "every mask of this package")

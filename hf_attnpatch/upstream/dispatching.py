@@ -1,7 +1,7 @@
-"""Which attention modules ask transformers' registry for their attention function: seen in their code, or by running.
+"""Finds the attention modules that look up their attention function in transformers' registry, by code or by running.
 
-A forward that names the registry asks it. One that does not may reach it through something else, such as a function, a
-property or a decorator: then the model's class is run once on the meta device with an attention function that listens.
+A forward whose code names the registry dispatches. Others may reach it through a function, a property or a decorator:
+then the model's class runs once on the meta device with an attention function that records its callers.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from ..configs import skeleton
 from .roles import FAILURES, run_without_data
 
-_LISTENING = "listening_without_data"  # a name with a kernel's name in it is refused by families that have none of it
+_LISTENING = "listening_without_data"  # without a kernel's name, which families without that kernel refuse
 
-_ASK: set[type] = set()  # classes of modules that were heard
+_ASK: set[type] = set()  # classes of modules that called it
 _RUN: set[type] = set()  # classes of models that were run
 
 
 def dispatches(model: PreTrainedModel, module: nn.Module) -> bool:
-    """Whether a module computes attention by the function that is registered under the model's implementation.
+    """Return whether a module calls the function that is registered under the model's implementation.
 
     Args:
-        model: that the module belongs to; only read.
-        module: an attention module of it.
+        model: the module's model; only read.
+        module: one of its attention modules.
     """
     kind = type(module)
     if _names_registry(kind):
@@ -45,7 +45,7 @@ def _names_registry(kind: type[nn.Module]) -> bool:
 
 
 def register_listening() -> None:
-    """Make the listening function known; the name stays, as all names of this package do."""
+    """Register the recording function; the name stays registered."""
     AttentionMaskInterface.register(_LISTENING, _no_mask)
     AttentionInterface.register(_LISTENING, _heard)
 
@@ -55,12 +55,12 @@ def _listen(model: PreTrainedModel) -> None:
     try:
         twin = skeleton(model, attention=_LISTENING).eval()
     except (*FAILURES, ImportError, StrictDataclassError):
-        return  # what cannot be built so is known by its code alone
+        return  # cannot be built: only its code tells
     run_without_data(twin)
 
 
 def _heard(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """Take note of the module, and return what has the shape of its output."""
+    """Record the module, and return a tensor with the shape of its output."""
     values = [*args, *kwargs.values()]
     _ASK.update(type(value) for value in values if isinstance(value, nn.Module))
     query, _, value = [v for v in values if isinstance(v, Tensor) and v.dim() == 4][:3]

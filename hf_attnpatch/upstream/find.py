@@ -1,4 +1,4 @@
-"""Classes and functions of transformers that it does not export at its top, found wherever a release keeps them."""
+"""Finds classes and functions that transformers does not export at its top level, wherever a release keeps them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def find(name: str, home: str, purpose: str) -> Any:
     """Return a class, function or table of transformers.
 
     Args:
-        name: of it.
-        home: module below ``transformers`` that defines it in the releases that are known, ``cache_utils`` say.
-        purpose: what this package needs it for, as the end of a sentence; for the error.
+        name: its name.
+        home: module below ``transformers`` that defines it in known releases, such as ``cache_utils``.
+        purpose: what needs it, as the end of a sentence in the error.
 
     Raises:
         UpstreamChanged: no module of the installed release defines it.
@@ -45,16 +45,16 @@ def find(name: str, home: str, purpose: str) -> Any:
 
 
 def auto_classes() -> ModuleType:
-    """Return the module of transformers' Auto classes and of the tables that they look models up in."""
+    """Return the module of transformers' Auto classes and their tables."""
     return sys.modules[find("AutoModelForCausalLM", "models.auto.modeling_auto", "loading checkpoints").__module__]
 
 
 def changed(what: str, purpose: str) -> UpstreamChanged:
-    """Build the error for something that the installed transformers does not have, or not as expected.
+    """Build the error for something that the installed transformers lacks, or defines differently.
 
     Args:
-        what: was found or not found, as the object of "has".
-        purpose: what it is needed for, as the object of "which ... needs".
+        what: what was or was not found, as the object of "has".
+        purpose: what needs it, as the object of "which ... needs".
     """
     return UpstreamChanged(
         f"transformers {transformers.__version__} has {what}, which {purpose} needs. This release was changed in a way "
@@ -70,7 +70,7 @@ def _module(name: str) -> ModuleType | None:
 
 
 def _defining(name: str) -> list[str]:
-    """Names of the modules outside of ``models`` whose source defines ``name`` at its outermost level."""
+    """Return the names of the modules outside ``models`` whose source defines ``name`` at top level."""
     root = Path(str(transformers.__file__)).parent
     pattern = re.compile(rf"^(?:(?:def|class) {re.escape(name)}\b|{re.escape(name)}\s*[:=])", re.MULTILINE)
     files = [path for path in sorted(root.rglob("*.py")) if path.relative_to(root).parts[0] != "models"]

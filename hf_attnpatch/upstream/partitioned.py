@@ -1,4 +1,4 @@
-"""Parameters that DeepSpeed ZeRO-3 has partitioned: empty, with their shape beside them."""
+"""Parameters that DeepSpeed ZeRO-3 has partitioned: empty tensors with their full shape in an attribute."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def shape_of(parameter: Tensor) -> tuple[int, ...]:
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """Whether DeepSpeed has partitioned a parameter, so that its numbers are not here."""
+    """Return whether DeepSpeed has partitioned a parameter, so that its data is elsewhere."""
     return hasattr(parameter, "ds_shape")
 
 

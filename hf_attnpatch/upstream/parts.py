@@ -1,4 +1,4 @@
-"""Results of several tensors, whatever transformers wraps them in: a tuple, a named tuple or a dataclass."""
+"""Results that consist of several tensors: a tuple, a named tuple or a dataclass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .find import changed
 
 
 def parts_of(value: Any) -> tuple[Any, ...] | None:
-    """Return what a result is made of, in order; None for what is no tuple, list or dataclass."""
+    """Return the parts of a result, in order; None for anything but a tuple, list or dataclass."""
     if isinstance(value, (tuple, list)):
         return tuple(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -19,7 +19,7 @@ def parts_of(value: Any) -> tuple[Any, ...] | None:
 
 
 def made_like(value: Any, parts: Sequence[Any], purpose: str) -> Any:
-    """Return a result of the same type, made of other parts.
+    """Return a result of the same type with other parts.
 
     Args:
         value: of the type.

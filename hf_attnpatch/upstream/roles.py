@@ -1,9 +1,9 @@
-"""What a forward calls its arguments: found by running it, or guessed from transformers' vocabulary before that.
+"""The argument roles of forwards: found by running the model's class, or guessed from transformers' vocabulary.
 
-The model's class is built once more on the meta device, where nothing is computed, and called with tokens, positions
-and a cache that are recognised again wherever they arrive. What an argument is called is a fact about the code of a
-forward, so that it is found once for each class and kept; the model that a user holds is not run for it. Where a
-forward cannot run without data, what was seen until it stopped is known of it; the vocabulary serves for the rest.
+The model's class is built again on the meta device and called with tokens, positions and a cache, which are recognised
+wherever they arrive. Argument names are a property of a forward's code, so they are found once for each class and kept;
+the user's model is not run. If a forward cannot run without data, what was seen until it stopped counts, and the
+vocabulary supplies the rest.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from .caches import first, output_fields, returned
 from .find import changed
 from .parts import parts_of
 
-_ROWS, _LENGTH = 3, 11  # of the probe: sizes that no model has by chance
+_ROWS, _LENGTH = 3, 11  # sizes of the probe that no model has by chance
 FAILURES = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ArithmeticError, AssertionError)
 
 _YES: Any = type("_Yes", (int,), {})(1)  # True, to be known again wherever a forward hands it on
 _FOUND: dict[Any, dict[str, str]] = {}  # forward function -> role -> name
-_MAKE_ANGLES: set[Any] = set()  # forward functions whose output attention modules get as their angles
-_TABLES: dict[type, set[str]] = {}  # class of models -> paths of modules with a table that were given positions
-_RUN: set[type] = set()  # classes of models that were run
+_MAKE_ANGLES: set[Any] = set()  # forward functions that return rotary angles
+_TABLES: dict[type, set[str]] = {}  # class of models -> paths of modules with a table that receive positions
+_RUN: set[type] = set()  # classes of models that have been run
 
 
 @dataclass(frozen=True)
 class Roles:
-    """What one forward calls its arguments.
+    """The argument names of one forward, by role.
 
     Attributes:
         owner: class of the module, for errors.
-        parameters: names that it declares, in order, less ``*args`` and ``**kwargs``.
-        names: role -> name; a role that the forward has no name for is absent.
-        aliases: spellings of other releases that a caller may use -> the name that the forward declares.
-        open: whether it takes further keywords and hands them on.
+        parameters: declared names, in order, without ``*args`` and ``**kwargs``.
+        names: role -> name; roles that the forward has no name for are absent.
+        aliases: names of other releases that a caller may use -> the declared name.
+        open: whether it accepts further keywords and passes them on.
     """
 
     owner: str
@@ -55,14 +55,14 @@ class Roles:
     open: bool
 
     def takes(self, *roles: str) -> bool:
-        """Whether the forward declares an argument for each of these roles."""
+        """Return whether the forward declares an argument for each of these roles."""
         return all(self.names.get(role) in self.parameters for role in roles)
 
     def name(self, role: str) -> str:
-        """Return what the forward calls a role.
+        """Return the forward's name of a role.
 
         Raises:
-            UpstreamChanged: it takes no such argument that is known.
+            UpstreamChanged: it has no known argument for the role.
         """
         found = self.names.get(role)
         if found is None:
@@ -77,15 +77,15 @@ class Roles:
         return Arguments(self, args, kwargs)
 
     def call(self, **given: Any) -> dict[str, Any]:
-        """Return keywords for this forward from values by role; roles that it declares no argument for are left out."""
+        """Return keyword arguments for this forward from values by role; roles without an argument are left out."""
         return {self.names[role]: value for role, value in given.items() if self.takes(role)}
 
 
 class Arguments:
     """The arguments of one call of a forward, read and replaced by role.
 
-    A spelling of another release that the caller uses (transformers takes the old ones for a while) is put under the
-    name that the forward declares.
+    If the caller uses another release's name, which transformers accepts for a while, the value moves to the declared
+    name.
 
     Args:
         roles: of the forward.
@@ -103,7 +103,7 @@ class Arguments:
                 self.named[name] = self.named.pop(other)
 
     def get(self, role: str) -> Any:
-        """Return the value that plays a role, or None. A cache is recognised whatever it is called."""
+        """Return the value of a role, or None. A cache is recognised under any name."""
         name = self.roles.names.get(role)
         found = None if name is None else self.named.get(name)
         if found is None and role == words.CACHE:
@@ -111,7 +111,7 @@ class Arguments:
         return found
 
     def put(self, role: str, value: Any) -> None:
-        """Replace the value that plays a role.
+        """Replace the value of a role.
 
         Raises:
             UpstreamChanged: the forward has no name for it.
@@ -123,22 +123,44 @@ class Arguments:
             self.named[self.roles.name(role)] = value
 
     def pop(self, name: str) -> Any:
-        """Take out what travels under a keyword of this package's own; None where nothing does."""
+        """Remove and return a keyword of this package; None if it is absent."""
         return self.named.pop(name, None)
 
     def back(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return what a forward pre-hook hands on: everything by keyword, unless something has no name."""
+        """Return the arguments for the module: all by keyword, unless one has no name."""
         if self.rest:
             return (*(self.named.pop(name) for name in self.placed), *self.rest), self.named
         return (), self.named
 
 
+class ArgumentHook:
+    """Base class of forward pre-hooks that replace arguments by role.
+
+    Args:
+        roles: argument roles of the forward.
+    """
+
+    def __init__(self, roles: Roles):
+        self.roles = roles
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Edit the arguments of a call."""
+        given = self.roles.bind(args, kwargs)
+        return None if self.edit(module, given) is False else given.back()
+
+    def edit(self, module: nn.Module, given: Arguments) -> bool | None:
+        """Replace arguments; False leaves the call as it is."""
+        raise NotImplementedError
+
+
 def roles_of(module: nn.Module) -> Roles:
-    """Return what a module's forward calls its arguments: as found by :func:`learn`, else by the vocabulary."""
+    """Return the argument roles of a module's forward: those found by :func:`learn`, else by the vocabulary."""
     parameters, opened = _declared(module.forward)
-    replaced = "forward" in vars(module)  # on the instance: what it hands on goes to the class's own
+    replaced = "forward" in vars(module)  # replaced on the instance: it passes its arguments to the class's forward
     for owner in type(module).__mro__[not replaced :] if opened and (replaced or not parameters) else ():
-        inherited = vars(owner).get("forward")  # of a class that hands everything on to the one below it
+        inherited = vars(owner).get("forward")  # of a class that passes everything on to its base
         if inherited is not None and _declared(inherited)[0]:
             parameters += tuple(name for name in _declared(inherited)[0][1:] if name not in parameters)
             break
@@ -151,9 +173,9 @@ def roles_of(module: nn.Module) -> Roles:
 
 
 def _declared(forward: Any) -> tuple[tuple[str, ...], bool]:
-    """Return the names of a forward's parameters, less those that take what is left, and whether it takes that.
+    """Return a forward's parameter names without ``*args`` and ``**kwargs``, and whether it has the latter.
 
-    Of a decorator that declares nothing but what is left, they are those of the one function that it stands around.
+    For a decorator that declares only those, the names are those of the one function that it wraps.
     """
     declared = inspect.signature(forward).parameters
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -173,14 +195,14 @@ def _guess(spellings: Sequence[str], parameters: Sequence[str], opened: bool) ->
 
 
 def makes_angles(module: nn.Module) -> bool:
-    """Whether a module was seen to compute the angles by which attention modules rotate."""
+    """Return whether a module was seen to compute the rotary angles of attention modules."""
     return _key(module) in _MAKE_ANGLES
 
 
 def frequencies(module: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers of a module that hold its angles per position, (dimensions / 2,), by name.
+    """Return the frequency buffers of a module, (dimensions / 2,), by name.
 
-    Known by their name, or as all rows of numbers of a module that was seen to make angles.
+    They are recognised by name, or as all vectors of a module that was seen to make angles.
     """
     rows = {name: b for name, b in module._buffers.items() if b is not None and b.dim() == 1 and b.is_floating_point()}
     named = {name: b for name, b in rows.items() if name.endswith(words.FREQUENCIES)}
@@ -190,10 +212,10 @@ def frequencies(module: nn.Module) -> dict[str, Tensor]:
 
 
 def learn(model: PreTrainedModel) -> None:
-    """Find what the forwards of a model's class call their arguments, by running it once without data.
+    """Find the argument roles of a model class's forwards, by running it once without data.
 
     Args:
-        model: of the class and the config; it is not touched.
+        model: gives the class and the config; it is not touched.
     """
     kind = type(model)
     if kind in _RUN:
@@ -202,22 +224,22 @@ def learn(model: PreTrainedModel) -> None:
     try:
         twin = skeleton(model, attention="eager").eval()
     except (*FAILURES, ImportError, StrictDataclassError):
-        return  # what cannot be built so is known by its vocabulary alone
+        return  # cannot be built: only the vocabulary tells
     _TABLES[kind] = _Probe(twin).run()
 
 
 def run_without_data(skeleton: PreTrainedModel) -> None:
-    """Run a model on the meta device as far as it goes, with tokens, positions and a cache."""
+    """Run a model on the meta device as far as possible, with tokens, positions and a cache."""
     _Probe(skeleton)._forward({})
 
 
 def position_tables(model: PreTrainedModel) -> frozenset[str]:
-    """Return the paths of modules with a table, (rows, width), that were seen to be given positions."""
+    """Return the paths of modules with a table, (rows, width), that were seen to receive positions."""
     return frozenset(_TABLES.get(type(model), ()))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the transformers model inside of wrappers (PEFT, DDP, torch.compile), or what is inside of them."""
+    """Return the transformers model inside wrappers (PEFT, DDP, torch.compile), or the innermost module."""
     while not isinstance(model, PreTrainedModel):
         wrapper: Any = model
         inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else None
@@ -229,46 +251,46 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def run(model: nn.Module, given: Mapping[str, Any], **more: Any) -> Any:
-    """Call a model, or a wrapper around one, with values by role.
+    """Call a model, or a wrapper of one, with values by role.
 
     Args:
-        model: whose forward is called.
-        given: by role; roles that the forward has no argument for are left out.
-        more: further keywords, as they are.
+        model: the model whose forward is called.
+        given: by role; roles without an argument are left out.
+        more: further keyword arguments.
     """
     return model(**roles_of(unwrapped(model)).call(**given), **more)
 
 
 def columns(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch under the names of a model's arguments, in the place of those that tokenizers give columns."""
+    """Rename the columns of a batch from a tokenizer's names to those of a model's arguments."""
     names = roles_of(unwrapped(model)).names
     roles = {word: role for role, spellings in words.ARGUMENTS.items() for word in spellings}
     return {names.get(roles.get(name, ""), name): value for name, value in batch.items()}
 
 
 def resumed(model: nn.Module, output: Any) -> dict[str, Any]:
-    """Return the keywords by which a model's next forward goes on from its last output; empty where it cannot."""
+    """Return the keyword arguments with which the next forward continues from an output; empty if it cannot."""
     roles = roles_of(unwrapped(model))
     found = {roles.names.get(words.CACHE, n) if isinstance(v, Cache) else n: v for n, v in returned(output).items()}
     return {name: value for name, value in found.items() if name in roles.parameters}
 
 
 def predicted(output: Any) -> Tensor:
-    """Return the logits that an output of a model holds, or its hidden states where it has none."""
+    """Return an output's logits, or its hidden states if it has none."""
     fields = output_fields(output)
     named = (getattr(output, name, fields.get(name)) for name in words.PREDICTIONS)
     found = next((value for value in named if isinstance(value, Tensor)), None)
-    if found is None:  # of another name: the first that has a row of numbers for each token
+    if found is None:  # another name: the first tensor with a vector for each token
         found = next(t for t in fields.values() if isinstance(t, Tensor) and t.is_floating_point() and t.dim() >= 2)
     assert isinstance(found, Tensor)
     return found
 
 
 class _Probe:
-    """One model on the meta device, and what is recognised again where it arrives.
+    """One model on the meta device, with the tensors that are recognised where they arrive.
 
     Args:
-        model: to be run.
+        model: the model to run.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -276,18 +298,18 @@ class _Probe:
         self.tokens = torch.zeros(_ROWS, _LENGTH, dtype=torch.int64, device="meta")
         self.positions = torch.zeros(_ROWS, _LENGTH, dtype=torch.int64, device="meta")
         self.keep = torch.ones(_ROWS, _LENGTH, dtype=torch.int64, device="meta")
-        self.arrived: set[int] = set()  # what reached a module inside the language model
-        self.cached = False  # whether one of those got a cache
-        self.seen: dict[Any, dict[str, str]] = {}  # what the last forward showed, as in _FOUND
-        self.made: list[tuple[Any, Any]] = []  # what modules returned that looks like angles, and their forwards
+        self.arrived: set[int] = set()  # roles that reached a module inside the language model
+        self.cached = False  # whether one of those received a cache
+        self.seen: dict[Any, dict[str, str]] = {}  # findings of the last forward, as in _FOUND
+        self.made: list[tuple[Any, Any]] = []  # outputs that look like angles, with their forwards
         self.tables: set[str] = set()
         self.paths = {module: path for path, module in model.named_modules()}
 
     def run(self) -> set[str]:
-        """Run it with each argument that the vocabulary knows; then look for the roles that it does not know.
+        """Run it with each argument that the vocabulary knows; then look for roles under unknown names.
 
         Returns:
-            Paths of the modules with a table that were given positions.
+            Paths of the modules with a table that received positions.
         """
         self._forward({})
         self._keep()
@@ -301,12 +323,12 @@ class _Probe:
         return self.tables
 
     def _keep(self) -> None:
-        """Take what the last forward showed for true."""
+        """Accept the findings of the last forward."""
         for forward, found in self.seen.items():
             _FOUND.setdefault(forward, {}).update(found)
 
     def _try(self, name: str) -> None:
-        """Give an argument of an unknown name a cache, positions, a mask, True: until one of them plays a role."""
+        """Pass a cache, positions, a mask or True to an argument of unknown name, until one is recognised."""
         for role, value in self._sentinels().items():
             if roles_of(self.model).takes(role):
                 continue
@@ -327,7 +349,7 @@ class _Probe:
         return {**{role: value for role, value in wanted.items() if value is not None}, words.USE_CACHE: _YES}
 
     def _keeps(self, name: str) -> bool:
-        """Whether attention modules get a cache although an argument is False."""
+        """Return whether attention modules receive a cache although an argument is False."""
         self._forward({name: False})
         return self.cached
 
@@ -379,7 +401,7 @@ class _Probe:
         by_role.pop("", None)
         angles = [named[name] for name in by_role.get(words.ANGLES, ())]
         _MAKE_ANGLES.update(key for made, key in self.made if any(made is given for given in angles))
-        for role, names in by_role.items():  # several play it: the one that is known, or the first
+        for role, names in by_role.items():  # several candidates: the known name, or the first
             found = next((name for name in words.ARGUMENTS[role] if name in names), names[0])
             self.seen.setdefault(_key(module), {})[role] = found
 
@@ -388,7 +410,7 @@ class _Probe:
             self.made.append((output, _key(module)))
 
     def _role(self, value: Any) -> str:
-        """Say what an argument is, by what it holds; empty where that does not tell."""
+        """Return the role of an argument by its value; empty if that does not tell."""
         if isinstance(value, Cache):
             return words.CACHE
         if value is self.tokens:

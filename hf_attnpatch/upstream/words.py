@@ -1,8 +1,8 @@
-"""Transformers' vocabulary: every spelling of a name that its releases use or have used, newest first.
+"""Transformers' vocabulary: every name that its releases use or have used, newest first.
 
-No other module of the package spells these names. Where a model can be run, :mod:`.roles`, :mod:`.caches` and
-:mod:`.calls` find by running it what has which role, and need this list only as the first guess; a name that a release
-after this one invents is found all the same. Before weights are there, the list is what there is.
+No other module of the package contains these names. If a model can be run, :mod:`.roles`, :mod:`.caches` and
+:mod:`.calls` find the roles by running it and use this list only as a first guess, so that names of later releases are
+found as well. Without weights, the list is all there is.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ ARGUMENTS: Final[Mapping[str, tuple[str, ...]]] = {
     DECODER_TOKENS: ("decoder_input_ids",),
 }
 
-# Roles that a forward with ``**kwargs`` hands on to its attention modules without declaring them.
+# Roles that a forward with ``**kwargs`` passes to its attention modules without declaring them.
 HANDED_ON: Final = frozenset({"position_ids", "output_attentions"})
-# Arguments of forwards that play none of these roles.
+# Arguments of forwards that have none of these roles.
 OTHER_ARGUMENTS: Final = frozenset(
     {
         *("labels", "return_dict", "output_hidden_states", "output_router_logits", "logits_to_keep", "cache_position"),
@@ -51,10 +51,10 @@ OTHER_ARGUMENTS: Final = frozenset(
     }
 )
 
-# Fields of an output by which older families go on from it, which hold no cache of keys and values.
+# Output fields from which older families continue, which hold no key-value cache.
 OTHER_STATES: Final = ("state", "past_buckets_states", "mems")
 
-# Columns of a tokenizer's output and of data sets, which are no part of any model.
+# Columns of tokenizers and datasets that are not inputs of any model.
 INPUT_IDS: Final = "input_ids"
 ATTENTION_MASK: Final = "attention_mask"
 DECODER_MASK: Final = "decoder_attention_mask"

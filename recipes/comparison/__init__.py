@@ -1,1 +1,1 @@
-"""What comparisons of many cells share: named cells, a store that a stopped run goes on from, tables, figures."""
+"""Common parts of comparisons: named cells, a store from which a stopped run continues, tables, figures."""

@@ -29,7 +29,7 @@ class Cell:
 
     @property
     def digest(self) -> str:
-        """Of what it depends on: a result with another one is of another cell."""
+        """Digest of what it depends on: a result with another digest belongs to another cell."""
         return hashlib.sha256(json.dumps([self.kind, self.spec], sort_keys=True).encode()).hexdigest()[:12]
 
     def with_(self, **changes: Any) -> Cell:

@@ -1,4 +1,4 @@
-"""What the figures of comparisons share. Colours are Okabe and Ito's, told apart by colour-blind readers."""
+"""Common parts of the figures of comparisons. Colours are Okabe and Ito's, for colour-blind readers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs the cells that are not there yet, one after another; a failed one does not stop the others."""
+"""Runs the cells without a result, one after another; a failed one does not stop the others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from recipes.comparison.store import Store
 
 
 class CellFailed(RuntimeError):
-    """A cell could not be measured; the message, or what its process has printed, says why."""
+    """A cell could not be measured; the message, or the output of its process, says why."""
 
 
 class Runner(Protocol):
@@ -21,7 +21,7 @@ class Runner(Protocol):
         """Where results go."""
 
     def ready(self, cell: Cell) -> Cell:
-        """The cell with what it waits for, such as a setting that other cells decide."""
+        """The cell with what it depends on, such as a setting that other cells decide."""
 
     def run(self, cell: Cell) -> Mapping[str, Any]:
         """Measures a cell and keeps the result; raises `CellFailed`."""

@@ -1,4 +1,4 @@
-"""What has been measured: one JSON line for each finished cell, so that a stopped comparison goes on."""
+"""The results: one JSON line for each finished cell, so that a stopped comparison can continue."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Store:
         return cell.name in self.rows and self.rows[cell.name]["digest"] == cell.digest
 
     def add(self, cell: Cell, found: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
-        """Writes a finished cell; what others wrote meanwhile stays, a line of the same name is replaced."""
+        """Writes a finished cell; lines of other runs stay, a line of the same name is replaced."""
         row = {"cell": cell.name, "digest": cell.digest, "spec": cell.spec, **found, "environment": environment}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._alone():

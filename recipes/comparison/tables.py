@@ -1,4 +1,4 @@
-"""Markdown tables of a comparison, and under which conditions it was measured."""
+"""Markdown tables of a comparison, and the conditions of its measurements."""
 
 from __future__ import annotations
 

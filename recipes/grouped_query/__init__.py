@@ -1,1 +1,1 @@
-"""The comparison of grouped-query conversions: its cells, how one is measured, and what is made of them."""
+"""The comparison of grouped-query conversions: its cells, their measurement, tables and figures."""

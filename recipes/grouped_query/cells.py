@@ -1,4 +1,4 @@
-"""The cells of the comparison: what is converted how, and measured on what. Each has a name and stands alone."""
+"""The cells of the comparison: what is converted, how, and on what it is measured. Each is independent of others."""
 
 from __future__ import annotations
 

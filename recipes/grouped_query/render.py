@@ -1,4 +1,4 @@
-"""The tables of the comparison, from what is in the store; what was not measured is said to be missing."""
+"""The tables of the comparison, from the results in the store; missing results are marked."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def write(store: Store, cells: Sequence[Cell], path: Path) -> None:
 
 
 def excess(store: Store, name: str, domain: str | None = None) -> Interval | None:
-    """How much a conversion loses above the original, paired by document; None where one was not measured."""
+    """The loss of a conversion above the original, paired by document; None if one was not measured."""
     before, after = store.score(f"{name.partition('/')[0]}/original", domain), store.score(name, domain)
     return None if before is None or after is None or name.endswith("/original") else difference(before, after)
 
@@ -67,7 +67,7 @@ def share(found: Interval | None) -> str:
 
 
 def _finding(store: Store) -> str:
-    """What was found, in a few sentences; empty where it was not measured."""
+    """The findings, in a few sentences; empty if they were not measured."""
     found = {m: excess(store, f"embedded/8-2/{m}") for m in ("mean", "procrustes", "principal", "refined")}
     real = excess(store, "smollm2/3-1/refined")
     if any(each is None for each in found.values()):

@@ -1,4 +1,4 @@
-"""Runs cells, each in a process of its own, and turns what they leave into lines of the store."""
+"""Runs cells, each in its own process, and stores their results."""
 
 from __future__ import annotations
 

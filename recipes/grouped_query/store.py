@@ -12,7 +12,7 @@ class Store(store.Store):
     """The lines of `metrics.jsonl`; documents are called `domain/number`."""
 
     def score(self, name: str, domain: str | None = None) -> Score | None:
-        """What a converted model loses, on all documents or those of a domain; None where it was not measured."""
+        """The loss of a converted model, on all documents or those of a domain; None if it was not measured."""
         return self.merged(name, (domain,))
 
     def merged(self, name: str, domains: Iterable[str | None]) -> Score | None:

@@ -1,4 +1,4 @@
-"""What the comparison must show, beside what it shows."""
+"""The targets of the comparison: figures that must not exceed a limit."""
 
 from __future__ import annotations
 

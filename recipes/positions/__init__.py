@@ -1,1 +1,1 @@
-"""What `extend_context.py` and `switch_positions.py` share: a study's cells, how one is trained and measured."""
+"""Common parts of `extend_context.py` and `switch_positions.py`: a study's cells, their training and measurement."""

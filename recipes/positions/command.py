@@ -1,4 +1,4 @@
-"""The command line of a study: runs the cells that are not there yet, then writes tables and figures."""
+"""The command line of a study: runs the cells without a result, then writes tables and figures."""
 
 from __future__ import annotations
 

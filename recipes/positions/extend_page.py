@@ -1,4 +1,4 @@
-"""The page of `extend_context.py`: what was asked, methods without training, after one, passkeys."""
+"""The page of `extend_context.py`: the question, methods without training, with training, passkeys."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def found(study: Study, store: Store) -> str:
 
 
 def asked(study: Study, store: Store) -> str:
-    """What the best methods must show, with paired intervals."""
+    """What the best methods must achieve, with paired intervals."""
     names = dict.fromkeys((best(study, store), best(study, store, whole=True)))
     tables = [_held(study, store, name) for name in names if name is not None]
     return "\n\n".join(["## What was asked", *tables]) if tables else ""

@@ -1,4 +1,4 @@
-"""What a model loses by length of context and by position, and what it finds far back."""
+"""Measures a model's loss by context length and by position, and its retrieval."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_documents(spec: Mapping[str, Any], tokenizer: Any) -> Documents:
 
 
 def measure(model: PreTrainedModel, tokenizer: Any, texts: Documents, spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Measures a model at every length; a length that it refuses is a result, too.
+    """Measures a model at every length; a refused length is a result, too.
 
     Returns:
         `lengths` (length -> losses of the targets by document, or `refused`), `positions` of the longest one (edges,

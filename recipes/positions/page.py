@@ -1,4 +1,4 @@
-"""What the pages of both studies are made of: scores by cell and length, and tables of them."""
+"""Common parts of the pages of both studies: scores by cell and length, and their tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TRAINED = "/trained"
 
 
 def score(store: Store, name: str, length: int) -> Score | None:
-    """The loss of a cell at a length; None where it was refused or not measured."""
+    """The loss of a cell at a length; None if it was refused or not measured."""
     row = store.get(name)
     found = (row or {}).get("lengths", {}).get(str(length), {})
     return summarise({k: tuple(v) for k, v in found["losses"].items()}) if "losses" in found else None

@@ -1,4 +1,4 @@
-"""A study as its configuration says: the cells, each one a model, its patches, and a training where there is one."""
+"""A study's configuration: its cells, each with a model, its patches, and a training if there is one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of `switch_positions.py`: each model before, directly after the switch, and after a training."""
+"""The page of `switch_positions.py`: each model before, right after the switch, and after training."""
 
 from __future__ import annotations
 

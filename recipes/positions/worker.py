@@ -1,4 +1,4 @@
-"""One cell: load a model, patch it, train it where the cell says so, measure it."""
+"""Runs one cell: loads a model, patches it, trains it if the cell says so, measures it."""
 
 from __future__ import annotations
 

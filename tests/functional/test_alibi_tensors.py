@@ -200,6 +200,35 @@ def test_padding_alone_is_hidden():
     torch.testing.assert_close(found * seen, (wanted.float() * seen).nan_to_num(), rtol=0, atol=FP32)
 
 
+@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize("padded", [False, True])
+def test_no_bias_is_plain_attention_and_one_query_stands_at_the_last_key(queries, padded):
+    full = _states()
+    states = [full[0][:, :, -queries:], *full[1:]]
+    found = biased.attend_with(*states, None, Sight(True, KEEP if padded else None), 0.3)
+    mask = (PADDED if padded else CAUSAL)[:, :, -queries:]
+    wanted, _ = reference.attention(*states, scale=0.3, mask=mask)
+    seen = mask.any(-1, keepdim=True)
+    torch.testing.assert_close(found * seen, (wanted.float() * seen).nan_to_num(), rtol=0, atol=FP32)
+
+
+def test_heads_that_share_keys_as_many_as_there_are_keys():
+    states = _states(heads=6, kv=3, queries=1, keys=6)
+    mask = torch.ones(1, 1, 1, 6, dtype=torch.bool)
+    torch.testing.assert_close(_attend(states, Sight(True)), _wanted(states, mask), rtol=0, atol=FP32)
+
+
+def test_the_bias_of_a_query_s_own_place_is_zero():
+    """Large ones would cost the precision of small scores beside them."""
+    biases = torch.tensor([[[0.0, -300.0, 7.5]], [[1e6, 1e6 + 1, 0.25]]])
+    found = biased._centred(biases, torch.tensor([[2, 1], [0, 1]]))
+    assert found.dtype == torch.float64
+    assert found[:, 0].tolist() == [
+        [[-7.5, -307.5, 0.0], [300.0, 0.0, 307.5]],
+        [[0.0, 1.0, 0.25 - 1e6], [-1.0, 0.0, -0.75 - 1e6]],
+    ]
+
+
 def test_a_rounded_product_equals_bloom_in_its_own_dtype():
     keep = KEEP.long()
     distance = Distance(alibi.slopes(6), rounded=torch.bfloat16)

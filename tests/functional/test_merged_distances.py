@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_attnpatch.functional import pieces, reference, rotary, spanned
-from hf_attnpatch.functional.rerotation import Turning
+from hf_attnpatch.functional.rerotation import RotaryPlanes
 from hf_attnpatch.functional.spans import Bifocal, Chunked, Clipped, Grouped, Sinks
 
 LENGTH, WIDTH, SCALE = 61, 16, 0.3  # no kernel's default scale
@@ -74,7 +74,7 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize("turning", [(8, False, 0), (8, True, 0), (4, False, 0), (4, True, 8), (4, False, 8)], ids=str)
 def test_every_span_equals_its_formula(span, turning, small_blocks):
     planes, interleaved, first = turning
-    turning = Turning(rotary.default(10000.0, 2 * planes), interleaved, first)
+    turning = RotaryPlanes(rotary.default(10000.0, 2 * planes), interleaved, first)
     query, key, value = states()
     wanted = oracle(span, turning, query, key, value)
     near, keys = turned(turning, query, key)
@@ -100,7 +100,7 @@ BIG = [Grouped(150, 3, 200), Clipped(140, 0.1, 140), Bifocal(130, 300), Chunked(
 @pytest.mark.parametrize("span", BIG, ids=str)
 def test_blocks_of_their_usual_size(span, monkeypatch):
     monkeypatch.setattr(pieces, "WIDE", 256)
-    turning = Turning(rotary.default(10000.0, WIDTH))
+    turning = RotaryPlanes(rotary.default(10000.0, WIDTH))
     query, key, value = states(2, 1, 450)
     wanted = oracle(span, turning, query, key, value)
     found = spanned.attend(*turned(turning, query, key), value, torch.arange(450)[None], span, turning, SCALE)
@@ -109,7 +109,7 @@ def test_blocks_of_their_usual_size(span, monkeypatch):
 
 @each
 def test_a_row_counts_from_its_first_token(span, small_blocks):
-    turning = Turning(rotary.default(10000.0, WIDTH))
+    turning = RotaryPlanes(rotary.default(10000.0, WIDTH))
     query, key, value = states()
     wanted = oracle(span, turning, query, key, value)
     near, keys = turned(turning, query, key)
@@ -123,9 +123,32 @@ def test_a_row_counts_from_its_first_token(span, small_blocks):
     assert not found[1, :, :9].any()
 
 
+@pytest.mark.parametrize("span", [Grouped(7, 3, 10), Sinks(2, 6)], ids=str)
+def test_a_row_of_nothing_but_padding_is_blank(span, small_blocks):
+    """As where a batch is read in chunks, and a short row begins in a later one; its values may be of another width."""
+    turning = RotaryPlanes(rotary.default(10000.0, WIDTH))
+    query, key, _ = states()
+    value = torch.randn(2, 2, LENGTH, 6)
+    near, keys = turned(turning, query, key)
+    places = torch.stack([torch.full((LENGTH,), -1), torch.arange(LENGTH)])
+    found = spanned.attend(near, keys, value, places, span, turning, SCALE)
+    scores = spanned.weights(near, keys, places, span, turning, SCALE)
+    assert (found[1] - oracle(span, turning, query, key, value)[1]).abs().max() < 1e-5
+    assert found.shape == (2, 4, LENGTH, 6)
+    assert not found[0].any()
+    assert scores.shape == (2, 4, LENGTH, LENGTH)
+    assert torch.isneginf(scores[0]).all()
+    for queries in (LENGTH, 2):  # nothing else beside it
+        alone = near[:1, :, -queries:], keys[:1], value[:1], places[:1]
+        found = spanned.attend(*alone, span, turning, SCALE)
+        assert found.shape == (1, 4, queries, 6)
+        assert not found.any()
+    assert torch.isneginf(spanned.weights(near[:1], keys[:1], places[:1], span, turning, SCALE)).all()
+
+
 @each
 def test_gradients_are_those_of_the_formula(span, small_blocks):
-    turning = Turning(rotary.default(10000.0, WIDTH))
+    turning = RotaryPlanes(rotary.default(10000.0, WIDTH))
     inputs = [t.requires_grad_() for t in states(length=40, dtype=torch.float64)]
     near, keys = turned(turning, *inputs[:2])
     found = spanned.attend(near, keys, inputs[2], torch.arange(40)[None], span, turning, SCALE)
@@ -138,7 +161,7 @@ def test_gradients_are_those_of_the_formula(span, small_blocks):
 
 @pytest.mark.parametrize("span", [span for span in SPANS if isinstance(span, Sinks)], ids=str)
 def test_a_cache_that_let_go_is_read_at_its_places(span, small_blocks):
-    turning = Turning(rotary.default(10000.0, WIDTH))
+    turning = RotaryPlanes(rotary.default(10000.0, WIDTH))
     query, key, value = states()
     wanted = oracle(span, turning, query, key, value)
     near, keys = turned(turning, query, key)
@@ -175,7 +198,7 @@ def test_no_distance_is_beyond_what_the_definition_says(span):
 
 
 def test_turning_by_far_positions_loses_nothing():
-    turning = Turning(rotary.default(10000.0, WIDTH))
+    turning = RotaryPlanes(rotary.default(10000.0, WIDTH))
     state = torch.randn(1, 1, 3, WIDTH, dtype=torch.float64)
     far = torch.tensor([10**6, 3 * 10**6 + 1, 7.5])
     there = turning.turn(state, turning.table(far, torch.float64))

@@ -335,3 +335,8 @@ def test_roots_are_roots():
         torch.testing.assert_close(root @ root, matrix, rtol=1e-7, atol=1e-7)
         torch.testing.assert_close(root @ inverse, torch.eye(4, dtype=torch.float64))
         torch.testing.assert_close(root, root.t())
+
+
+def test_energy_that_was_not_measured_is_no_number():
+    """As where heads were averaged without any text: 0 would say that nothing was kept."""
+    assert math.isnan(Sharing(torch.eye(2)[None], torch.eye(2)[None]).energy)

@@ -11,7 +11,7 @@ from pretended_gpu import CUDA, PretendedGpu
 
 from hf_attnpatch.functional import alibi, biased, flash, pieces, reference, relative, rotary, spanned, tables, turning
 from hf_attnpatch.functional.biased import Distance, Sight
-from hf_attnpatch.functional.rerotation import Turning
+from hf_attnpatch.functional.rerotation import RotaryPlanes
 from hf_attnpatch.functional.spans import Bifocal, Chunked, Clipped, Grouped, Sinks
 
 KEEP = torch.ones(2, 12, dtype=torch.bool)
@@ -36,7 +36,7 @@ def on_gpu(function, *args):
     return found
 
 
-TURN = Turning(rotary.default(100.0, 8))
+TURN = RotaryPlanes(rotary.default(100.0, 8))
 BIASES = SLOPES[:, None] * KEEP[:, None]
 ROW = states()[0][0, 0]
 

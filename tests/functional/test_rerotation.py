@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_attnpatch.functional import rerotation
-from hf_attnpatch.functional.rerotation import Turning
+from hf_attnpatch.functional.rerotation import RotaryPlanes
 
 FREQUENCIES = torch.tensor([1.0, 0.1, 0.01])
 BY = torch.tensor([[0.0, 3.0, -7.0, 100.5, 5.0, 11.0, 2.0], [1.0, 1.0, 2.0, 3.0, 5.0, 8.0, 13.0]])
@@ -39,7 +39,7 @@ PAIRS = pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_turned_by_a_number_of_positions(width, first, interleaved, rows, dtype):
-    turning, given = Turning(FREQUENCIES, interleaved, first), states(width, dtype)[:, :, :7]
+    turning, given = RotaryPlanes(FREQUENCIES, interleaved, first), states(width, dtype)[:, :, :7]
     by = BY if rows == 2 else BY[0]
     table = turning.table(by, dtype)
     assert table[0].dtype == table[1].dtype == torch.promote_types(dtype, torch.float32)
@@ -57,7 +57,7 @@ def test_turned_by_a_number_of_positions(width, first, interleaved, rows, dtype)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_first_states_alone(width, first, interleaved, rows, gradients, count, dtype, monkeypatch):
     monkeypatch.setattr(rerotation, "_BLOCK", 3)
-    turning, given = Turning(FREQUENCIES, interleaved, first), states(width, dtype)
+    turning, given = RotaryPlanes(FREQUENCIES, interleaved, first), states(width, dtype)
     kept, by = given.clone(), (BY if rows == 2 else BY[0])[..., :count]
     with torch.set_grad_enabled(gradients):
         found = turning.turn_first(given, turning.table(by, dtype))
@@ -70,7 +70,7 @@ def test_the_first_states_alone(width, first, interleaved, rows, gradients, coun
 
 
 def test_blocks_of_their_usual_size_without_gradients():
-    turning, given = Turning(FREQUENCIES), torch.randn(1, 1, 600, 6)
+    turning, given = RotaryPlanes(FREQUENCIES), torch.randn(1, 1, 600, 6)
     table = turning.table(torch.arange(520))
     with torch.no_grad():
         found = turning.turn_first(given, table)

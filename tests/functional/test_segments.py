@@ -23,6 +23,11 @@ def test_the_mask_of_a_whole_text(cut):
     assert cut.mask(TOKENS).tolist() == wanted
 
 
+def test_a_cut_has_no_sinks_unless_it_is_said():
+    seen = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 1, 1]])
+    assert torch.equal(Segments(2, 1).mask(5), seen.bool())
+
+
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_rows_that_stand_elsewhere_and_places_that_hold_nothing(cut):
     query = torch.tensor([[0, 1, 2], [11, 12, 13], [4, 5, NOBODY]])

@@ -87,7 +87,7 @@ def test_a_model_that_skipping_teaches_nothing_is_refused():
         model = LlamaForCausalLM(LlamaConfig(**made))
         ap.apply(model, patch)
         with pytest.raises(
-            (SettingsError, ap.AttnPatchError), match="does not read position ids|position_ids with gaps"
+            (SettingsError, ap.AttnPatchError), match="does not read position ids|position_ids have gaps"
         ):
             check_model(model, 128)
     model = LlamaForCausalLM(LlamaConfig(**made))

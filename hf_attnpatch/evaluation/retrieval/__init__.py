@@ -1,4 +1,4 @@
-"""Finding what lies far back: passkey, needle, key-value retrieval, and RULER's tasks that need no download."""
+"""Retrieval from long context: passkey, needle, key-value pairs, and RULER's tasks that need no download."""
 
 from .examples import DEPTHS, TASKS, Example, examples, find_task
 from .measure import Answer, Retrieval, retrieval

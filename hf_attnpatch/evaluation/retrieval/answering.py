@@ -1,4 +1,4 @@
-"""Answers of a model to prompts, many at a time, reading what they have in common once."""
+"""A model's answers to prompts, in batches, with shared prefixes read once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COARSE = 3e-2
 
 
 class Answers:
-    """Asks a model; counts the tokens of prompts and those that a shared prefix saved.
+    """Asks a model; counts the tokens of prompts and those saved by shared prefixes.
 
     A prefix is shared only where that is exact: for every length, one row is also read in one piece, and where the two
     disagree by more than rounding (dynamic rotary frequencies, say), the prompts of this length are read whole, as are
@@ -82,7 +82,7 @@ class Answers:
         return str(self.tokenizer.decode(row[:end], skip_special_tokens=True))
 
     def _is_exact(self, ids: Tensor, count: int) -> bool:
-        """Whether reading a prefix first gives the logits of reading all at once; tried once for each length."""
+        """Return whether reading a prefix first gives the same logits as reading all at once; tried once per length."""
         length = ids.shape[1]
         if length not in self._exact:
             whole, past = self._read(ids, None)
@@ -99,11 +99,11 @@ class Answers:
 
     @property
     def reused(self) -> int:
-        """Tokens of prompts that were not read again, less those that were read to see whether this is exact."""
+        """Tokens of prompts that were not read again, minus those read to check that this is exact."""
         return max(0, self.tokens - self._tokens_read)
 
     def _cached(self, ids: Tensor) -> Any:
-        """Return the cache of a prefix, grown from the last one where that is its beginning."""
+        """Return the cache of a prefix, extended from the last one if that is its beginning."""
         before, past = self._stem or (ids[:, :0], None)
         if not torch.equal(ids[:, : before.shape[1]], before):
             before, past = ids[:, :0], None
@@ -114,7 +114,7 @@ class Answers:
 
 
 def batches(examples: Sequence[Example], batch_tokens: int, new_tokens: int) -> list[tuple[list[Example], int]]:
-    """Return prompts in batches of one length, each with the number of first tokens to be read once for all its rows.
+    """Return prompts in batches of one length, each with the number of first tokens to read once for all rows.
 
     Prompts of one depth make batches of their own where they share so much that it outweighs decoding once more. What
     is read once for a batch begins what is read once for the next, so that it only grows with the depth.
@@ -142,7 +142,7 @@ def _chunks(examples: Sequence[Example], rows: int) -> list[list[Example]]:
 
 
 def _common(examples: Sequence[Example]) -> int:
-    """Return how many first tokens the prompts share, the last of a prompt never being one of them."""
+    """Return how many first tokens the prompts share, never including the last token of a prompt."""
     low, high = min(e.ids for e in examples), max(e.ids for e in examples)
     pairs = enumerate(zip(low, high, strict=False))
     return min(next((n for n, (a, b) in pairs if a != b), len(low)), len(low) - 1, len(high) - 1)

@@ -1,4 +1,4 @@
-"""Haystacks and where needles go in them."""
+"""Haystacks, and the places of needles in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Retrieval: does a model find what lies far back?"""
+"""Retrieval: does a model find what is far back?"""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Answer(Result):
 
 @dataclass(frozen=True)
 class Retrieval(Result):
-    """What a model found, by length and depth.
+    """Retrieval scores, by length and depth.
 
     Attributes:
         task: its name.

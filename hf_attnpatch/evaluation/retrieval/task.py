@@ -1,4 +1,4 @@
-"""What a retrieval task is: a recipe for prompts of any length, and the rule that scores an answer."""
+"""The definition of a retrieval task: prompts of any length, and the rule that scores an answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from random import Random
 
 @dataclass(frozen=True)
 class Setting:
-    """What a prompt is drawn for.
+    """The parameters of a prompt.
 
     Attributes:
         rng: drawn from in a fixed order; the same for all depths of a sample.
@@ -27,7 +27,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Draft:
-    """A prompt whose haystack has no size yet.
+    """A prompt whose haystack is not sized yet.
 
     Attributes:
         build: (units of haystack, filler) -> what is asked; the filler is a text to end the haystack with.
