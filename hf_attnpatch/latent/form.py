@@ -47,7 +47,7 @@ class LatentForm:
             taken = module.get_submodule(self.output)
             handles.append(taken.register_forward_pre_hook(lambda _, given: found.update(heads=given[0])))
             output = functional_call(module, self.shape.tensors(moved, torch.float32), args, kwargs)
-        heads = found["heads"].unflatten(-1, (self.site.num_heads, self.site.v_head_dim))
+        heads = found["heads"].view(*found["heads"].shape[:-1], self.site.num_heads, self.site.v_head_dim)
         heads = heads[call.tokens] if call.tokens is not None else heads.flatten(0, 1)
         return heads, rows(_probabilities(output), call)
 
@@ -75,10 +75,8 @@ class LatentForm:
 
 def _moved(weights: LatentWeights, device: torch.device) -> LatentWeights:
     bias = weights.output_bias
-    return LatentWeights(
-        *(getattr(weights, name).to(device, torch.float32) for name in weights.trained),
-        None if bias is None else bias.to(device, torch.float32),
-    )
+    moved = {name: getattr(weights, name).to(device, torch.float32) for name in weights.trained}
+    return LatentWeights(**moved, output_bias=None if bias is None else bias.to(device, torch.float32))
 
 
 def _probabilities(output: object) -> Tensor | None:

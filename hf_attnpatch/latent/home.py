@@ -127,17 +127,12 @@ def blank(source: Source, shape: Shape) -> dict[str, dict[str, Tensor]]:
     """Return parameters of the right shapes that take no memory, for a model that is not to compute."""
     site, width = source.site, shape.width + 1
     empty = LatentWeights(
-        *(
-            torch.empty(size, device="meta")
-            for size in (
-                (site.num_heads, shape.nope_dim + shape.rope_dim, width),
-                (shape.rank - 1, width),
-                (shape.rope_dim, width),
-                (site.num_heads, shape.nope_dim + site.v_head_dim, shape.rank),
-                (shape.width, site.num_heads, site.v_head_dim),
-            )
-        ),
-        None,
+        query=torch.empty(site.num_heads, shape.nope_dim + shape.rope_dim, width, device="meta"),
+        latent=torch.empty(shape.rank - 1, width, device="meta"),
+        key=torch.empty(shape.rope_dim, width, device="meta"),
+        up=torch.empty(site.num_heads, shape.nope_dim + site.v_head_dim, shape.rank, device="meta"),
+        output=torch.empty(shape.width, site.num_heads, site.v_head_dim, device="meta"),
+        output_bias=None,
     )
     sizes = {name: tensor.shape for name, tensor in shape.tensors(empty, torch.float32).items()}
     return {s.path: {name: torch.zeros(()).expand(size) for name, size in sizes.items()} for s in source.sites}

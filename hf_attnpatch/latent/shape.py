@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,7 @@ class Shape:
     @property
     def query_scale(self) -> float:
         """What queries are multiplied by, for the home divides scores by the root of another width."""
-        return ((self.nope_dim + self.rope_dim) / self.head_dim) ** 0.5
+        return math.sqrt((self.nope_dim + self.rope_dim) / self.head_dim)
 
     def fields(self, frequencies: Tensor, theta: float, attention: float, context: int) -> dict[str, Any]:
         """Return the fields of a stock config.

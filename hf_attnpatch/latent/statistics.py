@@ -102,9 +102,9 @@ def assumed(model: PreTrainedModel, source: Source) -> dict[str, Seen]:
 def _no_sums(site: Site, length: int) -> _Sums:
     wide = site.num_kv_heads * (site.head_dim + site.v_head_dim)
     heads = site.num_heads
-    return _Sums(
-        *(torch.zeros(s, dtype=torch.float64) for s in ((wide, wide), wide, (heads, site.head_dim), (heads, length)))
-    )
+    sizes = {"states": (wide, wide), "mean": (wide,), "query": (heads, site.head_dim), "mass": (heads, length)}
+    zeros = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
+    return _Sums(zeros["states"], zeros["mean"], zeros["query"], zeros["mass"])
 
 
 def _seen(source: Source, site: Site, sums: _Sums, weights: HeadWeights) -> Seen:

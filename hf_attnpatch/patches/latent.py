@@ -205,12 +205,12 @@ class Latent(Patch):
 
     def _total(self, model: PreTrainedModel, source: Source) -> int:
         """Return the numbers a token and layer that ``cache_target`` allows."""
-        target = self.cache_target
+        target: float | int | None = self.cache_target
         if isinstance(target, float):
             return int(target * source.cached + 1e-9)
         assert target is not None
         size = next(iter(model.parameters())).element_size()
-        return target // (size * len(source.sites))
+        return int(target // (size * len(source.sites)))
 
 
 @dataclass(frozen=True)
