@@ -50,11 +50,11 @@ def all_configs(model: PreTrainedModel) -> list[PretrainedConfig]:
 
 
 def declared(config: PretrainedConfig, name: str, absent: Any = None) -> Any:
-    """Return a field of a config, or ``absent`` where its class does not declare it.
+    """Return a field of a config, or ``absent`` where neither its class nor one above it declares the field.
 
     A checkpoint that was converted from another type often keeps fields that its model does not read.
     """
-    known = inspect.signature(type(config).__init__).parameters
+    known = {name for kind in type(config).__mro__ for name in inspect.signature(kind.__init__).parameters}
     return getattr(config, name, absent) if config.attribute_map.get(name, name) in known else absent
 
 
