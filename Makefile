@@ -15,6 +15,7 @@ MUTMUT := mutmut==3.8.1
 ATHERIS := $(VENV)/atheris
 NEW := $(VENV)/newest
 LOCKING := $(VENV)/locking
+WRITING := $(VENV)/notebooks
 DOCUMENTING := $(VENV)/docs
 # the extra `docs` of pyproject.toml, without the package and its torch, and what checks a release
 DOCS_TOOLS := $(shell sed -n 's/^docs = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d ,) build twine
@@ -43,10 +44,10 @@ FAST := -n $(WORKERS) -m "not full and not slow"
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: demo test test-all test-lowest test-newest check-releases mutation interrupt fuzz fuzz-atheris lock newest lint format survey pairs drift \
-	bench bench-alibi bench-relative \
-	bench-decode bench-extend check-diagnose \
+	bench bench-alibi bench-relative bench-sinks \
+	bench-decode bench-extend bench-scale check-diagnose \
 	downstream peers results-grouped-query results-extend-context results-passkey results-recurrence \
-	results-switch-positions docs pages dist clean
+	results-switch-positions docs notebooks pages dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/attnpatch demo --output outputs/demo
@@ -119,6 +120,10 @@ docs: $(DOCUMENTING)/.installed
 	$(DOCUMENTING)/bin/python scripts/pages.py --check
 	NO_MKDOCS_2_WARNING=1 $(DOCUMENTING)/bin/python -m mkdocs build --strict
 
+# every notebook from its first cell to its last, beside the script that it is a pair of
+notebooks: $(WRITING)/.installed
+	$(QUIET) $(WRITING)/bin/python scripts/notebooks.py
+
 # what README, pages and drawings take from recipes/results
 pages: $(INSTALLED)
 	$(BIN)/python scripts/pages.py --draw
@@ -150,11 +155,20 @@ bench: $(INSTALLED) bench-decode
 bench-decode: $(INSTALLED)
 	$(BIN)/python scripts/bench_decode.py
 
+# checkpoints of growing size: time and memory of `apply`; then SIGKILL at random moments of it
+bench-scale: $(INSTALLED)
+	$(QUIET) $(BIN)/python -W ignore scripts/bench_scale.py
+	$(QUIET) $(BIN)/python -W ignore scripts/kill_apply.py
+
 bench-alibi: $(INSTALLED)
 	$(BIN)/python scripts/bench_alibi.py
 
 bench-relative: $(INSTALLED)
 	$(BIN)/python scripts/bench_relative.py
+
+# learned sinks through a flash kernel against transformers' eager attention
+bench-sinks: $(INSTALLED)
+	$(BIN)/python scripts/bench_sinks.py
 
 # training-free context extension against plain attention
 bench-extend: $(INSTALLED)
@@ -258,6 +272,11 @@ $(MUTATE)/.installed: $(INSTALLED)
 $(DOCUMENTING)/.installed: Makefile pyproject.toml
 	$(PYTHON) -m venv $(DOCUMENTING)
 	$(DOCUMENTING)/bin/python -m pip install --quiet $(DOCS_TOOLS)
+	@touch $@
+
+$(WRITING)/.installed: $(INSTALLED)
+	$(call layered,$(WRITING))
+	$(WRITING)/bin/python -m pip install --quiet jupytext==1.19.6 nbclient ipykernel
 	@touch $@
 
 $(ATHERIS)/.installed: $(INSTALLED)

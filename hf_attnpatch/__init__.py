@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .checkpoint import load
     from .compare import Comparison as Comparison
     from .compare import compare
+    from .convert import Converted as Converted
+    from .convert import convert as convert
     from .diagnose import diagnose
     from .diagnosing.diagnosis import Diagnosis as Diagnosis
     from .doctor import doctor
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from .one_liners import patch_relative_xl as patch_relative_xl
     from .one_liners import patch_score_temperature as patch_score_temperature
     from .one_liners import patch_sinusoidal as patch_sinusoidal
+    from .one_liners import patch_windowed as patch_windowed
     from .patch import Patch as Patch
     from .patch import from_spec
     from .patches import (
@@ -79,6 +82,7 @@ if TYPE_CHECKING:
     from .patches import ReRope as ReRope
     from .patches import ScoreTemperature as ScoreTemperature
     from .patches import Sinusoidal as Sinusoidal
+    from .patches import Windowed as Windowed
     from .plan import Plan as Plan
     from .plan import plan
     from .positions.strength import set_alibi_strength as set_alibi_strength
@@ -93,7 +97,7 @@ if TYPE_CHECKING:
     from .verify import Verification as Verification
     from .verify import verify
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0"
 
 register_on_arrival()
 
@@ -147,6 +151,10 @@ _DEFINES = {
         "Comparison",
         "compare",
     ),
+    "convert": (
+        "Converted",
+        "convert",
+    ),
     "diagnose": ("diagnose",),
     "diagnosing.diagnosis": ("Diagnosis",),
     "doctor": (
@@ -175,6 +183,7 @@ _DEFINES = {
         "patch_segment_recurrence",
         "patch_self_extend",
         "patch_sinusoidal",
+        "patch_windowed",
     ),
     "patch": (
         "Patch",
@@ -197,6 +206,7 @@ _DEFINES = {
         "SegmentRecurrence",
         "SelfExtend",
         "Sinusoidal",
+        "Windowed",
     ),
     "plan": (
         "Plan",

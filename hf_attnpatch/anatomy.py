@@ -110,6 +110,11 @@ class Anatomy(Shown):
         return read or tuple(path for path in (*self.other, *self.unread) if not in_tower(path))
 
     @property
+    def dispatching(self) -> tuple[str, ...]:
+        """Paths of the attention modules that ask transformers' registry for their attention function."""
+        return tuple(site.path for site in self.sites if site.dispatches)
+
+    @property
     def native(self) -> bool:
         """Whether attention modules compute their own scores instead of calling an attention function."""
         return bool(self.sites) and not any(site.dispatches for site in self.sites)

@@ -9,10 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from .errors import missing_extra
+from .upstream import words
 
 # backend -> the class flag by which a transformers model says that it dispatches to it
 FLAG = {
-    "sdpa": "_supports_sdpa",
+    "sdpa": words.DECLARES_SDPA,
     "flex_attention": "_supports_flex_attn",
     "flash_attention_2": "_supports_flash_attn",
     "flash_attention_3": "_supports_flash_attn",
@@ -28,12 +29,22 @@ _CAPABILITY = {"flash_attention_2": (8, 0), "flash_attention_3": (9, 0), "flash_
 
 @dataclass(frozen=True)
 class Candidate:
-    """The conditions for a backend: a model, its dtype, its largest head and whether gradients are needed."""
+    """What a backend is asked to serve.
+
+    Attributes:
+        model: as it is.
+        dtype: of the model.
+        head_dim: of its largest head.
+        training: whether gradients are needed.
+        sinks: whether its modules pass learned sinks, which this package computes by torch's kernels and transformers
+            does not.
+    """
 
     model: PreTrainedModel
     dtype: torch.dtype
     head_dim: int
     training: bool
+    sinks: bool = False
 
 
 def ranked(device: torch.device) -> tuple[str, ...]:
@@ -57,7 +68,7 @@ def obstacle(name: str, want: Candidate) -> str | None:
         if importlib.util.find_spec("kernels") is None:
             raise missing_extra("kernels", "kernels", f"backend {name!r}")
         return None if getattr(want.model, "_supports_flash_attn", False) else _unsupported(name, want.model)
-    if not getattr(want.model, FLAG[name], False):
+    if not getattr(want.model, FLAG[name], False) and not (name == "sdpa" and want.sinks):
         return _unsupported(name, want.model)
     if name == "sdpa" and _softcap(want.model):
         return "torch's sdpa has no soft-capping of scores, which this model uses"

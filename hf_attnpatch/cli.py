@@ -28,16 +28,15 @@ from .commands import text as cli_text
 from .commands import voice
 from .commands.command import EXIT_CODES, command, how_to_go_on
 from .commands.options import (
-    SHARD,
     Device,
     Dtype,
     Length,
     Model,
+    NewShards,
     Patches,
     PlanFile,
     Revision,
     Sequences,
-    ShardSize,
     Text,
     Trust,
 )
@@ -145,16 +144,13 @@ def apply(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
-    max_shard_size: ShardSize = SHARD,
+    max_shard_size: NewShards = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Patch a checkpoint and save it to OUT, with its tokenizer; OUT appears whole or not at all."""
-    import hf_attnpatch as ap
-
-    from .commands.place import check_room
-    from .commands.replacing import replacing
-    from .commands.rewriting import Rewriting, reread
+    from .commands.rewriting import job_of
+    from .convert import written
 
     kept = voice.kept_patches(context)
     patches = cli_specs.patches(plan_file, patch, trusted=trust_remote_code, kept=kept)
@@ -164,19 +160,19 @@ def apply(
     source = cli_models.Source(name=model, **where)  # type: ignore[arg-type]  # options by name
     patches = cli_text.with_text(patches, calibration, source, sequences, length)
     inputs = {"MODEL": model, "--plan": plan_file, "--calibration": calibration, "--damage": damage}
-    with replacing(out, overwrite, inputs) as folder:
-        work = Rewriting(source)
-        check_room(out, cli_models.size_of(work.model))
-        report = ap.apply(work.model, *patches)
-        if damage is not None:
-            cli_text.draw(report, damage)
-        notes = work.save(report, folder, cli_specs.spelled(context), max_shard_size)
-        found, said = report.to_dict(), [str(report), *notes]
-        del report  # which holds what was replaced
-        reread(folder, work.release(), source)
-    saved = f"saved {out}{'' if work.tokenizer is not None else ' (no tokenizer in the source)'}"
-    voice.note("\n".join([*said, saved]))
-    voice.answer_for_machines({"saved": out, "tokenizer": work.tokenizer is not None, "notes": notes, **found})
+    done = written(
+        source,
+        out,
+        patches,
+        overwrite=overwrite,
+        size=max_shard_size,
+        inputs=inputs,
+        job=job_of({**context.params, "patches": [each.to_record() for each in patches]}),
+        command=cli_specs.spelled(context),
+        see=lambda report: None if damage is None else cli_text.draw(report, damage),
+    )
+    voice.note(done)
+    voice.answer_for_machines({**done.to_dict(), "saved": out})
 
 
 @command(app, "verify", "attnpatch verify out", "attnpatch verify out --json > verification.json")
@@ -197,13 +193,12 @@ def verify(
 
 
 @command(app, "demo", "attnpatch demo", "attnpatch demo --output /tmp/demo --json")
-def demo(output: Annotated[Path, typer.Option(help="Folder for tables and figures.")] = Path("outputs/demo")) -> None:
-    """Patch, train and evaluate the embedded model; prints a table and the place of the figures."""
+def demo(output: Annotated[Path, typer.Option(help="Folder for the page.")] = Path("outputs/demo")) -> None:
+    """Diagnose, convert, compare, stretch and train the model that ships here, in minutes; ends with one HTML page."""
     from .demo import run
 
-    with voice.stdout_is_for_machines():
-        run(output)
-    voice.answer_for_machines({"output": output})
+    said = run(output)
+    voice.answer(said, {"output": output, "page": output / "demo.html", "metrics": output / "metrics.json"})
 
 
 cli_compare.add(app)

@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from .edit import ABSENT as _ABSENT
 from .edit import Edit, Write, check_hooks, lost, tried, undo_all, write_all
 from .edit import short as _short
 from .edit import swap as _swap
-from .errors import UnsupportedArchitecture
+from .errors import AttnPatchError, UnsupportedArchitecture
+from .upstream import words
 from .upstream.partitioned import is_partitioned, shape_of
 
 __all__ = [
@@ -277,6 +278,30 @@ def _hook_stores(module: nn.Module) -> Iterator[tuple[Any, ...]]:
     yield module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called
 
 
+class Unpaged:
+    """Stands in a model in the place of continuous batching, whose cache knows nothing of attention that is ours.
+
+    Args:
+        architecture: class name of the model.
+    """
+
+    def __init__(self, architecture: str):
+        self.architecture = architecture
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            AttnPatchError: always.
+        """
+        raise AttnPatchError(
+            f"{self.architecture}: its attention is patched in a way that the paged cache of continuous batching "
+            "(generate_batch, `transformers serve --continuous-batching`) would pass over. Take model.generate with a "
+            "padded batch, or serve without --continuous-batching; grouped heads, rotary scalings of one factor for "
+            "all requests, and position tables run in it."
+        )
+
+
 @dataclass(frozen=True)
 class SetAttention(Edit):
     """Set the attention implementation of the whole model.
@@ -286,6 +311,7 @@ class SetAttention(Edit):
         register: registers the name, if it is this package's.
         only_masks: for models that compute attention themselves and only ask for masks under this name.
         configs: with ``only_masks``, paths of the configs to set; None for all. An image tower may dispatch.
+        otherwise: the name for families that transformers lets ask for no kernel of torch's; None for the same.
     """
 
     rung = "attention"
@@ -293,20 +319,27 @@ class SetAttention(Edit):
     register: Callable[[], None] | None = None
     only_masks: bool = False
     configs: tuple[str, ...] | None = None
+    otherwise: str | None = None
 
     @property
     def claim(self) -> str:
         """The implementation field, of which a model has one."""
         return "config._attn_implementation"
 
+    def name_for(self, model: PreTrainedModel) -> str:
+        """Return the name that this model asks for."""
+        declared = getattr(model, words.DECLARES_SDPA, False)
+        return self.implementation if declared or self.otherwise is None else self.otherwise
+
     def preview(self, model: PreTrainedModel) -> tuple[str, str]:
         """Old and new."""
-        return _short(model.config._attn_implementation), self.implementation
+        return _short(model.config._attn_implementation), self.name_for(model)
 
     def prepare(self, model: PreTrainedModel) -> Write:
         """Find every config that holds the implementation; undoing restores each one's own value."""
-        key = "_attn_implementation_internal"
+        key, name = "_attn_implementation_internal", self.name_for(model)
         stores = [vars(config) for config in all_configs(model)]
+        own, held = vars(model), vars(model).get(words.BATCHING, _ABSENT)
         asking = stores if self.configs is None else [vars(config_at(model, path)) for path in self.configs]
         before = [store.get(key, _ABSENT) for store in stores]
 
@@ -316,24 +349,30 @@ class SetAttention(Edit):
                     store.pop(key, None)
                 else:
                     store[key] = old
+            if held is _ABSENT:
+                own.pop(words.BATCHING, None)
+            else:
+                own[words.BATCHING] = held
 
         def do() -> None:
             if self.register is not None:
                 self.register()
             if self.only_masks:
                 for store in asking:
-                    store[key] = self.implementation
+                    store[key] = name
             else:
-                model.set_attn_implementation(self.implementation)
-            if model.config._attn_implementation != self.implementation:  # transformers only logs a refusal
+                model.set_attn_implementation(name)
+            if model.config._attn_implementation != name:  # transformers only logs that it will not
                 raise UnsupportedArchitecture(
                     f"{type(model).__name__} chooses its attention when it is built; load it with "
-                    f"attn_implementation={self.implementation!r} instead of patching it."
+                    f"attn_implementation={name!r} instead of patching it."
                 )
+            if self.register is not None and hasattr(type(model), words.BATCHING):  # last: the name says it is done
+                own[words.BATCHING] = Unpaged(type(model).__name__)
 
         return Write(
             self.claim,
-            lambda: model.config._attn_implementation == self.implementation,
+            lambda: model.config._attn_implementation == name,
             do,
             undo,
             (id(model.config), self.claim),

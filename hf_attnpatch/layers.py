@@ -67,14 +67,27 @@ class Layers:
         Raises:
             AttnPatchError: there is no such layer.
         """
+        chosen = self._those(layers)
+        return dataclasses.replace(self, bases=tuple(base if n in chosen else b for n, b in enumerate(self.bases)))
+
+    def windowed(self, window: int, layers: Collection[int] | None = None) -> Layers:
+        """Return these layers with a window in some of them (None: all); one that sees less already stays so.
+
+        Raises:
+            AttnPatchError: there is no such layer.
+        """
+        chosen = self._those(layers)
+        narrowed = (w if n not in chosen else min(w or window, window) for n, w in enumerate(self.windows))
+        return dataclasses.replace(self, windows=tuple(narrowed))
+
+    def _those(self, layers: Collection[int] | None) -> Collection[int]:
         count = len(self.bases)
         strange = [number for number in layers or () if not 0 <= number < count]
         if strange:
             raise AttnPatchError(
                 f"layers: {', '.join(map(str, strange))} is not there; this model has layers 0 to {count - 1}."
             )
-        chosen = range(count) if layers is None else set(layers)
-        return dataclasses.replace(self, bases=tuple(base if n in chosen else b for n, b in enumerate(self.bases)))
+        return range(count) if layers is None else set(layers)
 
 
 def read_layers(config: PretrainedConfig) -> Layers:

@@ -27,6 +27,7 @@ from .patches import (
     SegmentRecurrence,
     SelfExtend,
     Sinusoidal,
+    Windowed,
 )
 from .report import Report
 
@@ -47,6 +48,7 @@ __all__ = [
     "patch_segment_recurrence",
     "patch_self_extend",
     "patch_sinusoidal",
+    "patch_windowed",
 ]
 
 
@@ -802,3 +804,66 @@ def patch_sinusoidal(
         AttnPatchError: an argument out of range.
     """
     return apply(model, Sinusoidal(theta=theta, amplitude=amplitude, embedding_scale=embedding_scale))
+
+
+@by_any_name
+def patch_windowed(
+    model: PreTrainedModel,
+    *,
+    window: int,
+    layers: Literal["auto"] | Sequence[int] | None = None,
+    cache_target: float | None = None,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    first_tokens: int = 4,
+    refine_steps: int = 60,
+    home: str = "auto",
+) -> Report:
+    """Sliding windows in the place of full attention, in all layers or in some (hybrids; KL-guided: 2512.20569).
+
+    A layer with a window keeps the last ``window`` tokens in its cache, and no more. The model becomes a stock type
+    with ``layer_types``, or stays what it is where its own type has them: transformers, and the engines that the report
+    names, load the checkpoint without this package and allocate its cache by window.
+
+    Which layers lose least is measured on text: the divergence of the logits with a window on one layer at a time, then
+    as few layers as ``cache_target`` takes. Pretrained heads rest on a text's first tokens (2309.17453), which a window
+    loses. With text, and a type that has learned sinks (``granite_swa``), sinks stand for them: in closed form from the
+    scores of the first tokens, then refined layer by layer towards each module's own output. A model with sinks is run
+    by :class:`Flash` at a flash kernel's speed; transformers alone computes it eagerly.
+
+    Experimental: its fields may get other names or defaults between minor versions.
+
+    Args:
+        model: a transformers model with its weights in memory; changed in place.
+        window: last tokens that a layer sees, the query's own among them.
+        layers: numbers of the layers that get a window, from 0; None for all; ``"auto"`` for those that lose least.
+        cache_target: for ``"auto"``: the share of the cache that is to be left at the length of the model's context.
+        calibration: token ids (sequences, length), an iterable of dictionaries of model inputs, or strings with
+            ``tokenizer``; rows longer than the window, several times as long to be good. The first row is held out.
+        tokenizer: for strings.
+        first_tokens: how many first tokens sinks stand for, where there is text and a home with sinks; 0 for no sinks.
+        refine_steps: of Adam, for each layer's sinks; 0 leaves the closed form.
+        home: stock model type that is to hold the model: ``auto`` takes ``granite_swa`` where sinks are wanted, else
+            the model's own type if it can say windows, else the first that fits; a name takes that one.
+
+    Returns:
+        What changed where and what was checked; ``str()`` is a table, ``revert()`` puts everything back.
+
+    Raises:
+        UnsupportedArchitecture: no stock type can say this of the model.
+        CalibrationError: text too short for the window.
+        AttnPatchError: a window no shorter than the context, layers that are not there, an argument out of range.
+    """
+    return apply(
+        model,
+        Windowed(
+            window=window,
+            layers=layers,
+            cache_target=cache_target,
+            calibration=calibration,
+            tokenizer=tokenizer,
+            first_tokens=first_tokens,
+            refine_steps=refine_steps,
+            home=home,
+        ),
+    )

@@ -72,7 +72,7 @@ def rendered(*parts: RenderableType) -> str:
     """Render text and tables as plain text, :data:`WIDTH` columns wide unless :func:`columns` sets another width."""
     from rich.console import Console, Group  # takes a while to import, and not every command shows a table
 
-    console = Console(width=_COLUMNS.get(), color_system=None, force_terminal=False)
+    console = Console(width=_COLUMNS.get(), color_system=None, force_terminal=False, force_jupyter=False)
     with console.capture() as capture:
         console.print(Group(*parts), markup=False, highlight=False)
     return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
@@ -98,13 +98,17 @@ class Shown:
         return ()
 
     def _figures(self) -> Iterable[bytes]:
-        """Return PNG pictures for the notebook page; none by default, or without matplotlib."""
+        """Return pictures for the notebook page, PNG or SVG; none by default, or without matplotlib."""
         return ()
 
     def _repr_html_(self) -> str:
-        pictures = (base64.b64encode(png).decode("ascii") for png in self._figures())
-        images = (f'<img alt="" style="max-width:100%" src="data:image/png;base64,{each}">' for each in pictures)
+        images = (f'<img alt="" style="max-width:100%" src="{_data(picture)}">' for picture in self._figures())
         return "\n".join([f'<pre style="overflow-x:auto">{html.escape(visible(str(self)))}</pre>', *images])
+
+
+def _data(picture: bytes) -> str:
+    kind = "svg+xml" if picture.startswith(b"<svg") else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode('ascii')}"
 
 
 def _in_short(value: object) -> str:

@@ -101,8 +101,17 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Job:
         SettingsError: a key is unknown or missing, or a value cannot be used.
         AttnPatchError: a patch or one of its fields does not exist.
     """
-    values = settings.read(path, overrides)
-    settings.check_keys(Job, values, str(path))
+    return build(settings.read(path, overrides), str(path))
+
+
+def build(values: dict[str, Any], path: str) -> Job:
+    """Makes the job from the sections of a configuration, however they were read.
+
+    Raises:
+        SettingsError: a key is unknown or missing, or a value cannot be used.
+        AttnPatchError: a patch or one of its fields does not exist.
+    """
+    settings.check_keys(Job, values, path)
     trainable = values.get("trainable", "attention")
     data = settings.build(DataConfig, values["data"], "data")
     patches = _patches(values["patches"])
@@ -118,7 +127,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Job:
         "train": settings.build(TrainConfig, _with_defaults(values["train"], trainable), "train"),
         "lora": _lora(values.get("lora"), trainable),
     }
-    job = settings.build(Job, {**values, **built}, str(path))
+    job = settings.build(Job, {**values, **built}, path)
     timed = next((patch.name for patch in patches if getattr(patch, "refine_seconds", None) is not None), None)
     if timed and job.train.save_every:
         raise SettingsError(

@@ -52,7 +52,6 @@ def start(job: Job, resume: bool) -> Run:
         ResumeError: `resume` is impossible, or was not asked for and there are checkpoints.
         DataError: a text is missing or empty.
     """
-    import_pyplot()
     accelerator = new_accelerator(job.train)
     if job.processes not in (None, accelerator.num_processes):
         raise SettingsError(
@@ -166,6 +165,7 @@ def main() -> None:
     """
     arguments = settings.parser(__doc__).parse_args()
     started = time.perf_counter()
+    import_pyplot()
     run = start(jobs.read(arguments.config, arguments.overrides), arguments.resume)
     found = execute(run, arguments.resume)
     run.seconds["total"] = time.perf_counter() - started

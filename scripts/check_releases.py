@@ -36,6 +36,7 @@ PATCHES: dict[str, ap.Patch] = {
     "none": ap.NoPosition(),
     "some": ap.NoPosition(layers=[1]),
     "temperature": ap.ScoreTemperature(slope=0.3, step=8),
+    "windows": ap.Windowed(window=8),
     "self_extend": ap.SelfExtend(window=6, group=3, trained=10),
     "sinks": ap.AttentionSinks(num_sinks=2, window=6, trained=16),
     "recurrence": _MEMORY,

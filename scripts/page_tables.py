@@ -45,6 +45,7 @@ PATCHES = {
     "position_table": About("PositionTable", "position_table", "helps", ("longformer", "hierarchical")),
     "no_position": About("NoPosition", "no_position", "needed", ("nope", "drope")),
     "score_temperature": About("ScoreTemperature", "score_temperature", "no", ("swan",)),
+    "windowed": About("Windowed", "windowed", "helps", ("klhybrid", "sinks")),
     "flash": About("Flash", "flash", "no", ("flash2",)),
 }
 # name -> (authors and year, title, identifier on arXiv or an address)
@@ -80,6 +81,11 @@ PAPERS = {
         "2307.08691",
     ),
     "procrustes": ("Jin et al., 2024", "Align Attention Heads Before Merging Them", "2412.20677"),
+    "klhybrid": (
+        "Li et al., 2025",
+        "Distilling to Hybrid Attention Models via KL-Guided Layer Selection",
+        "2512.20569",
+    ),
     "swan": (
         "Puvvada et al., 2025",
         "SWAN-GPT: An Efficient and Scalable Approach for Long-Context Language Modeling",

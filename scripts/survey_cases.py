@@ -75,6 +75,7 @@ CASES: Mapping[str, Callable[[PreTrainedModel], Answer]] = {
     "position_table": by(ap.PositionTable(length=200)),
     "no_position": by(ap.NoPosition()),
     "score_temperature": by(ap.ScoreTemperature(slope=0.3, step=8)),
+    "windowed": by(ap.Windowed(window=6)),
     "self_extend": by(ap.SelfExtend(window=6, group=3, trained=10)),  # the probe has some 24 tokens
     "segment_recurrence": by(ap.SegmentRecurrence(segment_length=8, memory_length=6)),
 }

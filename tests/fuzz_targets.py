@@ -185,6 +185,7 @@ SPECS = [
     {"patch": "segment_recurrence", "segment_length": 8, "memory_length": 8, "positions": "bounded"},
     {"patch": "re_rope", "leak": 0.1},
     {"patch": "score_temperature", "slope": 0.1, "step": 64},
+    {"patch": "windowed", "window": 64, "layers": [0, 2], "first_tokens": 4, "home": "cwm"},
     {"patch": "no_position", "layers": [0, 2], "home": "smollm3"},
     {"patch": "position_table", "length": 64, "method": "tile"},
     {"patch": "sinusoidal", "embedding_scale": "paper"},

@@ -146,11 +146,14 @@ def test_soft_capped_scores_go_to_the_kernel_that_has_them():
         ap.patch_alibi(_build("gemma2"), training=True)
 
 
-def test_attention_sinks_are_left_to_the_dense_reference():
+def test_attention_sinks_stand_beside_it():
+    """See also test_learned_sinks.py."""
     model = _build("gpt_oss")
-    with pytest.raises(ap.UnsupportedArchitecture, match="s_aux"):
-        ap.patch_alibi(model)
-    assert ap.patch_alibi(model, backend="eager").changed
+    report = ap.patch_alibi(model)
+    assert "sdpa on cpu" in str(report)
+    wanted = _logits(model, **tiny_inputs(model))
+    set_kernel("eager").run(model)
+    assert largest_difference(wanted, _logits(model, **tiny_inputs(model))) < FP32
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2", "bloom"])

@@ -210,10 +210,11 @@ def test_verify_passes_and_fails_with_the_exit_code(checkpoints, monkeypatch):
 
 
 def test_demo_runs_into_the_folder(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setitem(sys.modules, "hf_attnpatch.demo", types.SimpleNamespace(run=seen.append))
-    assert run("demo", "--output", tmp_path / "demo").exit_code == 0
-    assert seen == [tmp_path / "demo"]
+    fake = types.SimpleNamespace(run=lambda output: f"ran into {output}")
+    monkeypatch.setitem(sys.modules, "hf_attnpatch.demo", fake)
+    assert f"ran into {tmp_path / 'demo'}" in run("demo", "--output", tmp_path / "demo").stdout.replace("\n", "")
+    told = json.loads(run("demo", "--output", tmp_path / "demo", "--json").stdout)
+    assert told["page"] == str(tmp_path / "demo/demo.html")
 
 
 def test_calibration_text_reaches_the_patch(tmp_path):

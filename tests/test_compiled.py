@@ -31,6 +31,7 @@ WHOLE = (
     ap.NoPosition(home=None),
     ap.NoPosition(layers=[0]),
     ap.ScoreTemperature(slope=0.3, step=8),
+    ap.Windowed(window=8),
     ap.Sinusoidal(),
     ap.PositionTable(length=200),
     *SPANS,

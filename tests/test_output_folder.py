@@ -172,11 +172,9 @@ def test_search_rope_looks_before_it_searches(source, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_found_before_the_work(source, tmp_path, monkeypatch):
-    import hf_attnpatch as ap
-
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(place.shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(ap, "apply", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr("hf_attnpatch.api.apply", lambda *_: pytest.fail("work was done"))
     assert fails(run("apply", source, tmp_path / "out", *HEADS), "GB are free there")
     assert not list(tmp_path.iterdir())
 
@@ -412,9 +410,9 @@ def test_compare_writes_over_no_file_but_its_own(tmp_path, monkeypatch, name):
     assert (tmp_path / name).read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["report.txt", "metrics.json", "model"])
+@pytest.mark.parametrize("name", ["report.txt", "metrics.json", "model", "demo.html"])
 def test_the_demo_writes_over_no_file_but_its_own(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("work was done"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("work was done"))
     (tmp_path / name).write_text("mine")
     assert fails(run("demo", "--output", tmp_path), f"holds {name}, which is no earlier result")
     assert (tmp_path / name).read_text() == "mine"

@@ -121,6 +121,7 @@ PATCHES = [
     ap.JetLong(window=64),
     ap.AttentionSinks(num_sinks=2, window=64),
     ap.ScoreTemperature(slope=0.1, step=64),
+    ap.Windowed(window=64, layers=[0, 2]),
     ap.SegmentRecurrence(segment_length=8, memory_length=16, positions="running"),
 ]
 

@@ -1,7 +1,9 @@
 """What a notebook or a prompt shows of a result: one short line, or a page in which nothing of a stranger's acts."""
 
+import base64
 import dataclasses
 import re
+from xml.etree import ElementTree
 
 import pytest
 from architectures import tiny_model
@@ -9,6 +11,8 @@ from rich.table import Table
 
 import hf_attnpatch as ap
 from hf_attnpatch.comparing.result import Comparison
+from hf_attnpatch.evaluation import summarise
+from hf_attnpatch.evaluation.positions import LossByPosition
 from hf_attnpatch.evaluation.result import Result
 from hf_attnpatch.heads.damage import DamageReport, LayerDamage
 from hf_attnpatch.heads.refine import Gap
@@ -105,6 +109,12 @@ def test_a_figure_stands_in_the_page_where_there_is_one(found, tmp_path):
     damage.save_figure(tmp_path / "d.svg")
     assert (tmp_path / "d.svg").stat().st_size > 1000
     (tmp_path / "loss_by_length.png").write_bytes(b"\x89PNG")
+    scores = tuple(summarise({"a": (nats * 10, 10)}, resamples=1) for nats in (3.5, 2.5))
+    assert "data:image/svg+xml" in found["Diagnosis"]._repr_html_()
+    drawn = LossByPosition((1, 256, 512), scores)._repr_html_()
+    svg = base64.b64decode(re.search(r'src="data:image/svg\+xml;base64,([^"]+)"', drawn)[1]).decode()
+    assert "Loss by position" in svg
+    assert ElementTree.fromstring(svg).get("viewBox")  # it is well-formed, and scales
     names = {"original": {"name": "a"}, "patched": {"name": "b"}}
     comparison = Comparison(tmp_path, names)
     assert repr(comparison).startswith("<Comparison: a and b, in ")

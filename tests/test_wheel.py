@@ -106,3 +106,16 @@ def test_workflows_call_what_make_has():
 def jobs_matrix():
     jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text("utf-8"))["jobs"]
     return jobs["tests"]["strategy"]["matrix"]["target"]
+
+
+def test_a_release_says_everywhere_which_it_is():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == ap.__version__
+    notes = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert f"\n## [{ap.__version__}] - {citation['date-released']}\n" in notes
+
+
+def test_workflows_run_only_what_a_hash_names():
+    used = re.findall(r"uses: (\S+)", "".join(f.read_text("utf-8") for f in (ROOT / ".github/workflows").glob("*.yml")))
+    assert len(used) >= 10
+    assert [each for each in used if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", each)] == []

@@ -35,6 +35,7 @@ PATCHES = list({case.kind: case.patch for case in reversed(CASES)}.values())  # 
 NEED_ROTATION = (
     ap.RopeScaling,
     ap.ScoreTemperature,
+    ap.Windowed,
     ap.SelfExtend,
     ap.DualChunk,
     ap.ReRope,
@@ -319,7 +320,7 @@ def test_patching_an_offloaded_model_gives_the_same_or_says_that_it_is_offloaded
     model, plain = tiny_model(model_type).eval(), tiny_model(model_type).eval()
     cpu_offload(model, execution_device=torch.device("cpu"))
     ap.apply(plain, patch)
-    if isinstance(patch, (ap.RelativeXl, ap.PositionTable, ap.ScoreTemperature)):
+    if isinstance(patch, (ap.RelativeXl, ap.PositionTable, ap.ScoreTemperature, ap.Windowed)):
         with pytest.raises(ap.UnsupportedArchitecture, match="are offloaded by Accelerate"):
             ap.apply(model, patch)
         return

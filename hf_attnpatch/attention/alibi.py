@@ -68,12 +68,12 @@ class AlibiBias(Term):
 
     def attend(self, call: AttentionCall, sight: Sight) -> Tensor:
         """Attend by torch's kernels, with the bias as extra dimensions of queries and keys."""
-        made, states = mask_of(call.mask), (call.query, call.key, call.value)
+        made, states, sinks = mask_of(call.mask), (call.query, call.key, call.value), call.given.get(words.SINKS)
         if made is None:
-            return attend(*states, self._of(call), sight, call.scale, call.dropout)
+            return attend(*states, self._of(call), sight, call.scale, call.dropout, sinks=sinks)
         distance = made.once((self, call.query.shape[1], call.query.dtype), lambda: self._of(call))
         once = functools.partial(_shared, made, self)
-        return attend(*states, distance, sight, call.scale, call.dropout, once)
+        return attend(*states, distance, sight, call.scale, call.dropout, once, sinks)
 
     def dense(self, call: AttentionCall, sight: Sight) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the bias as a matrix."""

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AttnPatchError
-from ..functional.biased import HIDDEN, UNSEEN, Sight, hiding
+from ..functional.biased import UNSEEN, Sight, hiding
+from ..functional.sinking import HIDDEN
 from ..upstream import words
 from .call import AttentionCall
 from .kernels import attend

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from ..errors import AttnPatchError
+from ..functional import sinking
 from ..functional.biased import Sight, hiding
 from ..upstream import words
 from ..upstream.calls import call_attention, flex_attention, sdpa_attention, several_documents
 from . import flash
 from .call import AttentionCall, Output
-from .masks import own_mask, read_sight, says_nothing
+from .masks import own_mask, read_sight, says_nothing, tiles_of
 from .wrapper import term_of, wrappers_of
 
 
@@ -41,15 +42,26 @@ def run(call: AttentionCall) -> Output:
 
 def _sdpa(call: AttentionCall) -> Output:
     """Torch's kernels."""
-    term = term_of(call)
+    term, sinks = term_of(call), call.given.get(words.SINKS)
+    if term is None and sinks is not None:
+        return _sunk(call, sinks)
     if term is None:
         out: Output = sdpa_attention(call.module, call.query, call.key, call.value, own_mask(call), **call.given)
         return out
-    call.refuse(term.what, words.SOFTCAP, words.SINKS, words.SCORE_BIAS, words.CACHE)
+    call.refuse(term.what, words.SOFTCAP, words.SCORE_BIAS, words.CACHE)
     if says_nothing(call.mask) and several_documents(call.given, call.query.shape[2]):
         call.refuse(term.what, words.PACKED)  # only flash attention reads documents from there
     sight = read_sight(call.mask, call.causal, call.query.shape[2], call.key.shape[2])
     return term.attend(call, sight).transpose(1, 2).contiguous(), None
+
+
+def _sunk(call: AttentionCall, sinks: Tensor) -> Output:
+    """Torch's flash kernel and the sinks' share, which transformers computes from every score in memory."""
+    call.refuse("sinks", words.SOFTCAP, words.SCORE_BIAS, words.CACHE)
+    if says_nothing(call.mask) and several_documents(call.given, call.query.shape[2]):
+        call.refuse("sinks", words.PACKED)  # only flash attention reads documents from there
+    out = sinking.attend(call.query, call.key, call.value, sinks, tiles_of(call), call.scale, call.dropout)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _eager(call: AttentionCall) -> Output:

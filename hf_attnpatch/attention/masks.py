@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -19,11 +19,13 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from ..errors import AttnPatchError
 from ..functional.biased import UNSEEN, Sight, hiding
+from ..functional.sinking import Tile
 from ..upstream import words
 from ..upstream.calls import BIDIRECTIONAL, CAUSAL, call_mask, sdpa_mask
 from .call import AttentionCall
 
 INSTEAD: ContextVar[Any] = ContextVar("hf_attnpatch_instead_of_masks", default=None)  # of a memory: hands its own out
+TILE = 256  # queries of which a mask that is not plain is in memory at once, before it is cut to the keys that they see
 _MEMORIES: list[None] = []  # one for each hook that may set it, which torch.compile can ask for; not the variable
 _MADE_BY = "attnpatch_mask"  # attribute of what attention modules are handed: the mask that made it
 _NEVER_NONE = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -44,7 +46,8 @@ class AttentionMask:
         asked: what transformers gave the mask function, by its words.
 
     Attributes:
-        told: what torch's kernels are told, where this package adds something: padding alone, or the whole mask.
+        told: what torch's kernels are told, where this package adds something: padding alone, or the whole mask; one
+            True where that is not written.
     """
 
     def __init__(self, kernel: str, asked: Mapping[str, Any]):
@@ -74,6 +77,10 @@ class AttentionMask:
         Args:
             written: whether it is a plain tensor, also where that holds padding alone.
         """
+        if self.kernel == "sdpa" and not self.plain and not written and not torch.compiler.is_compiling():
+            self.told = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.asked.get("device", "cpu"))
+            if type(self.told) is Tensor:  # windows, documents: some queries at a time, or whole if someone looks
+                return Unwritten.of(self)
         made = _FORMS.get(self.kernel, _by_transformers)(self)
         if made is None:
             return made
@@ -132,6 +139,30 @@ class AttentionMask:
         used = self.asked["q_length"] if causal and self.asked["q_length"] > 1 else keys
         return None if keep[:, :used].all() else keep[:, None, None]
 
+    def tiles(self) -> tuple[Tile, ...]:
+        """Who sees whom, some queries at a time, with the keys that any of them sees: linear memory for windows."""
+        return self.once("tiles", lambda: tuple(self._tiles()))
+
+    def _tiles(self) -> Iterator[Tile]:
+        queries, keys = self.asked["q_length"], self.asked["kv_length"]
+        if torch.compiler.is_compiling():
+            yield Tile((0, queries), (0, keys), self.whole())
+            return
+        offsets = int(self.asked.get("q_offset", 0)), int(self.asked.get("kv_offset", 0))
+        reach = self.asked.get("local_size")
+        for start in range(0, queries, TILE):
+            stop, low, high = min(start + TILE, queries), 0, keys
+            if isinstance(reach, int):  # no farther than this, in either direction
+                shift = offsets[0] - offsets[1]
+                low, high = max(0, start + shift - reach), max(1, min(keys, stop + shift + reach))
+            where = {"q_length": stop - start, "kv_length": high - low}
+            offset = {"q_offset": offsets[0] + start, "kv_offset": offsets[1] + low}
+            seen: Tensor = sdpa_mask(**{**self.asked, **_NEVER_NONE, **where, **offset})
+            used = seen.flatten(0, -2).any(0).nonzero()
+            first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
+            seen = seen[..., first:last].clone()
+            yield Tile((start, stop), (low + first, low + last), None if bool(seen.all()) else seen)
+
     def _positions(self) -> Tensor | None:
         if self.asked.get("mask_function", CAUSAL) is not CAUSAL:
             return None
@@ -163,7 +194,7 @@ class AttentionMask:
 
 
 class Unwritten(Tensor):
-    """A mask of which padding is all that is in memory: the rest is written out if a module looks into it."""
+    """A mask of which padding at most is in memory: the rest is written out if a module looks into it."""
 
     made: AttentionMask
 
@@ -302,18 +333,43 @@ def own_mask(call: AttentionCall) -> Any:
     return seen[None, None] if mask is None else mask & seen
 
 
+def tiles_of(call: AttentionCall) -> tuple[Tile, ...]:
+    """Return who sees whom in a call to torch's kernels, in parts of few queries where padding does not say it all."""
+    made, queries, keys = mask_of(call.mask), call.query.shape[2], call.key.shape[2]
+    if isinstance(call.mask, Sight):
+        made = None
+    if made is not None and not made.plain and made.kernel == "sdpa" and made.asked["kv_length"] == keys:
+        device = call.query.device
+        return made.once(
+            ("tiles", device),
+            lambda: tuple(Tile(t.rows, t.columns, None if t.seen is None else t.seen.to(device)) for t in made.tiles()),
+        )
+    mask = call.mask.mask if isinstance(call.mask, Sight) else _told(call.mask)
+    mask = None if mask is None or mask.numel() == 1 else mask
+    causal = call.causal and queries > 1 and (mask is None or mask.shape[-2] == 1)
+    if mask is not None:
+        mask = hiding(mask[..., :keys]).to(call.query.device)
+    if not causal or keys == queries:
+        return (Tile((0, queries), (0, keys), mask, causal),)
+    # a prefill into a cache of fixed length, the rest of which is empty
+    return (Tile((0, queries), (0, queries), None if mask is None else mask[..., :queries], True),)
+
+
 def says_nothing(mask: Any) -> bool:
     """Whether a mask hides nothing beside what the module hides by itself."""
+    if isinstance(mask, Unwritten) and not mask.made.plain:  # not written out to be asked
+        return False
     mask = _told(mask)
     return mask is None or (isinstance(mask, Tensor) and mask.numel() == 1)
 
 
 def _told(mask: Any) -> Any:
-    """Return what a mask that is not written tells: padding alone."""
+    """Return what a mask that is not written tells: padding alone, or all of it where that does not say it all."""
     if not isinstance(mask, Unwritten):
         return mask
-    assert mask.made.told is not None
-    return mask.made.told.to(mask.device)
+    told = mask.made.told if mask.made.plain else mask.made.whole()
+    assert told is not None
+    return told.to(mask.device)
 
 
 def read_sight(handed: Tensor | Sight | None, causal: bool, queries: int, keys: int) -> Sight:

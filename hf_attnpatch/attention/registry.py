@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from ..configs import config_at
 from ..edits import AddPreHook, Edit, SetAttention
 from ..errors import AttnPatchError
+from ..upstream import words
 from ..upstream.calls import attention_registered, mask_registered
 from .call import AttentionCall, Output
 from .kernels import attend
@@ -20,6 +21,7 @@ from .wrapper import wrappers_of
 
 PREFIX = "attnpatch_"  # precedes the kernel's name, from which transformers infers what a family supports
 FUSED = "fused_by_hf_attnpatch"  # masks only: families that get it call no attention function
+TORCH = PREFIX + "torch"  # sdpa for families with sinks, which transformers lets ask for nothing with that in its name
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 KERNELS = ("eager", "sdpa", "flex_attention", *FLASH)
 
@@ -34,6 +36,8 @@ def register() -> None:
     for kernel in KERNELS:  # masks first: if interrupted here, the name stays unknown
         AttentionMaskInterface.register(PREFIX + kernel, mask_registered(mask_function(kernel)))
         AttentionInterface.register(PREFIX + kernel, attention_registered(attention_function(kernel)))
+    AttentionMaskInterface.register(TORCH, mask_registered(mask_function("sdpa")))
+    AttentionInterface.register(TORCH, attention_registered(attention_function("sdpa")))
 
 
 @functools.cache
@@ -48,7 +52,7 @@ def attention_function(kernel: str) -> Callable[..., Output]:
 
 def kernel_of(implementation: str) -> str:
     """Return the kernel of an attention implementation: the name itself, unless this package registered it."""
-    return implementation.removeprefix(PREFIX)
+    return "sdpa" if implementation == TORCH else implementation.removeprefix(PREFIX)
 
 
 def dense(implementation: str) -> str:
@@ -57,13 +61,14 @@ def dense(implementation: str) -> str:
 
 
 def set_kernel(kernel: str) -> SetAttention:
-    """Return the edit that makes a model attend through the wrappers of its modules and this kernel."""
-    return SetAttention("", PREFIX + kernel, register)
+    """Return the edit by which a model attends through its modules' wrappers, and by this kernel beneath them."""
+    return SetAttention("", PREFIX + kernel, register, otherwise=TORCH if kernel == "sdpa" else None)
 
 
 def chosen(model: PreTrainedModel, kernel: str) -> SetAttention:
-    """Return the edit that switches a model to another kernel, below the wrappers of its modules if it has any."""
-    if kernel in KERNELS and any(wrappers_of(module) for module in model.modules()):
+    """Return the edit by which a model attends by another kernel, beneath the wrappers of its modules if it has any."""
+    undeclared = kernel == "sdpa" and not getattr(model, words.DECLARES_SDPA, False)
+    if undeclared or (kernel in KERNELS and any(wrappers_of(module) for module in model.modules())):
         return set_kernel(kernel)
     return SetAttention("", kernel)
 

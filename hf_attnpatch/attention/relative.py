@@ -91,9 +91,10 @@ class RelativeTerms(nn.Module):
         scale: float,
         dropout: float,
         module: nn.Module | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Attend by torch's kernels; arguments as for :func:`hf_attnpatch.functional.biased.attend`."""
-        return _attend(query, key, value, self, sight, scale, dropout, module)
+        return _attend(query, key, value, self, sight, scale, dropout, module, sinks)
 
 
 @outside_autocast
@@ -106,9 +107,10 @@ def _attend(
     scale: float,
     dropout: float,
     module: nn.Module | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     term = terms.of(query, scale, module)
-    return attend_extended(term.content, key, value, term, sight, scale, dropout)
+    return attend_extended(term.content, key, value, term, sight, scale, dropout, sinks)
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,8 @@ class Relative(Term):
     def attend(self, call: AttentionCall, sight: Sight) -> Tensor:
         """Attend by torch's kernels, with extra dimensions, or rows of a matrix for few queries."""
         states = (call.query, call.key, call.value)
-        return _terms(call).attend(*states, sight, call.scale, call.dropout, call.module)
+        sinks = call.given.get(words.SINKS)
+        return _terms(call).attend(*states, sight, call.scale, call.dropout, call.module, sinks)
 
     def dense(self, call: AttentionCall, sight: Sight) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return states with extra dimensions in fp32."""

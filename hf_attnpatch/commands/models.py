@@ -173,39 +173,41 @@ def check_numbers(model: PreTrainedModel, name: str) -> None:
         raise AttnPatchError(f"{name}: {wrong} holds numbers that are not finite; get the checkpoint anew.")
 
 
-def save(model: PreTrainedModel, tokenizer: Any | None, folder: Path, command: str, max_shard_size: str) -> None:
+def save(model: PreTrainedModel, tokenizer: Any | None, folder: Path, command: str | None, **options: Any) -> None:
     """Write a patched model with its tokenizer and the command line that made it.
 
     Args:
         model: patched.
         tokenizer: None where there is none.
         folder: where to, empty.
-        command: as a reader would type it.
-        max_shard_size: of a file of weights, such as ``5GB``.
-
-    Raises:
-        AttnPatchError: it cannot be written.
+        command: as a reader would type it; None for a script.
+        options: of ``save_pretrained``: ``max_shard_size``, or ``state_dict={}`` for all but the weights.
     """
     from .. import record
 
-    with writing():
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    model.save_pretrained(folder, **options)
+    if command is not None:
         record.note_command(folder, command)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 @contextlib.contextmanager
 def writing() -> Iterator[None]:
-    """Return one line saying that weights cannot be written."""
+    """Say in one line that a checkpoint cannot be written.
+
+    Raises:
+        AttnPatchError: so.
+    """
     from safetensors import SafetensorError
 
     from ..errors import AttnPatchError
 
     try:
         yield
-    except SafetensorError as error:  # a full disk, as the library tells of it
-        raise AttnPatchError(f"the checkpoint cannot be written: {' '.join(str(error).split())[:300]}") from error
+    except (SafetensorError, OSError) as error:  # a full disk, as the library tells of it, and as the system does
+        said = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise AttnPatchError(f"the checkpoint cannot be written: {' '.join(said.split())[:300]}") from error
 
 
 @contextlib.contextmanager

@@ -59,15 +59,25 @@ Revision = Annotated[
 ]
 
 
-def _shard_size(size: str) -> str:
-    """Refuse an invalid size before the work whose result it limits."""
-    if not re.fullmatch(r"[1-9]\d*[KMGT]?B", size):
+def _shard_size(size: str | None) -> str | None:
+    """Refuse what is no size, before the work whose outcome it is for."""
+    if size is not None and not re.fullmatch(r"[1-9]\d*[KMGT]?B", size):
         raise typer.BadParameter(f"{size!r} is no size; wanted bytes such as 500MB or 5GB.")
     return size
 
 
 ShardSize = Annotated[
     str, typer.Option("--max-shard-size", metavar="SIZE", help="Of a file of weights.", callback=_shard_size)
+]
+NewShards = Annotated[
+    str | None,
+    typer.Option(
+        "--max-shard-size",
+        metavar="SIZE",
+        help="Of a file of weights, such as 5GB; by default the files are MODEL's.",
+        callback=_shard_size,
+        show_default=False,
+    ),
 ]
 SHARD = "50GB"  # as transformers has it
 Device = Annotated[str, typer.Option(help="Where the model is loaded: cpu, cuda, cuda:1 ...")]

@@ -2,8 +2,9 @@
 
 It is built in a hidden folder beside it, ``.NAME.attnpatch-XXXXXXXX``, which holds a lock for as long as its process
 lives. Killed at any point, a run leaves what stood there under its name, or the new folder under it, and at most that
-hidden folder, which the next run in the same place removes. Where the system cannot exchange two names in one step
-(anything but Linux), the old folder is moved aside first; if a kill falls in between, the next run puts it back.
+hidden folder. The same command takes it up and goes on from it; any other run in the same place removes it. Where the
+system cannot exchange two names in one step (anything but Linux), the old folder is moved aside first; if a kill falls
+in between, the next run puts it back.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,6 +28,7 @@ from ..errors import AttnPatchError
 from .place import Picture, check_target, picture
 
 _HIDDEN = re.compile(r"\.(?P<name>.+)\.attnpatch-[a-z0-9_]{8}", re.DOTALL)
+_LOCK, _JOB, _ASIDE = "lock", "job", "aside"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 _YOUNG = 60  # seconds, in which a run that has made its folder has locked it, too
 _ENDED: list[int] = []  # signals that asked the running command to end
@@ -80,13 +82,19 @@ def _leave() -> None:
 
 
 @contextlib.contextmanager
-def replacing(target: Path, overwrite: bool, inputs: Mapping[str, str | Path | None] | None = None) -> Iterator[Path]:
-    """Provide an empty folder beside ``target`` that takes its name once everything is written, or is removed.
+def replacing(
+    target: Path, overwrite: bool, inputs: Mapping[str, str | Path | None] | None = None, job: str | None = None
+) -> Iterator[Path]:
+    """Give a folder beside ``target`` that takes its name once everything is written, or vanishes.
+
+    It is empty, unless a run of the same job was killed here: then it holds what that one had written, of which
+    nothing may be taken on trust. What is laid into :func:`aside_of` it goes with it, or stays for the next run.
 
     Args:
         target: where the folder is wanted; must not exist, or be empty.
         overwrite: whether a checkpoint that is there may be replaced.
         inputs: what is read to make it; see :func:`.place.check_target`.
+        job: what is made; a run that was killed at the same one is gone on from. None begins anew.
 
     Raises:
         AttnPatchError: the folder cannot be made there; something is in the way, or has come there meanwhile, and the
@@ -95,15 +103,16 @@ def replacing(target: Path, overwrite: bool, inputs: Mapping[str, str | Path | N
     target = Path(os.path.abspath(target))
     with _writable(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    clear_dead(target.parent)
+    clear_dead(target.parent, lambda place: _is_of(place, target, job))
     target = check_target(target, overwrite, inputs or {})
     before = picture(target)
-    with _workplace(target) as place:
+    with _workplace(target, job) as place:
         new = place / "new"
-        new.mkdir()
+        new.mkdir(exist_ok=True)
         yield new
         _leave()
         _sync(new)
+        (place / _JOB).unlink(missing_ok=True)  # what is new may be what is old from here on
         _take_place(new, target, before, place / "old")
         _sync_entries(target.parent)
 
@@ -119,16 +128,57 @@ def _writable(target: Path) -> Iterator[None]:
         ) from error
 
 
+def aside_of(new: Path) -> Path:
+    """Return where what is needed on the way may lie, beside the folder that is being built."""
+    return new.parent / _ASIDE
+
+
 @contextlib.contextmanager
-def _workplace(target: Path) -> Iterator[Path]:
-    """Provide a hidden folder that is locked while it is in use, and removed afterwards."""
+def _workplace(target: Path, job: str | None) -> Iterator[Path]:
+    """Give a hidden folder that is locked while it is in use; it is gone afterwards."""
     with _writable(target):
-        place = Path(tempfile.mkdtemp(prefix=f".{target.name}.attnpatch-", dir=target.parent))
-    with FileLock(place / "lock"):
+        place, lock = _taken_up(target, job) or _made(target)
+    try:
+        with _writable(target):
+            if job is not None:
+                (place / _JOB).write_text(job, "utf-8")
+        yield place
+    finally:
         try:
-            yield place
-        finally:
             shutil.rmtree(place)
+        finally:
+            lock.release()
+
+
+def _made(target: Path) -> tuple[Path, FileLock]:
+    place = Path(tempfile.mkdtemp(prefix=f".{target.name}.attnpatch-", dir=target.parent))
+    lock = FileLock(place / _LOCK)
+    lock.acquire()
+    return place, lock
+
+
+def _taken_up(target: Path, job: str | None) -> tuple[Path, FileLock] | None:
+    """Return the locked folder of a run of the same job that was killed, if there is one."""
+    for place in target.parent.iterdir() if job is not None else ():
+        if _is_of(place, target, job):
+            lock = FileLock(place / _LOCK)
+            with contextlib.suppress(Timeout, FileNotFoundError):
+                lock.acquire(timeout=0)
+                if _is_of(place, target, job):
+                    return place, lock
+                lock.release()
+    return None
+
+
+def _is_of(place: Path, target: Path, job: str | None) -> bool:
+    """Whether a hidden folder is that of a job, and its content has not begun to take its place."""
+    found = _HIDDEN.fullmatch(place.name)
+    if job is None or found is None or found["name"] != target.name or not _is_own(place) or (place / "old").exists():
+        return False
+    try:
+        return (place / _JOB).read_text("utf-8") == job
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _take_place(new: Path, target: Path, before: Picture, old: Path) -> None:
@@ -187,17 +237,21 @@ def _kept(new: Path, target: Path) -> Path:
     return beside
 
 
-def clear_dead(folder: Path) -> None:
-    """Remove what killed runs have left in a folder, and put back what one of them had moved aside.
+def clear_dead(folder: Path, wanted: Callable[[Path], bool] = lambda _: False) -> None:
+    """Remove what runs that were killed have left in a folder, and put back what one of them had moved aside.
 
     A run that is alive holds its lock, on other machines that share the folder too, and is left alone; so is
     everything that another user owns.
+
+    Args:
+        folder: that is looked through.
+        wanted: tells what is to be left for the run that goes on from it.
     """
     for place in folder.iterdir():
         found = _HIDDEN.fullmatch(place.name)
-        if found is None or not _is_own(place):
+        if found is None or not _is_own(place) or wanted(place):
             continue
-        with contextlib.suppress(Timeout, FileNotFoundError), FileLock(place / "lock", timeout=0):
+        with contextlib.suppress(Timeout, FileNotFoundError), FileLock(place / _LOCK, timeout=0):
             _recovered(place, folder / found["name"])
 
 
@@ -210,7 +264,7 @@ def _is_own(place: Path) -> bool:
         names = {entry.name for entry in place.iterdir()}
     except (FileNotFoundError, NotADirectoryError):  # gone meanwhile, or a file of that name
         return False
-    return names <= {"lock", "new", "old"} and ("lock" in names or time.time() - about.st_mtime > _YOUNG)
+    return names <= {_LOCK, _JOB, _ASIDE, "new", "old"} and (_LOCK in names or time.time() - about.st_mtime > _YOUNG)
 
 
 def _recovered(place: Path, target: Path) -> None:

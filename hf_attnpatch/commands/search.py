@@ -14,7 +14,7 @@ from . import specs as cli_specs
 from . import text as cli_text
 from . import voice
 from .command import command
-from .options import SHARD, Device, Dtype, Model, Revision, ShardSize, Trust
+from .options import Device, Dtype, Model, NewShards, Revision, Trust
 from .place import check_room
 from .replacing import replacing
 from .rewriting import Rewriting, reread
@@ -59,7 +59,7 @@ def search_rope(
     state: Kept = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
-    max_shard_size: ShardSize = SHARD,
+    max_shard_size: NewShards = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it is there.")] = False,

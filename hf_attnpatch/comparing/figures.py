@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import showing
+from ..evaluation import difference
 from . import style, tables
 from .tables import Metrics
 
@@ -32,25 +33,31 @@ Draw = Callable[[Any, Metrics, str], Any]  # pyplot, metrics, theme -> figure
 
 
 def loss_by_length(pyplot: Any, metrics: Metrics, theme: str) -> Any:
-    """Loss of the same tokens against context, with intervals over documents."""
+    """Loss of the same tokens against context; below, the paired difference with its interval over documents."""
     found = tables.losses(metrics)
     assert found is not None
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    shape: dict[str, Any] = {"sharex": True, "height_ratios": (3, 2), "layout": "constrained"}
+    figure, (axes, below) = pyplot.subplots(2, 1, figsize=(7, 5.4), **shape)
+    lengths = found["original"].lengths
     for which, (colour, marker, line) in style.marks(theme).items():
         result = found[which]
         values = [score.nats for score in result.scores]
-        axes.plot(result.lengths, values, color=colour, marker=marker, linestyle=line, label=which)
-        axes.fill_between(
-            result.lengths, [s.low for s in result.scores], [s.high for s in result.scores], color=colour, alpha=0.15
-        )
+        axes.plot(lengths, values, color=colour, marker=marker, linestyle=line, label=which)
         for score, name, dash in ((result.truncated, "truncated", ":"), (result.sliding, "sliding", "-.")):
             axes.axhline(
                 score.nats, color=colour, linestyle=dash, linewidth=1, label=f"{which}, {name} {result.window:,}"
             )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(found["original"].lengths, [f"{n:,}" for n in found["original"].lengths])
-    axes.minorticks_off()
-    axes.set(xlabel="context (tokens)", ylabel="loss (nats per token), 95 % interval", title="Loss by context length")
+    gaps = [difference(*both) for both in zip(found["original"].scores, found["patched"].scores, strict=True)]
+    colour, marker, _ = style.marks(theme)["patched"]
+    values = [gap.value for gap in gaps]
+    bars = [[gap.value - gap.low for gap in gaps], [gap.high - gap.value for gap in gaps]]
+    below.errorbar(lengths, values, yerr=bars, color=colour, marker=marker, capsize=4, linestyle="none")
+    below.axhline(0, color=style.marks(theme)["original"][0], linewidth=1)
+    below.set_xscale("log", base=2)
+    below.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    below.minorticks_off()
+    below.set(xlabel="context (tokens)", ylabel="patched - original\n(95 %, paired)")
+    axes.set(ylabel="loss (nats per token)", title="Loss by context length")
     axes.legend(fontsize=8)
     return figure
 
@@ -132,7 +139,7 @@ FIGURES: tuple[tuple[str, str, str, str, Draw], ...] = (
         "loss",
         "loss_by_length.png",
         "Loss by context length",
-        "loss in nats per token of both models against the tokens of context, with two baselines each",
+        "loss in nats per token of both models against the context, with two baselines each; and paired differences",
         loss_by_length,
     ),
     (

@@ -68,8 +68,18 @@ def render(markdown: str, figures: Sequence[Figure]) -> str:
     reader.add_render_rule("table_open", lambda *_: '<div class="wide"><table>\n')
     reader.add_render_rule("table_close", lambda *_: "</table></div>\n")
     heading = next((line[2:] for line in markdown.splitlines() if line.startswith("# ")), "Comparison")
-    title = unescapeAll(heading)  # no markup in a title
-    return _PAGE.format(title=html.escape(title), style=STYLE, body=reader.render(markdown))
+    return framed(unescapeAll(heading), STYLE, reader.render(markdown))  # no markup in a title
+
+
+def framed(title: str, style: str, body: str) -> str:
+    """Return a page that loads nothing from anywhere.
+
+    Args:
+        title: as text.
+        style: CSS.
+        body: HTML, whose author has escaped what is not his own.
+    """
+    return _PAGE.format(title=html.escape(title), style=style, body=body)
 
 
 def _picture(figure: Figure, alt: str) -> str:

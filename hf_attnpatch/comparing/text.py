@@ -11,6 +11,7 @@ from ..showing import code, fenced, prose
 from . import tables
 from .figures import Figure
 from .tables import Metrics
+from .verdict import verdict
 
 WHAT = {
     "loss": "The same last {targets} tokens of {documents} windows of {text} are predicted under growing context, so "
@@ -31,7 +32,8 @@ WHAT = {
 def render(metrics: Metrics, figures: Sequence[Figure]) -> str:
     """Return report.md."""
     names = [prose(metrics[which]["name"]) for which in tables.BOTH]
-    parts = [f"# {names[1]} against {names[0]}", _models(metrics), "## In short", tables.summary(metrics)]
+    said = filter(None, [verdict(metrics)])
+    parts = [f"# {names[1]} against {names[0]}", *said, _models(metrics), "## In short", tables.summary(metrics)]
     shown = {figure.title: figure for figure in figures}
     for title, part, made in SECTIONS:
         found = metrics["parts"].get(part)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rich.console import RenderableType
 from rich.table import Table
 
+from .. import charts
 from ..evaluation.listener import PARTS
 from ..evaluation.result import Result
 from ..evaluation.roofline import Phase
@@ -143,6 +144,18 @@ class Diagnosis(Result):
         lines += [f"no patch here: {reason}" for reason in self.declined]
         lines += [f"note: {note}" for note in self.notes]
         return rendered(*lines)
+
+    def _figures(self) -> Iterable[bytes]:
+        name = "decode" if "decode" in self.work.phases else next(iter(self.work.phases), None)
+        if name is None:
+            return
+        rows = [("now", self.work.phases[name], "original")]
+        for each in self.prescriptions:
+            if name in each.after.phases:
+                rows.append((each.command.split("--patch ")[-1], each.after.phases[name], "ours"))
+        bars = [charts.Bar(said, phase.seconds, seconds(phase.seconds), colour) for said, phase, colour in rows]
+        note = f"predicted, {self.batch} texts of {self.context:,} tokens; less is better"
+        yield charts.alone(charts.bars(PHASES[name].capitalize(), bars, note))
 
 
 def _table(work: Work) -> Table:

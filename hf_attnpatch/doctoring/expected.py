@@ -18,6 +18,7 @@ from .models import EMBEDDED, MODELS
 WORKS, REFUSES = "works", "refuses"
 
 _NOT_ROTARY = dict.fromkeys(("gpt2", "opt", "bloom", "mpt"), "positions here are")
+_WINDOWS = {**_NOT_ROTARY, "mistral": "no shorter"}
 _TEMPERATURE = {**_NOT_ROTARY, "gemma2": "no stock type can say this"}
 # up to 5.1 these families hand their attention masks of their own making, which some patches cannot read
 _MPT = {"mpt": "attention mask of shape"}
@@ -76,6 +77,7 @@ CASES: Mapping[str, Case] = {
     ),
     "Rotary": Case({"patch": "rotary", "theta": 500.0}, once=_MPT),
     "ScoreTemperature": Case({"patch": "score_temperature", "slope": 0.3, "step": 8}, _TEMPERATURE),
+    "Windowed": Case({"patch": "windowed", "window": 6}, _WINDOWS),
     "SegmentRecurrence": Case(
         {"patch": "segment_recurrence", "segment_length": 8, "memory_length": 6}, once=_MASKS, held=14
     ),

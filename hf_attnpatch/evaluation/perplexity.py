@@ -6,13 +6,14 @@ tokens of every document are predicted under growing context, so that a differen
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from .. import charts
 from ..errors import EvaluationError
 from .result import Result
 from .score import Losses, Score, summarise
@@ -56,6 +57,14 @@ class LossByLength(Result):
         return "\n".join(
             [head, *(f"{n:>18}  {s.nats:.4f} [{s.low:.4f}, {s.high:.4f}]  {s.perplexity:.2f}" for n, s in rows)]
         )
+
+    def _figures(self) -> Iterable[bytes]:
+        rows = [(f"{length:,} tokens", score, "ours") for length, score in zip(self.lengths, self.scores, strict=True)]
+        rows += [(f"truncated {self.window:,}", self.truncated, "others")]
+        rows += [(f"sliding {self.window:,}", self.sliding, "others")]
+        bars = [charts.Bar(said, score.nats, f"{score.nats:.3f}", colour) for said, score, colour in rows]
+        note = f"nats per token, the last {self.targets:,} of each document; less is better"
+        yield charts.alone(charts.bars("Loss by context", bars, note))
 
 
 def perplexity(

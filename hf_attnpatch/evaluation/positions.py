@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import Tensor, nn
 
+from .. import charts
 from ..errors import EvaluationError
 from .result import Result
 from .score import Losses, Score, summarise
@@ -32,6 +33,14 @@ class LossByPosition(Result):
         head = f"loss by position, {len(self.scores[0].losses)} documents: nats per token (95 % over documents)"
         lines = (f"{a:>8,} to {b - 1:>8,}  {s.nats:.4f} [{s.low:.4f}, {s.high:.4f}]" for (a, b), s in rows)
         return "\n".join([head, *lines])
+
+    def _figures(self) -> Iterable[bytes]:
+        middles = [(a + b) / 2 for a, b in pairwise(self.edges)]
+        points = list(zip(middles, (score.nats for score in self.scores), strict=True))
+        last = self.edges[-1]
+        ticks = {float(n): f"{n:,}" for n in range(0, last + 1, max(1, last // 4))}
+        note = "nats per token, by tokens that came before; less is better"
+        yield charts.alone(charts.lines("Loss by position", [charts.Curve("", points, "ours")], note, ticks=ticks))
 
 
 def loss_by_position(

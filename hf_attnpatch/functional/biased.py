@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
-from .alibi import bias, bias_columns, columns, extended, padding_columns
+from .alibi import bias, bias_columns, columns, extended, offset, padding_columns
 from .autocast import outside_autocast
+from .sinking import HIDDEN, by_row, sdpa
 from .two_way import two_way
 
 FEW = 4  # queries for which a row of biases costs less than copying the keys
 _CHUNK = 1 << 23  # biases that are in memory at once where rows of them are needed
-HIDDEN = -1e30  # score of a key that a query does not see; finite, so that a row of padding is no nan
 UNSEEN = HIDDEN * 1e-3  # below it is a score that was hidden, and perhaps scaled afterwards
 
 
@@ -89,6 +89,7 @@ def attend(
     scale: float,
     dropout: float = 0.0,
     once: Once[Any] = _each_time,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention biased by distance.
 
@@ -102,6 +103,7 @@ def attend(
         scale: on the inner products.
         dropout: probability of dropping an attention weight.
         once: makes what layers of one forward share, and keeps it under a key; by default it is made each time.
+        sinks: a score for each head that takes its share of the weights, see :mod:`.sinking`; None for none.
 
     Returns:
         (batch, heads, q, d_v).
@@ -109,11 +111,12 @@ def attend(
     key, value, sight = _filled(query, key, value, sight)
     args = (query, key, value, distance, sight, scale)
     if distance.clip is not None or few(query.shape[2]):
-        return _rows(*args, dropout, once)
+        return _rows(*args, dropout, once, sinks)
     if sight.causal:
-        return _columns(*args, dropout, once)
-    if dropout > 0 or sight.mask is not None or distance.rounded is not None or query.device.type != "cpu":
-        return _rows(*args, dropout)
+        return _columns(*args, dropout, once, sinks)
+    on_cpu = query.device.type == "cpu"
+    if dropout > 0 or sinks is not None or sight.mask is not None or distance.rounded is not None or not on_cpu:
+        return _rows(*args, dropout, sinks=sinks)
     key, value = _repeated(key, query.shape[1]), _repeated(value, query.shape[1])
     return two_way(query, key, value, distance.slope, scale, sight.keep)
 
@@ -141,7 +144,14 @@ def attend_with(
 
 
 def attend_extended(
-    query: Tensor, key: Tensor, value: Tensor, extension: Extension, sight: Sight, scale: float, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    extension: Extension,
+    sight: Sight,
+    scale: float,
+    dropout: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The same with scores that depend on the query as well, as an inner product of further dimensions.
 
@@ -151,7 +161,7 @@ def attend_extended(
     here = positions(query, key, sight)
     if few(query.shape[2]):
         rows = extension.rows(here, key.shape[2])
-        return _dense(query, key, value, _seen(rows, here, sight, slice(None)), scale, dropout)
+        return _dense(query, key, value, _seen(rows, here, sight, slice(None)), scale, dropout, sinks)
     left, right = extension.columns(here, key.shape[2])
     if sight.keep is not None:
         padding = padding_columns(here, query.dtype, sight.keep)
@@ -160,7 +170,7 @@ def attend_extended(
             torch.cat([a.expand(batch, b.shape[1], -1, -1), b.expand(batch, -1, -1, -1)], -1)
             for a, b in zip(padding, (left, right), strict=True)
         )
-    return _on_columns(query, key, value, (left, right), sight, scale, dropout)
+    return _on_columns(query, key, value, (left, right), sight, scale, dropout, sinks)
 
 
 def _filled(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Sight]:
@@ -180,8 +190,12 @@ def _columns(
     scale: float,
     dropout: float,
     once: Once[Any] = _each_time,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     here, keep = positions(query, key, sight), sight.keep
+    if sinks is not None and distance.rounded is None:  # scores are the bias and a constant for each query
+        beside = offset(distance.slope.to(query.device), scale, here, key.shape[2], query.dtype)
+        sinks = (by_row(sinks) + beside.to(_exact(query)))[..., None]
     if distance.rounded is None:
         slope, keys = distance.slope, key.shape[2]
         added = once(
@@ -191,7 +205,7 @@ def _columns(
     else:
         key, value = _repeated(key, query.shape[1]), _repeated(value, query.shape[1])
         added = bias_columns(_products(distance, key, keep), scale, here, query.dtype, keep)
-    return _on_columns(query, key, value, added, sight, scale, dropout)
+    return _on_columns(query, key, value, added, sight, scale, dropout, sinks)
 
 
 def _on_columns(
@@ -202,6 +216,7 @@ def _on_columns(
     sight: Sight,
     scale: float,
     dropout: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Run torch's kernel on queries and keys with columns, and cut the output to size."""
     width = value.shape[-1]
@@ -209,16 +224,8 @@ def _on_columns(
         key, value = _repeated(key, query.shape[1]), _repeated(value, query.shape[1])
     if added is not None:
         query, key, value = extended(query, key, value, added)
-    out = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=None if sight.mask is None else _fitting(sight.mask, query),
-        dropout_p=dropout,
-        is_causal=sight.causal and sight.mask is None and query.shape[2] > 1,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    mask = None if sight.mask is None else _fitting(sight.mask, query)
+    out = sdpa(query, key, value, sinks, mask, sight.causal and mask is None and query.shape[2] > 1, scale, dropout)
     return out[..., :width]
 
 
@@ -231,6 +238,7 @@ def _rows(
     scale: float,
     dropout: float,
     once: Once[Any] = _each_time,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Some queries at a time, so that memory stays linear."""
     if few(query.shape[2]):
@@ -238,13 +246,13 @@ def _rows(
             ("rows", query.shape[1:3], key.shape[2], query.dtype, query.device),
             lambda: bias_rows(distance, positions(query, key, sight), key, sight).to(_exact(query)),
         )
-        return _dense(query, key, value, biases, scale, dropout)
+        return _dense(query, key, value, biases, scale, dropout, sinks)
     here, pieces = positions(query, key, sight), []
     step = max(1, _CHUNK // (query.shape[1] * key.shape[2] * here.shape[0]))
     for start in range(0, query.shape[2], step):
         part = slice(start, start + step)
         biases = bias_rows(distance, here[:, part], key, sight, part).to(_exact(query))
-        pieces.append(_dense(query[:, :, part], key, value, biases, scale, dropout))
+        pieces.append(_dense(query[:, :, part], key, value, biases, scale, dropout, sinks))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
 
 
@@ -290,13 +298,18 @@ def _seen(biases: Tensor, here: Tensor, sight: Sight, part: slice) -> Tensor:
     return biases if sight.keep is None else biases.masked_fill(~sight.keep[:, None, None], HIDDEN)
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, biases: Tensor, scale: float, dropout: float) -> Tensor:
-    grouped = query.shape[1] != key.shape[1]
-    if biases.dtype != query.dtype and query.device.type != "cpu":  # refused there, or silently wrong
+def _dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    biases: Tensor,
+    scale: float,
+    dropout: float,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    if sinks is None and biases.dtype != query.dtype and query.device.type != "cpu":  # refused there, or silently wrong
         return _written_out(query, key, value, biases, scale, dropout)
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=biases, dropout_p=dropout, scale=scale, enable_gqa=grouped
-    )
+    return sdpa(query, key, value, sinks, biases, False, scale, dropout)
 
 
 def _fitting(mask: Tensor, query: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import flash
+from . import flash, sinking
 from .merge import merge
 from .rerotation import RotaryPlanes
 
@@ -103,6 +103,7 @@ def attend(
     turning: RotaryPlanes,
     scale: float,
     gap: tuple[int, int] = (0, 0),
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Run steps, which cover consecutive queries; in linear memory, where no gradient is needed.
 
@@ -114,6 +115,7 @@ def attend(
         turning: how states turn.
         scale: on the inner products.
         gap: keys that are missing, from and to; no piece asks for them.
+        sinks: a score for each head that takes its share of the weights, (heads,); None for none.
 
     Returns:
         (batch, heads, q, d_v).
@@ -124,7 +126,8 @@ def attend(
         mine = query[:, :, step.queries[0] - origin : step.queries[1] - origin]
         queries = [_turned(mine, step.queries[0], turn, turning) for turn in step.query_turns]
         keys = [_turned(key[:, :, : _reach(step, n)], 0, turn, turning) for n, turn in enumerate(step.key_turns)]
-        out: Tensor = _Merged.apply(step, scale, gap, padded, len(queries), *queries, *keys)  # type: ignore[no-untyped-call]
+        states = (sinks, padded, len(queries), *queries, *keys)
+        out: Tensor = _Merged.apply(step, scale, gap, *states)  # type: ignore[no-untyped-call]
         outs.append(out[..., :width])
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
@@ -177,7 +180,14 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, step: Step, scale: float, gap: tuple[int, int], value: Tensor, count: int, *states: Tensor
+        ctx: Any,
+        step: Step,
+        scale: float,
+        gap: tuple[int, int],
+        sinks: Tensor | None,
+        value: Tensor,
+        count: int,
+        *states: Tensor,
     ) -> Tensor:
         """``states`` are ``count`` turns of the queries, then those of the keys."""
         shape, exact = states[0].shape, torch.promote_types(value.dtype, torch.float32)
@@ -190,15 +200,18 @@ class _Merged(torch.autograd.Function):
                 found, log = found.flip(2), log.flip(2)
             here = (slice(None), slice(None), rows)
             out[here], total[here] = merge((out[here], total[here]), (found, log))
+        if sinks is not None:
+            total, share = sinking.total_with(total, sinks)
+            out = out * share[..., None]
         merged = out.to(value.dtype)
-        ctx.save_for_backward(value, merged, total, *states)
+        ctx.save_for_backward(sinks, value, merged, total, *states)
         ctx.step, ctx.scale, ctx.gap, ctx.count = step, scale, gap, count
         return merged
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Each piece's share."""
-        value, out, total, *states = ctx.saved_tensors
+        sinks, value, out, total, *states = ctx.saved_tensors
         count, step = ctx.count, ctx.step
         exact = torch.promote_types(value.dtype, torch.float32)
         grads = [torch.zeros_like(t, dtype=exact) for t in (value, *states)]
@@ -217,7 +230,8 @@ class _Merged(torch.autograd.Function):
             ):
                 into[:, :, place] += found.flip(2) if piece.sees == TURNED else found
         wanted = [g.to(value.dtype) for g in grads]
-        return None, None, None, wanted[0], None, *wanted[1:]
+        of_sinks = None if sinks is None else sinking.gradient(grad, out, total, sinks)
+        return None, None, None, of_sinks, wanted[0], None, *wanted[1:]
 
 
 def _parts(

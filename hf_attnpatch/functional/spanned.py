@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from .pieces import Step, scores, whole
 from .pieces import attend as attend_pieces
 from .rerotation import RotaryPlanes, Table
+from .sinking import sdpa
 from .spans import Remapping
 
 FEW = 4  # queries that are cheaper one by one, each with the keys turned towards it
@@ -79,6 +80,7 @@ def attend(
     turning: RotaryPlanes,
     scale: float,
     steps: Sequence[Towards] | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend.
 
@@ -91,16 +93,17 @@ def attend(
         turning: how states turn.
         scale: on the inner products.
         steps: for few queries, what :func:`towards` returns: the same for layers that turn alike.
+        sinks: a score for each head that takes its share of the weights, (heads,); None for none.
 
     Returns:
         (batch, heads, q, d_v); zeros for queries that are padding.
     """
     if query.shape[2] <= FEW:
         steps = towards(places, query.shape[2], span, turning, key.dtype) if steps is None else steps
-        return _one_by_one(query, key, value, steps, turning, scale)
+        return _one_by_one(query, key, value, steps, turning, scale, sinks)
 
     def run(row: Row, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return attend_pieces(query, key, value, _steps(row, span), turning, scale, row.gap)
+        return attend_pieces(query, key, value, _steps(row, span), turning, scale, row.gap, sinks)
 
     return _by_row(query, key, value, places, run)
 
@@ -175,20 +178,18 @@ def towards(places: Tensor, queries: int, span: Remapping, turning: RotaryPlanes
 
 
 def _one_by_one(
-    query: Tensor, key: Tensor, value: Tensor, steps: Sequence[Towards], turning: RotaryPlanes, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    steps: Sequence[Towards],
+    turning: RotaryPlanes,
+    scale: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Turn the keys to where each query sees them, and call torch's kernel: no merge, and rows need no sorting out."""
     outs = []
     for n, step in enumerate(steps):
         keys = key[:, :, : step.end]
-        outs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, n : n + 1],
-                keys if step.table is None else turning.turn_first(keys, step.table),
-                value[:, :, : step.end],
-                attn_mask=step.seen,
-                scale=scale,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-        )
+        keys = keys if step.table is None else turning.turn_first(keys, step.table)
+        outs.append(sdpa(query[:, :, n : n + 1], keys, value[:, :, : step.end], sinks, step.seen, False, scale))
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)

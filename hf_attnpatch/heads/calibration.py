@@ -7,6 +7,7 @@ memory. Forwards are the model's own, observed through hooks, so that kernels, `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,12 +95,32 @@ def moments_size(site: Site) -> int:
     return 8 * (wide**2 + keys**2 + site.num_heads * site.head_dim**2)
 
 
-def stream(model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch], see: Observer, what: str) -> None:
-    """Run the model over a text and pass every call of these modules to an observer."""
+Feed = AbstractContextManager[Callable[[int], None]]  # which layers run; is told the number of each batch
+
+
+def stream(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    text: Sequence[Batch],
+    see: Observer,
+    what: str,
+    feed: Feed | None = None,
+) -> None:
+    """Run the model over a text and show every call of these modules.
+
+    Args:
+        model: to run.
+        sites: whose calls are shown.
+        text: batches of its inputs.
+        see: is shown them.
+        what: is done, for the progress.
+        feed: which layers run, as :meth:`.layerwise.Layers.running` gives it; None for all.
+    """
     runner = _runner(model, sites)
     device = input_device(model)
-    with torch.no_grad(), recording(model, sites, see) as tell:
-        for batch in track(text, what):
+    with torch.no_grad(), recording(model, sites, see) as tell, feed or nullcontext(_all_layers) as begin:
+        for number, batch in enumerate(track(text, what)):
+            begin(number)
             inputs = columns(model, {name: tensor.to(device) for name, tensor in batch.items()})
             tell(inputs.get(roles_of(model).names.get(words.MASK, "")), inputs.get(words.DECODER_MASK))
             try:
@@ -110,6 +131,10 @@ def stream(model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch],
                     f"{type(model).__name__} does not run, or its attention cannot be run again, on {given}: "
                     f"{type(error).__name__}: {error}; method='mean' without calibration needs no run."
                 ) from error
+
+
+def _all_layers(_: int) -> None:
+    """Let all run."""
 
 
 def _runner(model: PreTrainedModel, sites: Sequence[Site]) -> Callable[..., Any]:
@@ -135,15 +160,20 @@ def _runner(model: PreTrainedModel, sites: Sequence[Site]) -> Callable[..., Any]
 
 
 def measure(
-    model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch], offsets: Mapping[str, Tensor]
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    text: Sequence[Batch],
+    offsets: Mapping[str, Tensor],
+    feed: Feed | None = None,
 ) -> dict[str, Moments]:
     """Collect the moments of some attention modules in one pass.
 
     Args:
-        model: the model.
-        sites: its attention modules.
-        text: batches of inputs.
-        offsets: constants subtracted from the values, (num_kv_heads, v_head_dim) for each module.
+        model: to run.
+        sites: its modules.
+        text: batches of its inputs.
+        offsets: constants taken off the values, (num_kv_heads, v_head_dim) for each module.
+        feed: which layers run; None for all.
 
     Raises:
         AttnPatchError: a module never ran, or its states are not finite.
@@ -161,7 +191,7 @@ def measure(
             )
         found.add(own.query, own.key, attended)
 
-    stream(model, sites, text, see, "measuring heads")
+    stream(model, sites, text, see, "measuring heads", feed)
     silent = next((path for path, found in sums.items() if not found.tokens), None)
     if silent is not None:
         raise AttnPatchError(f"{silent}: did not run on the calibration text, or on padding only.")

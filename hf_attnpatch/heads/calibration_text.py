@@ -20,7 +20,7 @@ ROOM = 16_000_000  # bytes of the values of one batch, for every head; more over
 Batch = Mapping[str, Tensor]
 
 
-def batches(calibration: Any, tokenizer: Any, model: PreTrainedModel) -> list[Batch]:
+def batches(calibration: Any, tokenizer: Any, model: PreTrainedModel, longest: int = 512) -> list[Batch]:
     """Read calibration text in any form that a user may pass.
 
     Args:
@@ -28,6 +28,7 @@ def batches(calibration: Any, tokenizer: Any, model: PreTrainedModel) -> list[Ba
             strings, with ``tokenizer``; :class:`OwnText`, alone or among them, or ``"self"`` for it.
         tokenizer: for strings.
         model: the model to calibrate.
+        longest: tokens of a row that strings are cut into.
 
     Raises:
         AttnPatchError: anything else, an empty one, ids out of range, strings without a tokenizer.
@@ -38,14 +39,14 @@ def batches(calibration: Any, tokenizer: Any, model: PreTrainedModel) -> list[Ba
         )
     calibration = OwnText() if isinstance(calibration, str) and calibration == "self" else calibration
     if isinstance(calibration, (Tensor, OwnText)):
-        found = list(_items([calibration], tokenizer, model))
+        found = list(_items([calibration], tokenizer, model, longest))
     elif isinstance(calibration, str) or not isinstance(calibration, Iterable):
         raise AttnPatchError(
             f"calibration is a {type(calibration).__name__}; pass token ids of shape (sequences, length), dictionaries "
             "of model inputs, a list of strings with tokenizer=, or 'self'."
         )
     else:
-        found = list(_items(list(calibration), tokenizer, model))
+        found = list(_items(list(calibration), tokenizer, model, longest))
     for batch in found:
         _check_ids(batch, model)
     if not sum(b["input_ids"].numel() for b in found):
@@ -53,12 +54,12 @@ def batches(calibration: Any, tokenizer: Any, model: PreTrainedModel) -> list[Ba
     return found
 
 
-def _items(items: list[Any], tokenizer: Any, model: PreTrainedModel) -> Iterator[Batch]:
+def _items(items: list[Any], tokenizer: Any, model: PreTrainedModel, longest: int) -> Iterator[Batch]:
     texts = [item for item in items if isinstance(item, str)]
     if texts and tokenizer is None:
         raise AttnPatchError("calibration holds strings; pass tokenizer= as well, the one of this model.")
     if texts:
-        yield from _tokenized(texts, tokenizer, model)
+        yield from _tokenized(texts, tokenizer, model, longest)
     for item in items:
         if isinstance(item, OwnText):
             yield {"input_ids": item.write(model)}
@@ -73,7 +74,7 @@ def _items(items: list[Any], tokenizer: Any, model: PreTrainedModel) -> Iterator
             )
 
 
-def _tokenized(texts: list[str], tokenizer: Any, model: PreTrainedModel, longest: int = 512) -> Iterator[Batch]:
+def _tokenized(texts: list[str], tokenizer: Any, model: PreTrainedModel, longest: int) -> Iterator[Batch]:
     """Cut every text into windows and stack them; the rest of a text becomes its own batch."""
     config = model.config.get_text_config(decoder=True)
     limit = min(longest, getattr(config, "max_position_embeddings", None) or longest)

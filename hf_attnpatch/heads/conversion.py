@@ -6,7 +6,7 @@ converted on its inputs in the original model, so that modules are independent o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,11 +22,13 @@ from . import calibration_text
 from .calibration import Moments
 from .calibration_text import Batch
 from .damage import LayerDamage
-from .estimate import estimate, find_frames, unaligned
+from .estimate import brief, estimate, find_frames, input_sizes, unaligned
 from .frames import Symmetries
+from .kept import Kept, kept
+from .layerwise import Layers, layer_number, layers_of
 from .merger import Merger
 from .outcome import Conversion, Recipe
-from .repair import refit_outputs, repair
+from .repair import eager, refit_outputs, repair, samples_of
 from .weights import HeadWeights, read_weights
 
 
@@ -44,28 +46,101 @@ def convert(model: PreTrainedModel, sites: Sequence[Site], recipe: Recipe, text:
     """
     done = Conversion(total=len(sites))
     text = None if text is None else calibration_text.shuffled(text, recipe.seed)
+    store = kept(recipe, sites, text)
     with quiet(model):
         frames = find_frames(model, sites)
-        for part in cal.chunks(sites, lambda s: cal.moments_size(s) + _refit_size(s)):
-            with done.clock("statistics"):
-                moments = estimate(model, part, text, frames)
-            with done.clock("merging"):
-                for site in track(part, "merging heads"):
-                    merge(model, site, frames[site.path], moments.pop(site.path), recipe, done)
-            if text is not None:
-                _repaired(model, part, text, recipe, done)
+        if text is None:
+            _from_weights(model, sites, recipe, frames, store, done)
+        else:
+            _from_text(model, sites, recipe, frames, text, store, done)
     return done
 
 
-def _repaired(
-    model: PreTrainedModel, part: Sequence[Site], text: Sequence[Batch], recipe: Recipe, done: Conversion
+def _from_weights(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    recipe: Recipe,
+    frames: Mapping[str, Symmetries],
+    store: Kept,
+    done: Conversion,
 ) -> None:
+    """Convert one module after the other; no more than the moments of one are held."""
+    left = [site for site in sites if not store.recall(site, done)]
+    with done.clock("statistics"):
+        sizes = input_sizes(model, left) if left else {}
+    for site in track(left, "merging heads"):
+        with done.clock("statistics"):
+            moments = estimate(model, [site], None, frames, sizes)
+        with done.clock("merging"):
+            merge(model, site, frames[site.path], moments.pop(site.path), recipe, done)
+        store.store(model, site, done)
+
+
+def _from_text(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    recipe: Recipe,
+    frames: Mapping[str, Symmetries],
+    text: list[Batch],
+    store: Kept,
+    done: Conversion,
+) -> None:
+    """Convert as many modules at a time as memory holds the statistics of: all at once, or layer by layer."""
+    samples = samples_of(text, recipe, done)
+    parts = list(cal.chunks(sites, lambda s: cal.moments_size(s) + _refit_size(s)))
+    layers = (
+        layers_of(model, sites, lambda: cal.stream(model, sites, [brief(model)], _nothing, "")) if parts[1:] else None
+    )
+    if layers is None:
+        for part in parts:
+            left = [site for site in part if not store.recall(site, done)]
+            if left:
+                _converted(model, left, recipe, frames, text, samples, store, done, None)
+        return
+    text = calibration_text.split(text, sites)  # the same batches for all layers
+    by_layer: dict[int, list[Site]] = {}
+    for site in sites:
+        by_layer.setdefault(layer_number(layers, site), []).append(site)
+    for number in track(range(max(by_layer) + 1), "converting layers"):
+        left = [site for site in by_layer.get(number, []) if not store.recall(site, done)]
+        if left:
+            _converted(model, left, recipe, frames, text, samples, store, done, layers)
+        elif number < max(by_layer):
+            cal.stream(model, sites[:1], text, _nothing, "", layers.running("text"))
+            with eager(model):
+                cal.stream(model, sites[:1], samples, _nothing, "", layers.running("samples"))
+        layers.go_on()
+
+
+def _nothing(*_: object) -> None:
+    """See a call, and do nothing."""
+
+
+def _converted(
+    model: PreTrainedModel,
+    part: Sequence[Site],
+    recipe: Recipe,
+    frames: Mapping[str, Symmetries],
+    text: Sequence[Batch],
+    samples: Sequence[Batch],
+    store: Kept,
+    done: Conversion,
+    layers: Layers | None,
+) -> None:
+    with done.clock("statistics"):
+        moments = estimate(model, part, text, frames, feed=None if layers is None else layers.running("text"))
+    with done.clock("merging"):
+        for site in track(part, "merging heads"):
+            merge(model, site, frames[site.path], moments.pop(site.path), recipe, done)
     merged = {site.path: done.weights[site.path] for site in part}
     if recipe.method in ("calibrated", "refined"):
         with done.clock("refit"):
-            refit_outputs(model, part, text, done)
+            refit_outputs(model, part, text, done, None if layers is None else layers.running("text", keep=False))
     with done.clock("refinement" if recipe.method == "refined" else "damage"):
-        repair(model, part, text, recipe, done, merged)
+        feed = None if layers is None else lambda: layers.running("samples")
+        repair(model, part, samples, recipe, done, merged, feed)
+    for site in part:
+        store.store(model, site, done)
 
 
 def _refit_size(site: Site) -> int:

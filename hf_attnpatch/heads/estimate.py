@@ -31,17 +31,18 @@ def find_frames(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Symm
         AttnPatchError: a module does not run on the probe.
     """
     calls: dict[str, Call] = {}
-    ids = random_ids(model, (2, 12))
-    mask = torch.ones(2, 12, dtype=torch.int64)
-    cal.stream(
-        model, sites, [{"input_ids": ids, "attention_mask": mask}], lambda s, c, _: calls.setdefault(s.path, c), ""
-    )
+    cal.stream(model, sites, [brief(model)], lambda s, c, _: calls.setdefault(s.path, c), "")
     silent = next((s.path for s in sites if s.path not in calls), None)
     if silent is not None:
         raise AttnPatchError(f"{silent}: did not run on a probe, so its heads cannot be aligned; use method='mean'.")
     rotated = tuple({*_rotated(model)})
     with torch.no_grad():
         return {s.path: read_frames(Taps(model, s), calls[s.path], rotated) for s in sites}
+
+
+def brief(model: PreTrainedModel) -> Batch:
+    """Return a few random tokens."""
+    return {"input_ids": random_ids(model, (2, 12)), "attention_mask": torch.ones(2, 12, dtype=torch.int64)}
 
 
 def unaligned(model: PreTrainedModel, sites: Sequence[Site]) -> str | None:
@@ -70,14 +71,29 @@ def _rotated(model: PreTrainedModel) -> Iterator[int]:
 
 
 def estimate(
-    model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch] | None, frames: Mapping[str, Symmetries]
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    text: Sequence[Batch] | None,
+    frames: Mapping[str, Symmetries],
+    sizes: Mapping[str, Tensor] | None = None,
+    feed: cal.Feed | None = None,
 ) -> dict[str, Moments]:
-    """Return second moments in the symmetries' scale: measured on text, or from weights and random inputs."""
+    """Return second moments in the frames' scale: measured on text, or from weights and the size of random inputs.
+
+    Args:
+        model: to run.
+        sites: of these modules.
+        text: to measure on; None for the weights.
+        frames: what each module allows.
+        sizes: what :func:`input_sizes` found, where it was asked before.
+        feed: which layers run; None for all.
+    """
     if text is None:
-        found = _weight_moments(model, sites)
+        sizes = input_sizes(model, sites) if sizes is None else sizes
+        found = {site.path: _assumed(site, read_weights(model, site), sizes[site.path]) for site in sites}
     else:
         offsets = {s.path: _offset(model, s, frames[s.path]) for s in sites}
-        found = cal.measure(model, sites, calibration_text.split(text, sites), offsets)
+        found = cal.measure(model, sites, calibration_text.split(text, sites), offsets, feed)
     return {path: _scaled(each, frames[path]) for path, each in found.items()}
 
 
@@ -94,8 +110,11 @@ def _scaled(m: Moments, frames: Symmetries) -> Moments:
     return replace(m, key=key, mean=m.mean * k, query=m.query * q[:, :, None] * q[:, None, :])
 
 
-def _weight_moments(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Moments]:
-    """Return the moments of independent inputs, each as large as on random tokens."""
+def input_sizes(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Tensor]:
+    """Return how large each input of each module is on random tokens.
+
+    With weights they give the moments that independent inputs of these sizes would have.
+    """
     sizes: dict[str, Tensor] = {}
 
     def see(site: Site, call: Call, _: Streams) -> None:
@@ -103,7 +122,7 @@ def _weight_moments(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, 
         sizes[site.path] = hidden.flatten(0, -2).square().mean(0).sqrt()
 
     cal.stream(model, sites, [{"input_ids": random_ids(model, PROBE)}], see, "")
-    return {site.path: _assumed(site, read_weights(model, site), sizes[site.path]) for site in sites}
+    return sizes
 
 
 def _assumed(site: Site, weights: HeadWeights, size: Tensor) -> Moments:

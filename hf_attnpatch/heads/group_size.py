@@ -11,7 +11,7 @@ from ..probe import quiet
 from ..sites import Site
 from .calibration import chunks, moments_size
 from .calibration_text import Batch
-from .estimate import estimate, find_frames
+from .estimate import estimate, find_frames, input_sizes
 from .merger import Merger
 from .weights import read_weights
 
@@ -69,10 +69,11 @@ def predict(
     lost = dict.fromkeys(counts, 0.0)
     with quiet(model):
         frames = find_frames(model, sites)
+        sizes = input_sizes(model, sites) if text is None else None
         for part in chunks(sites, moments_size):
-            moments = estimate(model, part, text, frames)
+            moments = estimate(model, part, text, frames, sizes)
             for site in part:
-                merger = Merger(site, frames[site.path], moments[site.path], read_weights(model, site), "principal")
+                merger = Merger(site, frames[site.path], moments.pop(site.path), read_weights(model, site), "principal")
                 for n in counts:
                     groups = merger.groups(n, grouping)
                     lost[n] += sum(map(merger.lost, groups)) / (2 * len(groups) * len(sites))

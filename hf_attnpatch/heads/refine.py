@@ -8,7 +8,7 @@ propagated through the model; only one module's weights and a few batches are in
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -112,28 +112,56 @@ def refine(
     """
     names = ("query", "key", "value", "output")
     parameters = {name: getattr(start, name).float().clone().requires_grad_() for name in names}
-    groups = [
-        {"params": [p], "lr": LEARNING_RATE * float(p.detach().square().mean().sqrt())} for p in parameters.values()
-    ]
+    rates = {name: LEARNING_RATE * float(p.detach().square().mean().sqrt()) for name, p in parameters.items()}
+    weights = replace(start, **parameters)
+
+    def loss(step: int) -> Tensor:
+        error, divergence = losses(socket, weights, targets[step % len(targets)])
+        return error if divergence is None else error + divergence
+
+    def checked(name: str, gradient: Tensor | None) -> Tensor:
+        if gradient is None:
+            raise _no_gradient(socket, name)
+        if name != "output" and not biased[names.index(name)]:
+            gradient[..., -1] = 0
+        return gradient
+
+    step = descend(parameters, rates, loss, steps, seconds, checked)
+    return replace(start, **{name: p.detach() for name, p in parameters.items()}), step
+
+
+def descend(
+    parameters: Mapping[str, Tensor],
+    rates: Mapping[str, float],
+    loss: Callable[[int], Tensor],
+    steps: int,
+    seconds: float = float("inf"),
+    checked: Callable[[str, Tensor | None], Tensor] | None = None,
+) -> int:
+    """Descend with Adam, the learning rates falling as a cosine, and return the steps taken.
+
+    Args:
+        parameters: changed in place.
+        rates: of each.
+        loss: of a step, counted from 1.
+        steps: at most.
+        seconds: stops early after so long.
+        checked: is shown each gradient, and returns the one to take.
+    """
+    groups = [{"params": [p], "lr": rates[name]} for name, p in parameters.items()]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=0.0)
-    weights, until, step = replace(start, **parameters), time.monotonic() + seconds, 0
+    until, step = time.monotonic() + seconds, 0
     with torch.enable_grad():
         for step in range(1, steps + 1):
-            error, divergence = losses(socket, weights, targets[step % len(targets)])
-            loss = error if divergence is None else error + divergence
-            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            gradients = torch.autograd.grad(loss(step), list(parameters.values()), allow_unused=True)
             for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
-                if gradient is None:
-                    raise _no_gradient(socket, name)
-                if name != "output" and not biased[names.index(name)]:
-                    gradient[..., -1] = 0
-                parameter.grad = gradient
+                parameter.grad = gradient if checked is None else checked(name, gradient)
             optimizer.step()
             schedule.step()
             if time.monotonic() > until:
                 break
-    return replace(start, **{name: p.detach() for name, p in parameters.items()}), step
+    return step
 
 
 def _no_gradient(socket: Taps, name: str) -> UnsupportedArchitecture:

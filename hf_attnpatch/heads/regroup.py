@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy, Site
+from ..aside import laid
 from ..configs import config_at
 from ..edits import AddPreHook, Edit, ReplaceModule, SetAttribute, SetConfig
 from ..errors import AttnPatchError, UnsupportedArchitecture
@@ -225,7 +226,7 @@ class _Share:
             tensors, index = heads.shared(self.site, self.child, old, self.source.num_kv_heads, resize)
             _check_finite(f"{self.site.path}.{self.child}", tensors)
         parameters = {
-            name: nn.Parameter(tensor, requires_grad=trains.get(name, True)) for name, tensor in tensors.items()
+            name: nn.Parameter(laid(tensor), requires_grad=trains.get(name, True)) for name, tensor in tensors.items()
         }
         dim = heads.block(self.site, self.child)
         return GroupedProjection(parameters["weight"], parameters.get("bias"), index, dim)
@@ -294,7 +295,7 @@ def _filled(new: nn.Module, tensors: dict[str, Tensor], old: nn.Module) -> nn.Mo
     trains = {name: p.requires_grad for name, p in old.named_parameters()}
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
-        parameter = nn.Parameter(tensor.detach(), requires_grad=trains.get(name, True))
+        parameter = nn.Parameter(laid(tensor.detach()), requires_grad=trains.get(name, True))
         new.get_submodule(owner)._parameters[leaf] = parameter
     return new
 

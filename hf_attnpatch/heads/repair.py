@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -30,8 +30,14 @@ TOKENS_TO_REFIT = 16_384  # at least, and 32 for each input of the output projec
 TOKENS_TO_REFINE = 16_384
 
 
-def refit_outputs(model: PreTrainedModel, sites: Sequence[Site], text: Sequence[Batch], done: Conversion) -> None:
-    """Refit the output projections to the attention that the shared heads compute."""
+def refit_outputs(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    text: Sequence[Batch],
+    done: Conversion,
+    feed: cal.Feed | None = None,
+) -> None:
+    """Refit the output projections on the attention that the shared heads really give."""
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     originals = {site.path: read_weights(model, site) for site in sites}
 
@@ -48,7 +54,7 @@ def refit_outputs(model: PreTrainedModel, sites: Sequence[Site], text: Sequence[
 
     width = max(s.num_heads * s.v_head_dim for s in sites)
     enough = calibration_text.first(calibration_text.split(text, sites), max(TOKENS_TO_REFIT, 32 * width))
-    cal.stream(model, sites, enough, see, "refitting outputs")
+    cal.stream(model, sites, enough, see, "refitting outputs", feed)
     for site in sites:
         shared, more = done.weights[site.path], refit(*sums.pop(site.path))
         bias = shared.output_bias
@@ -61,20 +67,29 @@ def refit_outputs(model: PreTrainedModel, sites: Sequence[Site], text: Sequence[
 def repair(
     model: PreTrainedModel,
     sites: Sequence[Site],
-    text: Sequence[Batch],
+    samples: Sequence[Batch],
     recipe: Recipe,
     done: Conversion,
     merged: Mapping[str, HeadWeights],
+    feed: Callable[[], cal.Feed] | None = None,
 ) -> None:
-    """Measure the damage of some modules on unseen text and, for `refined`, refine them."""
-    held, *steps = _samples(text, done)
-    if recipe.method != "refined":
-        steps = []
-    tokens = sum(batch["input_ids"].numel() for batch in (held, *steps))
+    """Measure the damage of some modules on text that no step sees and, for `refined`, refine them.
+
+    Args:
+        model: left as it was.
+        sites: its modules.
+        samples: what :func:`samples_of` gives.
+        recipe: what to do.
+        done: the conversion so far.
+        merged: weights before their output projections were refitted.
+        feed: gives which layers run in a pass; None for all.
+    """
+    steps = samples[1:]
+    tokens = sum(batch["input_ids"].numel() for batch in samples)
     with eager(model):
         for part in cal.chunks(sites, lambda s: 4 * tokens * s.num_heads * s.head_dim):
             calls: dict[str, list[Call]] = {site.path: [] for site in part}
-            cal.stream(model, part, (held, *steps), _keeper(calls), "recording inputs")
+            cal.stream(model, part, samples, _keeper(calls), "recording inputs", None if feed is None else feed())
             for site in track(part, "refining" if steps else "measuring damage"):
                 _improve(model, site, calls.pop(site.path), recipe, done, merged[site.path])
 
@@ -108,8 +123,16 @@ def _total(found: Gap) -> float:
     return found.output + (found.attention or 0.0)
 
 
+def samples_of(text: Sequence[Batch], recipe: Recipe, done: Conversion) -> list[Batch]:
+    """Return what damage is measured on and, for `refined`, what it is refined on.
+
+    Batches of about `TOKENS_A_STEP` tokens, `TOKENS_TO_REFINE` in all and one more, whole windows first.
+    """
+    found = _samples(text, done)
+    return found if recipe.method == "refined" else found[:1]
+
+
 def _samples(text: Sequence[Batch], done: Conversion) -> list[Batch]:
-    """Return batches of about `TOKENS_A_STEP` tokens, `TOKENS_TO_REFINE` in all plus one batch, whole windows first."""
     parts: list[Batch] = []
     for batch in text:
         rows = max(1, TOKENS_A_STEP // batch["input_ids"].shape[1])

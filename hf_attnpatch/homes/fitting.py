@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from ..interruption import inside
 from ..layers import STEP, Layers, read_layers
 from ..probe import Inputs, default_inputs, quiet, valid
 from ..upstream.roles import learn
-from .rows import HOMES, Home
+from .rows import HOMES, Home, own_home
 
 _EAGER = "eager"
 _NONE = "{}: no stock type can say this"
@@ -77,13 +78,15 @@ def current(model: PreTrainedModel) -> Layers:
     return read_layers(model.config)
 
 
-def find(model: PreTrainedModel, wanted: Layers, home: str) -> Found:
+def find(model: PreTrainedModel, wanted: Layers, home: str, *, kinds: bool = False) -> Found:
     """Return the first home that holds a model and can say what its layers shall do.
 
     Args:
         model: a stock model, which is only read.
         wanted: what its layers shall do.
         home: a model type, or ``auto``.
+        kinds: whether layers change their kind, so that the model's own type may say it where it is no home of others;
+            then layers of that kind must compute the same bits while a window shows nothing.
 
     Raises:
         AttnPatchError: there is no such home.
@@ -94,6 +97,8 @@ def find(model: PreTrainedModel, wanted: Layers, home: str) -> Found:
         choices = ", ".join(row.model_type for row in HOMES)
         raise AttnPatchError(f"home {home!r} is not known; choose from auto, None, {choices}.")
     own = model.config.model_type
+    if kinds and home == "auto" and own not in {row.model_type for row in HOMES}:
+        known = [*own_home(model.config), *known]
     if not all(isinstance(row.fields(model.config, wanted), str) for row in known):
         _check_made_so(model)
     reasons = []
@@ -101,7 +106,7 @@ def find(model: PreTrainedModel, wanted: Layers, home: str) -> Found:
         if home == "auto" and row.model_type != own and row.model_type in _OWN_ONLY:
             continue
         try:
-            return _tried(model, row, wanted)
+            return _tried(model, row, wanted, kinds)
         except Unfit as error:
             reasons.append(f"{row.model_type} {error}")
     raise UnsupportedArchitecture(f"{_NONE.format(type(model).__name__)}: {'; '.join(reasons)}.")
@@ -174,7 +179,7 @@ def _changed(model: PreTrainedModel, made: Mapping[str, nn.Module]) -> str:
 _OWN_ONLY = ("qwen2", "qwen3", "mistral")  # can say no more than others do, so that nobody needs to move there
 
 
-def _tried(model: PreTrainedModel, home: Home, wanted: Layers) -> Found:
+def _tried(model: PreTrainedModel, home: Home, wanted: Layers, kinds: bool) -> Found:
     """Prove that a home holds the model as it is, and return the edit that moves it there with what is wanted.
 
     Raises:
@@ -184,6 +189,8 @@ def _tried(model: PreTrainedModel, home: Home, wanted: Layers) -> Found:
     _said(home, model.config, wanted)
     if cls is not type(model):
         _prove(model, home, cls)
+    if kinds:
+        _prove_kinds(model, home, cls, wanted)
     attention = None if not home.eager or model.config._attn_implementation == _EAGER else _EAGER
 
     def make(live: PreTrainedModel) -> PreTrainedModel:
@@ -203,7 +210,7 @@ def _notes(model: PreTrainedModel, home: Home, wanted: Layers, attention: str | 
     if attention is not None:
         yield (
             f"attention is computed eagerly, as transformers does for {home.model_type}, which adds a caller's mask of "
-            "four dimensions to the scores: give floats, not bool"
+            "four dimensions to the scores: give floats, not bool; Flash puts a fused kernel there"
         )
 
 
@@ -268,6 +275,23 @@ def _prove(model: PreTrainedModel, home: Home, cls: type[PreTrainedModel]) -> No
             how = "in training" if training else f"where {', '.join(fields)} would be met" if fields else ""
             size = f"by up to {(found - wanted).abs().max():.1e}"
             raise Unfit(f"computes other logits ({', '.join(filter(None, (size, how)))})")
+
+
+def _prove_kinds(model: PreTrainedModel, home: Home, cls: type[PreTrainedModel], wanted: Layers) -> None:
+    """Compare the logits with layers of the wanted kinds, whose window is as long as the context, bit by bit.
+
+    Raises:
+        Unfit: they differ, as where layers with a window rotate otherwise.
+    """
+    inputs, length = default_inputs(model), int(model.config.max_position_embeddings)
+    wide = dataclasses.replace(wanted, windows=tuple(w and length for w in wanted.windows))
+    plain = dataclasses.replace(wanted, windows=(None,) * len(wanted.windows))
+    attention = _EAGER if home.eager else None
+    here, there = (
+        _logits(rebuilt(model, cls, _said(home, model, each), home.fills, attention), inputs) for each in (plain, wide)
+    )
+    if not torch.equal(here, there):
+        raise Unfit(f"computes something else in layers with a window (by up to {(here - there).abs().max():.1e})")
 
 
 def _tellings(model: PreTrainedModel) -> Iterator[tuple[dict[str, Any], bool]]:

@@ -175,3 +175,20 @@ HOMES = (
     Home("ministral3", "5.0", _ministral3, _all_readers),
     Home("granite_swa", "5.15", _granite_swa, _granite_readers, {"sinks": -1e4}, eager=True),
 )
+
+
+def own_home(config: PretrainedConfig) -> tuple[Home, ...]:
+    """Return the row of a model's own type, which is no home of others, where its config has kinds of layers."""
+    if getattr(config, "layer_types", None) is None or not hasattr(config, "sliding_window"):
+        return ()
+    return (Home(config.model_type, "5.0", _own, _nobody),)
+
+
+def _own(config: PretrainedConfig, layers: Layers) -> Fields | str:
+    why = _cannot(layers, unrotated=True)
+    flag = {"use_sliding_window": layers.window is not None} if hasattr(config, "use_sliding_window") else {}
+    return why or {"sliding_window": _width(config, layers), "layer_types": layers.kinds, **flag}
+
+
+def _nobody(_: Layers) -> Iterator[str]:
+    yield from ()

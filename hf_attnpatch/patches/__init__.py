@@ -16,6 +16,7 @@ from .score_temperature import ScoreTemperature
 from .segment_recurrence import SegmentRecurrence
 from .self_extend import SelfExtend
 from .sinusoidal import Sinusoidal
+from .windowed import Windowed
 
 __all__ = [
     "Alibi",
@@ -34,4 +35,5 @@ __all__ = [
     "SegmentRecurrence",
     "SelfExtend",
     "Sinusoidal",
+    "Windowed",
 ]

@@ -21,6 +21,7 @@ from ..positions.choice import BACKENDS, choose
 from ..positions.counting import counted
 from ..positions.fusing import rebiased
 from ..positions.removal import BIAS, check_blind, check_followed, removal, removed
+from ..positions.sinks import passes_sinks
 from ..sites import Place, dispatching
 
 
@@ -134,7 +135,7 @@ class Alibi(Patch):
             return (self.backend if self.backend != "auto" else asked if asked in BACKENDS else "sdpa"), []
         training = model.training if self.training is None else self.training
         head_dim = max((s.head_dim for s in anatomy.sites), default=0)
-        request = Candidate(model, model.dtype, head_dim, training)
+        request = Candidate(model, model.dtype, head_dim, training, passes_sinks(model, anatomy.dispatching))
         name, said = choose(anatomy, request, self.backend, common, "ALiBi")
         return name, [f"{self._what()}; {said}"]
 

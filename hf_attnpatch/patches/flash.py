@@ -21,6 +21,7 @@ from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..media import probes
 from ..patch import Patch, Proposal
 from ..positions.fusing import variants
+from ..positions.sinks import passes_sinks
 from ..probe import Inputs, default_inputs, input_device, largest_difference, logits_under, trace, trial
 from ..upstream import words
 from ..upstream.roles import roles_of
@@ -88,7 +89,7 @@ class Flash(Patch):
                 (), (), ("already in use: a fused kernel inside forwards that do not dispatch",), preserves=True
             )
         wanted = ranked(model.device) if self.backend == "auto" else (self.backend,)
-        request = Candidate(model, model.dtype, head_dim, training)
+        request = Candidate(model, model.dtype, head_dim, training, passes_sinks(model, anatomy.dispatching))
         reasons: list[str] = []
         for name, found in self._tried(request, anatomy, wanted):
             if not isinstance(found, str):

@@ -24,6 +24,7 @@ from ..positions.choice import BACKENDS, choose
 from ..positions.counting import counted
 from ..positions.fusing import deferred
 from ..positions.removal import RELATIVE, check_blind, check_followed, removal, removed
+from ..positions.sinks import passes_sinks
 from ..probe import check_loaded
 from ..rope.fields import check_number
 from ..sites import Site, dispatching
@@ -129,7 +130,7 @@ class RelativeXl(Patch):
             return (*guards, set_kernel(name)), name
         training = model.training if self.training is None else self.training
         wide = max(s.head_dim + self._size(s) for s in sites)
-        request = Candidate(model, model.dtype, wide, training)
+        request = Candidate(model, model.dtype, wide, training, passes_sinks(model, anatomy.dispatching))
         name, said = choose(anatomy, request, self.backend, loud, "Transformer-XL's terms")
         return (*guards, set_kernel(name)), said
 

@@ -43,6 +43,10 @@ class Kept:
         held = {id(tensor) for tensor in _state(model).values()}
         return [tensor for tensor in self.before.values() if id(tensor) not in held]
 
+    def still(self, model: PreTrainedModel) -> list[str]:
+        """Return the names under which the model holds what it held before."""
+        return [name for name, tensor in _state(model).items() if self.before.get(name) is tensor]
+
 
 def _state(model: PreTrainedModel) -> dict[str, Tensor]:
     return {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor) and not t.is_meta}

@@ -14,12 +14,15 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import cached_file
 
+from ..errors import AttnPatchError
 from ..schema import from_json, text_of
+from .stored import header_of
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FORMS = ((ONE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))  # in the order of transformers
-_LARGEST = 256 << 20  # bytes of an index: a few million names
+LARGEST_INDEX = 256 << 20  # bytes of an index: a few million names
 _BYTES = 1 << 26  # that are hashed at once
+_SAMPLE = 256  # numbers of a tensor
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,9 @@ def weights_of(name: str | os.PathLike[str], **where: Any) -> Weights:
     Args:
         name: folder or hub repository.
         where: options that say which revision and the like.
+
+    Raises:
+        AttnPatchError: a file, or the index of its shards, is damaged or incomplete; says which.
     """
     for one, index in _FORMS:
         found = _here(name, one, where)
@@ -53,18 +59,30 @@ def weights_of(name: str | os.PathLike[str], **where: Any) -> Weights:
             return Weights(dict.fromkeys(names_in(found), found))
         listed = _here(name, index, where)
         if listed is not None:
-            shards = from_json(text_of(listed, _LARGEST), str(listed), finite=False)["weight_map"]
+            shards = _shards(listed)
             paths = {shard: _here(name, shard, where) for shard in set(shards.values())}
             return Weights({key: path for key, shard in shards.items() if (path := paths[shard]) is not None})
     return Weights({})
 
 
+def _shards(index: Path) -> Mapping[str, str]:
+    """Return which file each tensor is in."""
+    found = from_json(text_of(index, LARGEST_INDEX), str(index), finite=False)
+    shards = found.get("weight_map") if isinstance(found, Mapping) else None
+    if not isinstance(shards, Mapping) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise AttnPatchError(f"{index}: has no weight_map that says which file each tensor is in; get it anew.")
+    return shards
+
+
 def names_in(file: Path) -> list[str]:
-    """Return the names of the tensors in a file."""
+    """Return the names of the tensors in a file.
+
+    Raises:
+        AttnPatchError: it is damaged or incomplete.
+    """
     if file.suffix == ".bin":
         return [key for key, value in _loaded(file).items() if isinstance(value, Tensor)]
-    with safe_open(file, "pt") as opened:
-        return list(opened.keys())
+    return list(header_of(file).pieces)
 
 
 def digest(tensor: Tensor) -> tuple[torch.Size, bytes]:
@@ -73,6 +91,18 @@ def digest(tensor: Tensor) -> tuple[torch.Size, bytes]:
     for start in range(0, len(flat), _BYTES):
         seen.update(flat[start : start + _BYTES].numpy())  # type: ignore[arg-type]  # an array is a buffer
     return tensor.shape, seen.digest()
+
+
+def sample(tensor: Tensor) -> Tensor:
+    """Return some numbers of a tensor, the same places for all of a shape: what tells whether it was read right.
+
+    Whoever reads a tensor wrong (scaled, turned, in another order) does so with all of it.
+    """
+    if tensor.numel() <= _SAMPLE:
+        return tensor.detach().cpu().reshape(-1)
+    places = torch.randint(tensor.numel(), (_SAMPLE,), generator=torch.Generator().manual_seed(0))
+    whole = tensor.detach()
+    return (whole.view(-1)[places.to(whole.device)] if whole.is_contiguous() else whole.take(places)).cpu()
 
 
 def alike(one: Tensor, other: Tensor) -> bool:

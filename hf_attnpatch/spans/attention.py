@@ -62,7 +62,7 @@ class RemapPositions(Wrapper):
             return self._dense(call, places)
         if mask.once("last", lambda: int(places.max())) < self.span.plain:
             return inner(call)
-        _refuse(call, words.SCORE_BIAS, words.CACHE, words.SOFTCAP, words.SINKS, words.DROPOUT)
+        _refuse(call, words.SCORE_BIAS, words.CACHE, words.SOFTCAP, words.DROPOUT)
         turning, states = self.turning(), (call.query, call.key, call.value)
         queries, key = call.query.shape[2], call.key
         steps = None
@@ -79,17 +79,18 @@ class RemapPositions(Wrapper):
             steps = mask.once(form, lambda: (spanned.towards(places, queries, self.span, turning, key.dtype), turning))[
                 0
             ]
-        out = spanned.attend(*states, places, self.span, turning, call.scale, steps)
+        out = spanned.attend(*states, places, self.span, turning, call.scale, steps, call.given.get(words.SINKS))
         return out.transpose(1, 2).contiguous(), None
 
     def _in_a_graph(self, call: AttentionCall, places: Tensor, inner: Callable[[AttentionCall], Output]) -> Output:
         """Attend by an opaque operation inside a compiled graph; it bounds the positions by the number of columns."""
         if call.key.shape[2] <= self.span.plain:
             return inner(call)
-        _refuse(call, words.SCORE_BIAS, words.CACHE, words.SOFTCAP, words.SINKS, words.DROPOUT)
+        _refuse(call, words.SCORE_BIAS, words.CACHE, words.SOFTCAP, words.DROPOUT)
         turning = self.turning()
         settings = (turning.frequencies, self.number, turning.interleaved, turning.first, call.scale)
-        out: Tensor = opaque.attend(call.query, call.key, call.value, places, *settings)
+        sinks = call.given.get(words.SINKS)
+        out: Tensor = opaque.attend(call.query, call.key, call.value, places, sinks, *settings)
         return out.transpose(1, 2).contiguous(), None
 
     def _dense(self, call: AttentionCall, places: Tensor) -> Output:
@@ -142,5 +143,5 @@ def _refuse(call: AttentionCall, *names: str) -> None:
         if not (call.given.get(name) is None or (name == words.DROPOUT and not call.given[name])):
             raise AttnPatchError(
                 f"{type(call.module).__name__} passes {name} to its attention, with which flash calls cannot be "
-                "merged; backend='eager' takes softcap, s_aux and dropout."
+                "merged; backend='eager' takes softcap and dropout."
             )

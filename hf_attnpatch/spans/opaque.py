@@ -31,6 +31,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     places: Tensor,
+    sinks: Tensor | None,
     frequencies: Tensor,
     span: int,
     interleaved: bool,
@@ -44,6 +45,7 @@ def attend(
         key: (batch, kv heads, k, d), likewise.
         value: (batch, kv heads, k, d_v).
         places: position of each key, (batch or 1, k), -1 where there is none.
+        sinks: a score for each head that takes its share of the weights, (heads,); None for none.
         frequencies: (planes,), radians per position.
         span: a number from :func:`number_of`.
         interleaved: see :class:`RotaryPlanes`.
@@ -54,7 +56,7 @@ def attend(
         (batch, heads, q, d_v).
     """
     turning = RotaryPlanes(frequencies, interleaved, first)
-    return spanned.attend(query, key, value, places, _SPANS[span], turning, scale).contiguous()
+    return spanned.attend(query, key, value, places, _SPANS[span], turning, scale, sinks=sinks).contiguous()
 
 
 @attend.register_fake
@@ -69,32 +71,40 @@ def _gradients(
     key: Tensor,
     value: Tensor,
     places: Tensor,
+    sinks: Tensor | None,
     frequencies: Tensor,
     span: int,
     interleaved: bool,
     first: int,
     scale: float,
 ) -> list[Tensor]:
-    """Return the gradients of queries, keys and values, by computing attention once more."""
-    states = [t.detach().requires_grad_() for t in (query, key, value)]
+    """Return the gradients of queries, keys, values and sinks; attention is computed once more."""
+    given = (query, key, value) if sinks is None else (query, key, value, sinks)
+    states = [t.detach().requires_grad_() for t in given]
+    more = None if sinks is None else states[3]
     turning = RotaryPlanes(frequencies, interleaved, first)
     with torch.enable_grad():
-        out = spanned.attend(states[0], states[1], states[2], places, _SPANS[span], turning, scale)
+        out = spanned.attend(states[0], states[1], states[2], places, _SPANS[span], turning, scale, sinks=more)
         return [each.contiguous() for each in torch.autograd.grad(out, states, grad)]
 
 
 @_gradients.register_fake
-def _shapes(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in (query, key, value)]
+def _shapes(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, places: Tensor, sinks: Tensor | None, *_: Any
+) -> list[Tensor]:
+    given = (query, key, value) if sinks is None else (query, key, value, sinks)
+    return [t.new_empty(t.shape) for t in given]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.settings = inputs[5:]
+    ctx.save_for_backward(*inputs[:6])
+    ctx.settings = inputs[6:]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_gradients(grad, *ctx.saved_tensors, *ctx.settings), *(None,) * 6)
+    found: list[Tensor | None] = list(_gradients(grad, *ctx.saved_tensors, *ctx.settings))
+    of_sinks = found.pop() if len(found) > 3 else None
+    return (*found, None, of_sinks, *(None,) * 5)
 
 
 attend.register_autograd(_backward, setup_context=_keep)

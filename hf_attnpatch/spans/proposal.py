@@ -10,12 +10,14 @@ from transformers import PreTrainedModel
 from ..anatomy import Anatomy
 from ..attention.registry import guarded, kernel_of, set_kernel
 from ..attention.wrapper import AddWrapper
+from ..backends import Candidate, obstacle
 from ..configs import config_path
 from ..edits import AddPreHook, Edit
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..functional.spans import Remapping, Sinks
 from ..patch import Patch, Proposal
 from ..positions.counting import counted
+from ..positions.sinks import passes_sinks
 from ..probe import default_inputs, logits_under, trial
 from ..sites import Site
 from ..upstream.roles import roles_of
@@ -189,7 +191,10 @@ def _kernel(
     if patch.backend == "eager":
         return through, ["dense, with every score in memory"]
     fused = through if anatomy.native else (set_kernel("sdpa"),)
-    why = trial(model, [*trying(False), *fused], inputs, reference, backward=False)
+    head_dim = max((site.head_dim for site in anatomy.sites), default=0)
+    request = Candidate(model, model.dtype, head_dim, False, passes_sinks(model, anatomy.dispatching))
+    why = None if anatomy.native else obstacle("sdpa", request)
+    why = why or trial(model, [*trying(False), *fused], inputs, reference, backward=False)
     if why is not None:
         raise UnsupportedArchitecture(
             f"{type(model).__name__}: flash calls cannot be merged here: {why}. backend='eager' computes it densely."

@@ -77,6 +77,8 @@ ATTENTION: Final[Mapping[str, tuple[str, ...]]] = {
     name: (name,)
     for name in (DROPOUT, SCALING, IS_CAUSAL, SOFTCAP, SINKS, SCORE_BIAS, WINDOW, PACKED, PACKED_KEYS, PAGED)
 }
+# The method of a model by which every kind of continuous batching begins, ``transformers serve``'s too.
+BATCHING: Final = "init_continuous_batching"
 # Keywords of transformers' mask functions.
 MASKS: Final = (
     *("batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask", "local_size"),
@@ -119,6 +121,9 @@ ORIGINAL_FREQUENCIES: Final = "original_inv_freq"
 # What attention modules call things of their own.
 LAYER_NUMBER: Final = ("layer_idx", "layer_number", "layer_id")
 CROSS_ATTENTION: Final = ("is_cross_attention",)
+
+# The class attribute by which a family says that it dispatches to torch's kernels.
+DECLARES_SDPA: Final = "_supports_sdpa"
 
 # Fields of a config which every constructor of a model asks whether it knows them, and no constructor of a config.
 SEALED: Final = ("_attn_implementation", "_experts_implementation")

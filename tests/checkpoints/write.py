@@ -59,6 +59,7 @@ ROWS: dict[str, tuple[str, tuple[ap.Patch, ...]]] = {
         (ap.GroupedQuery(num_kv_heads=2, method="mean"), ap.SelfExtend(window=6, group=3, trained=10)),
     ),
     "llama-score_temperature": ("llama", (ap.ScoreTemperature(slope=0.3, step=8),)),
+    "llama-windowed": ("llama", (ap.Windowed(window=6),)),
     "gpt2-alibi": ("gpt2", (ap.Alibi(),)),
     "gpt2-rotary": ("gpt2", (ap.Rotary(theta=500.0),)),
     "gpt2-position_table": ("gpt2", (ap.PositionTable(length=100),)),

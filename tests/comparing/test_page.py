@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 from comparing import chromium
-from comparing.metrics import METRICS, WORSE, answers, loss
+from comparing.metrics import METRICS, SCORES, WORSE, answers, loss
 
 from hf_attnpatch.comparing import figures, page, style, text
 from hf_attnpatch.comparing.result import Comparison
+from hf_attnpatch.comparing.verdict import verdict
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,21 @@ def test_every_part_is_there_as_figure_and_table(html, drawn):
         assert f"<h2>{title}" in html
     assert html.count("<picture>") == len(drawn) == 4
     assert html.count("<table>") == 5
+
+
+def test_it_begins_with_a_verdict_in_words(html):
+    told = re.search(r"<h1>.*?</h1>\s*<p>(.*?)</p>", html, re.DOTALL)[1]
+    assert told.startswith("At 256 tokens the patched model loses 0.100 nats per token more (+0.094 to +0.106).")
+    assert "Its cache is as large. It decodes 2.00 times as fast at 128 tokens, on this machine." in told
+    assert told.endswith("It finds 20 of 100 where the original finds 100.")
+
+
+def test_what_the_original_cannot_do_says_nothing_of_the_patch():
+    parts = {**METRICS["parts"], "retrieval": {"original": answers(0.0), "patched": answers(0.0)}}
+    assert verdict({**METRICS, "parts": parts}).endswith("so that it says nothing of the patch.")
+    same = {**METRICS, "parts": {"loss": {"original": loss(SCORES), "patched": loss(SCORES)}}}
+    assert verdict(same).startswith("At 256 tokens no difference of the loss is shown: +0.000")
+    assert verdict({**METRICS, "parts": {}}) == "Its cache is as large."
 
 
 def test_figures_differ_by_marker_and_line_and_are_drawn_for_both_grounds(drawn):

@@ -9,7 +9,8 @@ from tolerances import LOOPS
 from hf_attnpatch.attention.relative import RelativeTerms
 from hf_attnpatch.functional import reference, relative
 from hf_attnpatch.functional.alibi import slopes
-from hf_attnpatch.functional.biased import HIDDEN, Sight, attend_extended
+from hf_attnpatch.functional.biased import Sight, attend_extended
+from hf_attnpatch.functional.sinking import HIDDEN
 
 HEADS, WIDTH, SIZE, THETA = 4, 16, 12, 10000.0
 SCALE = 0.3  # no kernel's default
