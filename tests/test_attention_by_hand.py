@@ -169,8 +169,13 @@ def test_names_of_kernels_with_and_without_wrappers():
         "eager",
     )
     plain, owner = nn.Sequential(module()), nn.Sequential(module(_Near()))
+    ours = SetAttention("", "attnpatch_sdpa", registry.register, otherwise=registry.TORCH)
+    assert chosen(plain, "sdpa") == ours  # whose family does not say that it takes it
+    vars(plain)[words.DECLARES_SDPA] = vars(owner)[words.DECLARES_SDPA] = True
     assert chosen(plain, "sdpa") == SetAttention("", "sdpa")
-    assert chosen(owner, "sdpa") == SetAttention("", "attnpatch_sdpa", registry.register)
+    assert chosen(owner, "sdpa") == ours
+    assert chosen(plain, "eager") == SetAttention("", "eager")
+    assert chosen(owner, "eager") == SetAttention("", "attnpatch_eager", registry.register)
     assert chosen(owner, "somebody/kernel") == SetAttention("", "somebody/kernel")
     kept = [types.SimpleNamespace(_attn_implementation=name) for name in ("sdpa", "attnpatch_eager", "other")]
     keep_wrappers(kept[0])

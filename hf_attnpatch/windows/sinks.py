@@ -17,7 +17,7 @@ from ..attention.registry import set_kernel
 from ..attention.wrapper import AddWrapper
 from ..edits import tried
 from ..heads.refine import descend
-from ..heads.replay import Call, Taps, Streams, recording
+from ..heads.replay import Call, Streams, Taps, recording
 from ..heads.weights import read_weights
 from ..probe import input_device, quiet
 from ..progress import track
