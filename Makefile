@@ -46,7 +46,7 @@ QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 .PHONY: demo test test-all test-lowest test-newest check-releases mutation interrupt fuzz fuzz-atheris lock newest lint format survey pairs drift \
 	bench bench-alibi bench-relative bench-sinks \
 	bench-decode bench-extend bench-scale check-diagnose \
-	downstream peers results-grouped-query results-extend-context results-passkey results-recurrence \
+	downstream peers results-grouped-query results-latent results-extend-context results-passkey results-recurrence \
 	results-switch-positions docs notebooks pages dist clean
 
 demo: $(INSTALLED)
@@ -192,6 +192,10 @@ downstream: $(INSTALLED) data/smollm2/config.json
 # the projects that patch models too, each in an environment of its own (5 GB below $(VENV)), on equal work
 peers: $(INSTALLED) data/smollm2/config.json
 	$(BIN)/python scripts/compare_peers.py --environments $(VENV)/peers
+
+# ten minutes of one core for each of six cells; the same command goes on where it was stopped
+results-latent: $(INSTALLED)
+	$(BIN)/python recipes/results_latent.py
 
 # hours on two cores; the same command goes on where it was stopped
 results-grouped-query: $(INSTALLED) data/corpus/manifest.json data/smollm2/config.json

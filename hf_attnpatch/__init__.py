@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from .one_liners import patch_attention_sinks as patch_attention_sinks
     from .one_liners import patch_dual_chunk as patch_dual_chunk
     from .one_liners import patch_jet_long as patch_jet_long
+    from .one_liners import patch_latent as patch_latent
     from .one_liners import patch_re_rope as patch_re_rope
     from .one_liners import patch_relative_xl as patch_relative_xl
     from .one_liners import patch_score_temperature as patch_score_temperature
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from .patches import AttentionSinks as AttentionSinks
     from .patches import DualChunk as DualChunk
     from .patches import JetLong as JetLong
+    from .patches import Latent as Latent
     from .patches import RelativeXl as RelativeXl
     from .patches import ReRope as ReRope
     from .patches import ScoreTemperature as ScoreTemperature
@@ -173,6 +175,7 @@ _DEFINES = {
         "patch_flash",
         "patch_grouped_query",
         "patch_jet_long",
+        "patch_latent",
         "patch_no_position",
         "patch_position_table",
         "patch_re_rope",
@@ -196,6 +199,7 @@ _DEFINES = {
         "Flash",
         "GroupedQuery",
         "JetLong",
+        "Latent",
         "NoPosition",
         "PositionTable",
         "ReRope",

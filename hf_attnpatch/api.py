@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,13 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
     Raises:
         AttnPatchError: see :func:`plan`; ``SelfCheckFailed`` if the patched model breaks a promise of the patch.
     """
+    return _apply(model, patches, probe, self_check, [])
+
+
+def _apply(
+    model: PreTrainedModel, patches: Sequence[Patch], probe: Inputs | None, self_check: bool, made: list[Report]
+) -> Report:
+    """Do what :func:`apply` does; the report is in ``made`` once the model is patched, before this returns."""
     warn_if_newer()
     given = None if probe is None else checked_inputs("probe", probe)
     lock = lock_of(model)
@@ -77,12 +84,15 @@ def apply(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None, 
         writes, as_it_was = list[Write](), way_back(model)
 
         def put_back() -> None:
+            made.clear()
             undo_all(writes)
             as_it_was()
 
         def call() -> Report:
             checks, findings = _applied(model, steps, given, self_check, writes)
-            return Report(steps, checks, getattr(model.config, record.FIELD, None), findings, writes, lock)
+            report = Report(steps, checks, getattr(model.config, record.FIELD, None), findings, writes, lock)
+            made.append(report)
+            return report
 
         return all_or_nothing(call, put_back)
 
@@ -180,8 +190,7 @@ def patched(model: PreTrainedModel, *patches: Patch, probe: Inputs | None = None
             report.revert()
 
     with ensured(put_back):
-        reports.append(apply(model, *patches, probe=probe))
-        yield reports[0]
+        yield _apply(model, patches, probe, True, reports)
 
 
 def _bookkeeping(

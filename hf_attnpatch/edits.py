@@ -467,18 +467,20 @@ class SetConfigClass(Edit):
 
 @dataclass(frozen=True)
 class BecomeModel(Edit):
-    """Change a model's type: class, config and modules change, its parameters and its identity stay.
+    """Make a model one of another type: class, config and modules change, its identity stays, as parameters mostly do.
 
     Attributes:
         make: builds a model of the other type around the same parameters.
         model_type: of the new type.
         after: text for the report.
+        rewrites: whether modules get other parameters, so that other patches must be proposed on the result.
     """
 
     rung = "model"
     make: Callable[[PreTrainedModel], PreTrainedModel]
     model_type: str
     after: str
+    rewrites: bool = False
 
     @property
     def claim(self) -> str:

@@ -17,6 +17,7 @@ from .patches import (
     Flash,
     GroupedQuery,
     JetLong,
+    Latent,
     NoPosition,
     PositionTable,
     RelativeXl,
@@ -38,6 +39,7 @@ __all__ = [
     "patch_flash",
     "patch_grouped_query",
     "patch_jet_long",
+    "patch_latent",
     "patch_no_position",
     "patch_position_table",
     "patch_re_rope",
@@ -321,6 +323,79 @@ def patch_jet_long(
         AttnPatchError: lengths that do not fit each other.
     """
     return apply(model, JetLong(window=window, trained_length=trained_length, backend=backend))
+
+
+@by_any_name
+def patch_latent(
+    model: PreTrainedModel,
+    *,
+    rank: int | None = None,
+    rope_dim: int | None = None,
+    cache_target: float | int | None = None,
+    method: Literal["principal", "calibrated", "refined"] | None = None,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    refine_steps: int = 150,
+    refine_seconds: float | None = None,
+    grade: Literal["exact"] = "exact",
+    home: str = "auto",
+) -> Report:
+    """Multi-head latent attention (MLA; DeepSeek-V2, 2405.04434): one latent and one rotary key serve all heads.
+
+    The cache then holds ``rank + rope_dim`` numbers a token and layer. The model becomes a stock one (``youtu``, or a
+    ``deepseek_v3`` without experts), and so does its checkpoint. Without a budget nothing is lost: every plane of every
+    key head goes into the rotary key, all values into the latent; the frequencies, repeats included, are written as
+    LongRoPE factors, and a constant channel of the latent keeps its norm from doing anything. With a budget, the
+    components of keys that lose most without their rotation stay rotated (TransMLA, 2502.07864, keeps one of each
+    frequency), and the rest of the keys is compressed together with the values.
+
+    Experimental: its fields may get other names or defaults between minor versions.
+
+    Args:
+        model: a transformers model with its weights in memory; changed in place.
+        rank: width of the latent, the constant channel included; with ``rope_dim``.
+        rope_dim: width of the rotary key, an even number; with ``rank``, or with ``cache_target``, which leaves the
+            rest to the latent. By default the best of three shares of the budget, as tried on the text.
+        cache_target: at most this share of the present cache (a float), or this many bytes per token (an int).
+        method: how a budget is met. ``principal``: from the weights, as if attention fell with the distance.
+            ``calibrated``: from covariances and attention on text; then output projections are refitted. ``refined``,
+            the default: then improved layer by layer by gradient descent.
+        calibration: token ids (sequences, length), an iterable of dictionaries of model inputs, or strings with
+            ``tokenizer``; ``"self"`` or :class:`OwnText` for text that the model writes. Some 64 sequences of 512 do.
+        tokenizer: for strings.
+        seed: of the order of the text.
+        refine_steps: of Adam, for each layer.
+        refine_seconds: stops refinement of a layer early, so that all layers together take about so long.
+        grade: ``exact``: transformers reads the checkpoint. Other engines take no bias before the latent and no table
+            of frequencies.
+        home: stock model type that is to hold the model; ``auto`` for the first that fits.
+
+    Returns:
+        What changed where and what was checked; ``str()`` is a table, ``revert()`` puts everything back.
+
+    Raises:
+        UnsupportedArchitecture: q/k norms, windows, partial rotary, frequencies that change with the length, or layers
+            that are not those of a Llama.
+        CalibrationError: unusable calibration text.
+        AttnPatchError: a budget that is too small, or a method that lacks its text.
+    """
+    return apply(
+        model,
+        Latent(
+            rank=rank,
+            rope_dim=rope_dim,
+            cache_target=cache_target,
+            method=method,
+            calibration=calibration,
+            tokenizer=tokenizer,
+            seed=seed,
+            refine_steps=refine_steps,
+            refine_seconds=refine_seconds,
+            grade=grade,
+            home=home,
+        ),
+    )
 
 
 @by_any_name

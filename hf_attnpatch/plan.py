@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .anatomy import Anatomy, describe
-from .edits import Edit, SetConfig, tried
+from .edits import BecomeModel, Edit, SetConfig, tried
 from .errors import AttnPatchError, NoWeights, PatchConflict, UnsupportedArchitecture
 from .exclusive import alone, lock_of
 from .interruption import all_or_nothing
@@ -198,7 +198,10 @@ def _readable(model: PreTrainedModel) -> Anatomy:
 def _steps(model: PreTrainedModel, anatomy: Anatomy, patches: Sequence[Patch]) -> list[Step]:
     patches = in_order(patches)
     proposed = [_step(model, anatomy, patch) for patch in patches]
-    clashes = _clashes(patches, [first for first, *_ in proposed])  # patches that are put back keep their claims
+    if len(patches) > 1 and any(_rewrites(step) for steps in proposed for step in steps):
+        names = ", ".join(patch.name for patch in patches)
+        raise PatchConflict(f"{names}: one of them gives modules other parameters; apply them in separate calls.")
+    clashes = _clashes(patches, [first for first, *_ in proposed])  # those that are put on again claim what they had
     for claim, *both in clashes:
         (first, one), (second, other) = both
         if first.height == second.height and not (first.wraps and second.wraps and _one_moves(first, second)):
@@ -209,6 +212,11 @@ def _steps(model: PreTrainedModel, anatomy: Anatomy, patches: Sequence[Patch]) -
     if clashes or (len(patches) > 1 and any(again for _, *again in proposed)):
         return _in_turn(model, patches)
     return [step for steps in proposed for step in steps]
+
+
+def _rewrites(step: Step) -> bool:
+    """Whether a step leaves other modules than those that the next one was proposed on."""
+    return any(isinstance(edit, BecomeModel) and edit.rewrites for edit in step.proposal.edits)
 
 
 def _one_moves(first: Patch, second: Patch) -> bool:

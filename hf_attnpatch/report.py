@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from .heads.damage import DamageReport
 
 
+_DAMAGING = ("grouped_query", "latent")  # patches whose finding is their damage, in the order they can be applied
+
+
 @dataclass
 class Report(Shown):
     """The outcome of ``apply``; ``str()`` is a table.
@@ -47,9 +50,9 @@ class Report(Shown):
 
     @property
     def damage(self) -> DamageReport | None:
-        """The damage of sharing key-value heads, layer by layer; None if it was not measured."""
-        found: DamageReport | None = self.findings.get("grouped_query")
-        return found
+        """What sharing or compressing key-value heads costs, layer by layer; None where nothing was measured."""
+        found: list[DamageReport] = [self.findings[name] for name in _DAMAGING if name in self.findings]
+        return found[-1] if found else None
 
     @property
     def stock(self) -> bool:

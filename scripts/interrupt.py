@@ -49,7 +49,7 @@ FAMILIES = {"gpt2": False, "llama": False, "gemma3_text": False, "bloom": False,
 PATCHES = (
     *("position_table", "grouped_2_mean", "alibi", "rope_yarn", "rope_yarn_per_request", "rotary", "sinusoidal"),
     *("no_position", "relative_xl", "self_extend", "flash_auto", "recurrence", "attention_sinks", "re_rope"),
-    *("no_position_some", "score_temperature", "windowed_sinks"),
+    *("no_position_some", "score_temperature", "windowed_sinks", "latent", "latent_small"),
     *("dual_chunk", "jet_long", "grouped_2_principal", "grouped_2_calibrated"),
 )
 # those of one row are run for every pair before the next row

@@ -46,6 +46,7 @@ PATCHES = {
     "no_position": About("NoPosition", "no_position", "needed", ("nope", "drope")),
     "score_temperature": About("ScoreTemperature", "score_temperature", "no", ("swan",)),
     "windowed": About("Windowed", "windowed", "helps", ("klhybrid", "sinks")),
+    "latent": About("Latent", "latent", "helps", ("mla", "transmla")),
     "flash": About("Flash", "flash", "no", ("flash2",)),
 }
 # name -> (authors and year, title, identifier on arXiv or an address)
@@ -91,6 +92,12 @@ PAPERS = {
         "SWAN-GPT: An Efficient and Scalable Approach for Long-Context Language Modeling",
         "2504.08719",
     ),
+    "mla": (
+        "DeepSeek-AI, 2024",
+        "DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts Language Model",
+        "2405.04434",
+    ),
+    "transmla": ("Meng et al., 2025", "TransMLA: Multi-Head Latent Attention Is All You Need", "2502.07864"),
     "drope": (
         "Gelberg et al., 2025",
         "Extending the Context of Pretrained LLMs by Dropping Their Positional Embeddings",

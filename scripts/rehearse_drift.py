@@ -55,7 +55,7 @@ CASES = (
     *("grouped_2_mean", "grouped_2_principal", "grouped_2_calibrated"),
     *("rope_linear", "rope_dynamic", "rope_yarn", "rope_longrope", "rope_yarn_per_request", "rope_dynamic_per_request"),
     *("alibi", "alibi_eager", "relative_xl", "rotary", "rotary_linear", "sinusoidal", "no_position", "position_table"),
-    *("no_position_some", "score_temperature", "windowed"),
+    *("no_position_some", "score_temperature", "windowed", "latent", "latent_small"),
     *("self_extend", "dual_chunk", "re_rope", "jet_long", "attention_sinks", "recurrence"),
     *("flash_auto", "flash_flex"),
 )

@@ -186,6 +186,7 @@ SPECS = [
     {"patch": "re_rope", "leak": 0.1},
     {"patch": "score_temperature", "slope": 0.1, "step": 64},
     {"patch": "windowed", "window": 64, "layers": [0, 2], "first_tokens": 4, "home": "cwm"},
+    {"patch": "latent", "rank": 20, "rope_dim": 16, "method": "principal", "home": "youtu"},
     {"patch": "no_position", "layers": [0, 2], "home": "smollm3"},
     {"patch": "position_table", "length": 64, "method": "tile"},
     {"patch": "sinusoidal", "embedding_scale": "paper"},

@@ -102,6 +102,8 @@ CASES = (
     Case("windowed", ap.Windowed(window=6)),
     Case("windowed_some", ap.Windowed(window=6, layers=[1]), product=False),
     Case("windowed_sinks", ap.Windowed(window=6, calibration=TEXT, first_tokens=2, refine_steps=3), product=False),
+    Case("latent", ap.Latent(), product=False),
+    Case("latent_small", ap.Latent(cache_target=0.5), product=False),
     Case("position_table", ap.PositionTable(length=200)),
     Case("self_extend", ap.SelfExtend(window=6, group=3, trained=10), everywhere=True),
     Case("dual_chunk", ap.DualChunk(trained=12), product=False),

@@ -122,6 +122,7 @@ PATCHES = [
     ap.AttentionSinks(num_sinks=2, window=64),
     ap.ScoreTemperature(slope=0.1, step=64),
     ap.Windowed(window=64, layers=[0, 2]),
+    ap.Latent(rank=20, rope_dim=16, method="principal"),
     ap.SegmentRecurrence(segment_length=8, memory_length=16, positions="running"),
 ]
 

@@ -31,6 +31,7 @@ CHOSEN = {
     "no_position": ("gpt2", ap.NoPosition()),
     "score_temperature": ("llama", ap.ScoreTemperature(slope=0.3, step=8)),
     "windowed": ("llama", ap.Windowed(window=8)),
+    "latent": ("llama", ap.Latent()),
     "position_table": ("llama", ap.PositionTable(length=256)),
     "self_extend": ("llama", ap.SelfExtend(window=16, group=4, **SPAN)),
     "dual_chunk": ("gpt_neox", ap.DualChunk(chunk=32, **SPAN)),

@@ -36,6 +36,7 @@ NEED_ROTATION = (
     ap.RopeScaling,
     ap.ScoreTemperature,
     ap.Windowed,
+    ap.Latent,
     ap.SelfExtend,
     ap.DualChunk,
     ap.ReRope,
@@ -320,7 +321,8 @@ def test_patching_an_offloaded_model_gives_the_same_or_says_that_it_is_offloaded
     model, plain = tiny_model(model_type).eval(), tiny_model(model_type).eval()
     cpu_offload(model, execution_device=torch.device("cpu"))
     ap.apply(plain, patch)
-    if isinstance(patch, (ap.RelativeXl, ap.PositionTable, ap.ScoreTemperature, ap.Windowed)):
+    kept_whole = (ap.RelativeXl, ap.PositionTable, ap.ScoreTemperature, ap.Windowed, ap.Latent)
+    if isinstance(patch, kept_whole):
         with pytest.raises(ap.UnsupportedArchitecture, match="are offloaded by Accelerate"):
             ap.apply(model, patch)
         return

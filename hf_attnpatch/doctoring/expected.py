@@ -20,6 +20,7 @@ WORKS, REFUSES = "works", "refuses"
 _NOT_ROTARY = dict.fromkeys(("gpt2", "opt", "bloom", "mpt"), "positions here are")
 _WINDOWS = {**_NOT_ROTARY, "mistral": "no shorter"}
 _TEMPERATURE = {**_NOT_ROTARY, "gemma2": "no stock type can say this"}
+_NO_LATENT = {**_NOT_ROTARY, "gemma2": "no stock latent type holds it", "mistral": "no stock latent type has windows"}
 # up to 5.1 these families hand their attention masks of their own making, which some patches cannot read
 _MPT = {"mpt": "attention mask of shape"}
 _MASKS = dict.fromkeys(("opt", "bloom", "mpt"), "a mask of type Tensor in the place of the memory")
@@ -64,6 +65,7 @@ CASES: Mapping[str, Case] = {
     "Flash": Case({"patch": "flash"}, once=_MPT, same=MODELS, attention="eager"),
     "GroupedQuery": Case({"patch": "grouped_query", "num_kv_heads": 1}),
     "JetLong": Case({"patch": "jet_long", "window": 3, "trained": 8}, _DISTANCES),
+    "Latent": Case({"patch": "latent"}, _NO_LATENT, same=MODELS),
     "NoPosition": Case({"patch": "no_position"}, once=_MPT),
     "PositionTable": Case(  # within the old length of a table nothing changes
         {"patch": "position_table", "length": 128}, once=_MPT, same=("gpt2", "opt")

@@ -7,6 +7,7 @@ converted on its inputs in the original model, so that modules are independent o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,8 +29,10 @@ from .kept import Kept, kept
 from .layerwise import Layers, layer_number, layers_of
 from .merger import Merger
 from .outcome import Conversion, Recipe
-from .repair import eager, refit_outputs, repair, samples_of
-from .weights import HeadWeights, read_weights
+from .refine import HeadForm
+from .repair import Refinement, eager, refit_outputs, repair, samples
+from .replay import Taps
+from .weights import HeadWeights, has_bias, read_weights
 
 
 def convert(model: PreTrainedModel, sites: Sequence[Site], recipe: Recipe, text: Sequence[Batch] | None) -> Conversion:
@@ -86,7 +89,8 @@ def _from_text(
     done: Conversion,
 ) -> None:
     """Convert as many modules at a time as memory holds the statistics of: all at once, or layer by layer."""
-    samples = samples_of(text, recipe, done)
+    batches = samples(text, done.notes)
+    batches = batches if recipe.method == "refined" else batches[:1]
     parts = list(cal.chunks(sites, lambda s: cal.moments_size(s) + _refit_size(s)))
     layers = (
         layers_of(model, sites, lambda: cal.stream(model, sites, [brief(model)], _nothing, "")) if parts[1:] else None
@@ -95,7 +99,7 @@ def _from_text(
         for part in parts:
             left = [site for site in part if not store.recall(site, done)]
             if left:
-                _converted(model, left, recipe, frames, text, samples, store, done, None)
+                _converted(model, left, recipe, frames, text, batches, store, done, None)
         return
     text = calibration_text.split(text, sites)  # the same batches for all layers
     by_layer: dict[int, list[Site]] = {}
@@ -104,11 +108,11 @@ def _from_text(
     for number in track(range(max(by_layer) + 1), "converting layers"):
         left = [site for site in by_layer.get(number, []) if not store.recall(site, done)]
         if left:
-            _converted(model, left, recipe, frames, text, samples, store, done, layers)
+            _converted(model, left, recipe, frames, text, batches, store, done, layers)
         elif number < max(by_layer):
             cal.stream(model, sites[:1], text, _nothing, "", layers.running("text"))
             with eager(model):
-                cal.stream(model, sites[:1], samples, _nothing, "", layers.running("samples"))
+                cal.stream(model, sites[:1], batches, _nothing, "", layers.running("samples"))
         layers.go_on()
 
 
@@ -122,7 +126,7 @@ def _converted(
     recipe: Recipe,
     frames: Mapping[str, Symmetries],
     text: Sequence[Batch],
-    samples: Sequence[Batch],
+    batches: Sequence[Batch],
     store: Kept,
     done: Conversion,
     layers: Layers | None,
@@ -132,15 +136,27 @@ def _converted(
     with done.clock("merging"):
         for site in track(part, "merging heads"):
             merge(model, site, frames[site.path], moments.pop(site.path), recipe, done)
-    merged = {site.path: done.weights[site.path] for site in part}
+    forms = [_form(model, site) for site in part]
+    now = {site.path: done.weights[site.path] for site in part}
+    stages = {"merged": dict(now)}
     if recipe.method in ("calibrated", "refined"):
         with done.clock("refit"):
-            refit_outputs(model, part, text, done, None if layers is None else layers.running("text", keep=False))
-    with done.clock("refinement" if recipe.method == "refined" else "damage"):
+            refit_outputs(model, forms, text, now, None if layers is None else layers.running("text", keep=False))
+        stages["refitted"] = now
+    steps = recipe.steps if recipe.method == "refined" else 0
+    how = Refinement(steps, float("inf") if recipe.seconds is None else recipe.seconds / done.total)
+    with done.clock("refinement" if steps else "damage"):
         feed = None if layers is None else lambda: layers.running("samples")
-        repair(model, part, samples, recipe, done, merged, feed)
+        gaps = repair(model, forms, batches, how, stages, feed)
+    done.weights.update(stages.get("refitted", stages["merged"]))
     for site in part:
+        done.layers[site.path] = replace(done.layers[site.path], gaps=gaps[site.path])
         store.store(model, site, done)
+
+
+def _form(model: PreTrainedModel, site: Site) -> HeadForm:
+    biased = [has_bias(model, site, getattr(site.layout, name)) for name in ("query", "key", "value")]
+    return HeadForm(Taps(model, site), biased)
 
 
 def _refit_size(site: Site) -> int:

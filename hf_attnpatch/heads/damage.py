@@ -23,12 +23,13 @@ class LayerDamage:
 
     Attributes:
         path: of the module.
-        groups: original key-value heads that share one head.
-        key_energy: share of the scores' energy that one key per group keeps; nan if not estimated.
-        value_energy: the same for the heads' output.
-        gaps: stage (`merged`, `refitted`, `refined`) -> distance from the original on calibration text that refinement
-            did not see; empty without calibration text.
-        frame: transforms of its heads that leave attention unchanged.
+        groups: original key-value heads that share one; empty where a latent took the place of all.
+        key_energy: share of the scores' energy that the keys keep; nan where not estimated.
+        value_energy: the same of the heads' output.
+        gaps: stage (`merged`, `refitted`, `refined`) -> distance from the original on calibration text that no
+            refinement saw; empty without calibration text.
+        frame: what may be done to its heads without changing attention.
+        latent: what takes the place of the heads, in words; empty for shared heads.
     """
 
     path: str
@@ -37,6 +38,7 @@ class LayerDamage:
     value_energy: float
     gaps: Mapping[str, Gap]
     frame: str
+    latent: str = ""
 
     @property
     def adjacent(self) -> bool:
@@ -47,19 +49,21 @@ class LayerDamage:
 
 @dataclass(frozen=True)
 class DamageReport(Shown):
-    """What sharing key-value heads costs, layer by layer; ``str()`` is a table, ``save_figure`` draws it.
+    """What shared or compressed key-value heads cost, layer by layer; ``str()`` is a table, ``save_figure`` draws it.
 
     Attributes:
         layers: in order.
-        method: method of merging.
-        notes: decisions on the way, with reasons.
+        method: that made the new weights.
+        notes: what was decided on the way, and why.
         seconds: stage -> wall time.
+        chosen: fields of the patch that were left open, as they were chosen.
     """
 
     layers: Sequence[LayerDamage]
     method: str
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    chosen: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -81,6 +85,7 @@ class DamageReport(Shown):
                 "value_energy": x.value_energy,
                 "gaps": {s: {"output": g.output, "attention": g.attention} for s, g in x.gaps.items()},
                 "frame": x.frame,
+                **({"latent": x.latent} if x.latent else {}),
             }
             for x in self.layers
         ]
@@ -93,9 +98,11 @@ class DamageReport(Shown):
         from rich.table import Table  # takes a while to import
 
         columns = (f"{stage}: error, KL" for stage in self.stages)
-        table = Table("damage", "groups", "energy kept: keys, values", *columns)
+        what = "latent" if any(layer.latent for layer in self.layers) else "groups"
+        table = Table("damage", what, "energy kept: keys, values", *columns)
         for layer in self.layers:
             groups = "adjacent" if layer.adjacent else " ".join("+".join(map(str, g)) for g in layer.groups)
+            groups = layer.latent or groups
             gaps = (layer.gaps[stage] for stage in self.stages)
             cells = [f"{g.output:.4f}  {'-' if g.attention is None else f'{g.attention:.4f}'}" for g in gaps]
             table.add_row(layer.path, groups, f"{layer.key_energy:.3f}  {layer.value_energy:.3f}", *cells)
@@ -148,4 +155,6 @@ class DamageReport(Shown):
 
     def _sharing(self) -> str:
         first = self.layers[0].groups
+        if self.layers[0].latent:
+            return self.layers[0].latent
         return f"{sum(map(len, first))} key-value heads to {len(first)}"

@@ -111,10 +111,7 @@ def _scaled(m: Moments, frames: Symmetries) -> Moments:
 
 
 def input_sizes(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Tensor]:
-    """Return how large each input of each module is on random tokens.
-
-    With weights they give the moments that independent inputs of these sizes would have.
-    """
+    """Return the root mean square of each input of some modules on random tokens, (in_features,) by path."""
     sizes: dict[str, Tensor] = {}
 
     def see(site: Site, call: Call, _: Streams) -> None:
@@ -126,8 +123,8 @@ def input_sizes(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Tens
 
 
 def _assumed(site: Site, weights: HeadWeights, size: Tensor) -> Moments:
-    q, k = _sized(weights.query, size), _sized(weights.key, size)
-    wide = _sized(weights.value, size)[..., :-1].flatten(0, 1)
+    q, k = sized(weights.query, size), sized(weights.key, size)
+    wide = sized(weights.value, size)[..., :-1].flatten(0, 1)
     return Moments(
         query=q @ q.transpose(1, 2),
         key=torch.einsum("iax,jbx->iajb", k, k),
@@ -137,8 +134,8 @@ def _assumed(site: Site, weights: HeadWeights, size: Tensor) -> Moments:
     )
 
 
-def _sized(rows: Tensor, size: Tensor) -> Tensor:
-    """Return rows times the sizes of their inputs, the bias's constant 1 last; MobileBERT's values have others."""
+def sized(rows: Tensor, size: Tensor) -> Tensor:
+    """Return rows times the sizes of their inputs, the constant one of biases last; MobileBERT's values have others."""
     inputs = size if len(size) == rows.shape[-1] - 1 else size.new_ones(rows.shape[-1] - 1)
     return rows * torch.cat([inputs, inputs.new_ones(1)])
 

@@ -39,6 +39,7 @@ class Symmetries:
         folds: whether a constant added to a head's values comes out of the head unchanged, so that a value bias can
             move behind the output projection (not with attention sinks, whose weights do not sum to one).
         how: a few words for the report.
+        normed: whether a norm behind the projection of keys undoes what would change their size.
     """
 
     keys: Frame
@@ -48,6 +49,7 @@ class Symmetries:
     permutes: bool
     folds: bool
     how: str
+    normed: bool = False
 
 
 def read_frames(socket: Taps, call: Call, rotated: tuple[int, ...]) -> Symmetries:
@@ -62,13 +64,13 @@ def read_frames(socket: Taps, call: Call, rotated: tuple[int, ...]) -> Symmetrie
     key_scale = _scale(module, "(k|key)", site.num_kv_heads, site.head_dim)
     query_scale = _scale(module, "(q|query)", site.num_heads, site.head_dim)
     found = next(_holding(socket, call, rotated, key_scale, query_scale), None)
-    keys, how = found or (fixed(site.head_dim), "no transform of keys is known")
-    if not found:  # then plain projections are averaged
+    keys, how, normed = found or (fixed(site.head_dim), "no transform of keys is known", False)
+    if not found:  # a mean is taken of projections as they are
         key_scale, query_scale = torch.ones_like(key_scale), torch.ones_like(query_scale)
     values = unrotated(site.v_head_dim)
     if not _values_hold(socket, call, values):
         values, how = fixed(site.v_head_dim), f"{how}; no transform of values is known"
-    return Symmetries(keys, values, key_scale, query_scale, _permutes(socket, call), _folds(socket, call), how)
+    return Symmetries(keys, values, key_scale, query_scale, _permutes(socket, call), _folds(socket, call), how, normed)
 
 
 def _hypotheses(dim: int, rotated: tuple[int, ...]) -> Iterator[tuple[Frame, str]]:
@@ -81,13 +83,16 @@ def _hypotheses(dim: int, rotated: tuple[int, ...]) -> Iterator[tuple[Frame, str
 
 def _holding(
     socket: Taps, call: Call, rotated: tuple[int, ...], key_scale: Tensor, query_scale: Tensor
-) -> Iterator[tuple[Frame, str]]:
-    """Yield the hypotheses that hold: any factors first, then unit factors, because norms undo others."""
+) -> Iterator[tuple[Frame, str, bool]]:
+    """Yield the hypotheses that hold, and whether for unit factors only.
+
+    Any factors are tried first, then, for a norm would undo those, unit factors.
+    """
     site = socket.site
     for spread in (0.5, 0.0):
         for frame, how in _hypotheses(site.head_dim, rotated):
             if _keys_hold(socket, call, frame, spread, key_scale, query_scale):
-                yield frame, how if spread else f"{how}, normed"
+                yield frame, how if spread else f"{how}, normed", not spread
 
 
 def _keys_hold(socket: Taps, call: Call, frame: Frame, spread: float, key_scale: Tensor, query_scale: Tensor) -> bool:

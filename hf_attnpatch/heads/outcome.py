@@ -24,14 +24,10 @@ class Recipe:
 
 
 @dataclass
-class Conversion:
-    """The shared weights of each attention module, and their damage."""
+class Clock:
+    """Wall time by stage, in seconds."""
 
-    weights: dict[str, HeadWeights] = field(default_factory=dict)
-    layers: dict[str, LayerDamage] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    total: int = 1  # attention modules in all
-    notes: list[str] = field(default_factory=list)
 
     @contextmanager
     def clock(self, stage: str) -> Iterator[None]:
@@ -39,3 +35,13 @@ class Conversion:
         start = time.perf_counter()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+@dataclass
+class Conversion(Clock):
+    """Shared weights by attention module, and what they cost."""
+
+    weights: dict[str, HeadWeights] = field(default_factory=dict)
+    layers: dict[str, LayerDamage] = field(default_factory=dict)
+    total: int = 1  # attention modules in all
+    notes: list[str] = field(default_factory=list)

@@ -1,8 +1,9 @@
 """Layer-local refinement: fits one attention module's projections to its original by gradient descent.
 
 The loss is the squared error of the attention output over its variance plus, for every head, the divergence of the
-attention weights, KL(original || shared), as LoLCATs (2410.10254) match attention before training. Nothing is
-propagated through the model; only one module's weights and a few batches are in memory.
+attention weights, KL(original || converted), as LoLCATs (2410.10254) match attention before they train anything.
+Nothing is propagated through the model; one module's weights and a few batches are in memory. What shape the converted
+module has (shared heads, a latent) is the business of its :class:`Form`.
 """
 
 from __future__ import annotations
@@ -10,16 +11,54 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import UnsupportedArchitecture
+from ..sites import Site
 from .replay import Call, Taps
 from .weights import HeadWeights
 
 LEARNING_RATE = 0.04  # relative to the root mean square of each projection
 EPSILON = 1e-9
+
+
+class Weights(Protocol):
+    """The weights of one attention module, as tensors that a dataclass holds."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    trained: ClassVar[tuple[str, ...]]
+
+    @property
+    def output(self) -> Tensor:
+        """(out_features, num_heads, v_head_dim)."""
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        """(out_features,)."""
+
+    def project(self, heads: Tensor) -> Tensor:
+        """Return the attention output, (tokens, out_features), of what the heads give, (tokens, num_heads, dim)."""
+
+
+W = TypeVar("W", bound=Weights)
+W_contra = TypeVar("W_contra", bound=Weights, contravariant=True)
+
+
+class Form(Protocol[W_contra]):
+    """How one attention module computes with weights of some kind."""
+
+    @property
+    def site(self) -> Site:
+        """The module in the original model."""
+
+    def attend(self, weights: W_contra, call: Call) -> tuple[Tensor, Tensor | None]:
+        """Return what the heads give, (tokens, num_heads, dim), and the attention weights as :func:`rows`."""
+
+    def hold(self, name: str, gradient: Tensor) -> None:
+        """Set to zero, in place, the parts of a gradient whose weights have no place in the module."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +86,16 @@ class Gap:
 
     Attributes:
         output: mean squared error of the attention output over its variance.
-        attention: mean over heads of KL(original || shared) of the attention weights, in nats; None where unknown.
+        attention: mean over heads of KL(original || converted) of the attention weights, in nats; None where unknown.
     """
 
     output: float
     attention: float | None
+
+    @property
+    def total(self) -> float:
+        """What refinement lessens, up to the number of heads."""
+        return self.output + (self.attention or 0.0)
 
 
 def target(socket: Taps, original: HeadWeights, call: Call) -> Target:
@@ -73,11 +117,38 @@ def rows(probabilities: Tensor | None, call: Call) -> Tensor | None:
     return (by_token[call.tokens] if call.tokens is not None else by_token.flatten(0, 1)).float()
 
 
-def losses(socket: Taps, weights: HeadWeights, wanted: Target) -> tuple[Tensor, Tensor | None]:
+@dataclass(frozen=True)
+class HeadForm:
+    """The original module, its queries, keys and values rewritten.
+
+    Attributes:
+        socket: of the module.
+        biased: whether query, key and value have a bias; the column of one that is not there stays zero.
+    """
+
+    socket: Taps
+    biased: Sequence[bool] = (True, True, True)
+
+    @property
+    def site(self) -> Site:
+        """The module."""
+        return self.socket.site
+
+    def attend(self, weights: HeadWeights, call: Call) -> tuple[Tensor, Tensor | None]:
+        """Run it."""
+        streams = self.socket.run(call, **weights.rewrites())
+        return streams.heads.float(), rows(streams.probabilities, call)
+
+    def hold(self, name: str, gradient: Tensor) -> None:
+        """Keep biases zero that are not there."""
+        if name != "output" and not self.biased[HeadWeights.trained.index(name)]:
+            gradient[..., -1] = 0
+
+
+def losses(form: Form[W], weights: W, wanted: Target) -> tuple[Tensor, Tensor | None]:
     """Return the relative squared error of the output, and the divergence of the attention summed over heads."""
-    streams = socket.run(wanted.call, **weights.rewrites())
-    error = (weights.project(streams.heads.float()) - wanted.output).square().mean() / wanted.variance
-    found = rows(streams.probabilities, wanted.call)
+    heads, found = form.attend(weights, wanted.call)
+    error = (weights.project(heads) - wanted.output).square().mean() / wanted.variance
     if found is None or wanted.probabilities is None or wanted.entropy is None:
         return error, None
     cross = -(wanted.probabilities * (found + EPSILON).log()).sum()
@@ -85,24 +156,21 @@ def losses(socket: Taps, weights: HeadWeights, wanted: Target) -> tuple[Tensor, 
 
 
 @torch.no_grad()
-def gap(socket: Taps, weights: HeadWeights, wanted: Target) -> Gap:
+def gap(form: Form[W], weights: W, wanted: Target) -> Gap:
     """Measure a conversion on one call."""
-    error, divergence = losses(socket, weights, wanted)
-    return Gap(float(error), None if divergence is None else float(divergence) / socket.site.num_heads)
+    error, divergence = losses(form, weights, wanted)
+    return Gap(float(error), None if divergence is None else float(divergence) / form.site.num_heads)
 
 
-def refine(
-    socket: Taps, start: HeadWeights, targets: Sequence[Target], *, steps: int, biased: Sequence[bool], seconds: float
-) -> tuple[HeadWeights, int]:
-    """Refine shared heads.
+def refine(form: Form[W], start: W, targets: Sequence[Target], *, steps: int, seconds: float) -> tuple[W, int]:
+    """Refine the weights of a converted module.
 
     Args:
-        socket: taps of the attention module.
-        start: its shared weights in closed form.
-        targets: used in turn, one in each step.
-        steps: of Adam, with a cosine schedule of the learning rate.
-        biased: whether query, key and value have a bias; the bias column of others stays zero.
-        seconds: time limit.
+        form: of the module.
+        start: its weights in closed form.
+        targets: taken in turn, one a step.
+        steps: of Adam, the learning rate falling as a cosine.
+        seconds: stops early after so long.
 
     Returns:
         The refined weights in float32, and the steps taken.
@@ -110,20 +178,18 @@ def refine(
     Raises:
         UnsupportedArchitecture: the module's attention passes no gradient to a projection.
     """
-    names = ("query", "key", "value", "output")
-    parameters = {name: getattr(start, name).float().clone().requires_grad_() for name in names}
+    parameters = {name: getattr(start, name).float().clone().requires_grad_() for name in start.trained}
     rates = {name: LEARNING_RATE * float(p.detach().square().mean().sqrt()) for name, p in parameters.items()}
     weights = replace(start, **parameters)
 
     def loss(step: int) -> Tensor:
-        error, divergence = losses(socket, weights, targets[step % len(targets)])
+        error, divergence = losses(form, weights, targets[step % len(targets)])
         return error if divergence is None else error + divergence
 
     def checked(name: str, gradient: Tensor | None) -> Tensor:
         if gradient is None:
-            raise _no_gradient(socket, name)
-        if name != "output" and not biased[names.index(name)]:
-            gradient[..., -1] = 0
+            raise _no_gradient(form.site, name)
+        form.hold(name, gradient)
         return gradient
 
     step = descend(parameters, rates, loss, steps, seconds, checked)
@@ -164,8 +230,8 @@ def descend(
     return step
 
 
-def _no_gradient(socket: Taps, name: str) -> UnsupportedArchitecture:
+def _no_gradient(site: Site, name: str) -> UnsupportedArchitecture:
     return UnsupportedArchitecture(
-        f"{socket.site.path}: its attention passes no gradient to the {name} projection, so it cannot be refined; "
+        f"{site.path}: its attention passes no gradient to the {name} projection, so it cannot be refined; "
         "method='calibrated' needs none."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,33 +20,55 @@ from ..sites import Site
 from . import calibration as cal
 from . import calibration_text
 from .calibration_text import Batch
-from .outcome import Conversion, Recipe
-from .refine import Gap, gap, refine, target
+from .refine import Form, Gap, W, gap, refine, target
 from .replay import Call, Observer, Streams, Taps
-from .weights import HeadWeights, has_bias, read_weights
+from .weights import read_weights
 
 TOKENS_A_STEP = 1024  # of refinement; twice as many take four times as long where caches overflow
 TOKENS_TO_REFIT = 16_384  # at least, and 32 for each input of the output projection
 TOKENS_TO_REFINE = 16_384
 
 
+@dataclass(frozen=True)
+class Refinement:
+    """How long to refine.
+
+    Attributes:
+        steps: of Adam for each module; 0 measures only.
+        seconds: for each module.
+    """
+
+    steps: int
+    seconds: float = float("inf")
+
+
 def refit_outputs(
     model: PreTrainedModel,
-    sites: Sequence[Site],
+    forms: Sequence[Form[W]],
     text: Sequence[Batch],
-    done: Conversion,
+    weights: dict[str, W],
     feed: cal.Feed | None = None,
 ) -> None:
-    """Refit the output projections on the attention that the shared heads really give."""
+    """Refit the output projections on the attention that converted modules really give.
+
+    Args:
+        model: that holds the original modules.
+        forms: of the modules.
+        text: calibration batches.
+        weights: by path; their output projections are replaced by better ones.
+        feed: which layers run; None for all.
+    """
     sums: dict[str, tuple[Tensor, Tensor]] = {}
+    by_path = {form.site.path: form for form in forms}
+    sites = [form.site for form in forms]
     originals = {site.path: read_weights(model, site) for site in sites}
 
     def see(site: Site, call: Call, own: Streams) -> None:
-        socket, shared = Taps(model, site), done.weights[site.path]
+        found = weights[site.path]
         wanted = originals[site.path].project(own.heads.float())
-        heads = socket.run(call, **shared.rewrites()).heads.float()
-        residual, z = (wanted - shared.project(heads)), heads.flatten(1)
-        if shared.output_bias is not None:
+        heads, _ = by_path[site.path].attend(found, call)
+        residual, z = (wanted - found.project(heads)), heads.flatten(1)
+        if found.output_bias is not None:
             z = torch.cat([z, z.new_ones(len(z), 1)], dim=1)
         gram, cross = (z.t() @ z).double().cpu(), (residual.t() @ z).double().cpu()
         before = sums.get(site.path)
@@ -56,83 +78,74 @@ def refit_outputs(
     enough = calibration_text.first(calibration_text.split(text, sites), max(TOKENS_TO_REFIT, 32 * width))
     cal.stream(model, sites, enough, see, "refitting outputs", feed)
     for site in sites:
-        shared, more = done.weights[site.path], refit(*sums.pop(site.path))
-        bias = shared.output_bias
+        found, more = weights[site.path], refit(*sums.pop(site.path))
+        bias = found.output_bias
         if bias is not None:
             bias, more = bias + more[:, -1], more[:, :-1]
-        output = shared.output + more.reshape(shared.output.shape)
-        done.weights[site.path] = replace(shared, output=output, output_bias=bias)
+        output = found.output + more.reshape(found.output.shape)
+        weights[site.path] = replace(found, output=output, output_bias=bias)
 
 
 def repair(
     model: PreTrainedModel,
-    sites: Sequence[Site],
-    samples: Sequence[Batch],
-    recipe: Recipe,
-    done: Conversion,
-    merged: Mapping[str, HeadWeights],
+    forms: Sequence[Form[W]],
+    batches: Sequence[Batch],
+    how: Refinement,
+    stages: Mapping[str, dict[str, W]],
     feed: Callable[[], cal.Feed] | None = None,
-) -> None:
-    """Measure the damage of some modules on text that no step sees and, for `refined`, refine them.
+) -> dict[str, dict[str, Gap]]:
+    """Measure the damage of some modules on text that no step sees and, where asked, refine them.
 
     Args:
-        model: left as it was.
-        sites: its modules.
-        samples: what :func:`samples_of` gives.
-        recipe: what to do.
-        done: the conversion so far.
-        merged: weights before their output projections were refitted.
+        model: that holds the original modules.
+        forms: of the modules.
+        batches: what :func:`samples` gives: the damage is measured on the first, the others are for steps.
+        how: to refine.
+        stages: name of a stage (`merged`, `refitted`) -> weights by path; better ones replace those of the last.
         feed: gives which layers run in a pass; None for all.
+
+    Returns:
+        Path -> stage -> distance from the original; `refined` is the last where there were steps.
     """
-    steps = samples[1:]
-    tokens = sum(batch["input_ids"].numel() for batch in samples)
+    batches = batches if how.steps else batches[:1]
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    by_path, gaps = {form.site.path: form for form in forms}, dict[str, dict[str, Gap]]()
     with eager(model):
-        for part in cal.chunks(sites, lambda s: 4 * tokens * s.num_heads * s.head_dim):
+        for part in cal.chunks([f.site for f in forms], lambda s: 4 * tokens * s.num_heads * s.head_dim):
             calls: dict[str, list[Call]] = {site.path: [] for site in part}
-            cal.stream(model, part, samples, _keeper(calls), "recording inputs", None if feed is None else feed())
-            for site in track(part, "refining" if steps else "measuring damage"):
-                _improve(model, site, calls.pop(site.path), recipe, done, merged[site.path])
+            cal.stream(model, part, batches, keeper(calls), "recording inputs", None if feed is None else feed())
+            for site in track(part, "refining" if batches[1:] else "measuring damage"):
+                gaps[site.path] = _improve(model, by_path[site.path], calls.pop(site.path), how, stages)
+    return gaps
 
 
-def _keeper(calls: dict[str, list[Call]]) -> Observer:
+def keeper(calls: dict[str, list[Call]]) -> Observer:
+    """Return what keeps the calls of each module that is in ``calls``."""
     return lambda site, call, _: calls[site.path].append(call)
 
 
 def _improve(
-    model: PreTrainedModel, site: Site, calls: list[Call], recipe: Recipe, done: Conversion, merged: HeadWeights
-) -> None:
-    """Refine one module if the recipe says so, and record the distance of each stage from the original."""
-    socket, original, path = Taps(model, site), read_weights(model, site), site.path
+    model: PreTrainedModel, form: Form[W], calls: list[Call], how: Refinement, stages: Mapping[str, dict[str, W]]
+) -> dict[str, Gap]:
+    """Refine one module where there are calls to do it on, and say how far each stage is from the original."""
+    site = form.site
+    socket, original = Taps(model, site), read_weights(model, site)
     held = target(socket, original, calls[0])
-    gaps: dict[str, Gap] = {"merged": gap(socket, merged, held)}
-    if done.weights[path] is not merged:
-        gaps["refitted"] = gap(socket, done.weights[path], held)
+    gaps = {name: gap(form, weights[site.path], held) for name, weights in stages.items()}
     if calls[1:]:
-        biased = [has_bias(model, site, getattr(site.layout, n)) for n in ("query", "key", "value")]
-        seconds = float("inf") if recipe.seconds is None else recipe.seconds / done.total
+        last = list(stages)[-1]
         targets = [target(socket, original, call) for call in calls[1:]]
-        better, _ = refine(socket, done.weights[path], targets, steps=recipe.steps, biased=biased, seconds=seconds)
-        before, after = gaps["refitted"], gap(socket, better, held)
-        helps = _total(after) < _total(before)  # on unseen text; otherwise the closed form stays
+        better, _ = refine(form, stages[last][site.path], targets, steps=how.steps, seconds=how.seconds)
+        before, after = gaps[last], gap(form, better, held)
+        helps = after.total < before.total  # on text that no step has seen; otherwise the closed form stays
         gaps["refined"] = after if helps else before
-        done.weights[path] = better if helps else done.weights[path]
-    done.layers[path] = replace(done.layers[path], gaps=gaps)
+        if helps:
+            stages[last][site.path] = better
+    return gaps
 
 
-def _total(found: Gap) -> float:
-    return found.output + (found.attention or 0.0)
-
-
-def samples_of(text: Sequence[Batch], recipe: Recipe, done: Conversion) -> list[Batch]:
-    """Return what damage is measured on and, for `refined`, what it is refined on.
-
-    Batches of about `TOKENS_A_STEP` tokens, `TOKENS_TO_REFINE` in all and one more, whole windows first.
-    """
-    found = _samples(text, done)
-    return found if recipe.method == "refined" else found[:1]
-
-
-def _samples(text: Sequence[Batch], done: Conversion) -> list[Batch]:
+def samples(text: Sequence[Batch], notes: list[str]) -> list[Batch]:
+    """Return batches of about `TOKENS_A_STEP` tokens, `TOKENS_TO_REFINE` in all and one more, whole windows first."""
     parts: list[Batch] = []
     for batch in text:
         rows = max(1, TOKENS_A_STEP // batch["input_ids"].shape[1])
@@ -145,7 +158,7 @@ def _samples(text: Sequence[Batch], done: Conversion) -> list[Batch]:
     half = len(parts[0]["input_ids"]) // 2
     if half:
         return [{n: t[:half] for n, t in parts[0].items()}, {n: t[half:] for n, t in parts[0].items()}]
-    done.notes.append("one sequence of calibration text: damage is measured on what refinement saw")
+    notes.append("one sequence of calibration text: damage is measured on what refinement saw")
     return parts * 2
 
 

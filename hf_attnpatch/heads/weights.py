@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from accelerate.utils import align_module_device
@@ -28,6 +29,8 @@ class HeadWeights:
         groups: original heads that form each shared head; one each before sharing.
     """
 
+    trained: ClassVar[tuple[str, ...]] = ("query", "key", "value", "output")
+
     query: Tensor
     key: Tensor
     value: Tensor
@@ -52,10 +55,8 @@ class HeadWeights:
         return {"query": _Project(self.query), "key": _Project(self.key[of]), "value": _Project(self.value[of])}
 
     def project(self, heads: Tensor) -> Tensor:
-        """Return the attention output, (tokens, out_features), for the heads' output, (tokens, num_heads, dim)."""
-        weight = self.output.flatten(1).to(heads)
-        bias = None if self.output_bias is None else self.output_bias.to(heads)
-        return nn.functional.linear(heads.flatten(1), weight, bias)
+        """Return the attention output, (tokens, out_features), of what the heads give, (tokens, num_heads, dim)."""
+        return projected(self.output, self.output_bias, heads)
 
     def folded(self) -> HeadWeights:
         """Return equal weights with the value bias moved behind the output projection, which must have a bias."""
@@ -84,6 +85,12 @@ class _Project:
         weight = self.weight.flatten(0, 1).to(inputs)
         projected = nn.functional.linear(inputs, weight[:, :-1], weight[:, -1])
         return projected.view(*inputs.shape[:-1], *self.weight.shape[:2]).to(states.dtype)
+
+
+def projected(output: Tensor, bias: Tensor | None, heads: Tensor) -> Tensor:
+    """Multiply (tokens, num_heads, dim) by an output projection, (out_features, num_heads, dim)."""
+    flat = output.flatten(1).to(heads)
+    return nn.functional.linear(heads.flatten(1), flat, None if bias is None else bias.to(heads))
 
 
 def read_weights(model: nn.Module, site: Site) -> HeadWeights:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import has_offloaded_params
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -24,12 +24,12 @@ from ..interruption import inside
 from ..layers import STEP, Layers, read_layers
 from ..probe import Inputs, default_inputs, quiet, valid
 from ..upstream.roles import learn
-from .rows import HOMES, Home, own_home
+from .rows import HOMES, Home, LatentHome, own_home
 
 _EAGER = "eager"
 _NONE = "{}: no stock type can say this"
 _NEAR = 2  # tokens: the probe is longer
-_BUILDING = (  # what constructors of transformers raise where a config does not suit them
+BUILDING = (  # what constructors of transformers raise where a config does not suit them
     ValueError,
     TypeError,
     AttributeError,
@@ -144,7 +144,7 @@ def _check_made_so(model: PreTrainedModel) -> None:
     found = _logits(model, inputs)
     try:
         again = _logits(made, inputs)
-    except _BUILDING as error:
+    except BUILDING as error:
         why = " ".join(str(error).split())[:200]
         raise UnsupportedArchitecture(
             f"{_NONE.format(kind)}: its own type, built again, does not run: {why}"
@@ -185,7 +185,7 @@ def _tried(model: PreTrainedModel, home: Home, wanted: Layers, kinds: bool) -> F
     Raises:
         Unfit: so.
     """
-    cls = _class(model, home)
+    cls = class_of(model, home)
     _said(home, model.config, wanted)
     if cls is not type(model):
         _prove(model, home, cls)
@@ -226,7 +226,7 @@ def _said(home: Home, config: PretrainedConfig, layers: Layers) -> dict[str, Any
     return found
 
 
-def _class(model: PreTrainedModel, home: Home) -> type[PreTrainedModel]:
+def class_of(model: PreTrainedModel, home: Home | LatentHome) -> type[PreTrainedModel]:
     """Return the home's class for what this model is used for.
 
     Raises:
@@ -269,7 +269,7 @@ def _prove(model: PreTrainedModel, home: Home, cls: type[PreTrainedModel]) -> No
             found, wanted = (_logits(each, inputs, training) for each in (there, here))
         except Unfit:
             raise
-        except _BUILDING as error:
+        except BUILDING as error:
             raise Unfit(f"does not run: {' '.join(str(error).split())[:200]}") from error
         if not torch.equal(found, wanted):
             how = "in training" if training else f"where {', '.join(fields)} would be met" if fields else ""
@@ -288,7 +288,8 @@ def _prove_kinds(model: PreTrainedModel, home: Home, cls: type[PreTrainedModel],
     plain = dataclasses.replace(wanted, windows=(None,) * len(wanted.windows))
     attention = _EAGER if home.eager else None
     here, there = (
-        _logits(rebuilt(model, cls, _said(home, model, each), home.fills, attention), inputs) for each in (plain, wide)
+        _logits(rebuilt(model, cls, _said(home, model.config, each), home.fills, attention), inputs)
+        for each in (plain, wide)
     )
     if not torch.equal(here, there):
         raise Unfit(f"computes something else in layers with a window (by up to {(here - there).abs().max():.1e})")
@@ -323,6 +324,7 @@ def rebuilt(
     fields: Mapping[str, Any],
     fills: Mapping[str, float],
     attention: str | None = None,
+    instead: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> PreTrainedModel:
     """Build a class around the parameters of a model, which is only read.
 
@@ -332,6 +334,7 @@ def rebuilt(
         fields: of the new config, beside those that both have.
         fills: values of parameters that the model has not, by the last part of their name; a bias is 0.
         attention: the attention implementation; None keeps the model's.
+        instead: path of a module -> the parameters, by name below it, that take the place of all it has.
 
     Raises:
         Unfit: a parameter has no place, or another shape, or something cannot be built.
@@ -340,11 +343,11 @@ def rebuilt(
         config = _config(model, cls, fields, attention)
         with building():
             other: PreTrainedModel = inside(torch.device("meta"), lambda: cls(config))
-        _fill(other, model, fills)
+        _fill(other, model, fills, instead or {})
         _materialise(other, model)
     except Unfit:
         raise
-    except _BUILDING as error:
+    except BUILDING as error:
         raise Unfit(f"cannot be built: {' '.join(str(error).split())[:200]}") from error
     learn(other)  # what its forwards call their arguments: nobody has described a model of this class yet
     return other.train(model.training)
@@ -370,13 +373,22 @@ def _config(
     return config
 
 
-def _fill(other: PreTrainedModel, model: PreTrainedModel, fills: Mapping[str, float]) -> None:
+def _fill(
+    other: PreTrainedModel,
+    model: PreTrainedModel,
+    fills: Mapping[str, float],
+    instead: Mapping[str, Mapping[str, Tensor]],
+) -> None:
     """Put the parameters and persistent buffers of a model into another.
 
     Raises:
         Unfit: they are not the same ones.
     """
     held = {**dict(model.named_parameters(remove_duplicate=False)), **_persistent(model)}
+    for path, tensors in instead.items():
+        gone = [held.pop(name) for name in list(held) if name.startswith(f"{path}.")]
+        trains = any(old.requires_grad for old in gone)
+        held |= {f"{path}.{name}": nn.Parameter(tensor, trains) for name, tensor in tensors.items()}
     wanted = {**dict(other.named_parameters(remove_duplicate=False)), **_persistent(other)}
     strange = sorted(held.keys() - wanted.keys())
     if strange:

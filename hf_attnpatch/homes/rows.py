@@ -19,6 +19,23 @@ Fields = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class LatentHome:
+    """A stock model type whose attention keeps a latent and a rotary key that all heads share.
+
+    Attributes:
+        model_type: transformers' name for it.
+        since: the first release of transformers that has it.
+        fields: the config fields, beside those of the attention, that leave the rest of a model as it is.
+        keeps_padding: whether loading a checkpoint leaves the embedding of the padding token what it is in the file.
+    """
+
+    model_type: str
+    since: str
+    fields: Callable[[PretrainedConfig], Fields]
+    keeps_padding: bool = True
+
+
+@dataclass(frozen=True)
 class Home:
     """A stock model type.
 
@@ -192,3 +209,17 @@ def _own(config: PretrainedConfig, layers: Layers) -> Fields | str:
 
 def _nobody(_: Layers) -> Iterator[str]:
     yield from ()
+
+
+def _no_experts(config: PretrainedConfig) -> Fields:
+    """Every layer is dense; what its type asks of experts besides is as small as it may be."""
+    few = dict.fromkeys(
+        ("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "moe_intermediate_size"), 1
+    )
+    return {**few, "first_k_dense_replace": config.num_hidden_layers, "num_mtp_layers": 0}
+
+
+LATENT_HOMES = (
+    LatentHome("youtu", "5.0", lambda config: {}, keeps_padding=False),  # its _init_weights empties it, loaded or not
+    LatentHome("deepseek_v3", "5.0", _no_experts),
+)

@@ -6,6 +6,7 @@ from .dual_chunk import DualChunk
 from .flash import Flash
 from .grouped_query import GroupedQuery
 from .jet_long import JetLong
+from .latent import Latent
 from .no_position import NoPosition
 from .position_table import PositionTable
 from .re_rope import ReRope
@@ -25,6 +26,7 @@ __all__ = [
     "Flash",
     "GroupedQuery",
     "JetLong",
+    "Latent",
     "NoPosition",
     "PositionTable",
     "ReRope",

@@ -43,7 +43,7 @@ def scaled_fields(
     notes = [f"scales {', '.join(chosen)}; {rest} left alone"] if nested else []
     for key in chosen or [""]:
         before = old[key] if key else old
-        now = Window(window, _frequencies(module, key), _attention_scaling(module, key))
+        now = window_of(module, window, key)
         after = scaled(want, before, now, compose)
         if key and after["rope_type"] == "yarn" and after.get("truncate") is False:
             after = untruncated(after, 2 * len(now.frequencies))
@@ -92,6 +92,17 @@ def _chosen(want: Scaling, nested: list[str]) -> list[str]:
         there = ", ".join(nested) or "none"
         raise AttnPatchError(f"layer type {unknown[0]!r} has no rotary parameters of its own; there are: {there}.")
     return list(want.layer_types)
+
+
+def window_of(module: nn.Module, length: int, key: str = "") -> Window:
+    """Return what a rotary module does now.
+
+    Args:
+        module: computes the angles.
+        length: context in tokens that it serves.
+        key: a layer type, where parameters are nested.
+    """
+    return Window(length, _frequencies(module, key), _attention_scaling(module, key))
 
 
 def _frequencies(module: nn.Module, layer_type: str) -> Tensor:

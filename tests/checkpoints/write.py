@@ -60,6 +60,7 @@ ROWS: dict[str, tuple[str, tuple[ap.Patch, ...]]] = {
     ),
     "llama-score_temperature": ("llama", (ap.ScoreTemperature(slope=0.3, step=8),)),
     "llama-windowed": ("llama", (ap.Windowed(window=6),)),
+    "llama-latent": ("llama", (ap.Latent(cache_target=0.5),)),
     "gpt2-alibi": ("gpt2", (ap.Alibi(),)),
     "gpt2-rotary": ("gpt2", (ap.Rotary(theta=500.0),)),
     "gpt2-position_table": ("gpt2", (ap.PositionTable(length=100),)),

@@ -1,0 +1,1 @@
+"""From grouped heads to latent attention: measure, choose what stays rotated, compress, refit, refine, move home."""
