@@ -53,7 +53,7 @@ class Edit(ABC):
 
     Attributes:
         path: the module (or the config) it writes to, as in ``named_modules``; empty for the model itself.
-        rung: the kind of edit: config, attribute, attention, weights, module, hook or model.
+        rung: the kind of edit: config, attribute, attention, weights, module, hook, or model.
     """
 
     rung: ClassVar[str]

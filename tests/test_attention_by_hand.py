@@ -12,8 +12,8 @@ from transformers import DynamicCache
 from hf_attnpatch.attention import heads, registry
 from hf_attnpatch.attention.alibi import NoBias
 from hf_attnpatch.attention.call import AttentionCall
-from hf_attnpatch.attention.deferring import Deferring
-from hf_attnpatch.attention.noted import Noted
+from hf_attnpatch.attention.deferring import DeferAttention
+from hf_attnpatch.attention.noted import LazyStates
 from hf_attnpatch.attention.registry import FUSED, Guard, Keeper, chosen, dense, keep_wrappers, kernel_of
 from hf_attnpatch.attention.wrapper import (
     HELD,
@@ -169,8 +169,13 @@ def test_names_of_kernels_with_and_without_wrappers():
         "eager",
     )
     plain, owner = nn.Sequential(module()), nn.Sequential(module(_Near()))
+    ours = SetAttention("", "attnpatch_sdpa", registry.register, otherwise=registry.TORCH)
+    assert chosen(plain, "sdpa") == ours  # whose family does not say that it takes it
+    vars(plain)[words.DECLARES_SDPA] = vars(owner)[words.DECLARES_SDPA] = True
     assert chosen(plain, "sdpa") == SetAttention("", "sdpa")
-    assert chosen(owner, "sdpa") == SetAttention("", "attnpatch_sdpa", registry.register)
+    assert chosen(owner, "sdpa") == ours
+    assert chosen(plain, "eager") == SetAttention("", "eager")
+    assert chosen(owner, "eager") == SetAttention("", "attnpatch_eager", registry.register)
     assert chosen(owner, "somebody/kernel") == SetAttention("", "somebody/kernel")
     kept = [types.SimpleNamespace(_attn_implementation=name) for name in ("sdpa", "attnpatch_eager", "other")]
     keep_wrappers(kept[0])
@@ -210,7 +215,7 @@ def test_the_heads_of_a_rank(sharded, here, whole, found, monkeypatch):
         return
     rank, ranks = sharded or (0, 1)
     with pytest.raises(
-        AttnPatchError, match=f"queries of {here} heads on rank {rank} of {ranks}, .* has {whole} in all"
+        AttnPatchError, match=f"queries of {here} heads on rank {rank} of {ranks}, .* has {whole} heads; cannot tell"
     ):
         heads.share(module(), here, whole)
     with pytest.raises(AttnPatchError, match="on rank 0 of 1"):
@@ -221,7 +226,7 @@ def test_the_heads_of_a_rank(sharded, here, whole, found, monkeypatch):
 
 
 @dataclass
-class _Scores(Noted):
+class _Scores(LazyStates):
     shadow: torch.Tensor
     did: tuple = ()
 
@@ -254,7 +259,7 @@ def test_what_is_noted_looks_like_a_tensor():
     assert one.transpose(0, 1).did == one.float().did == one.view(24).did == ("kept",)
     with pytest.raises(AttributeError, match="masked_fill of _scores of attention, which is computed fused"):
         one.masked_fill(0, 1)
-    with pytest.raises(NotImplementedError, match="_Scores hold no tensor"):
+    with pytest.raises(NotImplementedError, match="_Scores holds no tensor"):
         _ = one.device
 
 
@@ -285,7 +290,7 @@ def own(monkeypatch):
         monkeypatch.setattr(fusing, "roles_of", lambda module: known)
         monkeypatch.setattr(fusing, "config_at", lambda model, path: f"config at {path}")
         if there:
-            model[0].register_forward_pre_hook(Deferring(known, "config at text", FUSED, False), with_kwargs=True)
+            model[0].register_forward_pre_hook(DeferAttention(known, "config at text", FUSED, False), with_kwargs=True)
         site = {"kind": "Own", "dispatches": False, "cross": False, "tower": False, "config": "text"}
         sites = [
             types.SimpleNamespace(path=str(n), **{**site, "tower": n == 2, **fields.pop("site", {})}) for n in (0, 1, 2)
@@ -310,14 +315,14 @@ def test_ways_in_which_scores_go_to_a_fused_kernel(own):
     for roles, ways in ((OWN, (False, True)), ({words.STATES: "x", words.CACHE: "kept"}, (False,))):
         found = fusing.variants(*own(roles))
         for edits, unbiased in zip(found, ways, strict=True):
-            hooks = [(str(n), Deferring, unbiased, "config at text") for n in (0, 1)]
+            hooks = [(str(n), DeferAttention, unbiased, "config at text") for n in (0, 1)]
             assert _read(edits) == ([], hooks, [MASKS])
             assert edits[-1] == MASKS
 
 
 @pytest.mark.parametrize("there", [False, True])
 def test_what_is_put_around_them_stands_before_the_hooks_that_are_made_once(there, own):
-    hooks = [] if there else [(str(n), Deferring, False, "config at text") for n in (0, 1)]
+    hooks = [] if there else [(str(n), DeferAttention, False, "config at text") for n in (0, 1)]
     masks = [] if there else [MASKS]
     wrapper = _Near()
     for found, held in (
@@ -480,7 +485,7 @@ def test_positions_that_distances_do_not_follow_are_refused(given, options, refu
     if not refused:
         looks(given, **options)
         return
-    with pytest.raises(AttnPatchError, match="Sequential: position_ids with gaps, several axes"):
+    with pytest.raises(AttnPatchError, match="Sequential: position_ids have gaps, several axes"):
         looks(given, **options)
 
 

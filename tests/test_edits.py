@@ -181,7 +181,7 @@ def test_a_hook_is_taken_off_once():
 def test_every_edit_is_tested_here():
     kinds = Edit.__subclasses__()
     kinds += [deeper for kind in kinds for deeper in kind.__subclasses__()]
-    assert {type(edit) for edit in EDITS.values()} == set(kinds)
+    assert {type(edit) for edit in EDITS.values()} == {kind for kind in kinds if not kind.__name__.startswith("_")}
     assert all(f"{edit.rung}," in Edit.__doc__ or f"{edit.rung}." in Edit.__doc__ for edit in EDITS.values())
 
 

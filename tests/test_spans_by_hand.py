@@ -9,11 +9,11 @@ from transformers import DynamicCache, StaticCache
 
 import hf_attnpatch as ap
 from hf_attnpatch.errors import AttnPatchError, UnsupportedArchitecture
-from hf_attnpatch.functional.rerotation import Turning
+from hf_attnpatch.functional.rerotation import RotaryPlanes
 from hf_attnpatch.functional.spans import Sinks
 from hf_attnpatch.positions import keys
 from hf_attnpatch.spans import modules
-from hf_attnpatch.spans.modules import Evicting, EvictingStore, Evicts, ShiftedAngles, SinkLayer
+from hf_attnpatch.spans.modules import EvictHook, EvictingStore, Evicts, ShiftedAngles, SinkLayer
 from hf_attnpatch.spans.proposal import check_fields, target_length, trained_length, within
 from hf_attnpatch.upstream import words
 from hf_attnpatch.upstream.caches import DynamicLayer
@@ -126,7 +126,7 @@ def test_tokens_are_taken_back_until_some_were_let_go():
     layer.crop(0)
     assert layer.get_seq_length() == 3
     layer.update(numbered(3, 4), numbered(3, 4))
-    with pytest.raises(AttnPatchError, match="has let go of tokens that a rollback needs"):
+    with pytest.raises(AttnPatchError, match="has evicted tokens that a rollback needs"):
         layer.crop(-1)
     layer.crop(0)
     assert (layer.get_seq_length(), layer.keys.shape[2]) == (7, 5)
@@ -167,7 +167,7 @@ def test_a_promise_counts_the_layers_that_let_go():
     cache = types.SimpleNamespace(layers=layers)
     assert Evicts(2)(cache) is None
     assert Evicts(1)(cache) is None  # modules that run twice have a layer for each time
-    assert Evicts(3)(cache) == "the cache would keep every token: 2 of 3 layers let go of those behind the window"
+    assert Evicts(3)(cache) == "the cache would keep every token: 2 of 3 layers evict those outside the window"
     assert Evicts(1)(object()).startswith("the cache would keep every token: 0 of 1")
 
 
@@ -178,7 +178,7 @@ ROLES = Roles("Module", tuple(NAMES.values()), NAMES, {}, False)
 def test_only_a_growing_cache_is_exchanged(monkeypatch):
     monkeypatch.setattr(modules, "_padding", lambda mask: {"padded": 3}.get(mask, 0))
     monkeypatch.setattr(modules, "view", lambda cache, stored: (cache, stored.__self__.head, stored.__self__.window))
-    hook, cache = Evicting(ROLES, Sinks(2, 6)), DynamicCache()
+    hook, cache = EvictHook(ROLES, Sinks(2, 6)), DynamicCache()
     for mask, head in (("padded", 5), (None, 2)):
         args, kwargs = hook(nn.Identity(), ("x",), {"kept": cache, "mask": mask})
         assert args == ()
@@ -234,14 +234,14 @@ def subject(monkeypatch):
 )
 def test_the_way_that_keys_were_turned_is_found(table, first, width, interleaved, subject):
     states = torch.randn(2, 3, 5, width, generator=torch.Generator().manual_seed(0))
-    turning = Turning(FREQUENCIES[table], interleaved, first)
+    turning = RotaryPlanes(FREQUENCIES[table], interleaved, first)
     after = turning.turn(states, turning.table(torch.full((5,), 7), torch.float32))
     assert keys.BY == 7
     found = keys.way_of(*subject, [(states, after), (states * 3, after * 3)])
     assert found == (table, "inv_freq", interleaved, first)
     assert keys.way_of(*subject, [(states, after), (states, states)]) is None  # of all pairs alike
     assert keys.way_of(*subject, [(states, after * 1.01)]) is None
-    original = Turning(FREQUENCIES["long"] * 2, interleaved, first)
+    original = RotaryPlanes(FREQUENCIES["long"] * 2, interleaved, first)
     if width == 8:
         after = original.turn(states, original.table(torch.full((5,), 7), torch.float32))
         assert keys.way_of(*subject, [(states, after)]) is None  # it is no table that the model turns by
@@ -249,7 +249,7 @@ def test_the_way_that_keys_were_turned_is_found(table, first, width, interleaved
 
 def test_heads_too_narrow_for_a_table_are_not_tried_with_it(subject):
     states = torch.randn(1, 1, 2, 4, generator=torch.Generator().manual_seed(0))
-    turning = Turning(FREQUENCIES["short"], False, 0)
+    turning = RotaryPlanes(FREQUENCIES["short"], False, 0)
     after = turning.turn(states, turning.table(torch.full((2,), 7), torch.float32))
     assert keys.way_of(*subject, [(states, after)]) == ("short", "inv_freq", False, 0)
     assert keys.tables(*subject) == ["long.inv_freq", "short.inv_freq"]
@@ -262,7 +262,7 @@ def test_modules_that_turn_by_a_table_of_angles_of_their_own(subject, monkeypatc
     monkeypatch.setattr(keys, "frequencies_of", lambda table: table)
     for interleaved in (False, True):
         states = torch.randn(1, 2, 3, 6, generator=torch.Generator().manual_seed(0))
-        turning = Turning(FREQUENCIES["short"], interleaved, 0)
+        turning = RotaryPlanes(FREQUENCIES["short"], interleaved, 0)
         after = turning.turn(states, turning.table(torch.full((3,), 7), torch.float32))
         assert keys.way_of(model, anatomy, [(states, after)]) == ("short", "inv_freq", interleaved, 0)
     assert keys.tables(model, anatomy) == ["short.inv_freq"]
