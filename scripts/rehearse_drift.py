@@ -91,9 +91,9 @@ def changed_models(families: Iterable[str]) -> list[str]:
     A model that moves to a home is of the home's classes: a copy that changed only those it came from would contradict
     itself.
     """
-    from hf_attnpatch.homes.rows import HOMES
+    from hf_attnpatch.homes.rows import HOMES, LATENT_HOMES
 
-    homes = folders(home.model_type for home in HOMES)
+    homes = folders(home.model_type for home in (*HOMES, *LATENT_HOMES))
     return sorted({"auto", *folders(families).values(), *homes.values()})
 
 
