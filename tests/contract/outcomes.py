@@ -93,6 +93,15 @@ WORDS = (
     "already shares",
     "2 key-value heads under 2 query heads do not become 4",
     "positions here are: ",
+    "has layers of ",
+    "is no decoder of text alone",
+    "and no stock latent type has windows",
+    "no stock latent type holds it",
+    "divides every key by its own size after the projection",
+    "dimensions of a head are rotated; a head of which all are",
+    "does to its keys and values is not known",
+    "in a stock latent type one rotary table serves all layers",
+    "takes keys and values from an earlier layer",
 )
 # Invariants that transformers' own scalings break on every model where the text outgrows the original window: dynamic
 # recomputes its angles from the length so far, longrope switches them; cached keys and shorter rows keep others.
@@ -108,7 +117,7 @@ UPSTREAM_OF_A_KIND = {
 _KERNELS = {"eager attention agrees", "sdpa agrees", "flex attention agrees"}
 MAY_STOP_APPLYING = {
     **dict.fromkeys(("self_extend", "dual_chunk", "re_rope", "jet_long", "attention_sinks"), _KERNELS),
-    **dict.fromkeys(("rotary_some", "no_position_some"), _KERNELS),  # homes with sinks run eagerly
+    **dict.fromkeys(("rotary_some", "no_position_some", "windowed_sinks"), _KERNELS),  # homes with sinks run eagerly
     **dict.fromkeys(("alibi", "relative_xl"), {*_KERNELS, "gradients reach the attention", "gradient checkpointing"}),
     "flash": {
         *("eager attention agrees", "sdpa agrees", "flex attention agrees"),  # one of them is the present one now
