@@ -63,6 +63,8 @@ def convert(
 ) -> Converted:
     """Patch a checkpoint and save it, with its tokenizer; ``out`` appears whole or not at all.
 
+    Experimental: its arguments may get other names or defaults between minor versions.
+
     Files of weights are mapped, not read into memory. What a patch replaces is made module by module and laid into
     files; what it does not is copied from file to file. So the memory that this takes is that of a module or two, and
     statistics of one layer where heads are fitted to text, however large the checkpoint is. A run that was killed is

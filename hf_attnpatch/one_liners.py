@@ -67,32 +67,32 @@ def patch_alibi(
     strength: float = 1.0,
     training: bool | None = None,
 ) -> Report:
-    """Attention with linear biases (ALiBi, 2108.12409, 3): scores lose slope times distance; old positions go.
+    """Attention with linear biases (ALiBi, 2108.12409, 3): a bias linear in distance replaces the model's positions.
 
-    Rotary modules are asked for position 0 only, position tables are taken out, and with them the length they ended
-    at. The bias goes through a fused kernel as a few more dimensions of queries and keys (or as ``alibi_slopes``, or as
-    flex attention's ``score_mod``), in linear memory. A model that was not trained so has to be; its slopes may rise
-    meanwhile (:func:`hf_attnpatch.set_alibi_strength`), which ended no better in our studies. Stock transformers cannot
-    express the result, so its checkpoints are of this package's model type. BLOOM, MPT and Falcon, which have ALiBi,
-    may get other slopes or clipped distances.
+    Rotary modules are fixed at position 0, and position tables are removed together with the length limit they set. A
+    fused kernel applies the bias as a few extra dimensions of queries and keys (or as ``alibi_slopes``, or as flex
+    attention's ``score_mod``), in linear memory. A model that was not trained with ALiBi has to be trained; its slopes
+    may be warmed up (:func:`hf_attnpatch.set_alibi_strength`), which gave no better result in our studies. Stock
+    transformers cannot express the result, so checkpoints have this package's model type. BLOOM, MPT and Falcon, which
+    have ALiBi, can be given other slopes or clipped distances.
 
     Args:
         model: a transformers model with its weights in memory; changed in place.
         slopes: ``"paper"``, or one number for each query head.
-        backend: ``auto`` (the fastest that runs here and agrees with the reference on a probe), ``sdpa``,
+        backend: ``auto`` (the fastest that runs here and matches the reference on a probe), ``sdpa``,
             ``flex_attention``, ``flash_attention_2``, ``_3``, ``_4``, or ``eager``, the dense reference.
-        exact: positions and slopes exact in every dtype; False rounds slope times position to the model's dtype, as
-            BLOOM does.
-        distance_clip: distances above it, in tokens, count as this one; None for none.
+        exact: compute positions and slopes exactly in every dtype; False rounds slope times position to the model's
+            dtype, as BLOOM does.
+        distance_clip: larger distances, in tokens, count as this one; None does not clip.
         strength: factor on the slopes.
-        training: whether a backward pass is needed; None asks the model (``model.training``).
+        training: whether a backward pass is needed; None reads ``model.training``.
 
     Returns:
         What changed where and what was checked; ``str()`` is a table, ``revert()`` puts everything back.
 
     Raises:
-        UnsupportedArchitecture: positions are inside the attention modules, or no backend runs.
-        AttnPatchError: slopes that are not one for each head, or an argument out of range.
+        UnsupportedArchitecture: positions are computed inside the attention modules, or no backend runs.
+        AttnPatchError: the number of slopes differs from the number of heads, or an argument is out of range.
     """
     return apply(
         model,
@@ -116,30 +116,30 @@ def patch_attention_sinks(
     trained_length: int | None = None,
     backend: Literal["auto", "sdpa", "eager"] = "auto",
 ) -> Report:
-    """Attention sinks with a window (StreamingLLM, 2309.17453, 3.2): endless text in a cache of fixed size.
+    """Attention sinks with a window (StreamingLLM, 2309.17453, 3.2): unbounded text in a cache of fixed size.
 
-    No longer context: a token sees ``num_sinks + window`` others and nothing in between. What it gives is fluency and a
-    cache of fixed size however long the text grows: ``generate`` and forwards with a growing cache keep no more than
-    the sinks, the longest padding before them, and the window, while caches of other kinds stay as they are. Inputs
-    within ``num_sinks + window`` have the same logits, bit for bit. Assisted decoding, which rolls a cache back, is
-    refused once tokens were let go. Angles are transformers' own, in fp32, which are off by a thousandth of a turn
-    beyond some 10^5 tokens. Stock transformers cannot express it: checkpoints are of this package's model type.
+    This does not extend the context: a token sees ``num_sinks + window`` others and nothing in between. The gain is
+    fluent text of any length in a cache of fixed size. ``generate``, and forwards with a dynamic cache, keep only the
+    sinks, the longest padding before them, and the window; other kinds of caches are unchanged. Inputs of at most
+    ``num_sinks + window`` tokens give the same logits, bit for bit. Assisted decoding, which rolls a cache back, is
+    refused once tokens were evicted. Angles are transformers' own, in fp32, which are wrong by a thousandth of a turn
+    beyond about 10^5 tokens. Stock transformers cannot express it: checkpoints have this package's model type.
 
     Experimental: its fields may get other names or defaults between minor versions.
 
     Args:
         model: a transformers model with its weights in memory; changed in place.
-        num_sinks: first tokens that stay.
-        window: last tokens that are seen, the query among them; None for the rest of the trained length.
-        trained_length: tokens that the model handles by itself; None reads the config.
-        backend: ``sdpa``, merged flash calls; ``eager``, dense, with attention weights; ``auto`` is the former.
+        num_sinks: number of first tokens that are always kept.
+        window: number of last tokens that a query sees, itself included; None takes the rest of the trained length.
+        trained_length: context that the model was trained on, in tokens; None reads the config.
+        backend: ``sdpa``, merged flash calls; ``eager``, dense, with attention weights; ``auto`` is ``sdpa``.
 
     Returns:
         What changed where and what was checked; ``str()`` is a table, ``revert()`` puts everything back.
 
     Raises:
-        UnsupportedArchitecture: no rotary layer looks back at everything, or its rotation is not known.
-        AttnPatchError: lengths that do not fit each other.
+        UnsupportedArchitecture: no rotary layer attends to the whole past, or its rotation is unknown.
+        AttnPatchError: the lengths contradict each other.
     """
     return apply(
         model, AttentionSinks(num_sinks=num_sinks, window=window, trained_length=trained_length, backend=backend)
@@ -156,31 +156,31 @@ def patch_dual_chunk(
     trained_length: int | None = None,
     backend: Literal["auto", "sdpa", "eager"] = "auto",
 ) -> Report:
-    """Dual chunk attention (2402.17463, 3): longer texts without training, by positions within chunks and between them.
+    """Dual chunk attention (2402.17463, 3): longer context without training, by positions within and between chunks.
 
-    A token sees its own chunk at its distances; the chunk before it exactly for the first ``local`` tokens of its own,
-    then at the largest distance, ``chunk + local``, as all chunks before that. Any length has distances that the model
-    knows; order among far chunks is lost. Flash calls are merged by log-sum-exp. Queries before ``start`` attend as
-    they always did, so that inputs within the trained length have the same logits, bit for bit. Positions are counted
-    from a row's first token that is not padding. Stock transformers cannot express it: checkpoints are of this
-    package's model type.
+    Within its own chunk a token sees true distances. In the previous chunk distances are exact for the first ``local``
+    tokens and then stay at ``chunk + local``, the largest one, which all earlier chunks have as well. So every distance
+    is one that the model knows, and order among far chunks is lost. Flash calls are merged by log-sum-exp. Queries
+    before ``start`` attend as before, so that inputs within the trained length give the same logits, bit for bit.
+    Positions are counted from the first token of a row that is not padding. Stock transformers cannot express it:
+    checkpoints have this package's model type.
 
     Experimental: its fields may get other names or defaults between minor versions.
 
     Args:
         model: a transformers model with its weights in memory; changed in place.
-        chunk: tokens of a chunk; None for three quarters of the trained length, as the paper has it.
-        local: tokens for which the distance to the chunk before is exact; None for the rest of the trained length.
-        start: first query that is treated so; None for the trained length.
-        trained_length: tokens that the model handles by itself; None reads the config.
-        backend: ``sdpa``, merged flash calls; ``eager``, dense, with attention weights; ``auto`` is the former.
+        chunk: tokens in a chunk; None takes three quarters of the trained length, as in the paper.
+        local: tokens for which the distance to the previous chunk is exact; None takes the rest of the trained length.
+        start: first query whose distances are remapped; None takes the trained length.
+        trained_length: context that the model was trained on, in tokens; None reads the config.
+        backend: ``sdpa``, merged flash calls; ``eager``, dense, with attention weights; ``auto`` is ``sdpa``.
 
     Returns:
         What changed where and what was checked; ``str()`` is a table, ``revert()`` puts everything back.
 
     Raises:
-        UnsupportedArchitecture: no rotary layer looks back at everything, or its rotation is not known.
-        AttnPatchError: lengths that do not fit each other.
+        UnsupportedArchitecture: no rotary layer attends to the whole past, or its rotation is unknown.
+        AttnPatchError: the lengths contradict each other.
     """
     return apply(
         model, DualChunk(chunk=chunk, local=local, start=start, trained_length=trained_length, backend=backend)
@@ -189,26 +189,26 @@ def patch_dual_chunk(
 
 @by_any_name
 def patch_flash(model: PreTrainedModel, *, backend: str = "auto", training: bool | None = None) -> Report:
-    """Fused attention kernel (FlashAttention, SDPA, flex attention) that runs here, after proving that logits stay.
+    """Fused attention kernel (FlashAttention, SDPA, flex attention) that runs here and leaves the logits unchanged.
 
-    ``auto`` takes the first backend, in the order of :func:`hf_attnpatch.backends.ranked`, that runs here and agrees
-    with the model's present attention on a probe; the report says which and why the others were passed over. A backend
-    asked for by name that cannot run is an error. A checkpoint remembers nothing of it.
+    ``auto`` takes the first backend, in the order of :func:`hf_attnpatch.backends.ranked`, that runs here and matches
+    the model's present attention on a probe; the report names it and says why others were passed over. A backend that
+    was requested by name and cannot run is an error. Checkpoints do not record this patch.
 
-    Families that compute attention by themselves (BLOOM, MPT, Falcon, GPT-J, CodeGen) get torch's kernels, too, with
-    memory linear in length; their own ALiBi, rounded as they round it, goes through it as further dimensions.
+    Families that compute attention themselves (BLOOM, MPT, Falcon, GPT-J, CodeGen) get torch's kernels, with memory
+    linear in length; their own ALiBi, with its own rounding, is applied as extra dimensions of queries and keys.
 
     Args:
         model: a transformers model with its weights in memory; changed in place.
         backend: ``auto``, ``sdpa``, ``flex_attention``, ``flash_attention_2``, ``_3``, ``_4`` or a kernels-hub
             repository (``owner/name``).
-        training: whether a backward pass is needed; None asks the model (``model.training``).
+        training: whether a backward pass is needed; None reads ``model.training``.
 
     Returns:
         What changed where and what was checked; ``str()`` is a table, ``revert()`` puts everything back.
 
     Raises:
-        UnsupportedArchitecture: no backend runs; every reason is given.
+        UnsupportedArchitecture: no backend runs; the message has every reason.
         AttnPatchError: the named backend does not exist or cannot run here.
     """
     return apply(model, Flash(backend=backend, training=training))
@@ -231,35 +231,38 @@ def patch_grouped_query(
 ) -> Report:
     """Grouped-query or multi-query attention (2305.13245, 1911.02150): query heads share key-value heads.
 
-    The cache then holds ``num_kv_heads`` heads. They are merged (or, going up, replicated, which leaves the logits what
-    they were). Every method beyond the first three also turns the queries and the output projection to fit what is
-    shared: see :mod:`hf_attnpatch.functional.merging`. Where the family's config has a field for the count, the result
-    is a stock model and a stock checkpoint. Elsewhere (GPT-2, GPT-NeoX, OPT, GPT-J, BLOOM, MPT, BERT ...) the
-    projections are replaced by shared ones and the cache is narrowed; such a checkpoint loads once this package is
+    The cache then holds ``num_kv_heads`` heads. Heads are merged, or replicated if the number grows, which leaves the
+    logits unchanged. All but the first three methods also transform the queries and the output projection to fit the
+    shared heads: see :mod:`hf_attnpatch.functional.merging`. If the family's config has a field for the number, the
+    result is a stock model and a stock checkpoint. Otherwise (GPT-2, GPT-NeoX, OPT, GPT-J, BLOOM, MPT, BERT ...) the
+    projections are replaced by shared ones and the cache becomes narrower; such a checkpoint loads once this package is
     imported.
 
     Args:
         model: a transformers model with its weights in memory; changed in place.
-        num_kv_heads: key-value heads afterwards; divides the query heads, and divides or is a multiple of the present
-            number. ``"auto"`` takes the number that fits ``cache_target`` and is predicted to lose least.
+        num_kv_heads: key-value heads after the patch; a divisor of the query heads, and a divisor or multiple of the
+            present number. ``"auto"`` takes the number that fits ``cache_target`` with the least predicted loss.
         method: how heads are merged. From the weights: ``first``; ``mean`` (Ainslie et al., section 2.1);
-            ``mean_rescaled``, row norms restored; ``procrustes``, heads turned towards each other first (Jin et al.,
-            2412.20677); ``principal``, principal components of keys weighted by their queries and of values weighted by
-            their output. From calibration text: ``calibrated``, the same with measured covariances, and the output
-            projection refitted; ``refined``, then improved layer by layer by gradient descent. By default ``refined``
-            with calibration and ``principal`` without; ``mean`` where heads cannot be aligned, which the report says.
-        grouping: ``adjacent`` heads share, or the most ``similar`` ones: whose merge keeps most energy. By default
-            similar ones with ``principal``, ``calibrated`` and ``refined``, in modules that allow their heads to be put
-            in another order, and adjacent ones elsewhere.
+            ``mean_rescaled``, which restores row norms; ``procrustes``, which first rotates heads towards each other
+            (Jin et al., 2412.20677); ``principal``, principal components of keys weighted by their queries and of
+            values weighted by their output. From calibration text: ``calibrated``, the same with measured covariances
+            and a refitted output projection; ``refined``, then improved layer by layer by gradient descent. The default
+            is ``refined`` with calibration and ``principal`` without; ``mean`` if heads cannot be aligned, which the
+            report says.
+        grouping: ``adjacent`` heads share, or the most ``similar`` ones, whose merge keeps the most energy. The default
+            is
+            ``similar`` with ``principal``, ``calibrated`` and ``refined`` in modules whose heads can be reordered, and
+            ``adjacent`` elsewhere.
         calibration: token ids (sequences, length), an iterable of dictionaries of model inputs, or strings with
-            ``tokenizer``. Some 64 sequences of 512 tokens of ordinary text do. ``"self"`` or :class:`OwnText`, alone or
-            among them, is text that the model writes itself: no file, and no domain that it would be fitted to.
-        tokenizer: for strings.
-        seed: of the choice of refinement batches.
-        refine_steps: of Adam, for each layer.
-        refine_seconds: stops refinement of a layer early, so that all layers together take about so long.
-        fallback: the data-free method to use where the calibration text turns out unusable (too short, activations not
-            finite); None makes that an error.
+            ``tokenizer``. About 64 sequences of 512 tokens of ordinary text suffice. ``"self"`` or :class:`OwnText`,
+            alone or among them, is text that the model writes itself: no file is needed, and no domain is favoured.
+        tokenizer: for strings in ``calibration``.
+        seed: for the selection of refinement batches.
+        refine_steps: steps of Adam for each layer.
+        refine_seconds: time limit for the refinement of all layers together, in seconds.
+        fallback: the data-free method to use if the calibration text is unusable (too short, activations not finite);
+            None
+            makes that an error.
         cache_target: for ``"auto"``: at most this share of the present cache (up to 1.0), or this many bytes per token
             (an int).
 
@@ -269,7 +272,7 @@ def patch_grouped_query(
     Raises:
         UnsupportedArchitecture: no attention module with keys and values of its own (state-space, latent attention).
         CalibrationError: unusable calibration text.
-        AttnPatchError: a count that does not divide, an unknown method, a method that lacks its text.
+        AttnPatchError: a number of heads that does not divide, an unknown method, or a method without its text.
     """
     return apply(
         model,
@@ -296,31 +299,30 @@ def patch_jet_long(
     trained_length: int | None = None,
     backend: Literal["auto", "sdpa", "eager"] = "auto",
 ) -> Report:
-    """Jet-Long (2607.07740): longer texts without training, by a window and, beyond it, groups that grow with the text.
+    """Jet-Long (2607.07740): longer context without training, by a window and groups that grow with the text.
 
-    As the authors' code has it: distances up to ``window`` as they are, others i // G - j // G, one temperature, G =
-    ceil(length / trained). Theirs takes the length of the text so far, so that a token in the cache was read under
-    another G than a token after it; here each query takes G from its own position. That is the same for the last query,
-    leaves every query within the trained length as it was (bit for bit), and makes decoding with a cache equal the
-    whole forward. Flash calls over disjoint pieces are merged by log-sum-exp; the authors' A + B - C is not needed.
-    While gradients are kept, keys are kept once for each G. Stock transformers cannot express it: checkpoints are of
-    this package's model type.
+    Distances up to ``window`` are unchanged; others are i // G - j // G with G = ceil(length / trained), as in the
+    authors' code, at one temperature. Their G follows the length of the text so far, so that a cached token was read
+    with another G than a later one. Here each query takes G from its own position. That is the same for the last query,
+    leaves queries within the trained length unchanged (bit for bit), and makes cached decoding equal the full forward.
+    Flash calls over disjoint pieces are merged by log-sum-exp; the authors' A + B - C is not needed. With gradients,
+    keys are kept once for each G. Stock transformers cannot express it: checkpoints have this package's model type.
 
     Experimental: its fields may get other names or defaults between minor versions.
 
     Args:
         model: a transformers model with its weights in memory; changed in place.
-        window: largest distance that is as it is; None for a quarter of the trained length, at most 2048, which
-            the authors have for a model trained at 32768.
-        trained_length: tokens that the model handles by itself; None reads the config.
-        backend: ``sdpa``, merged flash calls; ``eager``, dense, with attention weights; ``auto`` is the former.
+        window: largest distance that is unchanged; None takes a quarter of the trained length, at most 2048, the
+            authors' value for a model trained at 32768.
+        trained_length: context that the model was trained on, in tokens; None reads the config.
+        backend: ``sdpa``, merged flash calls; ``eager``, dense, with attention weights; ``auto`` is ``sdpa``.
 
     Returns:
         What changed where and what was checked; ``str()`` is a table, ``revert()`` puts everything back.
 
     Raises:
-        UnsupportedArchitecture: no rotary layer looks back at everything, or its rotation is not known.
-        AttnPatchError: lengths that do not fit each other.
+        UnsupportedArchitecture: no rotary layer attends to the whole past, or its rotation is unknown.
+        AttnPatchError: the lengths contradict each other.
     """
     return apply(model, JetLong(window=window, trained_length=trained_length, backend=backend))
 
@@ -402,27 +404,28 @@ def patch_latent(
 def patch_no_position(
     model: PreTrainedModel, *, layers: Sequence[int] | None = None, home: str | None = "auto"
 ) -> Report:
-    """No position encoding (NoPE, 2305.19466; DroPE, 2512.12167): whatever told positions is taken out.
+    """No position encoding (NoPE, 2305.19466; DroPE, 2512.12167): removes whatever the model knows positions by.
 
     A Llama-like model becomes a stock type whose layers may go without rotation (``smollm3``, ``granite_swa``), if one
-    holds it bit for bit: its checkpoints load without this package. Elsewhere rotary modules are asked for position 0
-    only, position tables are taken out, biases by distance left out, and what another patch of this package added goes,
-    too; such checkpoints are of this package's model type. DroPE does so late in training and recalibrates at the old
-    length. An encoder without positions reads a bag of words; the report says so.
+    holds it bit for bit: its checkpoints load without this package. Otherwise rotary modules are fixed at position 0,
+    position tables are removed, ALiBi biases are left out, and positions added by another patch of this package are
+    removed, too; such checkpoints have this package's model type. DroPE does this late in training and recalibrates at
+    the old length. An encoder without positions reads a bag of words; the report says so.
 
     Args:
         model: a transformers model with its weights in memory; changed in place.
-        layers: numbers of the layers that lose their positions, from 0 (RNoPE, SWAN); None takes all. Needs a home.
-        home: stock model type that is to hold the model: ``auto`` takes the first that fits, a name that one; None
-            leaves the model's type alone.
+        layers: indices of the layers that lose their positions (RNoPE, SWAN); None takes all. Needs a home.
+        home: stock model type for the result: ``auto`` takes the first that fits, a name takes that type, None keeps
+            the
+            model's own type.
 
     Returns:
         What changed where and what was checked; ``str()`` is a table, ``revert()`` puts everything back.
 
     Raises:
-        UnsupportedArchitecture: something tells positions that was not recognised or cannot be taken out, or no home
-            can say which layers.
-        AttnPatchError: there is no such layer or home.
+        UnsupportedArchitecture: the model has positions that are not recognised or cannot be removed, or no home can
+            express the layers.
+        AttnPatchError: no such layer or home.
     """
     return apply(model, NoPosition(layers=layers, home=home))
 
@@ -436,31 +439,31 @@ def patch_position_table(
     method: Literal["tile", "interpolate", "hierarchical"] | None = None,
     init: Literal["zeros", "sinusoidal"] | None = None,
 ) -> Report:
-    """Learned absolute position embeddings of ``target_length`` tokens: a longer table, or a new one.
+    """Learned absolute position embeddings for ``target_length`` tokens: a longer table, or a new one.
 
-    Where there is one, its rows are kept and more are made from them, the config's maximum and the buffers beside the
-    table (BERT's position and segment ids, GPT-Neo's masks) grow with it, rows before position 0 (OPT, RoBERTa) stay,
-    and stock transformers loads the result. Where it has none (rotary, ALiBi, fixed sinusoid, nothing), whatever it
-    knew positions by is taken out, and a new trainable table is added to the token embeddings; positions are
-    ``position_ids`` where they are passed, otherwise tokens counted by the attention mask. Such checkpoints hold the
-    table and are of this package's model type.
+    An existing table keeps its rows and more are made from them. The config's maximum and the buffers of that length
+    (BERT's position and segment ids, GPT-Neo's masks) grow with it, rows before position 0 (OPT, RoBERTa) stay, and
+    stock transformers loads the result. A model without a table (rotary, ALiBi, fixed sinusoid, none) loses its
+    positions, and a new trainable table is added to the token embeddings; positions are ``position_ids`` if passed,
+    otherwise counted from the attention mask. Such checkpoints hold the table and have this package's model type.
 
     Args:
         model: a transformers model with its weights in memory; changed in place.
-        target_length: positions, in tokens; not below what the table has.
+        target_length: number of positions, in tokens; at least those of the present table.
         factor: the same as a multiple of the positions that the model has; give one of the two.
-        method: for a table that is there: ``tile`` (Longformer, 2004.05150), ``interpolate`` (trained positions at
-            equal distances, ends on ends: every row changes) or ``hierarchical`` (Su, 2020, alpha 0.4: up to the square
-            of the old length). None takes ``hierarchical``; it and ``tile`` change nothing within the old length.
-        init: for a new table: ``zeros``, with which the model begins as one without positions, or ``sinusoidal``, the
-            rows of ``patch_sinusoidal``. None takes ``zeros``.
+        method: for an existing table: ``tile`` (Longformer, 2004.05150), ``interpolate`` (trained positions spaced
+            evenly
+            from end to end: every row changes) or ``hierarchical`` (Su, 2020, alpha 0.4: up to the square of the old
+            length). None takes ``hierarchical``; it and ``tile`` change nothing within the old length.
+        init: for a new table: ``zeros``, which starts as a model without positions, or ``sinusoidal``, the rows of
+            ``patch_sinusoidal``. None takes ``zeros``.
 
     Returns:
         What changed where and what was checked; ``str()`` is a table, ``revert()`` puts everything back.
 
     Raises:
-        AttnPatchError: a length below the trained one, beyond the square, or an option for the other case.
-        UnsupportedArchitecture: something else in the model is as long as the table, or old positions stay.
+        AttnPatchError: a length below the trained one or above its square, or an option for the other case.
+        UnsupportedArchitecture: another tensor has the table's length, or the old positions cannot be removed.
     """
     return apply(model, PositionTable(target_length=target_length, factor=factor, method=method, init=init))
 
@@ -477,32 +480,32 @@ def patch_re_rope(
     trained_length: int | None = None,
     backend: Literal["auto", "sdpa", "eager"] = "auto",
 ) -> Report:
-    """Rectified rotary positions (ReRoPE, Su, 2023): longer texts without training, distances end at a window.
+    """Rectified rotary positions (ReRoPE, Su, 2023): longer context without training; distances end at a window.
 
-    With ``leak`` they grow on, by that much for each token (Leaky ReRoPE, the same source). Flash calls are merged by
-    log-sum-exp. Queries before ``start`` attend as they always did, so that inputs within the trained length have the
-    same logits, bit for bit. Positions are counted from a row's first token that is not padding. Stock transformers
-    cannot express it: checkpoints are of this package's model type.
+    With ``leak`` they keep growing, by that much for each token (Leaky ReRoPE, same source). Flash calls are merged by
+    log-sum-exp. Queries before ``start`` attend as before, so that inputs within the trained length give the same
+    logits, bit for bit. Positions are counted from the first token of a row that is not padding. Stock transformers
+    cannot express it: checkpoints have this package's model type.
 
     Experimental: its fields may get other names or defaults between minor versions.
 
     Args:
         model: a transformers model with its weights in memory; changed in place.
-        window: tokens that are seen at their distance; None for half of the trained length.
-        leak: growth of distance beyond it, in [0, 1); None for 0, or for what ends at the trained length where
-            ``target_length`` is given.
-        target_length: length to reach, in tokens, by a leak; None for any length.
+        window: distances below it are unchanged; None takes half of the trained length.
+        leak: growth of distance per token beyond the window, in [0, 1); None takes 0, or with ``target_length`` what
+            reaches the trained length there.
+        target_length: length to reach with a leak, in tokens; None for any length.
         factor: the same as a multiple of the trained length; give one of the two.
-        start: first query that is treated so; None for the trained length.
-        trained_length: tokens that the model handles by itself; None reads the config.
-        backend: ``sdpa``, merged flash calls; ``eager``, dense, with attention weights; ``auto`` is the former.
+        start: first query whose distances are remapped; None takes the trained length.
+        trained_length: context that the model was trained on, in tokens; None reads the config.
+        backend: ``sdpa``, merged flash calls; ``eager``, dense, with attention weights; ``auto`` is ``sdpa``.
 
     Returns:
         What changed where and what was checked; ``str()`` is a table, ``revert()`` puts everything back.
 
     Raises:
-        UnsupportedArchitecture: no rotary layer looks back at everything, or its rotation is not known.
-        AttnPatchError: lengths that do not fit each other.
+        UnsupportedArchitecture: no rotary layer attends to the whole past, or its rotation is unknown.
+        AttnPatchError: the lengths contradict each other.
     """
     return apply(
         model,
@@ -532,31 +535,32 @@ def patch_relative_xl(
 ) -> Report:
     """Relative positions of Transformer-XL (1901.02860, 3.3): scores are (q + u) k + (q + v) W R(i - j).
 
-    R is the sinusoid of the distance; u, v and W are new trainable parameters, for each query head of each layer. What
-    told positions before is taken out. The position term goes through a fused kernel as further dimensions of queries
-    and keys, in linear memory, where the paper shifts a matrix of scores; backend ``eager`` is dense. Distances have no
-    longest one. A model that was not trained so has to be (under LoRA, with ``modules_to_save=["relative_xl"]``). Stock
-    transformers cannot express the result, so its checkpoints are of this package's model type. Together with
-    :class:`SegmentRecurrence` this is Transformer-XL.
+    R is the sinusoid of the distance; u, v and W are new trainable parameters, for each query head of each layer. The
+    model's old positions are removed. A fused kernel computes the position term as extra dimensions of queries and
+    keys, in linear memory, where the paper shifts a matrix of scores; backend ``eager`` is dense. There is no longest
+    distance. A model that was not trained with these terms has to be (under LoRA, with
+    ``modules_to_save=["relative_xl"]``). Stock transformers cannot express the result, so checkpoints have this
+    package's model type. Together with :class:`SegmentRecurrence` this is Transformer-XL.
 
     Experimental: its fields may get other names or defaults between minor versions.
 
     Args:
         model: a transformers model with its weights in memory; changed in place.
-        size: dimensions of R, even; the kernel's heads become so much wider (FlashAttention takes 256 in all). None
-            takes the size of a head. The paper has the width of the model.
+        size: dimensions of R, even; the kernel's heads grow by as much (FlashAttention takes 256 in all). None takes
+            the
+            size of a head. The paper uses the width of the model.
         theta: base of R's wavelengths.
-        init: ``recency`` begins with ALiBi's preference for what is near, written into v W by least squares within the
-            trained length; ``zero`` begins as a model without positions. Both leave u at zero.
-        backend: ``auto`` (the fastest that runs here and agrees with the reference on a probe), ``sdpa``,
+        init: ``recency`` starts with ALiBi's preference for near tokens, encoded in v W by least squares within the
+            trained length; ``zero`` starts as a model without positions. Both leave u at zero.
+        backend: ``auto`` (the fastest that runs here and matches the reference on a probe), ``sdpa``,
             ``flex_attention``, ``flash_attention_2``, ``_3``, ``_4``, or ``eager``, the dense reference.
-        training: whether a backward pass is needed; None asks the model (``model.training``).
+        training: whether a backward pass is needed; None reads ``model.training``.
 
     Returns:
         What changed where and what was checked; ``str()`` is a table, ``revert()`` puts everything back.
 
     Raises:
-        UnsupportedArchitecture: old positions stay, an attention module was not read, or no backend runs.
+        UnsupportedArchitecture: old positions cannot be removed, an attention module is unknown, or no backend runs.
         AttnPatchError: an argument out of range.
     """
     return apply(model, RelativeXl(size=size, theta=theta, init=init, backend=backend, training=training))
@@ -584,12 +588,12 @@ def patch_rope_scaling(
     per_request: bool = False,
     trained_length: int | None = None,
 ) -> Report:
-    """Rotary scaling (position interpolation, NTK, YaRN, LongRoPE ...): a longer context by slower rotary frequencies.
+    """Rotary scaling (position interpolation, NTK, YaRN, LongRoPE ...): a longer context by lower rotary frequencies.
 
-    ``rope_theta`` and partial rotation are kept, and a scaling that is already there is multiplied, not replaced: one
-    of the same kind gets the product of the factors, one of another (static) kind is composed frequency by frequency
-    and written as ``longrope``, which stock transformers can express. Config and rotary modules change together.
-    In models with rotary parameters per layer type only the layers that see the whole context are scaled.
+    ``rope_theta`` and partial rotation are kept. An existing scaling is multiplied, not replaced: the same kind gets
+    the product of the factors; another (static) kind is composed frequency by frequency and written as ``longrope``,
+    which stock transformers can express. Config and rotary modules change together. In models with rotary parameters
+    per layer type, only layers that attend to the whole context are scaled.
 
     Args:
         model: a transformers model with its weights in memory; changed in place.
@@ -599,24 +603,24 @@ def patch_rope_scaling(
             to whole tokens), ``clipped`` (2602.05258: the lowest frequencies tapered to zero) or ``dynamic_yarn``
             (``yarn`` with ``per_request``). Resonance and clipping stretch nothing by themselves: put them on top of
             another kind.
-        factor: new context over old, at least 1; 1 changes nothing, ``resonance`` and ``clipped`` excepted.
-        target_length: the same as a context in tokens, of which the config declares the old one; give one of the two.
-        beta_fast: for ``yarn``: turns within the old window above which a frequency is kept.
-        beta_slow: for ``yarn``: turns below which it is interpolated.
+        factor: new context over old, at least 1; 1 changes nothing, except for ``resonance`` and ``clipped``.
+        target_length: the same as a context in tokens, relative to the config's; give one of the two.
+        beta_fast: for ``yarn``: frequencies with more turns than this in the old window are kept.
+        beta_slow: for ``yarn``: frequencies with fewer turns than this are interpolated.
         low_freq_factor: for ``llama3``: wavelengths above old / low are divided.
         high_freq_factor: for ``llama3``: wavelengths below old / high are kept.
-        long_factor: for ``longrope``: one divisor for each rotated frequency beyond the old window; None takes YaRN's.
-        short_factor: for ``longrope``: the same within it; None takes 1.
+        long_factor: for ``longrope``: a divisor for each rotated frequency beyond the old window; None takes YaRN's.
+        short_factor: for ``longrope``: the same within the old window; None takes 1.
         attention_factor: for ``yarn`` and ``longrope``: factor on cos and sin; None takes the paper's.
-        truncate: for ``yarn`` and ``ntk_by_parts``: whether the ramp begins and ends at whole frequencies.
+        truncate: for ``yarn`` and ``ntk_by_parts``: whether the ramp begins and ends at whole frequency indices.
         clip_frequencies: for ``clipped``: how many are tapered; None takes the paper's share, 20 of 64.
-        layer_types: for models with nested parameters: which to scale; None takes those that are not local.
-        per_request: choose a factor for each row of a batch when its request begins: 1 where prompt and
-            ``max_new_tokens`` fit into the trained window (then the row has the bits of the unscaled model), their
-            length over the window otherwise. It is kept while the text is decoded, see
-            :func:`hf_attnpatch.request`; ``factor`` is what the config declares, no limit. With ``dynamic``, that is
-            its formula with the final length; a model that comes with ``dynamic`` or ``longrope`` scaling is taken
-            over by the same kind and a factor of 1. Checkpoints are of this package's model type.
+        layer_types: for models with parameters per layer type: which to scale; None takes those that are not local.
+        per_request: choose a factor for each row of a batch when its request begins: 1 if prompt and ``max_new_tokens``
+            fit into the trained window (the row then has the bits of the unscaled model), otherwise their length over
+            the window. It is kept while the text is decoded, see :func:`hf_attnpatch.request`; ``factor`` is what the
+            config declares, not a limit. With ``dynamic``, it is that formula with the final length; a model that
+            already has ``dynamic`` or ``longrope`` scaling is converted by the same kind and a factor of 1. Checkpoints
+            have this package's model type.
         trained_length: for ``per_request``: the window in tokens; None takes what the config declares.
 
     Returns:
@@ -662,40 +666,42 @@ def patch_rotary(
     layers: Sequence[int] | None = None,
     home: str | None = "auto",
 ) -> Report:
-    """Rotary position embedding (RoPE, 2104.09864): queries and keys turn with position; old positions go.
+    """Rotary position embedding (RoPE, 2104.09864): rotates queries and keys by position, instead of the old positions.
 
-    Where the model has rotary modules built from its config they get another base and kind, config and modules
-    together, and stock transformers loads the result. Elsewhere keys are rotated on their way into the cache, once, at
-    their own position, and queries in a registered attention function that then calls the kernel that was there; in
-    families that compute attention by themselves (BLOOM, MPT, Falcon, GPT-J, CodeGen) torch's fused kernel takes their
-    place. Positions are the ``position_ids`` that reach attention, otherwise places in the cache: only differences
-    count, so left padding changes nothing. Such checkpoints are of this package's model type; the model has to be
-    fine-tuned. Another base in some layers, or rotation again in layers that have none, needs a home: a stock type that
-    holds the model bit for bit and can say so.
+    If the model has rotary modules built from its config, they get another base and kind, config and modules together,
+    and stock transformers loads the result. Otherwise keys are rotated once, at their own position, when they enter the
+    cache, and queries in a wrapper around the model's attention kernel; families that compute attention themselves
+    (BLOOM, MPT, Falcon, GPT-J, CodeGen) use torch's fused kernel instead. Positions are the ``position_ids`` that reach
+    attention, otherwise indices in the cache: only differences count, so that left padding changes nothing. Such
+    checkpoints have this package's model type, and the model has to be fine-tuned. Another base in some layers, or
+    rotation in layers that have none, needs a home: a stock type that holds the model bit for bit and can express it.
 
     Args:
         model: a transformers model with its weights in memory; changed in place.
         theta: base of the frequencies.
-        kind: ``default``, ``linear``, ``yarn`` or ``llama3`` with its usual numbers; replaces a scaling that is there.
+        kind: ``default``, ``linear``, ``yarn`` or ``llama3`` with its usual numbers; replaces an existing scaling.
             For other kinds, or to multiply a scaling, use ``patch_rope_scaling`` on top (rotary models only).
-        factor: of the kind, new context over old, at least 1; None for 1.
-        target_length: the same as a context in tokens, of which the config declares the old one; give one of the two.
-        partial: share of each head that is rotated; None for what the model does, or all.
-        interleaved: whether neighbouring dimensions are rotated together; None for what the model does, or halves, as
-            in Llama.
-        layer_types: for models with rotary parameters for each layer type: which get the base; None takes those that
-            see the whole context.
-        layers: numbers of the layers that get the base, from 0 (``kind="default"`` only); None takes those that rotate,
-            or all where none does.
-        home: for ``layers``, and for models whose layers rotate nothing: the stock model type that is to hold the
-            model, ``auto`` for the first that fits, or None.
+        factor: factor of the scaling, new context over old, at least 1; None takes 1.
+        target_length: the same as a context in tokens, relative to the config's; give one of the two.
+        partial: share of each head that is rotated; None keeps the model's, or takes all.
+        interleaved: whether adjacent dimensions form a pair; None keeps the model's layout, or takes halves, as in
+            Llama.
+        layer_types: for models with rotary parameters per layer type: which get the base; None takes those that attend
+            to
+            the whole context.
+        layers: indices of the layers that get the base (``kind="default"`` only); None takes those that rotate, or all
+            if
+            none does.
+        home: for ``layers``, and for models whose layers do not rotate: the stock model type for the result, ``auto``
+            for
+            the first that fits, or None.
 
     Returns:
         What changed where and what was checked; ``str()`` is a table, ``revert()`` puts everything back.
 
     Raises:
-        UnsupportedArchitecture: the old positions cannot be taken out, or attention is out of reach.
-        AttnPatchError: an argument out of range, or one that the model's own rotary modules fix.
+        UnsupportedArchitecture: the old positions cannot be removed, or attention cannot be reached.
+        AttnPatchError: an argument is out of range, or fixed by the model's own rotary modules.
     """
     return apply(
         model,
@@ -717,25 +723,25 @@ def patch_rotary(
 def patch_score_temperature(
     model: PreTrainedModel, *, slope: float, step: int | None = None, home: str = "auto"
 ) -> Report:
-    """Sharpen attention with the position: queries at t are multiplied by 1 + slope * log(1 + floor(t / step)).
+    """Position-dependent temperature: queries at t are multiplied by 1 + slope * log(1 + floor(t / step)).
 
-    Attention over more tokens than a model was trained on spreads out; a larger scale of the scores gathers it again
-    (SWAN-GPT, 2504.08719; Llama 4). Queries before ``step`` keep their bits. A Llama-like model becomes a stock type
-    that computes this (``ministral3``), if it holds the model bit for bit, alone or on top of YaRN.
+    Attention over more tokens than a model was trained on spreads out; larger scores concentrate it again (SWAN-GPT,
+    2504.08719; Llama 4). Queries before ``step`` are unchanged, bit for bit. A Llama-like model becomes a stock type
+    that computes this (``ministral3``), if that type holds the model bit for bit, alone or on top of YaRN.
 
     Experimental: its fields may get other names or defaults between minor versions.
 
     Args:
         model: a transformers model with its weights in memory; changed in place.
-        slope: beta of the paper, at least 0; 0.1 in Llama 4. 0 changes no number.
+        slope: beta of the paper, at least 0; 0.1 in Llama 4. 0 changes nothing.
         step: in tokens; None takes the context that the model was trained on.
-        home: stock model type that is to hold the model; ``auto`` for the first that fits.
+        home: stock model type for the result; ``auto`` takes the first that fits.
 
     Returns:
         What changed where and what was checked; ``str()`` is a table, ``revert()`` puts everything back.
 
     Raises:
-        UnsupportedArchitecture: no stock type can say this of the model.
+        UnsupportedArchitecture: no stock type can express this for the model.
         AttnPatchError: an argument out of range.
     """
     return apply(model, ScoreTemperature(slope=slope, step=step, home=home))
@@ -750,39 +756,39 @@ def patch_segment_recurrence(
     positions: Literal["bounded", "running"] = "bounded",
     num_sinks: int = 0,
 ) -> Report:
-    """Segment-level recurrence (Transformer-XL, 1901.02860, 3.2): a segment sees keys and values before it, detached.
+    """Segment-level recurrence (Transformer-XL, 1901.02860, 3.2): attention to a memory of earlier keys and values.
 
-    A token sees its own segment up to itself and ``memory_length`` tokens before the segment, in every layer, so that
-    what reaches it lies up to depth times memory back; the cost of a token and the memory are constant at any length.
-    A call longer than a segment is read so; between calls nothing is carried, unless the caller decodes with the cache
-    that the model returned (as ``generate`` does), or opened a stream (:func:`hf_attnpatch.stream`). Gradients end at
-    the border of a segment. The attention kernel stays the one that the model uses, with this package's ALiBi or
-    Transformer-XL terms where the model has those. Families that compute attention by themselves (BLOOM, MPT, Falcon,
-    GPT-J, CodeGen) keep their forwards in a call of one segment; where one meets a memory, torch's kernel attends
-    inside them, with the ALiBi that they have. A layer that sees a window only sees no more of its memory than that.
+    A token sees its own segment up to itself and ``memory_length`` tokens before the segment, in every layer.
+    Information therefore travels up to depth times memory back, while cost per token and memory stay constant at any
+    length. Longer calls are read segment by segment. Nothing is carried between calls, unless the caller decodes with
+    the returned cache (as ``generate`` does) or opens a stream (:func:`hf_attnpatch.stream`). Gradients stop at the
+    border of a segment. The model keeps its attention kernel, with this package's ALiBi or Transformer-XL terms if it
+    has them. Families that compute attention themselves (BLOOM, MPT, Falcon, GPT-J, CodeGen) keep their forwards for
+    calls of one segment; with a memory, torch's kernel attends inside them, with their own ALiBi. A layer with a
+    sliding window sees no more of its memory than that window.
 
-    Without memory and within one segment the model is bit for bit what it was. Stock transformers cannot express
-    the patch, so that checkpoints are of this package's model type; the weights are untouched.
+    Without memory and within one segment the model is unchanged, bit for bit. Stock transformers cannot express the
+    patch, so checkpoints have this package's model type; the weights stay as they are.
 
     Args:
         model: a transformers model with its weights in memory; changed in place.
         segment_length: in tokens.
-        memory_length: tokens before the segment; 0 for none.
-        positions: ``bounded``: they begin anew with each segment, and keys in memory are turned back by the segments
-            that have passed since, which is exact for rotary angles; a learned table is read from its first row in
-            every segment, so that a memory's tokens bear the positions that they had. ``running``: they count on,
-            as long as the model can.
-        num_sinks: first tokens of a text that every query sees, however far back they are (2309.17453, section 3):
-            pretrained models rest on them, and lose when they leave the memory. Their keys are turned to stand right
-            before the memory where positions are bounded.
+        memory_length: tokens before the segment that it attends to; 0 for none.
+        positions: ``bounded``: positions restart in each segment, and cached keys are rotated back by the segments that
+            have passed since, which is exact for rotary angles; a learned table is read from its first row in every
+            segment, so that cached tokens keep the positions that they had. ``running``: positions continue, as far as
+            the model can.
+        num_sinks: number of first tokens of a text that every query sees, however far back (2309.17453, section 3):
+            pretrained models put attention on them and lose quality once they leave the memory. With bounded positions
+            their keys are rotated to stand just before the memory.
 
     Returns:
         What changed where and what was checked; ``str()`` is a table, ``revert()`` puts everything back.
 
     Raises:
-        UnsupportedArchitecture: a layer keeps something else than keys and values, sees chunks, or turns its keys in an
-            unknown way; the model has an encoder, or computes something else with a memory of all that went before.
-        AttnPatchError: an argument is out of range, or the table has fewer rows than a segment tokens.
+        UnsupportedArchitecture: a layer caches something other than keys and values, attends in chunks, or rotates its
+            keys in an unknown way; the model has an encoder, or differs with a memory of the whole past.
+        AttnPatchError: an argument is out of range, or a learned table has fewer rows than the segment has tokens.
     """
     return apply(
         model,
@@ -804,31 +810,31 @@ def patch_self_extend(
     trained_length: int | None = None,
     backend: Literal["auto", "sdpa", "eager"] = "auto",
 ) -> Report:
-    """Self-Extend (2401.01325, 3): longer texts without training; beyond a window, ``group`` tokens share a position.
+    """Self-Extend (2401.01325, 3): longer context without training; beyond a window, ``group`` tokens share a position.
 
-    A token sees the ``window`` tokens before it at their distance, and those further back at i // G - j // G + w -
-    w // G, so that no distance is one that the model has not seen. Flash calls over disjoint pieces are merged by
-    log-sum-exp: linear memory, and about the time of plain attention. Queries before ``start`` attend as they always
-    did, so that inputs within the trained length have the same logits, bit for bit; the paper has ``start=0``.
-    Positions are counted from a row's first token that is not padding. Keys stay in the cache as the model turned them.
-    Stock transformers cannot express it: checkpoints are of this package's model type.
+    A token sees the ``window`` tokens before it at their true distance and those further back at i // G - j // G + w -
+    w // G, so that no distance is new to the model. Flash calls over disjoint pieces are merged by log-sum-exp: linear
+    memory, and about the time of plain attention. Queries before ``start`` attend as before, so that inputs within the
+    trained length give the same logits, bit for bit; the paper has ``start=0``. Positions are counted from the first
+    token of a row that is not padding. Keys stay in the cache as the model rotated them. Stock transformers cannot
+    express it: checkpoints have this package's model type.
 
     Args:
         model: a transformers model with its weights in memory; changed in place.
-        window: tokens that are seen at their distance; None for half of the trained length.
-        group: tokens that share a position beyond it; None for as few as reach ``target_length``.
-        target_length: length to reach, in tokens; None for four times the trained length.
+        window: distances below it are unchanged; None takes half of the trained length.
+        group: tokens that share a position beyond the window; None takes the smallest that reaches ``target_length``.
+        target_length: length to reach, in tokens; None takes four times the trained length.
         factor: the same as a multiple of the trained length; give one of the two.
-        start: first query that is treated so; None for the trained length.
-        trained_length: tokens that the model handles by itself; None reads the config.
-        backend: ``sdpa``, merged flash calls; ``eager``, dense, with attention weights; ``auto`` is the former.
+        start: first query whose distances are remapped; None takes the trained length.
+        trained_length: context that the model was trained on, in tokens; None reads the config.
+        backend: ``sdpa``, merged flash calls; ``eager``, dense, with attention weights; ``auto`` is ``sdpa``.
 
     Returns:
         What changed where and what was checked; ``str()`` is a table, ``revert()`` puts everything back.
 
     Raises:
-        UnsupportedArchitecture: no rotary layer looks back at everything, or its rotation is not known.
-        AttnPatchError: lengths that do not fit each other.
+        UnsupportedArchitecture: no rotary layer attends to the whole past, or its rotation is unknown.
+        AttnPatchError: the lengths contradict each other.
     """
     return apply(
         model,
@@ -854,14 +860,14 @@ def patch_sinusoidal(
 ) -> Report:
     """Sinusoidal absolute positions (Attention Is All You Need, 1706.03762, 3.5), added to the token embeddings.
 
-    PE(p, 2i) = sin(p / theta^(2i/d)) and PE(p, 2i+1) the cosine, sines and cosines alternating as in the paper,
-    computed for whatever positions come: no table, no longest length. Positions are ``position_ids`` where they are
-    passed, otherwise tokens counted by the attention mask, so that left padding changes nothing. Added to what the
-    token embedding gives, before anything else the model does to it (Gemma's factor, BERT's norm). What told positions
-    before is taken out. A model that was not trained so has to be fine-tuned: the sinusoid is as large as the paper's
-    embeddings, which are scaled by the root of the width, and most models' are far smaller; ``amplitude`` starts it
-    small, ``embedding_scale="paper"`` does as the paper does. Stock transformers cannot express the result, so its
-    checkpoints are of this package's model type.
+    PE(p, 2i) = sin(p / theta^(2i/d)) and PE(p, 2i+1) the cosine, alternating as in the paper, computed for any
+    position: no table and no longest length. Positions are ``position_ids`` if passed, otherwise counted from the
+        attention mask, so
+    that left padding changes nothing. The sinusoid is added to the output of the token embedding, before anything else
+    that the model does to it (Gemma's factor, BERT's norm). The old positions are removed. A model that was not trained
+    with it has to be fine-tuned: the sinusoid is as large as the paper's embeddings, which are scaled by the root of
+    the width, and most models' are far smaller; ``amplitude`` makes it smaller, ``embedding_scale="paper"`` scales the
+    embeddings. Stock transformers cannot express the result, so checkpoints have this package's model type.
 
     Experimental: its fields may get other names or defaults between minor versions.
 
@@ -875,7 +881,7 @@ def patch_sinusoidal(
         What changed where and what was checked; ``str()`` is a table, ``revert()`` puts everything back.
 
     Raises:
-        UnsupportedArchitecture: the old positions cannot be taken out, or the model needs token ids beside embeddings.
+        UnsupportedArchitecture: the old positions cannot be removed, or the model needs token ids beside embeddings.
         AttnPatchError: an argument out of range.
     """
     return apply(model, Sinusoidal(theta=theta, amplitude=amplitude, embedding_scale=embedding_scale))

@@ -37,6 +37,7 @@ from hf_attnpatch.upstream.roles import roles_of
 # private name -> whether it is there
 PRIVATE = {
     "_keys_to_ignore_on_load_unexpected": lambda: hasattr(PreTrainedModel, "_keys_to_ignore_on_load_unexpected"),
+    "_keys_to_ignore_on_save": lambda: hasattr(PreTrainedModel, "_keys_to_ignore_on_save"),
     "_raise_exceptions_for_missing_entries": lambda: (
         "_raise_exceptions_for_missing_entries" in inspect.signature(hub.cached_files).parameters
     ),
@@ -235,6 +236,8 @@ BATCHES = (
     "heads/calibration_text.py",
     "heads/repair.py",
     "heads/estimate.py",
+    "latent/statistics.py",
+    "windows/choice.py",
     "comparing/",
     "commands/",
     "evaluation/",
