@@ -82,7 +82,7 @@ class DeferAttention:
             return args, dict(kwargs)  # a recorded call is replayed; its arguments are complete
         if given.get(words.WEIGHTS):
             raise AttnPatchError(
-                f"{type(module).__name__}: fused kernels return no attention weights; call without"
+                f"{type(module).__name__}: fused kernels return no attention weights; call without "
                 "output_attentions, or revert the flash patch."
             )
         mask, ours = given.get(words.MASK), self.config._attn_implementation == self.key

@@ -84,7 +84,7 @@ def by_itself(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Edit, ...]:
 def _check_rotary(model: PreTrainedModel, anatomy: Anatomy) -> None:
     if not anatomy.rotary:
         raise UnsupportedArchitecture(
-            f"{anatomy.architecture}: distances are remapped by rotating rotary states further; positions here are:"
+            f"{anatomy.architecture}: distances are remapped by rotating rotary states further; positions here are: "
             f"{anatomy.positions}."
         )
     earlier = record.read(model.config)

@@ -85,7 +85,7 @@ def test_defaults_follow_what_learns(folder):
 
 
 def test_every_shipped_configuration_can_be_read():
-    others = ("pretrain", "extend_context", "switch_positions", "train_recurrent")  # of scripts that read their own
+    others = ("demo", "pretrain", "extend_context", "switch_positions", "train_recurrent")  # scripts that read more
     paths = [path for path in (ROOT / "recipes/configs").glob("*.yaml") if not path.name.startswith(others)]
     assert paths
     for path in paths:

@@ -21,7 +21,7 @@ FAMILIES = ("llama", "gpt2", "gemma3_text")
 CASES = (
     *("grouped_2_principal", "rope_yarn_per_request", "alibi", "relative_xl", "rotary", "sinusoidal", "no_position"),
     *("position_table", "self_extend", "dual_chunk", "re_rope", "jet_long", "attention_sinks", "recurrence"),
-    *("no_position_some", "score_temperature", "windowed", "flash_auto"),
+    *("no_position_some", "score_temperature", "windowed", "latent", "flash_auto"),
 )
 # each copy has several changes; `make drift` tells which of them it was
 COPIES = (
