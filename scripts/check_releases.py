@@ -37,7 +37,7 @@ PATCHES: dict[str, ap.Patch] = {
     "some": ap.NoPosition(layers=[1]),
     "temperature": ap.ScoreTemperature(slope=0.3, step=8),
     "windows": ap.Windowed(window=8),
-    "latent": ap.Latent(),
+    "latent": ap.Latent(home="deepseek_v3"),  # youtu came after 5.0
     "self_extend": ap.SelfExtend(window=6, group=3, trained=10),
     "sinks": ap.AttentionSinks(num_sinks=2, window=6, trained=16),
     "recurrence": _MEMORY,

@@ -220,6 +220,6 @@ def _no_experts(config: PretrainedConfig) -> Fields:
 
 
 LATENT_HOMES = (
-    LatentHome("youtu", "5.0", lambda config: {}, keeps_padding=False),  # its _init_weights empties it, loaded or not
+    LatentHome("youtu", "5.1", lambda config: {}, keeps_padding=False),  # its _init_weights empties it, loaded or not
     LatentHome("deepseek_v3", "5.0", _no_experts),
 )
