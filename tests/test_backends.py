@@ -136,7 +136,7 @@ def test_each_kernel_gets_one_function_and_the_masks_it_understands(monkeypatch)
     registry.register()
     for table in (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping):
         assert {key for key in table if key.startswith(registry.PREFIX)} == {
-            registry.PREFIX + name for name in (*backends.FLAG, "eager")
+            registry.PREFIX + name for name in (*backends.FLAG, "eager", "torch")
         }
     sizes = (2, 6, 6)
     padding = torch.tensor([[1] * 6, [0] * 2 + [1] * 4])

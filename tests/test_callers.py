@@ -38,7 +38,7 @@ ROWS = (
     ("llama", ap.DualChunk(trained=12), SPANS),
     ("llama", ap.ReRope(window=5, leak=0.2, trained=10), SPANS),
     ("llama", ap.JetLong(window=3, trained=8), SPANS),
-    ("llama", ap.AttentionSinks(num_sinks=2, window=6), {*SPANS, "crop", "assisted"}),
+    ("llama", ap.AttentionSinks(num_sinks=2, window=6), {*SPANS, "crop"}),
     *((kind, ap.SegmentRecurrence(**LONG), MEMORY) for kind in ("llama", "bloom", "mistral", "gptj")),
     ("gpt2", ap.SegmentRecurrence(**LONG, positions="running"), MEMORY),
     ("llama", ap.SegmentRecurrence(**SHORT), {*MEMORY, "crop"}),

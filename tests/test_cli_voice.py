@@ -89,7 +89,7 @@ def test_patches_are_listed_with_their_fields():
 
 def test_one_patch_is_explained():
     said = " ".join(run("patches", "self-extend").output.split())
-    assert "length to reach, in tokens; None for four times the trained length" in re.sub(r"[│ ]+", " ", said)
+    assert "length to reach, in tokens; None takes four times the trained length" in re.sub(r"[│ ]+", " ", said)
     assert "attnpatch apply MODEL OUT --patch self_extend" in said
     assert "must be given" in run("patches", "grouped_query").output
     assert fails(run("patches", "selfextend"), "did you mean self_extend?")

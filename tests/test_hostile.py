@@ -279,7 +279,7 @@ def test_what_a_record_says_of_rotation_is_not_read(copy, found, tmp_path):
     with torch.no_grad():
         wanted = ap.load(folder)(ids).logits
     recorded(folder, found=found)
-    with pytest.warns(UserWarning, match=r"patches\[0\]\.found is left out"):
+    with pytest.warns(UserWarning, match=r"patches\[0\]\.found is ignored"):
         model = ap.load(folder)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, wanted)

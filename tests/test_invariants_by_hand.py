@@ -311,12 +311,16 @@ def _dispatching(implementation):
     config = SimpleNamespace(_attn_implementation=implementation)
     model = SimpleNamespace(config=config, dtype=torch.float32, device=torch.device("cpu"))
     one = torch.ones(2)
-    return SimpleNamespace(model=model, anatomy=SimpleNamespace(sites=()), logits=lambda: one, rounding=1e-9)
+    return SimpleNamespace(
+        model=model, anatomy=SimpleNamespace(sites=(), dispatching=()), logits=lambda: one, rounding=1e-9
+    )
 
 
 def test_kernels_are_compared_where_there_is_another(monkeypatch):
     asked = []
-    monkeypatch.setattr(kernels, "_under", lambda subject, name: asked.append(name) or torch.tensor([1.0, 1.5]))
+    monkeypatch.setattr(
+        kernels, "_under", lambda subject, edit: asked.append(edit.implementation) or torch.tensor([1.0, 1.5])
+    )
     assert kernels.eager_agrees(_dispatching("eager")) == "it is the present one"
     assert kernels.eager_agrees(_dispatching("attnpatch_eager")) == "it is the present one"
     assert kernels.eager_agrees(_dispatching(FUSED)) == "its forwards stay, and only ask for masks"

@@ -22,7 +22,7 @@ from ..edits import BecomeModel
 from ..errors import AttnPatchError, UnsupportedArchitecture
 from ..interruption import inside
 from ..layers import STEP, Layers, read_layers
-from ..probe import Inputs, default_inputs, quiet, valid
+from ..probe import Inputs, check_in_memory, default_inputs, quiet, valid
 from ..upstream.roles import learn
 from .rows import HOMES, Home, LatentHome, own_home
 
@@ -125,8 +125,10 @@ def _check_made_so(model: PreTrainedModel) -> None:
     """Refuse models that are not what their class makes of their config: built again, they would be others.
 
     Raises:
+        NoWeights: the weights are not in memory.
         UnsupportedArchitecture: so, with the first module that differs.
     """
+    check_in_memory(model)
     kind = type(model).__name__
     try:
         made = rebuilt(model, type(model), {}, {})
