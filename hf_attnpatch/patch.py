@@ -143,7 +143,8 @@ class Patch(metaclass=_Kind):
         """Return the JSON form for a checkpoint; ``finding`` is the result of ``prepare``."""
         left = self.transient | internal_fields(type(self)).keys()
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left}
-        return {"patch": self.name, **fields}
+        lists = {name: list(value) for name, value in fields.items() if isinstance(value, tuple)}
+        return {"patch": self.name, **fields, **lists}
 
 
 class _Missing:

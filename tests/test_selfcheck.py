@@ -189,7 +189,10 @@ def test_positions_that_begin_anew_at_each_step_are_found(monkeypatch):
 def test_a_cache_that_keeps_what_it_should_let_go_is_found(monkeypatch):
     monkeypatch.setattr(spans.EvictHook, "__call__", lambda *_: None)
     patch = ap.AttentionSinks(num_sinks=2, window=6, trained=16)
-    _refused(tiny_model("llama"), patch, "the cache would keep every token: 0 of 2 layers let go")
+    kept = "the cache would keep every token: 0 of 2 layers evict those outside the window"
+    _refused(tiny_model("llama"), patch, kept)
+        tiny_model("llama"), patch, "the cache would keep every token: 0 of 2 layers evict those outside the window"
+    )
 
 
 def test_a_cache_that_is_not_found_is_an_error_and_not_a_question_that_does_not_arise(monkeypatch):

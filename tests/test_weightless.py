@@ -88,7 +88,7 @@ def test_a_checkpoint_of_an_earlier_release_loads_and_what_it_says_of_rotation_i
     config["attnpatch"]["patches"][0][field] = wrong
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     ids = torch.arange(5, 45)[None]
-    with pytest.warns(UserWarning, match=rf"patches\[0\]\.{field} is left out"):
+    with pytest.warns(UserWarning, match=rf"patches\[0\]\.{field} is ignored"):
         again = ap.load(tmp_path / "out")
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model.eval()(ids).logits)
