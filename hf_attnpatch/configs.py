@@ -54,7 +54,8 @@ def declared(config: PretrainedConfig, name: str, absent: Any = None) -> Any:
 
     A checkpoint that was converted from another type often keeps fields that its model does not read.
     """
-    known = {name for kind in type(config).__mro__ for name in inspect.signature(kind.__init__).parameters}
+    made = (vars(kind).get("__init__") for kind in type(config).__mro__)
+    known = {name for init in made if inspect.isfunction(init) for name in inspect.signature(init).parameters}
     return getattr(config, name, absent) if config.attribute_map.get(name, name) in known else absent
 
 

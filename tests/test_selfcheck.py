@@ -191,8 +191,6 @@ def test_a_cache_that_keeps_what_it_should_let_go_is_found(monkeypatch):
     patch = ap.AttentionSinks(num_sinks=2, window=6, trained=16)
     kept = "the cache would keep every token: 0 of 2 layers evict those outside the window"
     _refused(tiny_model("llama"), patch, kept)
-        tiny_model("llama"), patch, "the cache would keep every token: 0 of 2 layers evict those outside the window"
-    )
 
 
 def test_a_cache_that_is_not_found_is_an_error_and_not_a_question_that_does_not_arise(monkeypatch):
