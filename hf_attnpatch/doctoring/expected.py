@@ -18,14 +18,18 @@ from .models import EMBEDDED, MODELS
 WORKS, REFUSES = "works", "refuses"
 
 _NOT_ROTARY = dict.fromkeys(("gpt2", "opt", "bloom", "mpt"), "positions here are")
-_WINDOWS = {**_NOT_ROTARY, "mistral": "no shorter"}
+_WINDOWS = {**_NOT_ROTARY, "gemma2": "has one width for all windows"}
 _TEMPERATURE = {**_NOT_ROTARY, "gemma2": "no stock type can say this"}
-_NO_LATENT = {**_NOT_ROTARY, "gemma2": "no stock latent type holds it", "mistral": "no stock latent type has windows"}
+_NO_LATENT = {
+    **_NOT_ROTARY,
+    "gemma2": "no stock latent type has windows",
+    "mistral": "no stock latent type has windows",
+}
 # up to 5.1 these families hand their attention masks of their own making, which some patches cannot read
 _MPT = {"mpt": "attention mask of shape"}
 _MASKS = dict.fromkeys(("opt", "bloom", "mpt"), "a mask of type Tensor in the place of the memory")
 # other distances: all that turns keys further
-_DISTANCES = {**_NOT_ROTARY, "mistral": "no layer looks back at everything", "gemma2": "flash calls cannot be merged"}
+_DISTANCES = {**_NOT_ROTARY, "mistral": "no layer attends to the whole past", "gemma2": "flash calls cannot be merged"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ CASES: Mapping[str, Case] = {
     ),
     "Rotary": Case({"patch": "rotary", "theta": 500.0}, once=_MPT),
     "ScoreTemperature": Case({"patch": "score_temperature", "slope": 0.3, "step": 8}, _TEMPERATURE),
-    "Windowed": Case({"patch": "windowed", "window": 6}, _WINDOWS),
+    "Windowed": Case({"patch": "windowed", "window": 6}, _WINDOWS, same=("mistral",)),
     "SegmentRecurrence": Case(
         {"patch": "segment_recurrence", "segment_length": 8, "memory_length": 6}, once=_MASKS, held=14
     ),
