@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import sys
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import IO, Any
 
-from .errors import missing_extra
+from .errors import MissingExtra, missing_extra
 
 
 def import_pyplot(purpose: str = "drawing a figure") -> Any:
@@ -26,3 +28,13 @@ def import_pyplot(purpose: str = "drawing a figure") -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+def pictures(save: Callable[[IO[bytes]], None]) -> Iterable[bytes]:
+    """Return the PNG that a function saves into a file; nothing if matplotlib is not installed."""
+    drawn = io.BytesIO()
+    try:
+        save(drawn)
+    except MissingExtra:  # the table says it all
+        return ()
+    return (drawn.getvalue(),)

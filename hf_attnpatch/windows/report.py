@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from ..errors import MissingExtra
-from ..plotting import import_pyplot
+from ..plotting import import_pyplot, pictures
 from ..showing import Shown, rendered
 from .sinks import Gap
 
@@ -71,12 +69,7 @@ class WindowReport(Shown):
         return f"windows of {self.window} tokens in {len(self.layers)} of {len(self.paths)} layers"
 
     def _figures(self) -> Iterable[bytes]:
-        drawn = io.BytesIO()
-        try:
-            self.save_figure(drawn)
-        except MissingExtra:  # the table says it all
-            return ()
-        return (drawn.getvalue(),)
+        return pictures(self.save_figure)
 
     def save_figure(self, path: str | Path | IO[bytes]) -> None:
         """Draw what a window costs each layer, and what sinks gave back.
